@@ -1,0 +1,202 @@
+"""ResNet-18, -34 and -50 (He et al. 2015, arXiv:1512.03385) with a CIFAR or an ImageNet stem.
+
+Layouts are NHWC for activations and HWIO for kernels. Layer names are explicit because they are
+the checkpoint's format and what quantization rules match: 'stem_conv', 'stage2/block0/conv1',
+'stage2/block0/shortcut_conv', 'head'. Padding is explicit because "SAME" pads one side only at
+stride 2, unlike the PyTorch networks whose accuracy and weights this one is compared with.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+# Blocks in each of the four stages (He et al. 2015, table 1); 50 layers use bottlenecks.
+STAGE_SIZES = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
+BOTTLENECK_DEPTHS = (50,)
+BOTTLENECK_EXPANSION = 4
+STEMS = ("cifar", "imagenet")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which ResNet to build (config key `model`)."""
+
+    depth: int = 18
+    """Layers with weights on the longest path: 18, 34 or 50."""
+
+    width: int = 64
+    """Channels of the first stage; each later stage doubles them. 64 is the paper's."""
+
+    stem: str = "cifar"
+    """'cifar': one 3x3 convolution; 'imagenet': 7x7 at stride 2 and a 3x3 max-pool at stride 2."""
+
+    def __post_init__(self):
+        if self.depth not in STAGE_SIZES:
+            raise ValueError(f"model.depth must be one of 18, 34, 50, got {self.depth!r}.")
+        if isinstance(self.width, bool) or not isinstance(self.width, int) or self.width < 1:
+            raise ValueError(f"model.width must be an integer of 1 or more, got {self.width!r}.")
+        if self.stem not in STEMS:
+            raise ValueError(f"model.stem must be 'cifar' or 'imagenet', got {self.stem!r}.")
+
+
+# Fan-out keeps the gradient's variance through ReLU layers (He et al. 2015, arXiv:1502.01852,
+# section 2.2); an untruncated normal, as torchvision's kaiming_normal_(mode="fan_out").
+kaiming_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+# U(-1/sqrt(fan_in), 1/sqrt(fan_in)), the variance of PyTorch's default for nn.Linear.
+linear_fan_in = nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")
+
+
+def _conv(features: int, kernel: int, stride: int, dtype: Any, name: str) -> nn.Conv:
+    """Square convolution without bias that keeps the size, or divides it by the stride."""
+    return nn.Conv(
+        features,
+        (kernel, kernel),
+        strides=(stride, stride),
+        padding=((kernel // 2, kernel // 2),) * 2,
+        use_bias=False,
+        dtype=dtype,
+        kernel_init=kaiming_fan_out,
+        name=name,
+    )
+
+
+def _norm(train: bool, dtype: Any, name: str) -> nn.BatchNorm:
+    """Batch norm with PyTorch's constants: its momentum 0.1 is a decay of 0.9 here.
+
+    Statistics and parameters stay float32 whatever `dtype` is.
+    """
+    return nn.BatchNorm(
+        use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=dtype, name=name
+    )
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut (He et al. 2015, fig. 5 left)."""
+
+    features: int
+    stride: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n h w c"], train: bool) -> Float[Array, "n h2 w2 f"]:
+        """Output relu(branch(x) + shortcut(x)), with ceil(size / stride) rows and columns."""
+        conv, norm = partial(_conv, dtype=self.dtype), partial(_norm, train, self.dtype)
+        y = conv(self.features, 3, self.stride, name="conv1")(x)
+        y = nn.relu(norm(name="norm1")(y))
+        y = norm(name="norm2")(conv(self.features, 3, 1, name="conv2")(y))
+        if self.stride != 1 or x.shape[-1] != self.features:
+            x = conv(self.features, 1, self.stride, name="shortcut_conv")(x)
+            x = norm(name="shortcut_norm")(x)
+        return nn.relu(y + x)
+
+
+class BottleneckBlock(nn.Module):
+    """1x1, 3x3 and 1x1 convolutions and a shortcut (He et al. 2015, fig. 5 right).
+
+    The stride is on the 3x3 convolution, as in torchvision ("ResNet v1.5"); the paper has it on
+    the first 1x1, which reads only a quarter of its input.
+    """
+
+    features: int
+    stride: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n h w c"], train: bool) -> Float[Array, "n h2 w2 f4"]:
+        """Output relu(branch(x) + shortcut(x)), with 4 * features channels."""
+        conv, norm = partial(_conv, dtype=self.dtype), partial(_norm, train, self.dtype)
+        out = BOTTLENECK_EXPANSION * self.features
+        y = nn.relu(norm(name="norm1")(conv(self.features, 1, 1, name="conv1")(x)))
+        y = conv(self.features, 3, self.stride, name="conv2")(y)
+        y = nn.relu(norm(name="norm2")(y))
+        y = norm(name="norm3")(conv(out, 1, 1, name="conv3")(y))
+        if self.stride != 1 or x.shape[-1] != out:
+            x = conv(out, 1, self.stride, name="shortcut_conv")(x)
+            x = norm(name="shortcut_norm")(x)
+        return nn.relu(y + x)
+
+
+class Stage(nn.Module):
+    """Blocks of equal width, named block0, block1, ...; the first one carries the stride."""
+
+    block: type[nn.Module]
+    size: int
+    features: int
+    stride: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n h w c"], train: bool) -> Float[Array, "n h2 w2 f"]:
+        """Apply the blocks in order."""
+        for i in range(self.size):
+            stride = self.stride if i == 0 else 1
+            block = self.block(self.features, stride, self.dtype, name=f"block{i}")
+            x = block(x, train)
+        return x
+
+
+class ResNet(nn.Module):
+    """Images to class logits; variables are {'params', 'batch_stats'}.
+
+    `dtype` is the precision of convolutions and activations. Parameters, batch statistics and the
+    head are float32 always: a bfloat16 logit has too few digits to rank close classes.
+    """
+
+    depth: int = 18
+    width: int = 64
+    num_classes: int = 10
+    stem: str = "cifar"
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n h w c"], train: bool) -> Float[Array, "n k"]:
+        """Logits, float32.
+
+        Args:
+            x: Normalized images, any size from 1 pixel on for the CIFAR stem.
+            train: Whether batch norm uses (and updates) the statistics of this batch.
+        """
+        x = x.astype(self.dtype)
+        kernel, stride = (3, 1) if self.stem == "cifar" else (7, 2)
+        x = _conv(self.width, kernel, stride, self.dtype, "stem_conv")(x)
+        x = nn.relu(_norm(train, self.dtype, "stem_norm")(x))
+        if self.stem == "imagenet":
+            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+
+        block = BottleneckBlock if self.depth in BOTTLENECK_DEPTHS else BasicBlock
+        for i, size in enumerate(STAGE_SIZES[self.depth]):
+            features, stride = self.width * 2**i, 1 if i == 0 else 2
+            x = Stage(block, size, features, stride, self.dtype, name=f"stage{i + 1}")(x, train)
+
+        x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
+        head = nn.Dense(
+            self.num_classes, dtype=jnp.float32, kernel_init=linear_fan_in, name="head"
+        )
+        return head(x)
+
+
+def build_model(config: ModelConfig, num_classes: int, dtype: Any = jnp.float32) -> ResNet:
+    """The network of a configuration, ready for `init` and `apply`.
+
+    Args:
+        config: Depth, width and stem.
+        num_classes: Logits to compute, 2 or more.
+        dtype: Compute precision, float32 or bfloat16; parameters are float32 in both.
+
+    Raises:
+        ValueError: If `num_classes` is below 2.
+    """
+    if num_classes < 2:
+        raise ValueError(f"num_classes must be 2 or more, got {num_classes!r}.")
+    return ResNet(
+        depth=config.depth,
+        width=config.width,
+        num_classes=num_classes,
+        stem=config.stem,
+        dtype=dtype,
+    )
