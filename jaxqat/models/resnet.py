@@ -174,9 +174,7 @@ class ResNet(nn.Module):
             x = Stage(block, size, features, stride, self.dtype, name=f"stage{i + 1}")(x, train)
 
         x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
-        head = nn.Dense(
-            self.num_classes, dtype=jnp.float32, kernel_init=linear_fan_in, name="head"
-        )
+        head = nn.Dense(self.num_classes, dtype=jnp.float32, kernel_init=linear_fan_in, name="head")
         return head(x)
 
 
