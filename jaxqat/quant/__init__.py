@@ -1,0 +1,17 @@
+"""The quantization core: what is quantized, with which ranges, by which integer arithmetic."""
+
+from jaxqat.quant.flax import QuantizedModule, quantize
+from jaxqat.quant.recipe import Recipe, RecipeError, Rule
+from jaxqat.quant.trace import LayerInfo, QuantizationError
+from jaxqat.quant.transform import QuantizedFunction
+
+__all__ = [
+    "LayerInfo",
+    "QuantizationError",
+    "QuantizedFunction",
+    "QuantizedModule",
+    "Recipe",
+    "RecipeError",
+    "Rule",
+    "quantize",
+]

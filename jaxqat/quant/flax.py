@@ -1,0 +1,167 @@
+"""The face that Flax users see: a quantized module with Linen's `init` and `apply`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, overload
+
+import flax.linen as nn
+from flax.core import unfreeze
+
+from jaxqat.quant.recipe import Recipe
+from jaxqat.quant.trace import LayerInfo, QuantizationError
+from jaxqat.quant.transform import Call, Mode, QuantizedFunction, nest
+
+COLLECTION = "quant"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class QuantizedModule:
+    """A Linen module whose convolutions and dense layers multiply integers.
+
+    The variables are the module's own and one collection more, 'quant', the activation ranges.
+    Ranges move when 'quant' is mutable, as batch norm's statistics do with 'batch_stats', and are
+    frozen otherwise.
+
+        model = jaxqat.quantize(ResNet(num_classes=10), Recipe.preset("int8"))
+        variables["quant"] = model.init_ranges(variables, images)
+        variables["quant"] = model.calibrate(variables, images)
+        logits, updates = model.apply(
+            variables, images, train=True, mutable=["batch_stats", "quant"]
+        )
+
+    Attributes:
+        module: The module as it was.
+        recipe: How to quantize.
+    """
+
+    module: nn.Module
+    recipe: Recipe
+
+    def init(self, rngs: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The module's variables, and ranges that have seen nothing yet."""
+        variables = unfreeze(self.module.init(rngs, *args, **kwargs))
+        return {**variables, COLLECTION: self.init_ranges(variables, *args, **kwargs)}
+
+    def apply(
+        self,
+        variables: Any,
+        *args: Any,
+        mutable: bool | str | Sequence[str] = False,
+        rngs: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The module's `apply` on integers.
+
+        Args:
+            variables: The module's variables and 'quant'.
+            *args: The module's inputs; values that are not arrays are static.
+            mutable: Collections to update and return; 'quant' moves the ranges.
+            rngs: As Linen takes them.
+            **kwargs: The module's keyword arguments.
+
+        Returns:
+            The module's result; if `mutable` names collections, a pair of it and their updates.
+
+        Raises:
+            QuantizationError: The variables hold no ranges, or not this model's.
+        """
+        if COLLECTION not in variables:
+            raise QuantizationError(
+                f"The variables have the collections {', '.join(variables)}, without 'quant': "
+                "make it with `init_ranges` and `calibrate`."
+            )
+        names = _collections(mutable, variables)
+        moves = COLLECTION in names
+        others = [name for name in names if name != COLLECTION]
+        result, evaluator = self._evaluate(
+            variables, args, kwargs, rngs, others, Mode.TRAIN if moves else Mode.FROZEN
+        )
+        if mutable is False:
+            return result
+        result, updates = result if others else (result, {})
+        if moves:
+            updates = {**updates, COLLECTION: nest(evaluator.new_ranges)}
+        return result, updates
+
+    def init_ranges(self, variables: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Ranges that have seen nothing yet: the 'quant' collection before calibration."""
+        return QuantizedFunction.empty_ranges(self._plan(variables, args, kwargs))
+
+    def calibrate(self, variables: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The 'quant' collection after observing one more batch of the module in float."""
+        _, evaluator = self._evaluate(variables, args, kwargs, None, [], Mode.CALIBRATE)
+        return nest(evaluator.new_ranges)
+
+    def describe(self, variables: Any, *args: Any, **kwargs: Any) -> tuple[LayerInfo, ...]:
+        """Every product of the module: its bits, or why it stays in float."""
+        return self._plan(variables, args, kwargs).table
+
+    def codes(self, variables: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Codes (int8) of every quantized tensor, by the path of its range, ranges frozen."""
+        _, evaluator = self._evaluate(variables, args, kwargs, None, [], Mode.FROZEN)
+        return {"/".join(key): tensor.codes for key, tensor in evaluator.codes.items()}
+
+    def _plan(self, variables: Any, args: Any, kwargs: Any) -> Any:
+        parameters, others, _ = _split(variables)
+        return self._function([]).plan(Call.of(parameters, others, (args, kwargs, None)))[0]
+
+    def _evaluate(self, variables, args, kwargs, rngs, mutable, mode):
+        parameters, others, state = _split(variables)
+        inputs = (args, kwargs, rngs)
+        return self._function(mutable).evaluate(parameters, state, others, inputs, mode)
+
+    def _function(self, mutable: list[str]) -> QuantizedFunction:
+        def function(parameters, others, args, kwargs, rngs):
+            variables = {"params": parameters, **others}
+            return self.module.apply(
+                variables, *args, mutable=mutable or False, rngs=rngs, **kwargs
+            )
+
+        return QuantizedFunction(function, self.recipe)
+
+
+def _split(variables: Any) -> tuple[Any, dict[str, Any], Any]:
+    """Parameters, the other collections of the module, and the ranges."""
+    others = {k: v for k, v in variables.items() if k not in ("params", COLLECTION)}
+    return variables.get("params", {}), others, variables.get(COLLECTION, {})
+
+
+def _collections(mutable: bool | str | Sequence[str], variables: Any) -> list[str]:
+    if isinstance(mutable, bool):
+        return [name for name in variables if name != "params"] if mutable else []
+    return [mutable] if isinstance(mutable, str) else list(mutable)
+
+
+@overload
+def quantize(model: nn.Module, recipe: Recipe | str = ...) -> QuantizedModule: ...
+@overload
+def quantize(model: Callable[..., Any], recipe: Recipe | str = ...) -> QuantizedFunction: ...
+def quantize(model, recipe="int8"):
+    """A model whose convolutions and dense layers compute with int8 codes.
+
+    Nothing of the model changes: its computation is traced when it is called, and evaluated with
+    quantized products. The parameter tree is the same.
+
+    Args:
+        model: A Flax Linen module, or a function of (parameters, *inputs).
+        recipe: A `Recipe`, or the name of a preset ('int8', 'int8_symmetric').
+
+    Returns:
+        For a module, an object with Linen's `init` and `apply`; for a function, a function of
+        (parameters, ranges, *inputs).
+
+    Raises:
+        QuantizationError: The model is neither.
+        RecipeError: There is no such preset.
+    """
+    recipe = Recipe.preset(recipe) if isinstance(recipe, str) else recipe
+    if isinstance(model, nn.Module):
+        return QuantizedModule(model, recipe)
+    if callable(model):
+        return QuantizedFunction(model, recipe)
+    raise QuantizationError(
+        "quantize takes a Flax Linen module or a function of (parameters, *inputs), got "
+        f"{type(model).__name__}."
+    )

@@ -1,0 +1,203 @@
+"""The two products of neural networks, convolution and dot, as integer and as float operations.
+
+A product is described by the equation that the model's trace holds, so every stride, dilation,
+grouping, layout and batch dimension is the model's own. With codes q of the activations (zero
+point z) and codes k of the weights,
+
+    sum((q - z) * k) = sum(q * k) - z * sum(k)
+
+(Jacob et al. 2018, arXiv:1712.05877, equation 7): `accumulate` gives the first sum and
+`weight_sums` what the zero point is multiplied with. Borders are padded with z, not with 0.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int, Int8
+
+ZeroPoint = Int[Array, ""] | None
+
+
+class Product(Protocol):
+    """What conversion, training and tables need to know of a product."""
+
+    kind: str
+
+    @property
+    def channel_axes(self) -> tuple[int, ...]:
+        """Axes of the weights that are summed over: one scale per index of the others."""
+        ...
+
+    def over_output(self, values: Array) -> Array:
+        """Per-channel values, kept in the weights' rank, as they broadcast over the output."""
+        ...
+
+    def accumulate(
+        self, codes: Int8[Array, "..."], zero_point: ZeroPoint, weights: Int8[Array, "..."]
+    ) -> Float[Array, "..."]:
+        """s8 x s8 -> s32 sums of code products, converted to float32."""
+        ...
+
+    def real(self, x: Array, weights: Array) -> Array:
+        """The product in floating point, as the model wrote it."""
+        ...
+
+    def macs(self, weight_shape: tuple[int, ...], output_shape: tuple[int, ...]) -> int:
+        """Multiply-accumulates for an output of this shape."""
+        ...
+
+
+def weight_sums(product: Product, weights: Int8[Array, "..."]) -> Int[Array, "..."]:
+    """Sum of the weight codes behind each output channel, in int32, broadcastable to the output."""
+    sums = jnp.sum(weights.astype(jnp.int32), axis=product.channel_axes, keepdims=True)
+    return product.over_output(sums)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Convolution:
+    """`conv_general_dilated` with the parameters of one traced equation; weights on the right."""
+
+    primitive: Any
+    params: dict[str, Any]
+    output_rank: int
+    kind: str = "conv"
+
+    @property
+    def channel_axes(self) -> tuple[int, ...]:
+        spec = self.params["dimension_numbers"].rhs_spec
+        return tuple(axis for axis in range(self.output_rank) if axis != spec[0])
+
+    def over_output(self, values: Array) -> Array:
+        shape = [1] * self.output_rank
+        shape[self.params["dimension_numbers"].out_spec[1]] = values.size
+        return values.reshape(shape)
+
+    def accumulate(self, codes, zero_point, weights):
+        padding, lhs_dilation = self.params["padding"], self.params["lhs_dilation"]
+        borders = any(low or high for low, high in padding) or any(d > 1 for d in lhs_dilation)
+        if borders and zero_point is not None:
+            config = [(0, 0, 0)] * codes.ndim
+            spatial = self.params["dimension_numbers"].lhs_spec[2:]
+            for axis, (low, high), dilation in zip(spatial, padding, lhs_dilation, strict=True):
+                config[axis] = (low, high, dilation - 1)
+            codes = lax.pad(codes, zero_point.astype(jnp.int8), config)
+            padding = ((0, 0),) * len(spatial)
+            lhs_dilation = (1,) * len(spatial)
+
+        def integer(codes, weights):
+            # The s32 result is converted at once: cuDNN has no s8 convolution with s32 output.
+            return lax.conv_general_dilated(
+                codes,
+                weights,
+                self.params["window_strides"],
+                padding,
+                lhs_dilation=lhs_dilation,
+                rhs_dilation=self.params["rhs_dilation"],
+                dimension_numbers=self.params["dimension_numbers"],
+                feature_group_count=self.params["feature_group_count"],
+                precision=lax.Precision.DEFAULT,
+                preferred_element_type=jnp.int32,
+            ).astype(jnp.float32)
+
+        return lax.platform_dependent(
+            codes, weights, cpu=self._widened(integer), default=integer
+        )
+
+    def _widened(self, integer):
+        """The same sums in channel counts for which XLA's CPU backend has a fast kernel.
+
+        It sends an s8 convolution to its library only if one side has more than 16 channels, and
+        runs it up to 10 times slower otherwise; 3 input channels are slow as well.
+        """
+        numbers = self.params["dimension_numbers"]
+        if self.params["feature_group_count"] != 1:
+            return integer
+
+        def widened(codes, weights):
+            inputs, outputs = weights.shape[numbers.rhs_spec[1]], weights.shape[numbers.rhs_spec[0]]
+            more_inputs = -inputs % 4
+            more_outputs = 32 - outputs if max(inputs, outputs) <= 16 else 0
+            codes = _pad_end(codes, {numbers.lhs_spec[1]: more_inputs})
+            weights = _pad_end(
+                weights, {numbers.rhs_spec[1]: more_inputs, numbers.rhs_spec[0]: more_outputs}
+            )
+            return lax.slice_in_dim(
+                integer(codes, weights), 0, outputs, axis=numbers.out_spec[1]
+            )
+
+        return widened
+
+    def real(self, x, weights):
+        return self.primitive.bind(x, weights, **self.params)
+
+    def macs(self, weight_shape, output_shape):
+        outputs = weight_shape[self.params["dimension_numbers"].rhs_spec[0]]
+        return math.prod(output_shape) * math.prod(weight_shape) // outputs
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dot:
+    """`dot_general` with the parameters of one traced equation.
+
+    Attributes:
+        primitive: JAX's dot_general primitive.
+        params: The equation's parameters.
+        output_rank: Rank of the result.
+        weight_side: 0 if the weights are the left operand, 1 if the right one.
+    """
+
+    primitive: Any
+    params: dict[str, Any]
+    output_rank: int
+    weight_side: int
+    kind: str = "dense"
+
+    @property
+    def channel_axes(self) -> tuple[int, ...]:
+        return tuple(self.params["dimension_numbers"][0][self.weight_side])
+
+    def over_output(self, values: Array) -> Array:
+        batch = self.params["dimension_numbers"][1][self.weight_side]
+        free = [a for a in range(values.ndim) if a not in batch and a not in self.channel_axes]
+        values = jnp.transpose(values, (*batch, *free, *self.channel_axes))
+        shape, others = values.shape, self.output_rank - len(batch) - len(free)
+        at = len(batch) if self.weight_side == 1 else len(batch) + len(free)
+        shape = shape[: len(batch) + len(free)]
+        return values.reshape(shape[:at] + (1,) * others + shape[at:])
+
+    def _ordered(self, x, weights):
+        return (weights, x) if self.weight_side == 0 else (x, weights)
+
+    def accumulate(self, codes, zero_point, weights):
+        del zero_point  # A dot has no borders.
+        return lax.dot_general(
+            *self._ordered(codes, weights),
+            self.params["dimension_numbers"],
+            precision=lax.Precision.DEFAULT,
+            preferred_element_type=jnp.int32,
+        ).astype(jnp.float32)
+
+    def real(self, x, weights):
+        return self.primitive.bind(*self._ordered(x, weights), **self.params)
+
+    def macs(self, weight_shape, output_shape):
+        return math.prod(output_shape) * math.prod(weight_shape[a] for a in self.channel_axes)
+
+
+def _pad_end(x: Array, more: dict[int, int]) -> Array:
+    if not any(more.values()):
+        return x
+    config = [(0, more.get(axis, 0), 0) for axis in range(x.ndim)]
+    return lax.pad(x, jnp.zeros((), x.dtype), config)
+
+
+def backward(product: Product, x: Array, weights: Array, gradient: Array) -> tuple[Array, Array]:
+    """Gradients of the float product at (x, weights) for the gradient of its output."""
+    output, pullback = jax.vjp(product.real, x, weights)
+    return pullback(gradient.astype(output.dtype))

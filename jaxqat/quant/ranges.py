@@ -1,0 +1,138 @@
+"""Activation ranges over time, and the integer grid that a range stands for.
+
+A range is a small explicit state, `{"min", "max", "count"}`: an exponential moving average of the
+minimum and maximum of a tensor (Jacob et al. 2018, arXiv:1712.05877, section 3.1), which begins
+as the plain mean of what was seen. A grid turns a range into a scale and an integer zero point,
+
+    real = scale * (code - zero_point),
+
+with zero always a code (ibid., equation 1). `GridCalibration` hands a grid's scale to AQT.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from aqt.jax.v2 import calibration as aqt_calibration
+from aqt.jax.v2 import utils as aqt_utils
+from jaxtyping import Array, Float, Int
+
+Range = dict[str, Array]
+
+
+def empty_range() -> Range:
+    """A range that has seen nothing yet: float32 zeros and a count of 0."""
+    zero = jnp.zeros((), jnp.float32)
+    return {"min": zero, "max": zero, "count": jnp.zeros((), jnp.int32)}
+
+
+def extent(x: Float[Array, "..."]) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Smallest and largest value of a tensor, in float32, outside of differentiation."""
+    x = jax.lax.stop_gradient(x).astype(jnp.float32)
+    return jnp.min(x), jnp.max(x)
+
+
+def observe(state: Range, low: Float[Array, ""], high: Float[Array, ""], decay: float) -> Range:
+    """The range after one more batch.
+
+    m <- m + k (m_batch - m) with k = max(1 / (count + 1), 1 - decay): the mean of what was seen
+    during the first 1 / (1 - decay) batches, a moving average from then on. Without the first
+    part an average that starts at zero would clip for hundreds of batches.
+
+    Args:
+        state: The range so far.
+        low: Minimum of the batch.
+        high: Maximum of the batch.
+        decay: Share of the old value kept by a batch, 0 up to 1.
+    """
+    share = jnp.maximum(1.0 / (state["count"] + 1), 1.0 - decay).astype(jnp.float32)
+    return {
+        "min": state["min"] + share * (low - state["min"]),
+        "max": state["max"] + share * (high - state["max"]),
+        "count": state["count"] + 1,
+    }
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["scale", "inverse", "zero_point"],
+    meta_fields=["low", "high"],
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Grid:
+    """The integer grid of one tensor: real = scale * (code - zero_point).
+
+    Invariants: scale is positive; low <= zero_point <= high, so a real zero has a code of its
+    own; codes fit int8; a symmetric grid holds None for its zero point 0, so that products leave
+    out every zero-point term.
+
+    Attributes:
+        scale: Step size, real units per code; a float32 scalar.
+        inverse: 1 / scale, kept because a division by a constant and a product with its
+            reciprocal differ in the last bit, and which one XLA emits depends on the platform.
+        zero_point: Code of the real zero, an int32 scalar; None stands for a constant 0.
+        low: Smallest code.
+        high: Largest code.
+    """
+
+    scale: Float[Array, ""]
+    inverse: Float[Array, ""]
+    zero_point: Int[Array, ""] | None
+    low: int
+    high: int
+
+    @property
+    def zero(self) -> Float[Array, ""]:
+        """The zero point as float32, to shift rounded steps with."""
+        return jnp.asarray(0 if self.zero_point is None else self.zero_point, jnp.float32)
+
+
+def grid(low: Float[Array, ""], high: Float[Array, ""], *, bits: int, symmetric: bool) -> Grid:
+    """The grid of 2**bits codes that covers a range.
+
+    Affine: scale = (high - low) / (2**bits - 1), zero_point = -2**(bits-1) - round(low / scale)
+    (Krishnamoorthi 2018, arXiv:1806.08342, section 2.1), the range first widened to hold zero.
+    Symmetric: scale = max(|low|, |high|) / (2**(bits-1) - 1), zero_point = 0 (section 2.2).
+
+    Args:
+        low: Smallest real value to cover.
+        high: Largest real value to cover.
+        bits: Width of the codes, 2 to 8.
+        symmetric: Whether to keep the zero point at 0.
+
+    Returns:
+        The grid. An empty range gets the scale 1, so that zeros quantize to zeros, not to NaN.
+    """
+    top = 2 ** (bits - 1) - 1
+    if symmetric:
+        span, steps, bottom = jnp.maximum(jnp.abs(low), jnp.abs(high)), top, -top
+    else:
+        low, high = jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
+        span, steps, bottom = high - low, 2**bits - 1, -top - 1
+    scale = span * np.float32(1 / steps)
+    # A span below the smallest normal float would have an infinite reciprocal.
+    scale = jnp.where(scale > np.finfo(np.float32).tiny, scale, jnp.float32(1))
+    inverse = 1.0 / scale
+    if symmetric:
+        zero_point = None
+    else:
+        # The sum is of integers: a multiply-add that XLA contracted would round differently.
+        zero_point = bottom - jnp.round(low * inverse).astype(jnp.int32)
+        zero_point = jnp.clip(zero_point, bottom, top)
+    return Grid(scale, inverse, zero_point, bottom, top)
+
+
+@aqt_utils.flax_slots_kw_only_dataclass
+class GridCalibration(aqt_calibration.Calibration):
+    """AQT calibration that answers with the scale of a static grid, whatever the tensor holds."""
+
+    scale: jax.Array
+
+    def get_scale_and_bias_and_sparsity(self, x, shared_axes, numerics_, context=None):
+        """See `aqt.jax.v2.calibration.Calibration`; there is neither bias nor sparsity."""
+        del shared_axes, numerics_, context
+        return [self.scale.reshape((1,) * x.ndim)], [], None
