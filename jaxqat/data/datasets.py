@@ -12,7 +12,7 @@ import numpy as np
 from jaxqat.data.arrays import DataError, Decoded, SourceMissingError, Split
 from jaxqat.data.cache import Cache
 from jaxqat.data.sources import Source, decode_digits, locate_folder
-from jaxqat.data.tfds_source import NAME, download_tfds, locate_tfds
+from jaxqat.data.tfds_source import NAME, locate_tfds
 
 logger = logging.getLogger(__name__)
 
@@ -180,7 +180,9 @@ def _load_decoded(config: DataConfig) -> Decoded:
             raise DataError(
                 f"{missing} There is no cache of it in {cache.directory} either. {_advice(config)}"
             ) from missing
-        download_tfds(config.name, _data_directory(config))
+        from jaxqat.data.tfds_download import download  # Imports TFDS, which most runs do without.
+
+        download(config.name, _data_directory(config))
         source = _locate(config)
     return cache.get_or_decode(source.identity, source.decode)
 

@@ -82,23 +82,6 @@ def locate_tfds(
     )
 
 
-def download_tfds(name: str, root: Path) -> None:
-    """Let TFDS download a set and prepare it as array_record below `root`.
-
-    Raises:
-        DataError: If TFDS does not know the set, or cannot fetch or prepare it.
-    """
-    import tensorflow_datasets as tfds
-
-    try:
-        builder = tfds.builder(name, data_dir=str(root), file_format="array_record")
-        # Google's bucket of prepared sets has TensorFlow's own record format only.
-        download_config = tfds.download.DownloadConfig(try_download_gcs=False)
-        builder.download_and_prepare(download_config=download_config)
-    except Exception as error:  # Network, checksum, disk, unknown name, a builder that needs TF.
-        raise DataError(f"data.name {name!r}: TFDS could not download it: {error}") from error
-
-
 def _builder(directory: Path) -> Any:
     import tensorflow_datasets as tfds  # 0.7 s to import, and only this source needs it.
 

@@ -166,7 +166,8 @@ class ResNet(nn.Module):
         x = _conv(self.width, kernel, stride, self.dtype, "stem_conv")(x)
         x = nn.relu(_norm(train, self.dtype, "stem_norm")(x))
         if self.stem == "imagenet":
-            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+            padding: Any = ((1, 1), (1, 1))  # Flax annotates it as str and takes pairs.
+            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=padding)
 
         block = BottleneckBlock if self.depth in BOTTLENECK_DEPTHS else BasicBlock
         for i, size in enumerate(STAGE_SIZES[self.depth]):
