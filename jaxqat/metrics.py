@@ -48,10 +48,11 @@ def classification_metrics(
     _check_predictions(labels, logits, class_names)
     n, k = logits.shape
     predicted = logits.argmax(axis=1)
+    zero: Any = 0  # Documented as a number, annotated as a string.
     precision, recall, f1, support = (
         np.asarray(column)
         for column in precision_recall_fscore_support(
-            labels, predicted, labels=range(k), average=None, zero_division=0
+            labels, predicted, labels=range(k), average=None, zero_division=zero
         )
     )
     log_likelihood = log_softmax(logits, axis=1)[np.arange(n), labels]
@@ -120,16 +121,15 @@ def weight_bytes(params: Mapping[str, Any], bits: Mapping[str, int | None]) -> d
         ValueError: If a path of `bits` is not in `params`, or bits are outside 2..8.
     """
     shapes = dict(_leaf_shapes(params))
-    quantized = {_find_weight(path, shapes) for path, b in bits.items() if _is_quantized(path, b)}
+    weights = {path: _find_weight(path, shapes) for path in bits}
+    quantized = {weights[path] for path, width in bits.items() if _is_quantized(path, width)}
     parameters = sum(int(np.prod(shape)) for shape in shapes.values())
     codes = sum(int(np.prod(shapes[path])) for path in quantized)
     scales = sum(int(shapes[path][-1]) for path in quantized)
     return {
         "parameters": parameters,
         "fp32": FLOAT32_BYTES * parameters,
-        "int8": CODE_BYTES * codes
-        + FLOAT32_BYTES * scales
-        + INT32_BYTES * (parameters - codes),
+        "int8": CODE_BYTES * codes + FLOAT32_BYTES * scales + INT32_BYTES * (parameters - codes),
     }
 
 

@@ -1,69 +1,25 @@
 """The figures of a report, as PNG bytes.
 
 Each is drawn 4.6 inches wide, so that its text is still legible at the width of a phone
-and two stand side by side on a desk. Colours are Okabe and Ito's, which colour-blind
-readers tell apart (https://jfly.uni-koeln.de/color/). Nothing here touches pyplot, so no
-state outlives a call.
+and two stand side by side on a desk. Nothing here touches pyplot, so no state outlives a call.
 """
 
-import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from jaxqat.report.read import Samples
+from jaxqat.report.samples import Samples
+from jaxqat.report.theme import Theme, themed, to_png
 
 WIDTH = 4.6  # Inches.
-DPI = 200  # Sharp at the pixel ratio of a phone.
 MAX_SAMPLES = 20
 MAX_COUNTED_CLASSES = 16  # Beyond these a count no longer fits its cell.
 MAX_NAMED_CLASSES = 30
-
-
-@dataclass(frozen=True, kw_only=True)
-class Theme:
-    """Colours of a figure, to match the page around it."""
-
-    surface: str
-    ink: str
-    muted: str
-    grid: str
-    train: str
-    validation: str
-    test: str
-    strongest: str  # The end of the one-hue scale that starts at `surface`.
-    on_strongest: str
-
-
-LIGHT = Theme(
-    surface="#ffffff",
-    ink="#1b1f24",
-    muted="#59636e",
-    grid="#dfe3e8",
-    train="#0072b2",
-    validation="#d55e00",
-    test="#1b1f24",
-    strongest="#08457e",
-    on_strongest="#ffffff",
-)
-DARK = Theme(
-    surface="#15191e",
-    ink="#e6e9ed",
-    muted="#9aa4af",
-    grid="#333b44",
-    train="#56b4e9",
-    validation="#e69f00",
-    test="#e6e9ed",
-    strongest="#8fd0f7",
-    on_strongest="#0b0e11",
-)
 
 
 def draw_samples(samples: Samples, theme: Theme) -> bytes:
@@ -74,7 +30,7 @@ def draw_samples(samples: Samples, theme: Theme) -> bytes:
     shown = min(len(samples.images), MAX_SAMPLES)
     columns = min(shown, 5)
     rows = -(-shown // columns)
-    with _style(theme):
+    with themed(theme):
         figure = Figure(figsize=(WIDTH, 1.12 * WIDTH / columns * rows), layout="constrained")
         grid = figure.subplots(rows, columns, squeeze=False)
         for axes in grid.flat:
@@ -82,8 +38,9 @@ def draw_samples(samples: Samples, theme: Theme) -> bytes:
         for axes, image, label in zip(grid.flat, samples.images, samples.labels, strict=False):
             pixels = image if image.shape[-1] == 3 else image[..., 0]
             axes.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-            axes.set_title(_shorten(samples.class_names[int(label)]), fontsize=8, pad=3)
-        return _png(figure)
+            name = _shorten(samples.class_names[int(label)])
+            axes.set_title(name, fontsize=8, fontweight="normal", pad=3)
+        return to_png(figure)
 
 
 def draw_curves(
@@ -98,7 +55,7 @@ def draw_curves(
             test split is never read during training, so it has no curve.
         theme: Colours.
     """
-    with _style(theme):
+    with themed(theme):
         figure = Figure(figsize=(WIDTH, 4.9), layout="constrained")
         accuracy, loss = figure.subplots(2, 1, sharex=True)
         _draw_curve(accuracy, "accuracy", epochs, test, 100.0, theme)
@@ -110,8 +67,17 @@ def draw_curves(
         loss.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         first, last = epochs[0]["epoch"], epochs[-1]["epoch"]
         loss.set_xlim(first - 0.5, last + 0.5)
-        figure.legend(*accuracy.get_legend_handles_labels(), loc="outside lower center", ncols=4)
-        return _png(figure)
+        handles, labels = accuracy.get_legend_handles_labels()
+        figure.legend(
+            handles,
+            labels,
+            loc="outside lower center",
+            ncols=len(labels),
+            fontsize=8,
+            columnspacing=1.2,
+            handlelength=1.4,
+        )
+        return to_png(figure)
 
 
 def _draw_curve(
@@ -133,11 +99,12 @@ def _draw_curve(
             axes.plot(x, y, color=color, label=label, marker="o" if len(x) <= 30 else "")
     if test is not None:
         marker = {"marker": "D", "color": theme.test, "linestyle": "none", "markersize": 5}
+        marker["clip_on"] = False  # It may stand on the edge.
         axes.plot(x[-1:], [scale * test[score]], label="test, read once", zorder=3, **marker)
     frozen = [record["epoch"] for record in epochs if record.get("frozen")]
     if frozen:
         span = (min(frozen) - 0.5, max(frozen) + 0.5)
-        axes.axvspan(*span, color=theme.grid, alpha=0.6, linewidth=0, label="ranges frozen")
+        axes.axvspan(*span, color=theme.grid, alpha=0.8, linewidth=0, label="ranges frozen")
 
 
 def draw_confusion(
@@ -152,7 +119,7 @@ def draw_confusion(
     counts = np.asarray(matrix, np.int64)
     k = len(counts)
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    with _style(theme):
+    with themed(theme):
         figure = Figure(figsize=(WIDTH, WIDTH), layout="constrained")
         axes = figure.subplots()
         colors = LinearSegmentedColormap.from_list("share", [theme.surface, theme.strongest])
@@ -166,7 +133,7 @@ def draw_confusion(
             bar = figure.colorbar(image, ax=axes, location="bottom", shrink=0.8, aspect=40)
             bar.set_label("Share of the true class")
             bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
-        return _png(figure)
+        return to_png(figure)
 
 
 def _name_classes(axes: Axes, class_names: Sequence[str]) -> None:
@@ -202,7 +169,7 @@ def _write_counts(axes: Axes, counts: np.ndarray, share: np.ndarray, theme: Them
 
 def draw_ranges(layers: Sequence[Mapping[str, Any]], theme: Theme) -> bytes:
     """Smallest to largest weight and activation of every layer, in the network's order."""
-    with _style(theme):
+    with themed(theme):
         height = 0.9 + 0.19 * len(layers)
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         panels = figure.subplots(1, 2, sharey=True)
@@ -213,17 +180,18 @@ def draw_ranges(layers: Sequence[Mapping[str, Any]], theme: Theme) -> bytes:
             (theme.train, theme.validation),
             strict=True,
         ):
-            known = [(i, *ends) for i, layer in enumerate(layers) if (ends := layer_range(layer, kind))]
-            rows, low, high = zip(*known, strict=True) if known else ((), (), ())
-            axes.hlines(rows, low, high, color=color, linewidth=3.5)
+            for row, layer in enumerate(layers):
+                if ends := layer_range(layer, kind):
+                    axes.hlines(row, *ends, color=color, linewidth=3.5)
             axes.axvline(0, color=theme.muted, linewidth=0.8)
             axes.set_xlabel(label)
             axes.grid(axis="y", visible=False)
             axes.xaxis.set_major_locator(MaxNLocator(4))
             axes.tick_params(axis="y", length=0)
-        panels[0].set_yticks(range(len(layers)), [_shorten(x["path"], 24) for x in layers], fontsize=7)
+        names = [_shorten(str(layer["path"]), 28) for layer in layers]
+        panels[0].set_yticks(range(len(layers)), names, fontsize=7)
         panels[0].set_ylim(len(layers) - 0.5, -0.5)
-        return _png(figure)
+        return to_png(figure)
 
 
 def layer_range(layer: Mapping[str, Any], kind: str) -> tuple[float, float] | None:
@@ -234,39 +202,3 @@ def layer_range(layer: Mapping[str, Any], kind: str) -> tuple[float, float] | No
 
 def _shorten(name: str, length: int = 13) -> str:
     return name if len(name) <= length else f"{name[: length - 1]}…"
-
-
-def _style(theme: Theme):
-    """Matplotlib's defaults, whatever the user's matplotlibrc says, in our colours."""
-    return matplotlib.style.context(
-        {
-            "text.parse_math": False,  # A class may be called '$' without being a formula.
-            "font.size": 9,
-            "axes.titlesize": 10,
-            "axes.titleweight": "bold",
-            "figure.facecolor": theme.surface,
-            "axes.facecolor": theme.surface,
-            "axes.edgecolor": theme.grid,
-            "axes.labelcolor": theme.ink,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.grid": True,
-            "axes.axisbelow": True,
-            "grid.color": theme.grid,
-            "grid.linewidth": 0.6,
-            "legend.frameon": False,
-            "lines.linewidth": 1.6,
-            "lines.markersize": 3.5,
-            "text.color": theme.ink,
-            "xtick.color": theme.muted,
-            "ytick.color": theme.muted,
-        },
-        after_reset=True,
-    )
-
-
-def _png(figure: Figure) -> bytes:
-    """The figure as PNG: the same run gives the same bytes, so no software version in it."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
-    return buffer.getvalue()

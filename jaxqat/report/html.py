@@ -8,8 +8,9 @@ from typing import Any
 
 import jinja2
 
-from jaxqat.report import figures, paper, tables
-from jaxqat.report.read import ReportError, Run, read_run, write_atomically
+from jaxqat.report import figures, paper, tables, theme
+from jaxqat.report.files import ReportError, write_atomically
+from jaxqat.report.read import Run, read_run
 
 REPORT_FILE = "report.html"
 FIGURES_FOLDER = "figures"
@@ -31,8 +32,8 @@ def write_report(workdir: Path) -> Path:
     workdir = Path(workdir)
     run = read_run(workdir)
     drawings = _drawings(run)
-    light = {name: draw(theme=figures.LIGHT) for name, draw in drawings.items()}
-    dark = {name: draw(theme=figures.DARK) for name, draw in drawings.items()}
+    light = {name: draw(theme=theme.LIGHT) for name, draw in drawings.items()}
+    dark = {name: draw(theme=theme.DARK) for name, draw in drawings.items()}
     page = _render(run, {name: (_embed(light[name]), _embed(dark[name])) for name in drawings})
     path = workdir / REPORT_FILE
     folder = workdir / FIGURES_FOLDER
@@ -109,7 +110,7 @@ def _render(run: Run, images: dict[str, tuple[str, str]]) -> str:
         layers=tables.layers(run),
         size=tables.size(run),
         speed=tables.speed(run),
-        device=run.results.get("environment", {}).get("device"),
+        device=(run.results.get("environment") or {}).get("device"),
     )
 
 
@@ -121,7 +122,7 @@ def _headline(run: Run) -> list[tuple[str, str]]:
     ]
     if {"fp32", "qat"} <= set(run.stages):
         change = run.results["qat"]["test"]["accuracy"] - run.results["fp32"]["test"]["accuracy"]
-        numbers.append((f"{100 * change:+.2f}", "points, QAT − FP32"))
+        numbers.append((tables.minus(f"{100 * change:+.2f}"), "points, QAT − FP32"))
     size = tables.size(run)
     if size and size["ratio"] != tables.DASH:
         numbers.append((f"{size['ratio']}×", "smaller weights"))

@@ -17,7 +17,7 @@ EPOCHS = {"fp32": 100, "qat": 30}
 
 def dataset_name(run: Run) -> str:
     """Name of the run's data set, without the version: 'cifar10' for 'cifar10:3.0.2'."""
-    name = run.results.get("data", {}).get("name") or _setting(run, "data", "name") or "unknown"
+    name = (run.results.get("data") or {}).get("name") or _setting(run, "data", "name") or "unknown"
     return str(name).split(":")[0]
 
 
@@ -56,8 +56,10 @@ def stage_epochs(run: Run, stage: str) -> int | None:
     if stage not in run.results:
         return None
     recorded = run.results[stage].get("epochs")
-    return recorded if recorded is not None else max(
-        (record["epoch"] for record in run.epochs.get(stage, [])), default=None
+    return (
+        recorded
+        if recorded is not None
+        else max((record["epoch"] for record in run.epochs.get(stage, [])), default=None)
     )
 
 

@@ -4,11 +4,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxqat.report import paper
-from jaxqat.report.figures import layer_range
+from jaxqat.report.figures import MAX_NAMED_CLASSES, layer_range
 from jaxqat.report.read import Run
 
 STAGE_NAMES = {"fp32": "FP32", "qat": "QAT int8", "int8": "Integer network"}
 DASH = "–"
+CLASS_SCORES = ("precision", "recall", "f1")
 MANY_CONFUSIONS = 8
 
 
@@ -20,6 +21,11 @@ def stage_name(stage: str) -> str:
 def percent(fraction: float) -> str:
     """A fraction of 1 in percent: 10,000 test images make steps of 0.01 %."""
     return f"{100 * fraction:.2f}"
+
+
+def minus(text: str) -> str:
+    """A number with a minus sign as wide as its plus sign."""
+    return text.replace("-", "−")
 
 
 def count(value: Any) -> str:
@@ -56,15 +62,19 @@ def _score_row(name: str, source: str, test: Mapping[str, Any]) -> dict[str, Any
 
 
 def per_class(run: Run) -> list[dict[str, Any]]:
-    """Precision, recall and F1 of every class and stage, in percent."""
+    """Precision, recall and F1 of every class and stage, in percent.
+
+    Where the confusion matrix has no room for names, its indices stand here as well.
+    """
     tests = [run.results[stage]["test"]["per_class"] for stage in run.stages]
+    indexed = len(tests[0]) > MAX_NAMED_CLASSES
     return [
         {
-            "name": rows[0]["name"],
+            "name": f"{i} {rows[0]['name']}" if indexed else rows[0]["name"],
             "support": count(rows[0]["support"]),
-            "cells": [percent(row[score]) for row in rows for score in ("precision", "recall", "f1")],
+            "cells": [percent(row[score]) for row in rows for score in CLASS_SCORES],
         }
-        for rows in zip(*tests, strict=False)
+        for i, rows in enumerate(zip(*tests, strict=True))
     ]
 
 
@@ -113,7 +123,7 @@ def _bits(layer: Mapping[str, Any], kind: str) -> str:
 
 
 def _ends(ends: tuple[float, float] | None) -> str:
-    return DASH if ends is None else f"{ends[0]:.3g} … {ends[1]:.3g}"
+    return DASH if ends is None else minus(f"{ends[0]:.3g} … {ends[1]:.3g}")
 
 
 def size(run: Run) -> dict[str, str] | None:
@@ -150,7 +160,9 @@ def speed(run: Run) -> list[dict[str, Any]]:
 
 def duration(seconds: float) -> str:
     """A time in the largest two units that fit: '1 h 05 min', '2 min 40 s', '8.3 s'."""
-    if seconds < 60:
+    if seconds < 59.95:  # What is less would be written as 60.0 s.
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"

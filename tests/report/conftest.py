@@ -12,7 +12,8 @@ import yaml
 from jaxqat.metrics import classification_metrics
 from jaxqat.report import write_samples
 
-CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck".split()
+CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer"]
+CIFAR10 += ["dog", "frog", "horse", "ship", "truck"]
 
 
 def scores(class_names: Sequence[str], accuracy: float, *, seed: int, per_class: int = 100):

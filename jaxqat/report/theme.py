@@ -1,0 +1,89 @@
+"""How figures look: the colours of a light and of a dark page, and their rendering.
+
+Colours are Okabe and Ito's, which colour-blind readers tell apart
+(https://jfly.uni-koeln.de/color/).
+"""
+
+import io
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import matplotlib.style
+from matplotlib.figure import Figure
+
+DPI = 200  # Sharp at the pixel ratio of a phone.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Theme:
+    """Colours of a figure, to match the page around it."""
+
+    surface: str
+    ink: str
+    muted: str
+    grid: str
+    train: str
+    validation: str
+    test: str
+    strongest: str  # The end of the one-hue scale that starts at `surface`.
+    on_strongest: str
+
+
+LIGHT = Theme(
+    surface="#ffffff",
+    ink="#1b1f24",
+    muted="#59636e",
+    grid="#dfe3e8",
+    train="#0072b2",
+    validation="#d55e00",
+    test="#1b1f24",
+    strongest="#08457e",
+    on_strongest="#ffffff",
+)
+DARK = Theme(
+    surface="#15191e",
+    ink="#e6e9ed",
+    muted="#9aa4af",
+    grid="#333b44",
+    train="#56b4e9",
+    validation="#e69f00",
+    test="#e6e9ed",
+    strongest="#8fd0f7",
+    on_strongest="#0b0e11",
+)
+
+
+def themed(theme: Theme) -> AbstractContextManager[None]:
+    """Matplotlib's defaults, whatever the user's matplotlibrc says, in our colours."""
+    return matplotlib.style.context(
+        {
+            "text.parse_math": False,  # A class may be called '$' without being a formula.
+            "font.size": 9,
+            "axes.titlesize": 10,
+            "axes.titleweight": "bold",
+            "figure.facecolor": theme.surface,
+            "axes.facecolor": theme.surface,
+            "axes.edgecolor": theme.grid,
+            "axes.labelcolor": theme.ink,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "axes.axisbelow": True,
+            "grid.color": theme.grid,
+            "grid.linewidth": 0.6,
+            "legend.frameon": False,
+            "lines.linewidth": 1.6,
+            "lines.markersize": 3.5,
+            "text.color": theme.ink,
+            "xtick.color": theme.muted,
+            "ytick.color": theme.muted,
+        },
+        after_reset=True,
+    )
+
+
+def to_png(figure: Figure) -> bytes:
+    """The figure as PNG: the same run gives the same bytes, so no software version in it."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
+    return buffer.getvalue()

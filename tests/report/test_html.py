@@ -1,0 +1,233 @@
+import base64
+import json
+from html.parser import HTMLParser
+
+import pytest
+
+from jaxqat.report import ReportError, figures, write_report
+
+VOID = {"meta", "link", "img", "source", "br"}
+
+
+class Page(HTMLParser):
+    """What a browser would make of the page: tags, attributes, tables, embedded images."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open: list[tuple[str, dict]] = []
+        self.tags: list[tuple[str, dict]] = []
+        self.tables_outside_scroll = 0
+        self.images: list[str] = []
+        self.rows: list[list[str]] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        attributes = dict(attrs)
+        self.tags.append((tag, attributes))
+        if tag == "table" and not any(a.get("class") == "scroll" for _, a in self.open):
+            self.tables_outside_scroll += 1
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+        if tag in ("img", "source"):
+            self.images.append(attributes.get("src") or attributes.get("srcset") or "")
+        if tag not in VOID:
+            self.open.append((tag, attributes))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop()[0] == tag, f"</{tag}> closes another element"
+
+    def handle_data(self, data):
+        names = [tag for tag, _ in self.open]
+        if "td" in names or "th" in names:
+            self.rows[-1][-1] += data
+        if "style" not in names:
+            self.text += data
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Spares the seconds of drawing where a test reads the words of the page only."""
+    for name in ("draw_samples", "draw_curves", "draw_confusion", "draw_ranges"):
+        monkeypatch.setattr(figures, name, lambda *data, theme: b"a figure")
+
+
+@pytest.fixture
+def show(write_run, undrawn):
+    """The page of a made-up run; `change` edits its results first."""
+
+    def make(change=None, **options) -> Page:
+        workdir = write_run(**options)
+        if change:
+            results = json.loads((workdir / "results.json").read_text())
+            change(results)
+            (workdir / "results.json").write_text(json.dumps(results))
+        return Page(write_report(workdir).read_text())
+
+    return make
+
+
+def test_page_asks_for_nothing_beyond_itself(show):
+    page = show()
+
+    assert not {"script", "iframe", "object", "embed", "base"} & {tag for tag, _ in page.tags}
+    links = [a.get(key) for _, a in page.tags for key in ("src", "srcset", "href") if a.get(key)]
+    assert links and all(link.startswith("data:") for link in links)
+    assert not page.open  # Every element is closed.
+
+
+def test_page_makes_no_request_from_its_style_sheet(write_run, undrawn):
+    text = write_report(write_run()).read_text()
+
+    assert "url(" not in text and "@import" not in text
+
+
+def test_every_table_scrolls_in_its_own_box(show):
+    page = show()
+
+    assert sum(tag == "table" for tag, _ in page.tags) == 5
+    assert page.tables_outside_scroll == 0
+
+
+def test_embedded_images_are_the_files_beside_the_page(write_run):
+    workdir = write_run(fp32_epochs=3, qat_epochs=2)
+    page = Page(write_report(workdir).read_text())
+    embedded = {base64.b64decode(image.partition("base64,")[2]) for image in page.images}
+    files = {path.name: path.read_bytes() for path in (workdir / "figures").iterdir()}
+
+    assert sorted(files) == [
+        "confusion_fp32.png",
+        "confusion_qat.png",
+        "curves_fp32.png",
+        "curves_qat.png",
+        "ranges.png",
+        "samples.png",
+    ]
+    assert set(files.values()) < embedded
+    assert len(embedded) == 12  # The other six are drawn for a dark page.
+
+
+def test_run_of_one_epoch_and_no_qat_renders_what_it_has(write_run):
+    workdir = write_run(data="digits", fp32_epochs=1, qat_epochs=0, validation=False, channels=1)
+    for key in ("size_bytes", "speed", "layers"):
+        results = json.loads((workdir / "results.json").read_text())
+        results[key] = None
+        (workdir / "results.json").write_text(json.dumps(results))
+    (workdir / "report_data.npz").unlink()
+    page = Page(write_report(workdir).read_text())
+
+    names = sorted(path.name for path in (workdir / "figures").iterdir())
+    assert names == ["confusion_fp32.png", "curves_fp32.png"]
+    assert "QAT int8" not in page.text
+    assert "Not comparable with the paper" in page.text
+    assert "the data set is digits" in page.text
+
+
+def test_names_are_shown_as_text_and_never_as_markup(show):
+    evil = "<script>alert(1)</script>"
+    names = [evil, '"><img src=x>', "{{ 7*7 }}", "$x$"]
+
+    def change(results):
+        results["command"] = results["data"]["description"] = evil
+        results["layers"][-1]["float_reason"] = evil
+
+    page = show(change, name=evil, class_names=names, fp32_epochs=2, qat_epochs=1)
+    tags = {tag for tag, _ in page.tags}
+
+    assert "script" not in tags
+    assert page.text.count(evil) >= 5
+    assert "{{ 7*7 }}" in page.text
+    assert all(image.startswith("data:image/png;base64,") for image in page.images)
+
+
+@pytest.mark.parametrize(
+    ("options", "comparable"),
+    [({}, True), ({"width": 16}, False), ({"fp32_epochs": 2}, False), ({"data": "x"}, False)],
+    ids=["paper", "narrow", "short", "other_data"],
+)
+def test_page_says_whether_the_run_compares_with_the_paper(show, options, comparable):
+    page = show(**options)
+
+    assert ("Not comparable" in page.text) is not comparable
+    assert any(row[:3] == ["FP32", "paper", "94.79"] for row in page.rows) is (
+        "data" not in options
+    )
+
+
+def test_table_one_holds_the_scores_of_results(show):
+    def change(results):
+        results["fp32"]["test"] |= {"accuracy": 0.91234, "precision": 0.5, "recall": 0.25}
+        results["fp32"]["test"] |= {"f1": 1 / 3, "loss": 0.31416}
+
+    page = show(change, fp32_epochs=2, qat_epochs=1)
+
+    assert ["FP32", "this run", "91.23", "50.00", "25.00", "33.33", "0.3142"] in page.rows
+
+
+def test_later_stages_and_calibration_get_their_rows_and_figures(show):
+    def change(results):
+        results["int8"] = {"test": results["qat"]["test"]}
+        results["qat"]["calibrated"] = {"test": results["fp32"]["test"]}
+
+    page = show(change, fp32_epochs=2, qat_epochs=1)
+    stages = [row[0] for row in page.rows if row[1:2] == ["this run"]]
+
+    assert stages == [
+        "FP32",
+        "Calibrated only, before fine-tuning",
+        "QAT int8",
+        "Integer network",
+    ]
+    assert len(page.images) == 14
+
+
+def test_layer_in_float_is_named_with_its_reason(show):
+    page = show(fp32_epochs=2, qat_epochs=1)
+
+    assert "20 of 21 layers compute on integer codes" in page.text
+    assert "head: the recipe's rule 'head' leaves it in float" in page.text
+
+
+def test_hundred_classes_are_folded_and_numbered(show):
+    page = show(class_names=[f"class{i}" for i in range(100)], fp32_epochs=2, qat_epochs=1)
+
+    folded = [attributes for tag, attributes in page.tags if tag == "details"]
+    assert all("open" not in attributes for attributes in folded)
+    assert any(row[0] == "99 class99" for row in page.rows)
+
+
+def test_frozen_part_is_explained_only_where_there_is_one(write_run, undrawn):
+    workdir = write_run(fp32_epochs=2, qat_epochs=2)
+    assert "statistics are frozen" in write_report(workdir).read_text()
+
+    path = workdir / "metrics.jsonl"
+    path.write_text(path.read_text().replace('"frozen": true', '"frozen": false'))
+    assert "statistics are frozen" not in write_report(workdir).read_text()
+
+
+def test_same_run_gives_the_same_bytes(write_run):
+    workdir = write_run(fp32_epochs=2, qat_epochs=1)
+
+    assert write_report(workdir).read_bytes() == write_report(workdir).read_bytes()
+
+
+def test_broken_run_writes_nothing(write_run):
+    workdir = write_run()
+    (workdir / "metrics.jsonl").write_text("{")
+    before = sorted(path.name for path in workdir.iterdir())
+
+    with pytest.raises(ReportError, match=r"metrics\.jsonl"):
+        write_report(workdir)
+    assert sorted(path.name for path in workdir.iterdir()) == before
+
+
+def test_page_that_cannot_be_replaced_is_named_and_leaves_no_temporary_file(write_run, undrawn):
+    workdir = write_run(fp32_epochs=1, qat_epochs=0)
+    (workdir / "report.html").mkdir()  # Root may write anywhere, but not over a folder.
+
+    with pytest.raises(ReportError, match=r"report\.html"):
+        write_report(workdir)
+    assert not list(workdir.rglob("*.tmp"))
