@@ -6,14 +6,14 @@ each other. Its checksum lies beside it in `sha256sum` form. Both are written to
 and renamed: a stopped process leaves the old entry or none. Entries may be deleted at any time.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import logging
 import os
 import re
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -147,20 +147,12 @@ def write_entry(path: Path, decoded: Decoded) -> None:
         temporary.write_text(f"{digest}  {path.name}\n")
 
 
-class _replacing:
-    """Context of a temporary file that takes the place of `path` if all went well."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __enter__(self) -> Path:
-        handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
-        os.close(handle)
-        self.temporary = Path(name)
-        return self.temporary
-
-    def __exit__(self, error_type, error, traceback) -> None:
-        if error_type is None:
-            os.replace(self.temporary, self.path)
-        else:
-            self.temporary.unlink(missing_ok=True)
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary file that takes the place of `path` if all went well, and is gone if not."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -172,18 +172,28 @@ def _load_decoded(config: DataConfig) -> Decoded:
     try:
         source = _locate(config)
     except SourceMissingError as missing:
-        cached = cache.only_entry()
-        if cached is not None:
-            logger.info("%s Using the verified cache in %s.", missing, cache.directory)
-            return cached
-        if config.name == "folder" or not config.download:
-            raise DataError(
-                f"{missing} There is no cache of it in {cache.directory} either. {_advice(config)}"
-            ) from missing
-        from jaxqat.data.tfds_download import download  # Imports TFDS, which most runs do without.
+        return _load_without_source(config, cache, missing)
+    return cache.get_or_decode(source.identity, source.decode)
 
-        download(config.name, _data_directory(config))
-        source = _locate(config)
+
+def _load_without_source(config: DataConfig, cache: Cache, missing: SourceMissingError) -> Decoded:
+    """The cache's only copy; else a download, if it is allowed; else an error that says all."""
+    cache_state = f"There is no cache of it in {cache.directory} either."
+    try:
+        cached = cache.only_entry()
+    except DataError as error:
+        cached, cache_state = None, str(error)
+    if cached is not None:
+        logger.info("%s Using the verified cache in %s.", missing, cache.directory)
+        return cached
+    if config.name == "folder" or not config.download:
+        raise DataError(f"{missing} {cache_state} {_advice(config)}") from missing
+
+    from jaxqat.data.tfds_download import download  # Imports TFDS, which most runs do without.
+
+    logger.warning("%s %s Downloading it.", missing, cache_state)
+    download(config.name, _data_directory(config))
+    source = _locate(config)
     return cache.get_or_decode(source.identity, source.decode)
 
 
