@@ -1,0 +1,112 @@
+"""results.json: what a run achieved, on what, with which software."""
+
+import datetime
+import importlib.metadata
+import os
+import platform
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxqat import config as configs
+from jaxqat.metrics import weight_bytes
+from jaxqat.networks import Networks
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "aqtp", "orbax-checkpoint", "numpy")
+
+
+def describe_run(networks: Networks, command: str | None) -> dict[str, Any]:
+    """What is known before any number is: name, seed, data, environment."""
+    experiment = networks.experiment
+    return {
+        "name": experiment.name,
+        "seed": experiment.seed,
+        "precision": experiment.precision,
+        "command": command,
+        "config_hash": configs.config_hash(experiment),
+        "data": networks.dataset.fingerprint,
+        "environment": environment(),
+    }
+
+
+def environment() -> dict[str, Any]:
+    """Versions, device and date."""
+    device = jax.devices()[0]
+    return {
+        "python": platform.python_version(),
+        **{_key(name): importlib.metadata.version(name) for name in _PACKAGES},
+        "device": device.device_kind,
+        "platform": device.platform,
+        "devices": jax.device_count(),
+        "cpu_count": os.cpu_count(),
+        "machine": platform.platform(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _key(package: str) -> str:
+    return "orbax" if package == "orbax-checkpoint" else package
+
+
+def describe_network(networks: Networks, params: Any, ranges: Any) -> dict[str, Any]:
+    """Size, arithmetic and layers of the quantized network.
+
+    Args:
+        networks: Which.
+        params: Its parameters.
+        ranges: Its activation ranges, the 'quant' collection.
+    """
+    layers = networks.describe()
+    size = weight_bytes(params, {layer.path: layer.weight_bits for layer in layers})
+    return {
+        "size_bytes": {"fp32": size["fp32"], "int8": size["int8"]},
+        "parameters": size["parameters"],
+        "macs": sum(layer.macs for layer in layers),
+        "layers": [_describe_layer(layer, params, ranges) for layer in layers],
+    }
+
+
+def _describe_layer(layer: Any, params: Any, ranges: Any) -> dict[str, Any]:
+    weight = np.asarray(_at(params, layer.weight_path))
+    observed = _at(ranges, layer.range_key) if layer.range_key else None
+    return {
+        "path": layer.path,
+        "kind": layer.kind,
+        "weight_shape": list(layer.weight_shape),
+        "weight_bits": layer.weight_bits,
+        "act_bits": layer.act_bits,
+        "macs": layer.macs,
+        "weight_min": float(weight.min()),
+        "weight_max": float(weight.max()),
+        "act_min": None if observed is None else float(observed["min"]),
+        "act_max": None if observed is None else float(observed["max"]),
+        "float_reason": layer.float_reason,
+    }
+
+
+def _at(tree: Any, path: tuple[str, ...]) -> Any:
+    for name in path:
+        tree = tree[name]
+    return tree
+
+
+def stage_seconds(records: list[dict[str, Any]], stage: str) -> dict[str, Any]:
+    """Time, epochs and training speed of a stage, from its lines of metrics.jsonl."""
+    own = [r for r in records if r["stage"] == stage]
+    return {
+        "train_seconds": sum(r["seconds"] for r in own),
+        "epochs": len(own),
+        "train_images_per_s": float(np.median([r["images_per_s"] for r in own])),
+    }
+
+
+def summary_rows(results: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The tested networks and their metrics, in the order in which they were made."""
+    if "fp32" in results:
+        yield "fp32", results["fp32"]["test"]
+    if "qat" in results:
+        if "calibrated" in results["qat"]:
+            yield "qat, calibrated only", results["qat"]["calibrated"]["test"]
+        yield "qat", results["qat"]["test"]

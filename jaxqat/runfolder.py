@@ -1,0 +1,225 @@
+"""The run folder: whose it is, what lies where, and how it is written.
+
+    config.yaml, checkpoints/{fp32,qat}/STEP/, metrics.jsonl, results.json, report_data.npz,
+    report.html, figures/, evaluations/
+
+One process trains in a folder at a time, and a folder belongs to one experiment.
+"""
+
+import dataclasses
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from jaxqat import config as configs
+from jaxqat.config import Experiment
+
+
+class RunFolderError(ValueError):
+    """A folder that cannot be used as asked; the message says which and why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFolder:
+    """Paths in a run folder, and the small files in it."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved config."""
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON line an epoch."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def results(self) -> Path:
+        """What came of it; its presence says that the run is finished."""
+        return self.path / "results.json"
+
+    @property
+    def report(self) -> Path:
+        """The page of the run."""
+        return self.path / "report.html"
+
+    def checkpoints(self, stage: str) -> Path:
+        """Folder of a stage's checkpoints."""
+        return self.path / "checkpoints" / stage
+
+    def evaluation(self, stage: str, split: str) -> Path:
+        """Result of `jaxqat evaluate`."""
+        return self.path / "evaluations" / f"{stage}_{split}.json"
+
+    def load_config(self) -> Experiment:
+        """The experiment of the run.
+
+        Raises:
+            RunFolderError: If this is no run folder.
+        """
+        if not self.config.is_file():
+            raise RunFolderError(f"{self.path}: is no run folder: it holds no config.yaml.")
+        return configs.load(self.config)
+
+    def read_results(self) -> dict[str, Any]:
+        """The content of results.json.
+
+        Raises:
+            RunFolderError: If it is missing or broken.
+        """
+        try:
+            return json.loads(self.results.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise RunFolderError(f"{self.results}: cannot be read: {error}") from error
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The whole lines of metrics.jsonl; one that a killed process cut short is left out."""
+        if not self.metrics.exists():
+            return []
+        lines = self.metrics.read_text(encoding="utf-8").splitlines()
+        records = []
+        for line in lines:
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                break
+        return records
+
+    def truncate_metrics(self, stage: str, last_step: int) -> None:
+        """Forget the epochs of a stage that end after a step: they are about to be done again."""
+        if self.metrics.exists():
+            records = self.read_metrics()
+            kept = [r for r in records if r["stage"] != stage or r["step"] <= last_step]
+            write_atomically(self.metrics, "".join(json.dumps(r) + "\n" for r in kept))
+
+    def append_metrics(self, record: Mapping[str, Any]) -> None:
+        """Add an epoch."""
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file in one step, so that a reader or a crash never meets half of it.
+
+    Raises:
+        RunFolderError: If it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise RunFolderError(f"{path}: cannot be written: {error.strerror}.") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a JSON file in one step."""
+    write_atomically(path, json.dumps(value, indent=1) + "\n")
+
+
+@contextmanager
+def claim(path: Path) -> Iterator[RunFolder]:
+    """A folder to train in, made if need be, that no other process trains in meanwhile.
+
+    The lock ends with the process, however it ends. A folder that was made here and is still
+    empty at the end, as after bad input, is taken away again.
+
+    Raises:
+        RunFolderError: If it cannot be written, another process has it, or it holds parts of a
+            run but no config.
+    """
+    made = _make_folder(path)
+    lock_path = path / ".lock"
+    with _locked(lock_path) as lock:
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        try:
+            folder = RunFolder(path)
+            _check_content(folder)
+            yield folder
+        finally:
+            lock_path.unlink(missing_ok=True)
+            _remove_empty(made)
+
+
+def _make_folder(path: Path) -> Sequence[Path]:
+    """Make a folder; returns those that were missing, the innermost first."""
+    missing = [p for p in (path, *path.absolute().parents) if not p.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunFolderError(f"workdir {path}: cannot be made: {error.strerror}.") from error
+    return missing
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    for folder in folders:
+        try:
+            folder.rmdir()
+        except OSError:
+            return
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[TextIO]:
+    """An open file that this process alone has locked."""
+    while True:
+        try:
+            lock = path.open("a+", encoding="utf-8")
+        except OSError as error:
+            raise RunFolderError(
+                f"workdir {path.parent}: cannot be written: {error.strerror}."
+            ) from error
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.seek(0)
+                raise RunFolderError(
+                    f"workdir {path.parent}: another process trains in it (process "
+                    f"{lock.read().strip() or 'unknown'}). Wait for it, or give another --workdir."
+                ) from None
+            # The holder before may have unlinked this file between our opening and locking it.
+            if path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                yield lock
+                return
+
+
+def _check_content(folder: RunFolder) -> None:
+    parts = [p.name for p in (folder.metrics, folder.results, folder.path / "checkpoints")]
+    found = [name for name in parts if (folder.path / name).exists()]
+    if found and not folder.config.exists():
+        raise RunFolderError(
+            f"workdir {folder.path}: holds {', '.join(found)} but no config.yaml to tell of which "
+            "experiment. Give another --workdir."
+        )
+
+
+def check_config(folder: RunFolder, experiment: Experiment) -> None:
+    """Refuse to go on in the folder of another experiment.
+
+    Raises:
+        RunFolderError: Shows every setting that differs.
+    """
+    if not folder.config.exists():
+        return
+    differences = configs.differences(folder.load_config(), experiment)
+    if differences:
+        raise RunFolderError(
+            f"workdir {folder.path}: belongs to another config. Old -> new:\n  "
+            + "\n  ".join(differences)
+            + "\nGive another --workdir, or the old settings."
+        )

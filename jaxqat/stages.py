@@ -1,0 +1,332 @@
+"""A stage of an experiment in its run folder: what to train, from where, and where it is kept."""
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from jaxqat import config as configs
+from jaxqat.checkpoint import MODEL, OPTIMIZER, CheckpointError, CheckpointStore, Restored
+from jaxqat.data import Dataset, epoch_permutation
+from jaxqat.metrics import classification_metrics
+from jaxqat.networks import Evaluator, Networks, stage_key
+from jaxqat.runfolder import RunFolder
+from jaxqat.training import (
+    Collections,
+    Data,
+    DivergedError,
+    QatConfig,
+    Stage,
+    StageConfig,
+    StopRequest,
+    TrainState,
+    init_state,
+    make_optimizer,
+    make_schedule,
+    make_step,
+    run_stage,
+)
+from jaxqat.training.progress import StageProgress
+
+logger = logging.getLogger(__name__)
+
+STAGES = ("fp32", "qat")
+MAX_STEPS_PER_DISPATCH = 50
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """The numbers of a network: what evaluation needs."""
+
+    params: Any
+    collections: Collections
+
+    @classmethod
+    def of(cls, restored: Restored) -> "Model":
+        """The network in a checkpoint."""
+        tree = dict(restored.parts[MODEL])
+        return cls(tree.pop("params"), tree)
+
+    def tree(self) -> dict[str, Any]:
+        """As a checkpoint holds it: 'params' and the collections."""
+        return {"params": self.params, **self.collections}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class StageRun:
+    """A stage of an experiment in its run folder.
+
+    Attributes:
+        name: 'fp32' or 'qat'.
+        networks: The networks, the experiment and the data.
+        folder: Where checkpoints and metrics go.
+        evaluator: Of this stage's network.
+    """
+
+    name: str
+    networks: Networks
+    folder: RunFolder
+    evaluator: Evaluator
+
+    @property
+    def config(self) -> StageConfig:
+        """The stage's settings."""
+        return getattr(self.networks.experiment, self.name)
+
+    @property
+    def dataset(self) -> Dataset:
+        """The data."""
+        return self.networks.dataset
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole batches in the training split."""
+        return len(self.dataset.train) // self.config.batch_size
+
+    @property
+    def total_steps(self) -> int:
+        """Updates in the whole stage."""
+        return self.config.epochs * self.steps_per_epoch
+
+    def open_store(self, *, read_only: bool = False) -> CheckpointStore:
+        """The stage's checkpoints."""
+        return open_store(self.networks.experiment, self.folder, self.name, read_only=read_only)
+
+    def identity(self) -> dict[str, Any]:
+        """What every checkpoint says it belongs to."""
+        return {
+            "stage": self.name,
+            "config": configs.to_dict(self.networks.experiment),
+            "config_hash": configs.config_hash(self.networks.experiment),
+            "data": self.dataset.fingerprint,
+        }
+
+    def state_shapes(self) -> TrainState:
+        """The training state as shapes and dtypes."""
+        optimizer = self._optimizer()
+        return jax.eval_shape(
+            lambda: init_state(*_zeros(self.networks.shapes(self.name)), optimizer)
+        )
+
+    def train(
+        self,
+        start: Callable[[], Model],
+        *,
+        stop: StopRequest,
+        console: Console,
+    ) -> Model:
+        """Train to the end of the stage, from its newest good checkpoint if there is one.
+
+        Args:
+            start: Makes the network that a fresh stage starts from.
+            stop: Looked at after each dispatch.
+            console: Where progress is shown.
+
+        Returns:
+            The network that goes on: the last one, or the best one, as the experiment selects.
+        """
+        with self.open_store() as store:
+            restored = store.restore_newest_good(split_state(self.state_shapes()))
+            if restored is None:
+                model, seconds = start(), 0.0
+                state = init_state(model.params, model.collections, self._optimizer())
+            else:
+                check_data(restored, self.dataset.fingerprint)
+                state, seconds = join_state(restored), restored.info["epoch_seconds"]
+            done = int(state.step)
+            if done < self.total_steps:
+                self._announce(console, done)
+                self.folder.truncate_metrics(self.name, done)
+                state = self._run(store, state, done, seconds, stop, console)
+            last = Model(state.params, state.collections)
+            if self.networks.experiment.select == "last":
+                return last
+            store.wait()
+            return Model.of(restore_selected(store, self.networks, self.name))
+
+    def _run(
+        self,
+        store: CheckpointStore,
+        state: TrainState,
+        done: int,
+        seconds: float,
+        stop: StopRequest,
+        console: Console,
+    ) -> TrainState:
+        # A copy of its own: the loop gives the buffers away, the caller's arrays stay valid.
+        state = jax.tree.map(lambda leaf: jax.numpy.array(leaf, copy=True), state)
+        progress = StageProgress(
+            console,
+            stage=self.name,
+            epochs=self.config.epochs,
+            steps_per_epoch=self.steps_per_epoch,
+            batch_size=self.config.batch_size,
+            done=done,
+        )
+        with progress:
+            reporter = FolderReporter(self, store, progress)
+            return run_stage(
+                self._stage(), state, reporter=reporter, stop=stop, epoch_seconds=seconds
+            )
+
+    def _announce(self, console: Console, done: int) -> None:
+        if done:
+            epoch = done // self.steps_per_epoch
+            console.print(
+                f"{self.name}: resumed at step {done} of {self.total_steps} (epoch {epoch + 1})."
+            )
+        dropped = len(self.dataset.train) % self.config.batch_size
+        if dropped:
+            console.print(
+                f"{self.name}: the last, partial batch of each epoch is dropped: "
+                f"{dropped} of {len(self.dataset.train)} images."
+            )
+
+    def _optimizer(self):
+        return make_optimizer(
+            self.config.optimizer,
+            total_steps=self.total_steps,
+            steps_per_epoch=self.steps_per_epoch,
+        )
+
+    def _stage(self) -> Stage:
+        config, dataset, seed = self.config, self.dataset, self.networks.experiment.seed
+        steps = {frozen: self._step(frozen) for frozen in (False, True)}
+        frozen_from = config.frozen_from if isinstance(config, QatConfig) else config.epochs + 1
+        # QAT goes on counting epochs where FP32 ended, so that it sees other orders.
+        offset = 0 if self.name == "fp32" else self.networks.experiment.fp32.epochs
+        limit = config.steps_per_dispatch
+        if limit is None:
+            limit = 1 if jax.default_backend() == "cpu" else MAX_STEPS_PER_DISPATCH
+        images, labels = jax.device_put((dataset.train.images, dataset.train.labels))
+        return Stage(
+            name=self.name,
+            epochs=config.epochs,
+            steps_per_epoch=self.steps_per_epoch,
+            batch_size=config.batch_size,
+            steps_per_dispatch=limit,
+            step=lambda epoch: (steps[epoch >= frozen_from], epoch >= frozen_from),
+            order=lambda epoch: epoch_permutation(seed, offset + epoch, len(labels)),
+            data=Data(images, labels),
+            key=stage_key(seed, self.name),
+            learning_rate=make_schedule(
+                config.optimizer,
+                total_steps=self.total_steps,
+                steps_per_epoch=self.steps_per_epoch,
+            ),
+            validate=self._validate if dataset.validation is not None else None,
+        )
+
+    def _step(self, frozen: bool) -> Callable:
+        return make_step(
+            forward=self.networks.forward(self.name, frozen=frozen),
+            prepare=self.networks.prepare,
+            optimizer=self._optimizer(),
+            batch_size=self.config.batch_size,
+            steps_per_epoch=self.steps_per_epoch,
+            label_smoothing=self.config.label_smoothing,
+        )
+
+    def _validate(self, state: TrainState) -> tuple[float, float]:
+        split = self.dataset.validation
+        assert split is not None
+        logits = self.evaluator.logits(state.params, state.collections, split)
+        if not np.isfinite(logits).all():
+            raise DivergedError(
+                f"{self.name}: logits of the validation split are infinite or NaN after step "
+                f"{int(state.step)}; the checkpoints hold earlier states."
+            )
+        metrics = classification_metrics(split.labels, logits, self.dataset.class_names)
+        return metrics["loss"], metrics["accuracy"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FolderReporter:
+    """Keeps in the run folder, and shows, what the loop reports."""
+
+    run: StageRun
+    store: CheckpointStore
+    progress: StageProgress
+
+    def advance(self, steps: int) -> None:
+        """Move the bar."""
+        self.progress.advance(steps)
+
+    def epoch(self, record: dict[str, Any]) -> None:
+        """Add the epoch to metrics.jsonl and print it."""
+        self.run.folder.append_metrics(record)
+        self.progress.epoch(record)
+
+    def save(self, state: TrainState, record: dict[str, Any] | None, epoch_seconds: float) -> None:
+        """Write a checkpoint, if it is its turn."""
+        step, every = int(state.step), self.run.networks.experiment.checkpoint.every_epochs
+        due = record is None or record["epoch"] % every == 0 or step == self.run.total_steps
+        if due:
+            extra = {**self.run.identity(), "epoch_seconds": epoch_seconds}
+            parts = split_state(state)
+            self.store.save(
+                step, model=parts[MODEL], optimizer=parts[OPTIMIZER], record=record, extra=extra
+            )
+
+
+def split_state(state: TrainState) -> dict[str, Any]:
+    """The two parts of a checkpoint: what evaluation needs, and the rest."""
+    rest = state._asdict()
+    model = {"params": rest.pop("params"), **rest.pop("collections")}
+    return {MODEL: model, OPTIMIZER: rest}
+
+
+def join_state(restored: Restored) -> TrainState:
+    """The training state in a checkpoint."""
+    model = Model.of(restored)
+    return TrainState(
+        params=model.params, collections=model.collections, **restored.parts[OPTIMIZER]
+    )
+
+
+def open_store(
+    experiment: configs.Experiment, folder: RunFolder, stage: str, *, read_only: bool = False
+) -> CheckpointStore:
+    """The checkpoints of a stage; without a validation split none of them is the best."""
+    config = experiment.checkpoint
+    if not experiment.data.validation_size:
+        config = dataclasses.replace(config, keep_best=False)
+    return CheckpointStore(folder.checkpoints(stage), config, read_only=read_only)
+
+
+def restore_selected(store: CheckpointStore, networks: Networks, stage: str) -> Restored:
+    """The network that the experiment selects, verified.
+
+    Raises:
+        CheckpointError: If there is none, it is damaged, or of other data.
+    """
+    params, collections = networks.shapes(stage)
+    step = store.best_step() if networks.experiment.select == "best" else None
+    restored = store.restore({MODEL: {"params": params, **collections}}, step=step)
+    check_data(restored, networks.dataset.fingerprint)
+    return restored
+
+
+def check_data(restored: Restored, fingerprint: dict[str, Any]) -> None:
+    """Refuse data other than that a checkpoint was trained on.
+
+    Raises:
+        CheckpointError: Names what differs.
+    """
+    saved = restored.info["data"]
+    differing = sorted(
+        key for key in saved.keys() | fingerprint.keys() if saved.get(key) != fingerprint.get(key)
+    )
+    if differing:
+        raise CheckpointError(
+            f"the data is not what the checkpoint of step {restored.step} was trained on: "
+            + "; ".join(f"{k}: {saved.get(k)!r} -> {fingerprint.get(k)!r}" for k in differing)
+        )
+
+
+def _zeros(shapes: Any) -> Any:
+    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)

@@ -1,0 +1,108 @@
+"""Stochastic gradient descent with momentum, coupled weight decay and a cosine schedule.
+
+The update of PyTorch's SGD, which the published CIFAR recipes are written for:
+
+    g = gradient + weight_decay * p,    m = momentum * m + g,    p = p - learning_rate * m
+
+(with Nesterov's variant p = p - learning_rate * (g + momentum * m)). The decay is coupled: it is
+added to the gradient before the momentum and is scaled by the learning rate with it.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import optax
+
+SCHEDULES = ("cosine", "constant")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """How parameters are updated (config keys `fp32.optimizer`, `qat.optimizer`)."""
+
+    learning_rate: float = 0.1
+    """Peak step size, reached after the warm-up."""
+
+    momentum: float = 0.9
+    """Decay of the accumulated gradient per step, 0 up to (not including) 1."""
+
+    nesterov: bool = False
+    """Whether to look ahead by one momentum step (Sutskever et al. 2013)."""
+
+    weight_decay: float = 1e-4
+    """Coefficient of the L2 penalty's gradient, added to the gradient before the momentum."""
+
+    decay_norm_and_bias: bool = True
+    """Whether weight decay reaches batch norm's parameters and the biases too."""
+
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Learning rate after the warm-up: down to 0 along half a cosine (arXiv:1608.03983), or flat."""
+
+    warmup_epochs: float = 0.0
+    """Epochs over which the learning rate rises from 0 in a straight line."""
+
+    def __post_init__(self):
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate must be > 0, got {self.learning_rate!r}.")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must be in [0, 1), got {self.momentum!r}.")
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov needs momentum > 0, got 0.")
+        for name in ("weight_decay", "warmup_epochs"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)!r}.")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(
+                f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}."
+            )
+
+
+def make_schedule(
+    config: OptimizerConfig, *, total_steps: int, steps_per_epoch: int
+) -> optax.Schedule:
+    """Learning rate as a function of the number of updates already done.
+
+    lr(t) = peak * t / w                                     for t < w, the warm-up's steps
+    lr(t) = peak * (1 + cos(pi * (t - w) / (T - w))) / 2     from then on (cosine)
+
+    Raises:
+        ValueError: If the warm-up is not shorter than the training.
+    """
+    warmup = round(config.warmup_epochs * steps_per_epoch)
+    if warmup and warmup >= total_steps:
+        raise ValueError(
+            f"optimizer.warmup_epochs must be shorter than the training, got "
+            f"{config.warmup_epochs!r} ({warmup} of {total_steps} steps)."
+        )
+    peak = config.learning_rate
+    if config.schedule == "cosine":
+        main = optax.cosine_decay_schedule(peak, max(total_steps - warmup, 1))
+    else:
+        main = optax.constant_schedule(peak)
+    if not warmup:
+        return main
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), main], [warmup])
+
+
+def decays(params: Any) -> Any:
+    """Which parameters are weights of products: True for kernels, False for vectors and scalars."""
+    return jax.tree.map(lambda p: p.ndim > 1, params)
+
+
+def make_optimizer(
+    config: OptimizerConfig, *, total_steps: int, steps_per_epoch: int
+) -> optax.GradientTransformation:
+    """The update rule of the module's docstring.
+
+    Args:
+        config: Step size, momentum and decay.
+        total_steps: Updates in the whole stage, where the cosine reaches 0.
+        steps_per_epoch: Updates in an epoch, the unit of the warm-up.
+    """
+    schedule = make_schedule(config, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
+    mask = None if config.decay_norm_and_bias else decays
+    return optax.chain(
+        optax.add_decayed_weights(config.weight_decay, mask),
+        optax.sgd(schedule, momentum=config.momentum or None, nesterov=config.nesterov),
+    )

@@ -1,0 +1,83 @@
+"""What a person sees while a stage trains: a bar with images/s and ETA, and a line an epoch."""
+
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class StageProgress:
+    """The bar of a stage; on anything that is no terminal, only the lines.
+
+    A context manager: the bar is gone after the block, the lines stay.
+    """
+
+    def __init__(
+        self,
+        console: Console,
+        *,
+        stage: str,
+        epochs: int,
+        steps_per_epoch: int,
+        batch_size: int,
+        done: int,
+    ):
+        self._console, self._stage, self._epochs = console, stage, epochs
+        self._batch_size = batch_size
+        self._progress = Progress(
+            TextColumn(f"{stage} {{task.fields[epoch]}}/{epochs}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("steps, {task.fields[rate]} images/s, ETA"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._steps_per_epoch = steps_per_epoch
+        self._task = self._progress.add_task(
+            stage,
+            total=epochs * steps_per_epoch,
+            completed=done,
+            epoch=min(done // steps_per_epoch + 1, epochs),
+            rate="-",
+        )
+
+    def __enter__(self) -> "StageProgress":
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def advance(self, steps: int) -> None:
+        """That many more steps are done."""
+        self._progress.advance(self._task, steps)
+        task = self._progress.tasks[0]
+        if task.speed:
+            rate = f"{task.speed * self._batch_size:,.0f}"
+            epoch = min(int(task.completed) // self._steps_per_epoch + 1, self._epochs)
+            self._progress.update(self._task, epoch=epoch, rate=rate)
+
+    def epoch(self, record: Mapping[str, Any]) -> None:
+        """Print the line of an epoch."""
+        validation = ""
+        if record["validation_accuracy"] is not None:
+            validation = (
+                f", validation loss {record['validation_loss']:.4f} "
+                f"accuracy {100 * record['validation_accuracy']:.2f} %"
+            )
+        self._console.print(
+            f"{self._stage} epoch {record['epoch']}/{self._epochs}: loss {record['loss']:.4f} "
+            f"accuracy {100 * record['accuracy']:.2f} %{validation}, "
+            f"{record['images_per_s']:,.0f} images/s, {record['seconds']:.1f} s"
+            + (", frozen" if record["frozen"] else ""),
+            highlight=False,
+        )

@@ -1,0 +1,161 @@
+"""The training step: a pure function of the state, the resident split and a key.
+
+A step gathers its images from the split on the device, augments and normalizes them, and updates
+parameters by the gradient of the cross-entropy. Several steps form one dispatch (`lax.scan`), so
+that the host neither feeds nor waits. Nothing random is hidden: the key of a step is the stage's
+key folded with the step's number, and the images are those of the epoch's order at its position.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, Int32, Key, UInt8
+
+Collections = dict[str, Any]
+"""Linen's mutable collections beside the parameters: batch_stats, and quant in the QAT stage."""
+
+Forward = Callable[[Any, Collections, Array], tuple[Array, Collections]]
+"""(params, collections, images) -> (logits, updated collections)."""
+
+Prepare = Callable[[Array, Array], Array]
+"""(key, uint8 images) -> augmented, normalized float images."""
+
+
+class TrainState(NamedTuple):
+    """All that a stage changes; with the config and the data it determines the rest of the run."""
+
+    step: Int32[Array, ""]
+    """Updates done in this stage."""
+    params: Any
+    collections: Collections
+    opt_state: optax.OptState
+    loss_sum: Float[Array, ""]
+    """Sum of the batch losses of the current epoch so far."""
+    correct: Int32[Array, ""]
+    """Right predictions in the current epoch so far, on augmented images."""
+
+
+class Data(NamedTuple):
+    """The training split, resident on the device."""
+
+    images: UInt8[Array, "n h w c"]
+    labels: Int[Array, " n"]
+
+
+def init_state(
+    params: Any, collections: Collections, optimizer: optax.GradientTransformation
+) -> TrainState:
+    """The state before the first step."""
+    return TrainState(
+        step=jnp.int32(0),
+        params=params,
+        collections=collections,
+        opt_state=optimizer.init(params),
+        loss_sum=jnp.float32(0),
+        correct=jnp.int32(0),
+    )
+
+
+def cross_entropy(
+    logits: Float[Array, "b k"], labels: Int[Array, " b"], label_smoothing: float
+) -> Float[Array, ""]:
+    """Mean cross-entropy against (1 - a) one_hot(label) + a / k, a the label smoothing.
+
+    (Szegedy et al. 2015, arXiv:1512.00567, section 7.) In float32 whatever the logits are.
+    """
+    log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
+    picked = jnp.take_along_axis(log_p, labels[:, None], axis=1)[:, 0]
+    return -jnp.mean((1 - label_smoothing) * picked + label_smoothing * log_p.mean(axis=1))
+
+
+def make_step(
+    *,
+    forward: Forward,
+    prepare: Prepare,
+    optimizer: optax.GradientTransformation,
+    batch_size: int,
+    steps_per_epoch: int,
+    label_smoothing: float,
+) -> Callable[[TrainState, Data, Array, Array], tuple[TrainState, Array]]:
+    """One update as a function (state, data, order, key) -> (state, loss of the batch).
+
+    Args:
+        forward: The model in training mode.
+        prepare: Augmentation and normalization.
+        optimizer: The update rule.
+        batch_size: Images a step.
+        steps_per_epoch: Whole batches in an epoch; order[steps_per_epoch * batch_size:] is unused.
+        label_smoothing: See `cross_entropy`.
+    """
+
+    def step(
+        state: TrainState, data: Data, order: Int32[Array, " n"], key: Key[Array, ""]
+    ) -> tuple[TrainState, Float[Array, ""]]:
+        position = state.step % steps_per_epoch
+        indices = jax.lax.dynamic_slice_in_dim(order, position * batch_size, batch_size)
+        labels = data.labels[indices]
+        images = prepare(jax.random.fold_in(key, state.step), data.images[indices])
+
+        def loss_of(params):
+            logits, collections = forward(params, state.collections, images)
+            return cross_entropy(logits, labels, label_smoothing), (logits, collections)
+
+        gradient = jax.value_and_grad(loss_of, has_aux=True)
+        (loss, (logits, collections)), grads = gradient(state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        is_first = position == 0
+        correct = jnp.sum(jnp.argmax(logits, axis=-1) == labels, dtype=jnp.int32)
+        new_state = TrainState(
+            step=state.step + 1,
+            params=optax.apply_updates(state.params, updates),
+            collections=collections,
+            opt_state=opt_state,
+            loss_sum=jnp.where(is_first, 0.0, state.loss_sum) + loss,
+            correct=jnp.where(is_first, 0, state.correct) + correct,
+        )
+        return new_state, loss
+
+    return step
+
+
+def make_dispatch(step: Callable, length: int) -> Callable:
+    """`length` steps as one jitted call that takes over the state's buffers.
+
+    One step is not wrapped in a loop: XLA's CPU backend runs the body of a loop on its slow
+    paths, without the threaded convolutions it has outside of one.
+
+    Returns:
+        (state, data, order, key) -> (state, loss of the last batch). The loss is a buffer of its
+        own: it stays readable when the state has been given to the next call.
+    """
+    if length == 1:
+        return jax.jit(step, donate_argnums=0)
+
+    def dispatch(state, data, order, key):
+        state, losses = jax.lax.scan(
+            lambda carry, _: step(carry, data, order, key), state, length=length
+        )
+        return state, losses[-1]
+
+    return jax.jit(dispatch, donate_argnums=0)
+
+
+def dispatch_length(steps_per_epoch: int, limit: int) -> int:
+    """Steps per dispatch: at most `limit`, and a divisor of the epoch if one is near the limit.
+
+    A divisor spares a second compilation for what is left at the end of an epoch.
+    """
+    for length in range(min(limit, steps_per_epoch), limit // 2, -1):
+        if steps_per_epoch % length == 0:
+            return length
+    return min(limit, steps_per_epoch)
+
+
+@jax.jit
+def is_finite(state: TrainState) -> Array:
+    """Whether every number of the state is finite."""
+    leaves = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in leaves]))
