@@ -121,7 +121,7 @@ def test_the_root_comes_from_the_environment_if_the_config_names_none(
 def truncate(directory):
     path = shard(directory)
     path.write_bytes(path.read_bytes()[:-50_000])
-    return path
+    return f"{path}: 0 records in {path.stat().st_size} bytes"
 
 
 def empty(directory):
@@ -131,12 +131,12 @@ def empty(directory):
 
 def delete(directory):
     shard(directory, "test").unlink()
-    return shard(directory, "test")
+    return f"{shard(directory, 'test')}: missing; split 'test' needs it"
 
 
 def swap_train_for_test(directory):
     shard(directory).write_bytes(shard(directory, "test").read_bytes())
-    return "7 records, but dataset_info.json says 20"
+    return f"{shard(directory)}: 7 records"
 
 
 def flip_a_bit_of_the_records(directory):
