@@ -148,7 +148,7 @@ def test_unknown_ranges_are_left_blank():
 
 def test_figures_neither_follow_nor_change_the_user_s_matplotlib_settings():
     plain = draw_curves("FP32", epochs(3), None, LIGHT)
-    with matplotlib.rc_context({"font.size": 30, "axes.grid": False}):
+    with matplotlib.rc_context({"axes.linewidth": 9, "axes.grid": False}):
         before = dict(matplotlib.rcParams)
         assert draw_curves("FP32", epochs(3), None, LIGHT) == plain
         assert dict(matplotlib.rcParams) == before

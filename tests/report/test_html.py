@@ -208,6 +208,15 @@ def test_frozen_part_is_explained_only_where_there_is_one(write_run, undrawn):
     assert "statistics are frozen" not in write_report(workdir).read_text()
 
 
+def test_selected_weights_are_said_to_be_selected(write_run, undrawn):
+    workdir = write_run(fp32_epochs=2, qat_epochs=1)
+    assert "did best on the validation split" not in write_report(workdir).read_text()
+
+    with (workdir / "config.yaml").open("a") as file:
+        file.write("select: best\n")
+    assert "did best on the validation split" in write_report(workdir).read_text()
+
+
 def test_same_run_gives_the_same_bytes(write_run):
     workdir = write_run(fp32_epochs=2, qat_epochs=1)
 
