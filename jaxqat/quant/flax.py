@@ -91,7 +91,8 @@ class QuantizedModule:
 
     def calibrate(self, variables: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The 'quant' collection after observing one more batch of the module in float."""
-        _, evaluator = self._evaluate(variables, args, kwargs, None, [], Mode.CALIBRATE)
+        updated = list(_split(variables)[1])  # Batch norm when it trains; not kept.
+        _, evaluator = self._evaluate(variables, args, kwargs, None, updated, Mode.CALIBRATE)
         return nest(evaluator.new_ranges)
 
     def describe(self, variables: Any, *args: Any, **kwargs: Any) -> tuple[LayerInfo, ...]:
@@ -105,7 +106,8 @@ class QuantizedModule:
 
     def _plan(self, variables: Any, args: Any, kwargs: Any) -> Any:
         parameters, others, _ = _split(variables)
-        return self._function([]).plan(Call.of(parameters, others, (args, kwargs, None)))[0]
+        call = Call.of(parameters, others, (args, kwargs, None))
+        return self._function(list(others)).plan(call)[0]
 
     def _evaluate(self, variables, args, kwargs, rngs, mutable, mode):
         parameters, others, state = _split(variables)

@@ -22,7 +22,7 @@ from aqt.jax.v2.numerics import int_numerics
 from aqt.jax.v2.numerics import numerics as aqt_numerics
 from jaxtyping import Array, Float, Int8
 
-from jaxqat.quant.products import Product, backward, weight_sums
+from jaxqat.quant.products import Product, backward
 from jaxqat.quant.ranges import Grid, GridCalibration
 
 _CONTEXT = aqt_utils.Context(key=None, train_step=None)
@@ -213,11 +213,11 @@ def multiply(
 
 def _multiply_forward(how, x, codes, grid, weights):
     weight_codes, weight_scale = quantize_weights(weights, bits=how.bits, axes=how.axes)
-    total = how.product.accumulate(codes, grid.zero_point, weight_codes)
+    total = how.product.accumulate(codes, weight_codes)
     if grid.zero_point is None:
         correction = jnp.zeros((), jnp.float32)
     else:
-        sums = weight_sums(how.product, weight_codes)
+        sums = how.product.zero_sums(codes.shape, weight_codes)
         correction = (-grid.zero_point * sums).astype(jnp.float32)
     channels = [1 if a in how.product.channel_axes else n for a, n in enumerate(weights.shape)]
     scale = grid.scale * how.product.over_output(jnp.broadcast_to(weight_scale, channels))

@@ -7,7 +7,10 @@ point z) and codes k of the weights,
     sum((q - z) * k) = sum(q * k) - z * sum(k)
 
 (Jacob et al. 2018, arXiv:1712.05877, equation 7): `accumulate` gives the first sum and
-`weight_sums` what the zero point is multiplied with. Borders are padded with z, not with 0.
+`zero_sums` what the zero point is multiplied with. A border holds real zeros, that is the code z,
+which the formula's second form leaves out of both sums: the codes are padded with 0, and the
+weights are summed over the taps that meet the tensor. That is one small map for the whole batch,
+and saves copying every tensor into a larger one.
 """
 
 from __future__ import annotations
@@ -20,8 +23,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Int8
-
-ZeroPoint = Int[Array, ""] | None
 
 
 class Product(Protocol):
@@ -39,9 +40,15 @@ class Product(Protocol):
         ...
 
     def accumulate(
-        self, codes: Int8[Array, "..."], zero_point: ZeroPoint, weights: Int8[Array, "..."]
+        self, codes: Int8[Array, "..."], weights: Int8[Array, "..."]
     ) -> Float[Array, "..."]:
         """s8 x s8 -> s32 sums of code products, converted to float32."""
+        ...
+
+    def zero_sums(
+        self, shape: tuple[int, ...], weights: Int8[Array, "..."]
+    ) -> Int[Array, "..."]:
+        """Sums of the weight codes that meet a tensor of this shape, broadcastable to the output."""
         ...
 
     def real(self, x: Array, weights: Array) -> Array:
@@ -51,12 +58,6 @@ class Product(Protocol):
     def macs(self, weight_shape: tuple[int, ...], output_shape: tuple[int, ...]) -> int:
         """Multiply-accumulates for an output of this shape."""
         ...
-
-
-def weight_sums(product: Product, weights: Int8[Array, "..."]) -> Int[Array, "..."]:
-    """Sum of the weight codes behind each output channel, in int32, broadcastable to the output."""
-    sums = jnp.sum(weights.astype(jnp.int32), axis=product.channel_axes, keepdims=True)
-    return product.over_output(sums)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -78,60 +79,53 @@ class Convolution:
         shape[self.params["dimension_numbers"].out_spec[1]] = values.size
         return values.reshape(shape)
 
-    def accumulate(self, codes, zero_point, weights):
-        padding, lhs_dilation = self.params["padding"], self.params["lhs_dilation"]
-        borders = any(low or high for low, high in padding) or any(d > 1 for d in lhs_dilation)
-        if borders and zero_point is not None:
-            config = [(0, 0, 0)] * codes.ndim
-            spatial = self.params["dimension_numbers"].lhs_spec[2:]
-            for axis, (low, high), dilation in zip(spatial, padding, lhs_dilation, strict=True):
-                config[axis] = (low, high, dilation - 1)
-            codes = lax.pad(codes, zero_point.astype(jnp.int8), config)
-            padding = ((0, 0),) * len(spatial)
-            lhs_dilation = (1,) * len(spatial)
-
-        def integer(codes, weights):
-            # The s32 result is converted at once: cuDNN has no s8 convolution with s32 output.
-            return lax.conv_general_dilated(
-                codes,
-                weights,
-                self.params["window_strides"],
-                padding,
-                lhs_dilation=lhs_dilation,
-                rhs_dilation=self.params["rhs_dilation"],
-                dimension_numbers=self.params["dimension_numbers"],
-                feature_group_count=self.params["feature_group_count"],
-                precision=lax.Precision.DEFAULT,
-                preferred_element_type=jnp.int32,
-            ).astype(jnp.float32)
-
+    def accumulate(self, codes, weights):
         return lax.platform_dependent(
-            codes, weights, cpu=self._widened(integer), default=integer
+            codes, weights, cpu=self._widened, default=self._integer
         )
 
-    def _widened(self, integer):
+    def zero_sums(self, shape, weights):
+        borders = any(low or high for low, high in self.params["padding"])
+        if not borders and all(d == 1 for d in self.params["lhs_dilation"]):
+            sums = jnp.sum(weights.astype(jnp.int32), axis=self.channel_axes, keepdims=True)
+            return self.over_output(sums)
+        batch = self.params["dimension_numbers"].lhs_spec[0]
+        ones = jnp.ones((*shape[:batch], 1, *shape[batch + 1 :]), jnp.int8)
+        return self.accumulate(ones, weights).astype(jnp.int32)
+
+    def _integer(self, codes, weights):
+        # The s32 result is converted at once: cuDNN has no s8 convolution with s32 output.
+        return lax.conv_general_dilated(
+            codes,
+            weights,
+            self.params["window_strides"],
+            self.params["padding"],
+            lhs_dilation=self.params["lhs_dilation"],
+            rhs_dilation=self.params["rhs_dilation"],
+            dimension_numbers=self.params["dimension_numbers"],
+            feature_group_count=self.params["feature_group_count"],
+            precision=lax.Precision.DEFAULT,
+            preferred_element_type=jnp.int32,
+        ).astype(jnp.float32)
+
+    def _widened(self, codes, weights):
         """The same sums in channel counts for which XLA's CPU backend has a fast kernel.
 
         It sends an s8 convolution to its library only if one side has more than 16 channels, and
         runs it up to 10 times slower otherwise; 3 input channels are slow as well.
         """
-        numbers = self.params["dimension_numbers"]
         if self.params["feature_group_count"] != 1:
-            return integer
-
-        def widened(codes, weights):
-            inputs, outputs = weights.shape[numbers.rhs_spec[1]], weights.shape[numbers.rhs_spec[0]]
-            more_inputs = -inputs % 4
-            more_outputs = 32 - outputs if max(inputs, outputs) <= 16 else 0
-            codes = _pad_end(codes, {numbers.lhs_spec[1]: more_inputs})
-            weights = _pad_end(
-                weights, {numbers.rhs_spec[1]: more_inputs, numbers.rhs_spec[0]: more_outputs}
-            )
-            return lax.slice_in_dim(
-                integer(codes, weights), 0, outputs, axis=numbers.out_spec[1]
-            )
-
-        return widened
+            return self._integer(codes, weights)
+        numbers = self.params["dimension_numbers"]
+        inputs, outputs = weights.shape[numbers.rhs_spec[1]], weights.shape[numbers.rhs_spec[0]]
+        more_inputs = -inputs % 4
+        more_outputs = 32 - outputs if max(inputs, outputs) <= 16 else 0
+        codes = _pad_end(codes, {numbers.lhs_spec[1]: more_inputs})
+        weights = _pad_end(
+            weights, {numbers.rhs_spec[1]: more_inputs, numbers.rhs_spec[0]: more_outputs}
+        )
+        sums = self._integer(codes, weights)
+        return lax.slice_in_dim(sums, 0, outputs, axis=numbers.out_spec[1])
 
     def real(self, x, weights):
         return self.primitive.bind(x, weights, **self.params)
@@ -174,8 +168,12 @@ class Dot:
     def _ordered(self, x, weights):
         return (weights, x) if self.weight_side == 0 else (x, weights)
 
-    def accumulate(self, codes, zero_point, weights):
-        del zero_point  # A dot has no borders.
+    def zero_sums(self, shape, weights):
+        del shape  # A dot has no borders.
+        sums = jnp.sum(weights.astype(jnp.int32), axis=self.channel_axes, keepdims=True)
+        return self.over_output(sums)
+
+    def accumulate(self, codes, weights):
         return lax.dot_general(
             *self._ordered(codes, weights),
             self.params["dimension_numbers"],

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax import api_util
 from jax.extend import core as jex_core
 
 PRODUCTS = frozenset({"conv_general_dilated", "dot_general"})
@@ -62,7 +63,11 @@ def bind_equation(equation: Any, operands: Sequence[Any]) -> list[Any]:
             for v, operand in zip(equation.invars, operands, strict=True)
             if not isinstance(v, jex_core.Literal)
         }
-        jaxpr = jex_core.Jaxpr((), tuple(values), equation.outvars, [equation], equation.effects)
+        info = api_util.debug_info("jaxqat", bind_equation, (equation, operands), {})
+        info = info._replace(arg_names=("operand",) * len(values), result_paths=None)
+        jaxpr = jex_core.Jaxpr(
+            (), tuple(values), equation.outvars, [equation], equation.effects, info
+        )
         return list(jex_core.jaxpr_as_fun(jex_core.ClosedJaxpr(jaxpr, ()))(*values.values()))
     results = equation.primitive.bind(*operands, **equation.params)
     return list(results) if equation.primitive.multiple_results else [results]
