@@ -1,6 +1,7 @@
 """Digits, validation splits, limits, statistics, fingerprints and the checks of the config."""
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ def keys(split):
 def test_digits_are_scikit_learns_scaled_to_255_each_in_one_split():
     data = load_dataset(DataConfig())
 
-    bunch = sklearn.datasets.load_digits()
+    bunch: Any = sklearn.datasets.load_digits()
     # v * 255 / 16 in integers: floor((510 v + 16) / 32) rounds to nearest, and no v gives a tie
     # except v = 8 (127.5), which rint rounds to even: 128, the same.
     values = bunch.images.astype(np.int64)

@@ -1,6 +1,7 @@
 """Folders of images by class."""
 
 import shutil
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,11 @@ from jaxqat.data import DataConfig, DataError, load_dataset
 
 
 def config(root, tmp_path, **changes):
-    values = {"name": "folder", "data_dir": str(root), "cache_dir": str(tmp_path / "cache")}
+    values: dict[str, Any] = {
+        "name": "folder",
+        "data_dir": str(root),
+        "cache_dir": str(tmp_path / "cache"),
+    }
     return DataConfig(**(values | changes))
 
 

@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,11 @@ from jaxqat.data import DataConfig, DataError, load_dataset
 
 
 def config(root, tmp_path, **changes):
-    values = {"name": "tiny_shapes", "data_dir": str(root), "cache_dir": str(tmp_path / "cache")}
+    values: dict[str, Any] = {
+        "name": "tiny_shapes",
+        "data_dir": str(root),
+        "cache_dir": str(tmp_path / "cache"),
+    }
     return DataConfig(**(values | changes))
 
 
