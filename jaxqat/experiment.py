@@ -4,21 +4,22 @@ The three functions are what the command line and the scripts call. The test spl
 `train`, after both stages; until then nothing but training and validation images is looked at.
 """
 
-import logging
+import functools
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
-from jaxqat import results as results_module
 from jaxqat.config import Experiment, to_yaml
 from jaxqat.data import DataError, Dataset, Split, load_dataset
+from jaxqat.display import print_evaluation, print_results
 from jaxqat.metrics import classification_metrics
 from jaxqat.networks import Evaluator, Networks, matmul_precision
 from jaxqat.report import write_report, write_samples
+from jaxqat.results import describe_network, describe_run, stage_seconds
 from jaxqat.runfolder import (
     RunFolder,
     RunFolderError,
@@ -27,10 +28,9 @@ from jaxqat.runfolder import (
     write_atomically,
     write_json,
 )
-from jaxqat.stages import STAGES, Model, StageRun, open_store, restore_selected
-from jaxqat.training import QatConfig, StopRequest, stop_on_signals
-
-logger = logging.getLogger(__name__)
+from jaxqat.snapshots import Model, open_store, restore_selected
+from jaxqat.stages import STAGES, StageRun
+from jaxqat.training import StopRequest, stop_on_signals
 
 SPLITS = ("test", "train", "validation")
 SAMPLE_COUNT = 32
@@ -71,6 +71,7 @@ def train(
         if folder.results.exists():
             return _already_finished(folder, console)
         dataset = load_dataset(experiment.data)
+        stop.raise_if_set()
         _check_sizes(experiment, dataset)
         with matmul_precision(experiment):
             networks = Networks.build(experiment, dataset)
@@ -111,7 +112,7 @@ def evaluate(
             Evaluator(networks, stage), Model.of(restored), images, dataset.class_names
         )
     result = {
-        **results_module.describe_run(networks, None),
+        **describe_run(networks, None),
         "stage": stage,
         "split": split,
         "step": restored.step,
@@ -165,9 +166,14 @@ def _run(
     runs = {name: StageRun(name, networks, folder, Evaluator(networks, name)) for name in STAGES}
     fp32 = runs["fp32"].train(lambda: Model(*networks.init()), stop=stop, console=console)
     stop.raise_if_set()
-    qat = runs["qat"].train(lambda: _calibrated(networks, fp32), stop=stop, console=console)
+    calibrated = functools.cache(partial(_calibrated, networks, fp32))
+    qat = runs["qat"].train(calibrated, stop=stop, console=console)
     stop.raise_if_set()
-    results = _test(networks, folder, runs, fp32, qat, stop, command)
+    models = {"fp32": fp32, "qat": qat}
+    if networks.experiment.qat.test_calibrated:
+        models["calibrated"] = calibrated()
+    results = _test(networks, folder, runs, models, command)
+    stop.raise_if_set()
     sample = networks.dataset.test
     write_samples(
         folder.path,
@@ -190,41 +196,34 @@ def _test(
     networks: Networks,
     folder: RunFolder,
     runs: dict[str, StageRun],
-    fp32: Model,
-    qat: Model,
-    stop: StopRequest,
+    models: dict[str, Model],
     command: str | None,
 ) -> dict[str, Any]:
     """Read the test split, once for each network, and put the results together."""
     test, names = networks.dataset.test, networks.dataset.class_names
     records = folder.read_metrics()
-    results = results_module.describe_run(networks, command)
-    speed = {}
-    for name, model in (("fp32", fp32), ("qat", qat)):
-        metrics, images_per_s = _measure(runs[name].evaluator, model, test, names)
-        timing = results_module.stage_seconds(records, name)
+    results, speed = describe_run(networks, command), {}
+    for name in STAGES:
+        metrics, images_per_s = _measure(runs[name].evaluator, models[name], test, names)
+        timing = stage_seconds(records, name)
         speed[name] = {
             "train_images_per_s": timing.pop("train_images_per_s"),
             "evaluate_images_per_s": images_per_s,
         }
         results[name] = {"test": metrics, **timing}
-        stop.raise_if_set()
-    config = networks.experiment.qat
-    if isinstance(config, QatConfig) and config.test_calibrated:
-        model = _calibrated(networks, fp32)
-        metrics, _ = _measure(runs["qat"].evaluator, model, test, names)
+    if "calibrated" in models:
+        metrics, _ = _measure(runs["qat"].evaluator, models["calibrated"], test, names)
         results["qat"]["calibrated"] = {"test": metrics}
-    results["speed"] = speed
-    results.update(results_module.describe_network(networks, qat.params, qat.collections["quant"]))
-    return results
+    qat = models["qat"]
+    network = describe_network(networks, qat.params, qat.collections["quant"])
+    return {**results, "speed": speed, **network}
 
 
 def _measure(
     evaluator: Evaluator, model: Model, split: Split, class_names: tuple[str, ...]
 ) -> tuple[dict[str, Any], float]:
     """Metrics over a split and images/s, the compilation not counted."""
-    size = min(evaluator.batch_size, len(split))
-    evaluator.logits(model.params, model.collections, split.take(np.arange(size)))
+    evaluator.logits(model.params, model.collections, split.take(np.arange(1)))
     start = time.perf_counter()
     logits = evaluator.logits(model.params, model.collections, split)
     seconds = time.perf_counter() - start
@@ -236,37 +235,3 @@ def _split(dataset: Dataset, name: str) -> Split:
     if split is None:
         raise RunFolderError("this run has no validation split (data.validation_size is 0).")
     return split
-
-
-def print_results(results: dict[str, Any], console: Console) -> None:
-    """Show what was achieved on the test split."""
-    table = Table(title=f"{results['name']}: {results['data']['name']}, test split")
-    table.add_column("network")
-    for column in ("accuracy", "precision", "recall", "F1", "loss"):
-        table.add_column(column, justify="right")
-    for name, metrics in results_module.summary_rows(results):
-        table.add_row(name, *_scores(metrics))
-    console.print(table)
-
-
-def print_evaluation(result: dict[str, Any], console: Console) -> None:
-    """Show the metrics of one network on one split, class by class."""
-    metrics = result["metrics"]
-    table = Table(
-        title=f"{result['name']}: {result['stage']} at step {result['step']}, "
-        f"{metrics['n']} images of the {result['split']} split"
-    )
-    for column in ("class", "precision", "recall", "F1", "images"):
-        table.add_column(column, justify="left" if column == "class" else "right")
-    for row in metrics["per_class"]:
-        scores = (f"{100 * row[key]:.2f} %" for key in ("precision", "recall", "f1"))
-        table.add_row(row["name"], *scores, str(row["support"]))
-    console.print(table)
-    names = ("accuracy", "precision", "recall", "F1", "loss")
-    scores = ", ".join(f"{n} {v}" for n, v in zip(names, _scores(metrics), strict=True))
-    console.print(f"{scores}; {result['evaluate_images_per_s']:,.0f} images/s", highlight=False)
-
-
-def _scores(metrics: dict[str, Any]) -> list[str]:
-    percent = [f"{100 * metrics[key]:.2f} %" for key in ("accuracy", "precision", "recall", "f1")]
-    return [*percent, f"{metrics['loss']:.4f}"]

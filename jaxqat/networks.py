@@ -119,6 +119,8 @@ class Networks:
         config, images = self.experiment.qat, self.dataset.train.images
         variables = {"params": params, **collections}
         ranges = self.quantized.init_ranges(variables, self._one_image(), train=False)
+        # Of the same types as `observe` returns them, which then compiles once.
+        ranges = jax.tree.map(lambda leaf: jnp.array(leaf, leaf.dtype), ranges)
 
         @jax.jit
         def observe(variables, ranges, batch):
@@ -158,7 +160,7 @@ class Evaluator:
 
     def logits(self, params: Any, collections: Mapping[str, Any], split: Split) -> np.ndarray:
         """Logits of every image of a split, each once."""
-        batches = eval_batches(split, min(self.batch_size, len(split)))
-        variables = {"params": params, **collections}
+        batches = eval_batches(split, self.batch_size)
+        variables = jax.device_put({"params": params, **collections})
         logits = [self.predict(variables, images) for images in batches.images]
         return np.concatenate(jax.device_get(logits))[batches.mask.reshape(-1)]

@@ -3,20 +3,30 @@
 import dataclasses
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
 from jaxqat import config as configs
-from jaxqat.checkpoint import MODEL, OPTIMIZER, CheckpointError, CheckpointStore, Restored
+from jaxqat.checkpoint import CheckpointStore
+from jaxqat.checkpoint.store import MODEL, OPTIMIZER
 from jaxqat.data import Dataset, epoch_permutation
 from jaxqat.metrics import classification_metrics
 from jaxqat.networks import Evaluator, Networks, stage_key
 from jaxqat.runfolder import RunFolder
+from jaxqat.snapshots import (
+    Model,
+    check_data,
+    join_state,
+    open_store,
+    restore_selected,
+    split_state,
+)
 from jaxqat.training import (
-    Collections,
     Data,
     DivergedError,
     QatConfig,
@@ -36,24 +46,6 @@ logger = logging.getLogger(__name__)
 
 STAGES = ("fp32", "qat")
 MAX_STEPS_PER_DISPATCH = 50
-
-
-@dataclasses.dataclass(frozen=True)
-class Model:
-    """The numbers of a network: what evaluation needs."""
-
-    params: Any
-    collections: Collections
-
-    @classmethod
-    def of(cls, restored: Restored) -> "Model":
-        """The network in a checkpoint."""
-        tree = dict(restored.parts[MODEL])
-        return cls(tree.pop("params"), tree)
-
-    def tree(self) -> dict[str, Any]:
-        """As a checkpoint holds it: 'params' and the collections."""
-        return {"params": self.params, **self.collections}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -107,10 +99,8 @@ class StageRun:
 
     def state_shapes(self) -> TrainState:
         """The training state as shapes and dtypes."""
-        optimizer = self._optimizer()
-        return jax.eval_shape(
-            lambda: init_state(*_zeros(self.networks.shapes(self.name)), optimizer)
-        )
+        init = partial(init_state, optimizer=self._optimizer())
+        return jax.eval_shape(init, *self.networks.shapes(self.name))
 
     def train(
         self,
@@ -133,7 +123,8 @@ class StageRun:
             restored = store.restore_newest_good(split_state(self.state_shapes()))
             if restored is None:
                 model, seconds = start(), 0.0
-                state = init_state(model.params, model.collections, self._optimizer())
+                init = jax.jit(partial(init_state, optimizer=self._optimizer()))
+                state = init(model.params, model.collections)
             else:
                 check_data(restored, self.dataset.fingerprint)
                 state, seconds = join_state(restored), restored.info["epoch_seconds"]
@@ -158,7 +149,8 @@ class StageRun:
         console: Console,
     ) -> TrainState:
         # A copy of its own: the loop gives the buffers away, the caller's arrays stay valid.
-        state = jax.tree.map(lambda leaf: jax.numpy.array(leaf, copy=True), state)
+        # (`device_put` would not do: on a CPU it shares the memory of a NumPy array.)
+        state = jax.jit(partial(jax.tree.map, jnp.copy))(state)
         progress = StageProgress(
             console,
             stage=self.name,
@@ -177,13 +169,15 @@ class StageRun:
         if done:
             epoch = done // self.steps_per_epoch
             console.print(
-                f"{self.name}: resumed at step {done} of {self.total_steps} (epoch {epoch + 1})."
+                f"{self.name}: resumed at step {done} of {self.total_steps} (epoch {epoch + 1}).",
+                soft_wrap=True,
             )
         dropped = len(self.dataset.train) % self.config.batch_size
         if dropped:
             console.print(
                 f"{self.name}: the last, partial batch of each epoch is dropped: "
-                f"{dropped} of {len(self.dataset.train)} images."
+                f"{dropped} of {len(self.dataset.train)} images.",
+                soft_wrap=True,
             )
 
     def _optimizer(self):
@@ -210,7 +204,7 @@ class StageRun:
             batch_size=config.batch_size,
             steps_per_dispatch=limit,
             step=lambda epoch: (steps[epoch >= frozen_from], epoch >= frozen_from),
-            order=lambda epoch: epoch_permutation(seed, offset + epoch, len(labels)),
+            order=jax.jit(lambda epoch: epoch_permutation(seed, offset + epoch, len(labels))),
             data=Data(images, labels),
             key=stage_key(seed, self.name),
             learning_rate=make_schedule(
@@ -231,17 +225,18 @@ class StageRun:
             label_smoothing=self.config.label_smoothing,
         )
 
-    def _validate(self, state: TrainState) -> tuple[float, float]:
+    def _validate(self, state: TrainState) -> dict[str, float]:
         split = self.dataset.validation
-        assert split is not None
+        if split is None:
+            return {}
         logits = self.evaluator.logits(state.params, state.collections, split)
         if not np.isfinite(logits).all():
             raise DivergedError(
                 f"{self.name}: logits of the validation split are infinite or NaN after step "
-                f"{int(state.step)}; the checkpoints hold earlier states."
+                f"{int(state.step)}; checkpoints from before it are good."
             )
         metrics = classification_metrics(split.labels, logits, self.dataset.class_names)
-        return metrics["loss"], metrics["accuracy"]
+        return {f"validation_{key}": metrics[key] for key in ("loss", "accuracy")}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -261,72 +256,20 @@ class FolderReporter:
         self.run.folder.append_metrics(record)
         self.progress.epoch(record)
 
-    def save(self, state: TrainState, record: dict[str, Any] | None, epoch_seconds: float) -> None:
+    def save(
+        self,
+        state: TrainState,
+        record: dict[str, Any] | None,
+        *,
+        epoch_seconds: float,
+        stopping: bool,
+    ) -> None:
         """Write a checkpoint, if it is its turn."""
         step, every = int(state.step), self.run.networks.experiment.checkpoint.every_epochs
-        due = record is None or record["epoch"] % every == 0 or step == self.run.total_steps
-        if due:
+        is_last = step == self.run.total_steps
+        if stopping or is_last or record is None or record["epoch"] % every == 0:
             extra = {**self.run.identity(), "epoch_seconds": epoch_seconds}
             parts = split_state(state)
             self.store.save(
                 step, model=parts[MODEL], optimizer=parts[OPTIMIZER], record=record, extra=extra
             )
-
-
-def split_state(state: TrainState) -> dict[str, Any]:
-    """The two parts of a checkpoint: what evaluation needs, and the rest."""
-    rest = state._asdict()
-    model = {"params": rest.pop("params"), **rest.pop("collections")}
-    return {MODEL: model, OPTIMIZER: rest}
-
-
-def join_state(restored: Restored) -> TrainState:
-    """The training state in a checkpoint."""
-    model = Model.of(restored)
-    return TrainState(
-        params=model.params, collections=model.collections, **restored.parts[OPTIMIZER]
-    )
-
-
-def open_store(
-    experiment: configs.Experiment, folder: RunFolder, stage: str, *, read_only: bool = False
-) -> CheckpointStore:
-    """The checkpoints of a stage; without a validation split none of them is the best."""
-    config = experiment.checkpoint
-    if not experiment.data.validation_size:
-        config = dataclasses.replace(config, keep_best=False)
-    return CheckpointStore(folder.checkpoints(stage), config, read_only=read_only)
-
-
-def restore_selected(store: CheckpointStore, networks: Networks, stage: str) -> Restored:
-    """The network that the experiment selects, verified.
-
-    Raises:
-        CheckpointError: If there is none, it is damaged, or of other data.
-    """
-    params, collections = networks.shapes(stage)
-    step = store.best_step() if networks.experiment.select == "best" else None
-    restored = store.restore({MODEL: {"params": params, **collections}}, step=step)
-    check_data(restored, networks.dataset.fingerprint)
-    return restored
-
-
-def check_data(restored: Restored, fingerprint: dict[str, Any]) -> None:
-    """Refuse data other than that a checkpoint was trained on.
-
-    Raises:
-        CheckpointError: Names what differs.
-    """
-    saved = restored.info["data"]
-    differing = sorted(
-        key for key in saved.keys() | fingerprint.keys() if saved.get(key) != fingerprint.get(key)
-    )
-    if differing:
-        raise CheckpointError(
-            f"the data is not what the checkpoint of step {restored.step} was trained on: "
-            + "; ".join(f"{k}: {saved.get(k)!r} -> {fingerprint.get(k)!r}" for k in differing)
-        )
-
-
-def _zeros(shapes: Any) -> Any:
-    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from jaxqat.training.step import Data, TrainState, dispatch_length, is_finite, make_dispatch
+from jaxqat.training.step import Data, TrainState, dispatch_length, make_dispatch
 from jaxqat.training.stop import StopRequest
 
 # Enough to keep a device busy while the host prepares the next call; few enough that progress is
@@ -41,10 +41,12 @@ class Reporter(Protocol):
         """An epoch has ended."""
         ...
 
-    def save(self, state: TrainState, record: Record | None, epoch_seconds: float) -> None:
-        """Keep this state; without a record, it is one in the middle of an epoch.
+    def save(
+        self, state: TrainState, record: Record | None, *, epoch_seconds: float, stopping: bool
+    ) -> None:
+        """Keep this state (NumPy arrays), for certain if the run is stopping here.
 
-        `epoch_seconds` is the time that the unfinished epoch has taken so far.
+        Without a record it is one within an epoch, which took `epoch_seconds` so far.
         """
         ...
 
@@ -65,7 +67,7 @@ class Stage:
         data: The training split on the device.
         key: The stage's random key.
         learning_rate: The schedule, for the record only.
-        validate: Loss and accuracy on the validation split; None if there is none.
+        validate: Gives 'validation_loss' and 'validation_accuracy'; None without such a split.
     """
 
     name: str
@@ -78,7 +80,7 @@ class Stage:
     data: Data
     key: Array
     learning_rate: Callable[[int], Any]
-    validate: Callable[[TrainState], tuple[float, float]] | None
+    validate: Callable[[TrainState], dict[str, float]] | None
 
 
 class _Dispatcher:
@@ -133,15 +135,18 @@ def run_stage(
         state, seconds, images = _run_epoch(
             dispatcher, step, state, stage.order(epoch), position, reporter, stop
         )
-        total_seconds = epoch_seconds + seconds
-        check_finite(stage, state, epoch)
-        if int(state.step) < epoch * stage.steps_per_epoch:
-            reporter.save(state, None, total_seconds)
-            stop.raise_if_set()
-        record = _record(stage, state, epoch, frozen, total_seconds, images / seconds)
-        reporter.epoch(record)
-        reporter.save(state, record, 0.0)
-        epoch_seconds = 0.0
+        epoch_seconds += seconds
+        saved = jax.device_get(state)
+        check_finite(stage.name, saved, epoch)
+        record = None
+        if saved.step == epoch * stage.steps_per_epoch:
+            record = _record(stage, saved, epoch, frozen, epoch_seconds, images / seconds)
+            if stage.validate is not None:
+                record.update(stage.validate(state))
+            reporter.epoch(record)
+            epoch_seconds = 0.0
+        stopping = stop.signum is not None
+        reporter.save(saved, record, epoch_seconds=epoch_seconds, stopping=stopping)
         stop.raise_if_set()
     return state
 
@@ -180,20 +185,19 @@ def _run_epoch(
     return state, time.perf_counter() - start, images
 
 
-def check_finite(stage: Stage, state: TrainState, epoch: int) -> None:
+def check_finite(stage: str, state: TrainState, epoch: int) -> None:
     """Refuse a state that is not worth keeping.
 
     Raises:
-        DivergedError: If any number in it is infinite or NaN; names stage, epoch and steps.
+        DivergedError: If any number in it is infinite or NaN; names stage, epoch and loss.
     """
-    if bool(is_finite(state)):
+    leaves = (np.asarray(leaf) for leaf in jax.tree.leaves(state))
+    if all(np.isfinite(leaf).all() for leaf in leaves):
         return
-    last = (epoch - 1) * stage.steps_per_epoch
     raise DivergedError(
-        f"{stage.name}: the loss or the weights became infinite or NaN in epoch {epoch} (loss "
-        f"summed over the epoch: {float(state.loss_sum)}). Nothing of it was saved; the checkpoints "
-        f"hold the state up to step {last} at the latest, the end of epoch {epoch - 1}. "
-        f"Try a smaller {stage.name}.optimizer.learning_rate, or a warm-up."
+        f"{stage}: the loss or the weights became infinite or NaN in epoch {epoch} (loss summed "
+        f"over the epoch: {float(state.loss_sum)}). Nothing of this epoch was saved; checkpoints "
+        f"from before it are good. Try a smaller {stage}.optimizer.learning_rate, or a warm-up."
     )
 
 
@@ -205,18 +209,16 @@ def _record(
     seconds: float,
     images_per_s: float,
 ) -> Record:
-    loss_sum, correct = jax.device_get((state.loss_sum, state.correct))
-    losses = (None, None) if stage.validate is None else stage.validate(state)
     return {
         "stage": stage.name,
         "epoch": epoch,
         "step": epoch * stage.steps_per_epoch,
         # Of the epoch's last update; the schedule counts updates done before it.
         "learning_rate": float(stage.learning_rate(epoch * stage.steps_per_epoch - 1)),
-        "loss": float(np.float64(loss_sum) / stage.steps_per_epoch),
-        "accuracy": int(correct) / (stage.steps_per_epoch * stage.batch_size),
-        "validation_loss": losses[0],
-        "validation_accuracy": losses[1],
+        "loss": float(state.loss_sum) / stage.steps_per_epoch,
+        "accuracy": int(state.correct) / (stage.steps_per_epoch * stage.batch_size),
+        "validation_loss": None,
+        "validation_accuracy": None,
         "images_per_s": images_per_s,
         "seconds": seconds,
         "frozen": frozen,

@@ -37,7 +37,7 @@ class OptimizerConfig:
     """Whether weight decay reaches batch norm's parameters and the biases too."""
 
     schedule: Literal["cosine", "constant"] = "cosine"
-    """Learning rate after the warm-up: down to 0 along half a cosine (arXiv:1608.03983), or flat."""
+    """Learning rate after the warm-up: to 0 along half a cosine (arXiv:1608.03983), or flat."""
 
     warmup_epochs: float = 0.0
     """Epochs over which the learning rate rises from 0 in a straight line."""

@@ -80,4 +80,5 @@ class StageProgress:
             f"{record['images_per_s']:,.0f} images/s, {record['seconds']:.1f} s"
             + (", frozen" if record["frozen"] else ""),
             highlight=False,
+            soft_wrap=True,
         )

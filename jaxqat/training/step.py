@@ -152,10 +152,3 @@ def dispatch_length(steps_per_epoch: int, limit: int) -> int:
         if steps_per_epoch % length == 0:
             return length
     return min(limit, steps_per_epoch)
-
-
-@jax.jit
-def is_finite(state: TrainState) -> Array:
-    """Whether every number of the state is finite."""
-    leaves = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.inexact)]
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in leaves]))

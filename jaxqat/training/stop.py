@@ -9,7 +9,7 @@ from types import FrameType
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class Stopped(Exception):  # noqa: N818 - a request that was met, not an error.
+class Stopped(Exception):
     """Raised where a signal stopped the run; the state has been saved.
 
     Attributes:

@@ -8,11 +8,9 @@ is used.
 """
 
 import dataclasses
-import hashlib
-import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,68 +19,20 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from jaxqat.checkpoint.config import CheckpointConfig, KeepLastAndBest, best
+from jaxqat.checkpoint.manifest import (
+    CheckpointError,
+    DamagedCheckpointError,
+    check_fits,
+    json_sha256,
+    manifest,
+)
+
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
 MODEL, OPTIMIZER, INFO = "model", "optimizer", "info"
 BEST_BY = "validation_accuracy"
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint is missing, does not fit, or cannot be written."""
-
-
-class DamagedCheckpointError(CheckpointError):
-    """A checkpoint's content is not what was saved."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
-    """Which states are kept (config key `checkpoint`)."""
-
-    keep_last: int = 2
-    """Newest checkpoints to keep per stage; 2 leaves one to fall back on."""
-
-    keep_best: bool = True
-    """Whether to keep the one best on the validation split too, if there is such a split."""
-
-    every_epochs: int = 1
-    """Epochs from one checkpoint to the next; the last epoch always gets one."""
-
-    def __post_init__(self):
-        for name in ("keep_last", "every_epochs"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"checkpoint.{name} must be 1 or more, got {getattr(self, name)!r}."
-                )
-
-
-@dataclasses.dataclass(frozen=True)
-class KeepLastAndBest:
-    """Orbax preservation policy: the newest steps, and the one with the best score.
-
-    Attributes:
-        last: How many of the newest to keep.
-        scores: Validation accuracy by step; among equals the newest is the best. A step without a
-            score is never the best.
-    """
-
-    last: int
-    scores: Mapping[int, float]
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
-        """Which of the steps, in ascending order, stay; Orbax deletes the others."""
-        del context
-        steps = [checkpoint.step for checkpoint in checkpoints]
-        kept = {*steps[-self.last :], best(self.scores, steps)}
-        return [step in kept for step in steps]
-
-
-def best(scores: Mapping[int, float], steps: Sequence[int]) -> int | None:
-    """The step with the highest score, the newest of equal ones; None if none has a score."""
-    return max(
-        (step for step in steps if step in scores), key=lambda s: (scores[s], s), default=None
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,8 +185,15 @@ class CheckpointStore:
         info = self._info(step)
         where = self.directory / str(step)
         for name, part in target.items():
-            _check_fits(where, info["arrays"].get(name, {}), name, part)
-        parts = self._read(step, {name: _as_numpy_target(part) for name, part in target.items()})
+            check_fits(where, info["arrays"].get(name, {}), name, part)
+        # NumPy targets: nothing goes to a device before it is verified.
+        parts = self._read(
+            step,
+            {
+                name: jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), part)
+                for name, part in target.items()
+            },
+        )
         for name, part in parts.items():
             for path, found in manifest(part).items():
                 if found != info["arrays"][name][path]:
@@ -316,50 +273,6 @@ class CheckpointStore:
         if info["format"] != FORMAT:
             raise CheckpointError(f"{where}: format {info['format']!r}, expected {FORMAT}.")
         return info
-
-
-def manifest(tree: Any) -> dict[str, dict[str, Any]]:
-    """Shape, dtype and SHA-256 of every array of a tree, by path."""
-    return {
-        path: {**_signature(leaf), "sha256": hashlib.sha256(np.ascontiguousarray(leaf)).hexdigest()}
-        for path, leaf in _leaves(tree)
-    }
-
-
-def json_sha256(value: Mapping[str, Any]) -> str:
-    """SHA-256 of a JSON-able value, the same for any order of its keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _leaves(tree: Any) -> Iterator[tuple[str, Any]]:
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        yield jax.tree_util.keystr(path, simple=True, separator="/"), leaf
-
-
-def _signature(leaf: Any) -> dict[str, Any]:
-    return {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
-
-
-def _as_numpy_target(tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), tree)
-
-
-def _check_fits(where: Path, saved: Mapping[str, Any], name: str, target: Any) -> None:
-    """Orbax would cast a wrong dtype silently and report a wrong shape by an internal name."""
-    wanted = {path: _signature(leaf) for path, leaf in _leaves(target)}
-    found = {path: {"shape": a["shape"], "dtype": a["dtype"]} for path, a in saved.items()}
-    for path in sorted(wanted.keys() | found.keys()):
-        if wanted.get(path) != found.get(path):
-            raise CheckpointError(
-                f"{where} is of another model: {name}/{path} is {_say(found.get(path))} there, "
-                f"expected {_say(wanted.get(path))}."
-            )
-
-
-def _say(signature: Mapping[str, Any] | None) -> str:
-    if signature is None:
-        return "absent"
-    return f"{signature['dtype']}[{','.join(map(str, signature['shape']))}]"
 
 
 @contextmanager

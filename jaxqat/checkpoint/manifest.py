@@ -1,0 +1,73 @@
+"""What a checkpoint must hold: shape, dtype and SHA-256 of its arrays, compared before use."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint is missing, does not fit, or cannot be written."""
+
+
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint's content is not what was saved."""
+
+
+def manifest(tree: Any) -> dict[str, dict[str, Any]]:
+    """Shape, dtype and SHA-256 of every array of a tree, by path."""
+    return {
+        path: {
+            **_signature(leaf),
+            "sha256": hashlib.sha256(np.ascontiguousarray(leaf).data).hexdigest(),
+        }
+        for path, leaf in _leaves(tree)
+    }
+
+
+def json_sha256(value: Mapping[str, Any]) -> str:
+    """SHA-256 of a JSON-able value, the same for any order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _leaves(tree: Any) -> Iterator[tuple[str, Any]]:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        yield jax.tree_util.keystr(path, simple=True, separator="/"), leaf
+
+
+def _signature(leaf: Any) -> dict[str, Any]:
+    return {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
+
+
+def check_fits(where: Path, saved: Mapping[str, Any], name: str, target: Any) -> None:
+    """Refuse arrays of other names, shapes or dtypes than the caller's.
+
+    Orbax would cast a wrong dtype silently and report a wrong shape by an internal name.
+
+    Args:
+        where: The checkpoint, for the error.
+        saved: Its manifest of this part.
+        name: The part.
+        target: The tree that is expected, of anything with shape and dtype.
+
+    Raises:
+        CheckpointError: Names the first array that differs.
+    """
+    wanted = {path: _signature(leaf) for path, leaf in _leaves(target)}
+    found = {path: {"shape": a["shape"], "dtype": a["dtype"]} for path, a in saved.items()}
+    for path in sorted(wanted.keys() | found.keys()):
+        if wanted.get(path) != found.get(path):
+            raise CheckpointError(
+                f"{where} is of another model: {name}/{path} is {_say(found.get(path))} there, "
+                f"expected {_say(wanted.get(path))}."
+            )
+
+
+def _say(signature: Mapping[str, Any] | None) -> str:
+    if signature is None:
+        return "absent"
+    return f"{signature['dtype']}[{','.join(map(str, signature['shape']))}]"

@@ -1,0 +1,42 @@
+"""Results as tables in the terminal."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from jaxqat.results import summary_rows
+
+
+def print_results(results: dict[str, Any], console: Console) -> None:
+    """Show what was achieved on the test split."""
+    table = Table(title=f"{results['name']}: {results['data']['name']}, test split")
+    table.add_column("network")
+    for column in ("accuracy", "precision", "recall", "F1", "loss"):
+        table.add_column(column, justify="right")
+    for name, metrics in summary_rows(results):
+        table.add_row(name, *_scores(metrics))
+    console.print(table)
+
+
+def print_evaluation(result: dict[str, Any], console: Console) -> None:
+    """Show the metrics of one network on one split, class by class."""
+    metrics = result["metrics"]
+    table = Table(
+        title=f"{result['name']}: {result['stage']} at step {result['step']}, "
+        f"{metrics['n']} images of the {result['split']} split"
+    )
+    for column in ("class", "precision", "recall", "F1", "images"):
+        table.add_column(column, justify="left" if column == "class" else "right")
+    for row in metrics["per_class"]:
+        scores = (f"{100 * row[key]:.2f} %" for key in ("precision", "recall", "f1"))
+        table.add_row(row["name"], *scores, str(row["support"]))
+    console.print(table)
+    names = ("accuracy", "precision", "recall", "F1", "loss")
+    scores = ", ".join(f"{n} {v}" for n, v in zip(names, _scores(metrics), strict=True))
+    console.print(f"{scores}; {result['evaluate_images_per_s']:,.0f} images/s", highlight=False)
+
+
+def _scores(metrics: dict[str, Any]) -> list[str]:
+    percent = [f"{100 * metrics[key]:.2f} %" for key in ("accuracy", "precision", "recall", "f1")]
+    return [*percent, f"{metrics['loss']:.4f}"]
