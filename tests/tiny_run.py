@@ -1,0 +1,95 @@
+"""A run that takes seconds: a network of three layers on 100 of scikit-learn's digits.
+
+A pytest plugin (`pytest_plugins = ("tiny_run",)`). Run as a file it is the `jaxqat` command, with
+that network in place of the ResNet.
+"""
+
+import copy
+import io
+import sys
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+import pytest
+from rich.console import Console
+
+from jaxqat import config as configs
+from jaxqat.config import Experiment
+
+# 6 steps an epoch, and 4 images that fill no batch.
+SETTINGS: dict[str, Any] = {
+    "name": "tiny",
+    "evaluation_batch_size": 32,
+    "data": {"name": "digits", "train_limit": 100, "test_limit": 40},
+    "augment": {"crop_padding": 1, "flip": False},
+    "fp32": {"epochs": 2, "batch_size": 16},
+    "qat": {"epochs": 2, "batch_size": 16, "calibration_batches": 2},
+}
+STEPS_PER_EPOCH, STEPS = 6, 12
+
+
+class SmallNet(nn.Module):
+    """What quantization cares about: batch norm, a residual addition, a dense head."""
+
+    num_classes: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, train: bool):
+        def conv(x, name, stride=1):
+            layer = nn.Conv(
+                4,
+                (3, 3),
+                strides=(stride, stride),
+                padding=((1, 1), (1, 1)),
+                use_bias=False,
+                dtype=self.dtype,
+                name=f"{name}_conv",
+            )
+            norm = nn.BatchNorm(
+                use_running_average=not train, momentum=0.9, dtype=self.dtype, name=f"{name}_norm"
+            )
+            return norm(layer(x))
+
+        x = nn.relu(conv(x.astype(self.dtype), "stem", stride=2))
+        x = nn.relu(x + conv(x, "block"))
+        x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
+        return nn.Dense(self.num_classes, name="head")(x)
+
+
+def build_small(config, num_classes, dtype=jnp.float32):
+    """Takes the place of `jaxqat.models.build_model`."""
+    del config
+    return SmallNet(num_classes, dtype)
+
+
+def tiny(**changes: Any) -> Experiment:
+    """The small experiment; `qat__epochs=3` changes `qat.epochs`."""
+    settings = copy.deepcopy(SETTINGS)
+    for key, value in changes.items():
+        *sections, name = key.split("__")
+        section = settings
+        for part in sections:
+            section = section.setdefault(part, {})
+        section[name] = value
+    return configs.from_dict(settings)
+
+
+@pytest.fixture
+def small_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The experiments of this test train a small network in place of the ResNet."""
+    monkeypatch.setattr("jaxqat.networks.build_model", build_small)
+
+
+@pytest.fixture
+def console() -> Console:
+    """A console that keeps what is printed: `console.file.getvalue()`."""
+    return Console(file=io.StringIO(), width=200)
+
+
+if __name__ == "__main__":
+    from jaxqat import cli, networks
+
+    networks.build_model = build_small  # pyright: ignore[reportAttributeAccessIssue]
+    sys.exit(cli.main())
