@@ -186,6 +186,8 @@ def build(typed: jsonargparse.Namespace) -> Experiment:
 
 
 def _build(cls: type, values: Any, key: str) -> Any:
+    if isinstance(values, jsonargparse.Namespace):  # As items of a list arrive.
+        values = values.as_dict()
     if not isinstance(values, Mapping):
         return values  # A default, or a section that jsonargparse has built already.
     hints = typing.get_type_hints(cls)
@@ -230,14 +232,19 @@ def check_keys(cls: type, values: Mapping[str, Any], key: str = "") -> None:
             right = nearest(str(name), names)
             near = f"{key}.{right}" if key else right
             raise ConfigError(f"unknown key {dotted!r}; the nearest right one is {near!r}.")
-        section = hints[name] if dataclasses.is_dataclass(hints[name]) else None
         item = _item_dataclass(hints[name])
-        if section is not None and isinstance(value, Mapping):
-            check_keys(typing.cast(type, section), value, dotted)
+        if dataclasses.is_dataclass(hints[name]):
+            _check_section(typing.cast(type, hints[name]), value, dotted)
         elif item is not None and isinstance(value, list):
             for entry in value:
-                if isinstance(entry, Mapping):
-                    check_keys(item, entry, dotted)
+                _check_section(item, entry, dotted)
+
+
+def _check_section(cls: type, values: Any, key: str) -> None:
+    if not isinstance(values, Mapping):
+        names = ", ".join(field.name for field in dataclasses.fields(cls))
+        raise ConfigError(f'"{key}" must hold settings ({names}), got {values!r}.')
+    check_keys(cls, values, key)
 
 
 def nearest(word: str, words: list[str]) -> str:
