@@ -1,7 +1,5 @@
 """The face that Flax users see: a quantized module with Linen's `init` and `apply`."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, overload
@@ -140,7 +138,7 @@ def _collections(mutable: bool | str | Sequence[str], variables: Any) -> list[st
 def quantize(model: nn.Module, recipe: Recipe | str = ...) -> QuantizedModule: ...
 @overload
 def quantize(model: Callable[..., Any], recipe: Recipe | str = ...) -> QuantizedFunction: ...
-def quantize(model, recipe="int8"):
+def quantize(model: Any, recipe: Recipe | str = "int8") -> Any:
     """A model whose convolutions and dense layers compute with int8 codes.
 
     Nothing of the model changes: its computation is traced when it is called, and evaluated with

@@ -4,10 +4,10 @@ The evaluator computes every tensor in floating point, as the model wrote it, an
 it can, a form: the tensor as an expression over codes and accumulators. Quantizing a tensor asks
 its form for the rounded value in units of the output's scale s,
 
-    product and the affine chain behind it:  round((acc + b) * m),  b = round(offset / scale) - z sum(k)
-    a tensor that is codes already:          round((code - z) * m)
-    a residual addition:                     the sum of its terms, each rounded by itself
-    ReLU, clipping, pooling, reshaping:      the same operation on the rounded values
+    product, affine chain behind it:     round((acc + b) * m), b = round(offset / scale) - z sum(k)
+    a tensor that is codes already:      round((code - z) * m)
+    a residual addition:                 the sum of its terms, each rounded by itself
+    ReLU, clipping, pooling, reshaping:  the same operation on the rounded values
 
 with m the ratio of the form's scale to s: the requantization of Jacob et al. 2018
 (arXiv:1712.05877, section 2.2), with the bias added to the accumulator before the one
@@ -17,14 +17,13 @@ what will be served. Batch norm with batch statistics has no such form (its coef
 the batch); there the float value is rounded, and the additions still as above.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, Self
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int8
 
 from jaxqat.quant import ops
@@ -96,11 +95,11 @@ class Accumulator:
         multiplier = jnp.where(alive, scale, self.offset) * grid.inverse
         return jnp.where(alive, self.total, 0.0), bias, multiplier
 
-    def times(self, factor: Array) -> Accumulator:
+    def times(self, factor: Array) -> Self:
         """The form of the tensor multiplied by per-channel factors."""
         return dataclasses.replace(self, scale=self.scale * factor, offset=self.offset * factor)
 
-    def plus(self, term: Array) -> Accumulator:
+    def plus(self, term: Array) -> Self:
         """The form of the tensor with per-channel terms added."""
         return dataclasses.replace(self, offset=self.offset + term)
 
@@ -118,7 +117,7 @@ class Sum:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Clamp:
-    """min(max(inner, low), high) in real units; rounding is monotonic, so it clips rounded values."""
+    """min(max(inner, low), high) in real units; rounding is monotonic, so it clips steps."""
 
     inner: Form
     low: float | None = None
@@ -135,7 +134,7 @@ class Clamp:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Moved:
-    """Elements moved or picked (reshape, transpose, maximum of windows): works on rounded values."""
+    """Elements moved or picked (reshape, transpose, maximum of windows): works on steps."""
 
     inner: Form
     move: Callable[[Array], Array]
@@ -197,16 +196,22 @@ def derive(name: str, bind: Callable, operands: list[Operand], shape) -> Form | 
     return None
 
 
-MOVES = frozenset(
-    ("reshape", "transpose", "squeeze", "expand_dims", "slice", "rev", "copy", "broadcast_in_dim")
-    + ("convert_element_type", "reduce_window_max", "optimization_barrier")
-)
-_VALUE_PRESERVING = ("convert_element_type", "copy", "optimization_barrier")
+_SAME_VALUES = frozenset({"convert_element_type", "copy", "optimization_barrier"})
+MOVES = _SAME_VALUES | {
+    "broadcast_in_dim",
+    "expand_dims",
+    "reduce_window_max",
+    "reshape",
+    "rev",
+    "slice",
+    "squeeze",
+    "transpose",
+}
 
 
 def _moved(name: str, bind: Callable, operands: list[Operand]) -> Form | None:
     form = operands[0].form
-    if name in _VALUE_PRESERVING or form is None:
+    if name in _SAME_VALUES or form is None:
         return form
     if isinstance(form, Codes):
         return Codes(bind(form.codes), form.grid)
@@ -266,6 +271,6 @@ def _added(name: str, operands: list[Operand]) -> Form | None:
 
 def is_number(values, equal_to: float | None = None) -> bool:
     """Whether this is a number known while tracing (and the given one)."""
-    if values is None or isinstance(values, jax.core.Tracer) or jnp.ndim(values) != 0:
+    if values is None or isinstance(values, Tracer) or jnp.ndim(values) != 0:
         return False
     return equal_to is None or float(values) == equal_to

@@ -7,8 +7,6 @@ What is kept for them is int8: the codes of both operands, not their float value
 since AQT's convolution has no gradient and multiplies in floating point.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from typing import Any, NamedTuple
@@ -25,10 +23,16 @@ from jaxtyping import Array, Float, Int8
 from jaxqat.quant.products import Product, backward
 from jaxqat.quant.ranges import Grid, GridCalibration
 
-_CONTEXT = aqt_utils.Context(key=None, train_step=None)
+# AQT builds its dataclasses with a decorator of its own, which type checkers do not see through.
+_aqt_dataclass: Any = aqt_utils.flax_slots_kw_only_dataclass
+_Context: Any = aqt_utils.Context
+_Quantizer: Any = aqt_quantizer.Quantizer
+_IntSymmetric: Any = int_numerics.IntSymmetric
+
+_CONTEXT = _Context(key=None, train_step=None)
 
 
-@aqt_utils.flax_slots_kw_only_dataclass
+@_aqt_dataclass
 class AffineInt(aqt_numerics.AqtNumerics):
     """AQT numerics with an integer zero point: code = clip(round(u) + z, low, high), u = x / s."""
 
@@ -64,7 +68,7 @@ def _numerics(grid: Grid) -> AffineInt:
 def in_steps(x: Float[Array, "..."], grid: Grid) -> Float[Array, "..."]:
     """A tensor in units of the grid's scale, u = x / scale, before rounding (by AQT's QTensor)."""
     x = x.astype(jnp.float32)
-    quantizer = aqt_quantizer.Quantizer(
+    quantizer = _Quantizer(
         numerics=_numerics(grid),
         calib_shared_axes="per_tensor",
         scale_stop_grad=True,
@@ -72,7 +76,8 @@ def in_steps(x: Float[Array, "..."], grid: Grid) -> Float[Array, "..."]:
         context=_CONTEXT,
     )
     quantizer.init_calibration()
-    return quantizer.calibrate(x, calibration_axes=None).quant(x).qvalue
+    tensor: Any = quantizer.calibrate(x, calibration_axes=None).quant(x)
+    return tensor.qvalue
 
 
 def dequantize(codes: Int8[Array, "..."], grid: Grid, dtype: Any) -> Float[Array, "..."]:
@@ -131,8 +136,8 @@ def quantize_weights(
         int8 codes, and float32 scales of the weights' rank with `axes` reduced to 1. All-zero
         weights get a positive scale and the codes 0.
     """
-    quantizer = aqt_quantizer.Quantizer(
-        numerics=int_numerics.IntSymmetric(
+    quantizer = _Quantizer(
+        numerics=_IntSymmetric(
             bits=bits,
             preserve_zero=True,
             preserve_max_val=True,  # Without it, AQT divides by 127.5 and wastes half a code.
@@ -186,7 +191,6 @@ class ProductResult(NamedTuple):
     scale: Float[Array, "..."]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def multiply(
     how: QuantizedProduct,
     x: Float[Array, "..."],
@@ -207,6 +211,12 @@ def multiply(
         grid: Their grid.
         weights: Float weights; quantized here.
     """
+    result: Any = _multiply(how, x, codes, grid, weights)
+    return ProductResult(*result)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _multiply(how, x, codes, grid, weights):
     del x
     return _multiply_forward(how, None, codes, grid, weights)[0]
 
@@ -225,15 +235,15 @@ def _multiply_forward(how, x, codes, grid, weights):
     # Empty arrays carry the types of the two gradients to the backward pass.
     like = (None if x is None else x[..., :0], weights[..., :0])
     kept = (codes, grid, weight_codes, weight_scale, like)
-    return ProductResult(real, total, correction, scale), kept
+    return (real, total, correction, scale), kept
 
 
 def _multiply_backward(how, kept, gradients):
     codes, grid, weight_codes, weight_scale, (x_like, weights_like) = kept
     x = dequantize(codes, grid, x_like.dtype)
     weights = (weight_codes.astype(jnp.float32) * weight_scale).astype(x.dtype)
-    gradient_x, gradient_weights = backward(how.product, x, weights, gradients.real)
+    gradient_x, gradient_weights = backward(how.product, x, weights, gradients[0])
     return gradient_x, None, None, gradient_weights.astype(weights_like.dtype)
 
 
-multiply.defvjp(_multiply_forward, _multiply_backward)
+_multiply.defvjp(_multiply_forward, _multiply_backward)

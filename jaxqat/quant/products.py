@@ -13,8 +13,6 @@ weights are summed over the taps that meet the tensor. That is one small map for
 and saves copying every tensor into a larger one.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from typing import Any, Protocol
@@ -28,7 +26,10 @@ from jaxtyping import Array, Float, Int, Int8
 class Product(Protocol):
     """What conversion, training and tables need to know of a product."""
 
-    kind: str
+    @property
+    def kind(self) -> str:
+        """'conv' or 'dense'."""
+        ...
 
     @property
     def channel_axes(self) -> tuple[int, ...]:
@@ -45,10 +46,8 @@ class Product(Protocol):
         """s8 x s8 -> s32 sums of code products, converted to float32."""
         ...
 
-    def zero_sums(
-        self, shape: tuple[int, ...], weights: Int8[Array, "..."]
-    ) -> Int[Array, "..."]:
-        """Sums of the weight codes that meet a tensor of this shape, broadcastable to the output."""
+    def zero_sums(self, shape: tuple[int, ...], weights: Int8[Array, "..."]) -> Int[Array, "..."]:
+        """Sums of the weight codes that meet a tensor of this shape; spreads over the output."""
         ...
 
     def real(self, x: Array, weights: Array) -> Array:
@@ -80,9 +79,7 @@ class Convolution:
         return values.reshape(shape)
 
     def accumulate(self, codes, weights):
-        return lax.platform_dependent(
-            codes, weights, cpu=self._widened, default=self._integer
-        )
+        return lax.platform_dependent(codes, weights, cpu=self._widened, default=self._integer)
 
     def zero_sums(self, shape, weights):
         borders = any(low or high for low, high in self.params["padding"])

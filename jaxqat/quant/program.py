@@ -5,8 +5,6 @@ products share, or where a residual addition stands, crosses those borders, so c
 products are inlined. Calls without products are kept whole: their own derivative rules stay.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -14,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax import api_util
+from jax.core import Tracer
 from jax.extend import core as jex_core
 
 PRODUCTS = frozenset({"conv_general_dilated", "dot_general"})
@@ -120,7 +119,7 @@ class Program:
         return len(self.avals) - 1
 
     def _constant(self, value: Any) -> Atom:
-        if np.ndim(value) == 0 and not isinstance(value, jax.core.Tracer):
+        if np.ndim(value) == 0 and not isinstance(value, Tracer):
             return Constant(value)
         number = self._variable(jax.typeof(value))
         self.constants[number] = value

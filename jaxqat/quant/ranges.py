@@ -9,10 +9,9 @@ as the plain mean of what was seen. A grid turns a range into a scale and an int
 with zero always a code (ibid., equation 1). `GridCalibration` hands a grid's scale to AQT.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +19,9 @@ import numpy as np
 from aqt.jax.v2 import calibration as aqt_calibration
 from aqt.jax.v2 import utils as aqt_utils
 from jaxtyping import Array, Float, Int
+
+# AQT's decorator for its dataclasses, which type checkers do not see through.
+_aqt_dataclass: Any = aqt_utils.flax_slots_kw_only_dataclass
 
 Range = dict[str, Array]
 
@@ -126,7 +128,7 @@ def grid(low: Float[Array, ""], high: Float[Array, ""], *, bits: int, symmetric:
     return Grid(scale, inverse, zero_point, bottom, top)
 
 
-@aqt_utils.flax_slots_kw_only_dataclass
+@_aqt_dataclass
 class GridCalibration(aqt_calibration.Calibration):
     """AQT calibration that answers with the scale of a static grid, whatever the tensor holds."""
 

@@ -1,12 +1,10 @@
 """What a person decides about quantization: bits, grids and exceptions, as plain data."""
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import re
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, Self
 
 KINDS = ("any", "conv", "dense")
 
@@ -99,7 +97,7 @@ class Recipe:
         object.__setattr__(self, "rules", tuple(self.rules))
 
     @classmethod
-    def preset(cls, name: str) -> Recipe:
+    def preset(cls, name: str) -> Self:
         """The named recipe: 'int8' (affine activations) or 'int8_symmetric' (zero point 0)."""
         presets = {"int8": cls(), "int8_symmetric": cls(activations="symmetric")}
         if name not in presets:

@@ -8,8 +8,6 @@ tensors, residual additions seen through batch norm, and the inputs of average p
 a range too if the network is to run on integers throughout.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -188,8 +186,9 @@ class _Planner:
         self._plan(node, side, name, weight_bits, act_bits)
 
     def _why_not(self, node: Node, kind: str, side: int, bits: int | None) -> str | None:
-        data, weights = self.program.aval(node.inputs[1 - side]), self.program.aval(
-            node.inputs[side]
+        data, weights = (
+            self.program.aval(node.inputs[1 - side]),
+            self.program.aval(node.inputs[side]),
         )
         if bits is None:
             return "the recipe leaves it in float"
@@ -350,4 +349,3 @@ def _is_clamp_call(node: Node) -> bool:
         )
 
     return node.name in ("custom_jvp_call", "jit") and any(map(clips, jaxprs))
-

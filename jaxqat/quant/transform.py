@@ -6,17 +6,16 @@ and evaluates the same operations again with codes in the place of the planned t
 them.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import enum
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
+from jax.extend import core as jex_core
 
 from jaxqat.quant import forms, ops, ranges
 from jaxqat.quant.program import Atom, Constant, Node, Program, inner_jaxprs, trace
@@ -58,7 +57,10 @@ class Evaluator:
     def run(self, arguments: list[Any]) -> list[Any]:
         """The results of the program."""
         program = self.plan.program
-        for number, value in (*zip(program.inputs, arguments, strict=True), *program.constants.items()):
+        for number, value in (
+            *zip(program.inputs, arguments, strict=True),
+            *program.constants.items(),
+        ):
             self._write(number, value, None)
         for node in program.nodes:
             layer = self.plan.layers.get(node)
@@ -138,7 +140,7 @@ def _form_inside(jaxpr: Any, operands: list[forms.Operand]) -> forms.Form | None
     """The form of a call's result, from the operations in its body (as in `jax.nn.relu`)."""
     if jaxpr.constvars or len(jaxpr.outvars) != 1:
         return None
-    inner = Program(jax.extend.core.ClosedJaxpr(jaxpr, ()))
+    inner = Program(jex_core.ClosedJaxpr(jaxpr, ()))
     known = dict(zip(inner.inputs, operands, strict=True))
 
     def read(atom: Atom) -> forms.Operand:
@@ -180,7 +182,7 @@ class Call:
     rebuild: Callable[[list[Any]], tuple[Any, ...]]
 
     @classmethod
-    def of(cls, parameters: Any, constants: Any, inputs: Any) -> Call:
+    def of(cls, parameters: Any, constants: Any, inputs: Any) -> Self:
         """Takes (parameters, constants, inputs) apart; only the last varies from call to call."""
         leaves, structure = jax.tree_util.tree_flatten_with_path((parameters, constants, inputs))
         arrays = [(path, leaf) for path, leaf in leaves if _is_array(leaf)]
@@ -215,9 +217,7 @@ class QuantizedFunction:
     function: Callable[..., Any]
     recipe: Recipe
 
-    def __call__(
-        self, parameters: Any, state: Any, *inputs: Any, update: bool = False
-    ) -> Any:
+    def __call__(self, parameters: Any, state: Any, *inputs: Any, update: bool = False) -> Any:
         """The function on integers.
 
         Args:

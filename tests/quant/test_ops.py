@@ -125,7 +125,9 @@ def test_a_convolution_keeps_int8_and_no_float_tensor_for_the_backward_pass():
 
     _, pullback = jax.vjp(quantized, jnp.asarray(x), jnp.asarray(w))
     kept = [leaf for leaf in jax.tree.leaves(pullback) if hasattr(leaf, "dtype")]
-    sizes = {str(leaf.dtype): max(np.size(k) for k in kept if k.dtype == leaf.dtype) for leaf in kept}
+    sizes = {
+        str(leaf.dtype): max(np.size(k) for k in kept if k.dtype == leaf.dtype) for leaf in kept
+    }
     assert sizes["int8"] == x.size  # The codes of x, and those of w.
     assert sizes["bool"] == x.size  # What was not clipped.
     assert sizes["float32"] <= 8  # Scales only.

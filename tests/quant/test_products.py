@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from jax import lax
 from references import integers as reference
 
@@ -13,10 +12,9 @@ from jaxqat.quant.products import Convolution, Dot
 
 def convolution(x, w, **params):
     """The product that the trace of a convolution holds."""
+
     def float_convolution(x, w):
-        return lax.conv_general_dilated(
-            x, w, dimension_numbers=("NHWC", "HWIO", "NHWC"), **params
-        )
+        return lax.conv_general_dilated(x, w, dimension_numbers=("NHWC", "HWIO", "NHWC"), **params)
 
     equation = jax.make_jaxpr(float_convolution)(x, w).jaxpr.eqns[0]
     return Convolution(equation.primitive, equation.params, 4)

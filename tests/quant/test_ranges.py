@@ -21,9 +21,7 @@ def test_a_real_zero_is_exactly_a_code(low, high, bits, symmetric):
     np.testing.assert_array_equal(values, zero)
     np.testing.assert_array_equal(codes, np.full(3, int(g.zero)))
     assert g.low <= int(g.zero) <= g.high
-    assert (g.low, g.high) == (
-        (-(2 ** (bits - 1)) + symmetric, 2 ** (bits - 1) - 1)
-    )
+    assert (g.low, g.high) == ((-(2 ** (bits - 1)) + symmetric, 2 ** (bits - 1) - 1))
 
 
 @pytest.mark.parametrize("symmetric", [False, True], ids=["affine", "symmetric"])

@@ -71,9 +71,9 @@ def test_the_codes_are_close_to_the_float_network(recipe, images):
     quantized, variables = calibrated(Residual(), recipe, images)
     logits = jitted(quantized.apply, train=False)(variables, images)
     plain = {k: v for k, v in variables.items() if k != "quant"}
-    expected = Residual().apply(plain, images, train=False)
+    expected = np.asarray(Residual().apply(plain, images, train=False))  # pyright: ignore
     # Signal to noise of 8-bit networks of this depth is well above 20 dB (a ratio of 10).
-    assert np.linalg.norm(logits - expected) < 0.1 * np.linalg.norm(expected)
+    assert np.linalg.norm(np.asarray(logits) - expected) < 0.1 * np.linalg.norm(expected)
 
 
 def test_a_channel_whose_gamma_is_zero_is_its_constant(images):
@@ -130,12 +130,12 @@ def test_every_kernel_of_resnet18_gets_a_gradient(recipe, train):
         return -jax.nn.log_softmax(logits)[:, 0].mean()
 
     gradients = flatten_dict(jax.jit(jax.grad(loss))(variables["params"]), sep="/")
-    kernels = {path: g for path, g in gradients.items() if path.endswith("kernel")}
+    kernels = {k: np.asarray(g) for k, g in gradients.items() if k.endswith("kernel")}  # pyright: ignore
     assert len(kernels) == 21
     for path, gradient in kernels.items():
         assert np.isfinite(gradient).all(), path
         # More than half of the weights: a kernel with a dead quantizer has none.
-        assert (np.asarray(gradient) != 0).mean() > 0.5, path
+        assert np.count_nonzero(gradient) > 0.5 * gradient.size, path
 
 
 PLATFORMS = ["cpu", "cuda", "tpu"]
@@ -253,7 +253,7 @@ def test_a_plain_function_is_quantized_with_its_state_beside_it():
 def test_variables_without_ranges_are_an_error_that_says_what_to_do(images):
     quantized = jaxqat.quantize(Residual())
     variables = plain_variables()
-    with pytest.raises(jaxqat.QuantizationError, match="without 'quant'.*init_ranges"):
+    with pytest.raises(jaxqat.QuantizationError, match=r"without 'quant'.*init_ranges"):
         quantized.apply(variables, images, train=False)
     with pytest.raises(jaxqat.QuantizationError, match="hold nothing for 'conv0/input'"):
         quantized.apply({**variables, "quant": {}}, images, train=False)
@@ -261,4 +261,4 @@ def test_variables_without_ranges_are_an_error_that_says_what_to_do(images):
 
 def test_what_is_neither_module_nor_function_is_refused():
     with pytest.raises(jaxqat.QuantizationError, match=r"Linen module or a function .* got int"):
-        jaxqat.quantize(3)
+        jaxqat.quantize(3)  # pyright: ignore

@@ -6,7 +6,6 @@ to accumulator units; everything is float64 or int64, apart from the stored floa
 
 import flax.linen as nn
 import numpy as np
-
 from references import integers
 
 
@@ -22,7 +21,7 @@ class Residual(nn.Module):
             return nn.Conv(features, (3, 3), padding=1, use_bias=False, name=name, **options)
 
         x = nn.relu(norm("norm0")(conv(8, "conv0")(x)))
-        x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+        x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))  # pyright: ignore[reportArgumentType]
         y = nn.relu(norm("norm1")(conv(8, "conv1")(x)))
         y = norm("norm2")(conv(8, "conv2")(y))
         x = nn.relu(x + y)
