@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jsonargparse
 from rich.console import Console
@@ -31,6 +31,9 @@ _FAILURES = (CheckpointError, DivergedError, ReportError, OSError)
 
 class Parser(jsonargparse.ArgumentParser):
     """Says what is wrong in one message, with the nearest right option, and exits with 2."""
+
+    def __init__(self, **options: Any):
+        super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message and exit."""

@@ -1,6 +1,6 @@
 """Evaluate a run from its folder: `jaxqat evaluate`, with the same options, from a checkout.
 
-    python scripts/evaluate.py runs/quickstart --stage qat --split test
+python scripts/evaluate.py runs/quickstart --stage qat --split test
 """
 
 import sys

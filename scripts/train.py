@@ -1,6 +1,6 @@
 """Train, evaluate and report: `jaxqat train`, with the same options, from a checkout.
 
-    python scripts/train.py --config configs/quickstart.yaml --workdir runs/quickstart
+python scripts/train.py --config configs/quickstart.yaml --workdir runs/quickstart
 """
 
 import sys

@@ -1,5 +1,6 @@
 """Checkpoints: what comes back is what went in, or it is refused by name."""
 
+import dataclasses
 import os
 import shutil
 import subprocess
@@ -313,4 +314,4 @@ def test_a_place_that_is_no_folder_is_a_clear_error(tmp_path):
 @pytest.mark.parametrize("key", ["keep_last", "every_epochs"])
 def test_counts_below_one_are_refused(key):
     with pytest.raises(ValueError, match=f"checkpoint.{key} must be 1 or more, got 0"):
-        CheckpointConfig(**{key: 0})
+        dataclasses.replace(CheckpointConfig(), **{key: 0})

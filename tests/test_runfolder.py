@@ -2,12 +2,10 @@
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
-from tiny_run import tiny
+import tiny_run
+from tiny_run import tiny, without_privileges
 
 from jaxqat.config import to_yaml
 from jaxqat.runfolder import (
@@ -19,30 +17,7 @@ from jaxqat.runfolder import (
     write_json,
 )
 
-NOBODY = 65534
-
-
-@contextmanager
-def without_privileges() -> Iterator[None]:
-    """As root every folder is writable: what is tested here, is tested as nobody."""
-    root = os.geteuid() == 0
-    if root:
-        os.seteuid(NOBODY)
-    try:
-        yield
-    finally:
-        if root:
-            os.seteuid(0)
-
-
-@pytest.fixture
-def open_tmp(tmp_path: Path) -> Iterator[Path]:
-    """A folder that anyone may enter, in one that nobody may write."""
-    for folder in (tmp_path, *tmp_path.parents):
-        if folder.stat().st_uid == os.geteuid() and folder != Path("/tmp"):
-            folder.chmod(folder.stat().st_mode | 0o055)
-    yield tmp_path
-    tmp_path.chmod(0o755)
+open_tmp = tiny_run.open_tmp
 
 
 def test_a_folder_is_made_and_has_one_trainer_at_a_time(tmp_path):

@@ -1,17 +1,23 @@
 """A run that takes seconds: a network of three layers on 100 of scikit-learn's digits.
 
-A pytest plugin (`pytest_plugins = ("tiny_run",)`). Run as a file it is the `jaxqat` command, with
-that network in place of the ResNet.
+Test modules assign the fixtures they use. Run as a file it is the `jaxqat` command, with that
+network in place of the ResNet.
 """
 
 import copy
 import io
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
 
 from jaxqat import config as configs
@@ -27,6 +33,8 @@ SETTINGS: dict[str, Any] = {
     "qat": {"epochs": 2, "batch_size": 16, "calibration_batches": 2},
 }
 STEPS_PER_EPOCH, STEPS = 6, 12
+
+NOBODY = 65534
 
 
 class SmallNet(nn.Module):
@@ -76,8 +84,26 @@ def tiny(**changes: Any) -> Experiment:
     return configs.from_dict(settings)
 
 
+@pytest.fixture(scope="session")
+def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Programs that were compiled before are read from a cache: most of the time goes there."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.05,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {key: getattr(jax.config, key) for key in settings}
+    for key, value in settings.items():
+        jax.config.update(key, value)
+    compilation_cache.reset_cache()
+    yield
+    for key, value in before.items():
+        jax.config.update(key, value)
+    compilation_cache.reset_cache()
+
+
 @pytest.fixture
-def small_network(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_network(monkeypatch: pytest.MonkeyPatch, compiled_once: None) -> None:
     """The experiments of this test train a small network in place of the ResNet."""
     monkeypatch.setattr("jaxqat.networks.build_model", build_small)
 
@@ -86,6 +112,29 @@ def small_network(monkeypatch: pytest.MonkeyPatch) -> None:
 def console() -> Console:
     """A console that keeps what is printed: `console.file.getvalue()`."""
     return Console(file=io.StringIO(), width=200)
+
+
+@contextmanager
+def without_privileges() -> Iterator[None]:
+    """As root every folder is writable: what is tested here, is tested as nobody."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+
+
+@pytest.fixture
+def open_tmp(tmp_path: Path) -> Iterator[Path]:
+    """A folder that anyone may enter, in one that nobody may write."""
+    for folder in (tmp_path, *tmp_path.parents):
+        if folder.stat().st_uid == os.geteuid() and folder != Path("/tmp"):
+            folder.chmod(folder.stat().st_mode | 0o055)
+    yield tmp_path
+    tmp_path.chmod(0o755)
 
 
 if __name__ == "__main__":

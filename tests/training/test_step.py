@@ -16,8 +16,16 @@ STEPS_PER_EPOCH = IMAGES // BATCH
 def make_recorder(steps: int):
     """A step whose 'model' notes, in its collections, the images and keys that it was given."""
 
+    def prepare(key, images):
+        ids = images[:, 0, 0, 0].astype(jnp.uint32)
+        return jnp.concatenate([ids, jax.random.key_data(key)])
+
+    def prepare(key, images):
+        ids = images[:, 0, 0, 0].astype(jnp.uint32)
+        return jnp.concatenate([ids, jax.random.key_data(key)])
+
     def forward(params, collections, prepared):
-        ids, key = prepared
+        ids, key = prepared[:BATCH], prepared[BATCH:]
         counts = collections["counts"].at[ids].add(1)
         keys = collections["keys"].at[collections["n"]].set(key)
         logits = jnp.zeros((BATCH, CLASSES)) + params["bias"]
@@ -26,7 +34,7 @@ def make_recorder(steps: int):
     optimizer = optax.sgd(0.1)
     step = make_step(
         forward=forward,
-        prepare=lambda key, images: (images[:, 0, 0, 0].astype(jnp.int32), jax.random.key_data(key)),
+        prepare=prepare,
         optimizer=optimizer,
         batch_size=BATCH,
         steps_per_epoch=STEPS_PER_EPOCH,

@@ -1,0 +1,309 @@
+"""The command: exit statuses, messages, signals; in processes of their own where those matter."""
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny_run
+import yaml
+from tiny_run import SETTINGS, STEPS, without_privileges
+
+from jaxqat import cli, config, experiment
+
+ROOT = Path(__file__).parent.parent
+open_tmp = tiny_run.open_tmp
+# The command with a small network, by a path that says where the library is.
+COMMAND = [sys.executable, str(ROOT / "tests" / "tiny_run.py")]
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
+    path.write_text(yaml.safe_dump(SETTINGS))
+    return path
+
+
+def start(*arguments: object, compiled: Path | None = None) -> subprocess.Popen:
+    """Start the command; `compiled` is where it finds programs that were compiled before."""
+    paths = (str(ROOT), os.environ.get("PYTHONPATH", ""))
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    if compiled is not None:
+        env |= {
+            "JAX_COMPILATION_CACHE_DIR": str(compiled),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+        }
+    return subprocess.Popen(
+        [*COMMAND, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=env,
+    )
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str, str]:
+    """Exit status, what was printed, and the errors; the process ends in any case."""
+    try:
+        out, err = process.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    return process.returncode, out, err
+
+
+def lines_of(run: Path, stage: str) -> int:
+    path = run / "metrics.jsonl"
+    return path.read_text().count(f'"stage": "{stage}"') if path.exists() else 0
+
+
+def interrupt(process: subprocess.Popen, run: Path, stage: str, signum: int) -> None:
+    """Send a signal once a stage has finished its first epoch."""
+    deadline = time.monotonic() + 240
+    while not lines_of(run, stage):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signum)
+
+
+def arrays(run: Path) -> list[dict]:
+    """SHA-256 of all arrays at the end of both stages."""
+    paths = [run / "checkpoints" / s / str(STEPS) / "info" / "metadata" for s in ("fp32", "qat")]
+    return [json.loads(path.read_text())["arrays"] for path in paths]
+
+
+def losses(run: Path) -> list[tuple]:
+    records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [(r["stage"], r["epoch"], r["loss"]) for r in records]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, config_file) -> Path:
+    """A run that nothing interrupted, all of it compiled afresh."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    status, out, err = finish(start("train", "--config", config_file, "--workdir", run))
+    assert status == 0, err
+    assert "qat, calibrated only" in out
+    return run
+
+
+@pytest.mark.slow
+def test_a_run_that_signals_stopped_ends_on_the_bits_of_one_that_nothing_stopped(
+    tmp_path, config_file, finished, compiled
+):
+    run = tmp_path / "run"
+    train = ("train", "--config", config_file, "--workdir", run)
+    for stage, signum in (("fp32", signal.SIGTERM), ("qat", signal.SIGINT)):
+        process = start(*train, compiled=compiled)
+        interrupt(process, run, stage, signum)
+        status, _, err = finish(process)
+        assert status == 128 + signum
+        assert "the state is saved" in err
+        assert "Traceback" not in err
+        assert not (run / "results.json").exists()
+    status, out, err = finish(start(*train, compiled=compiled))
+    assert status == 0, err
+    assert "resumed" in out or lines_of(run, "qat") == 2
+    assert arrays(run) == arrays(finished)
+    assert losses(run) == losses(finished)
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_from_its_last_checkpoint_to_the_same_bits(
+    tmp_path, config_file, finished, compiled
+):
+    run = tmp_path / "run"
+    train = ("train", "--config", config_file, "--workdir", run)
+    process = start(*train, compiled=compiled)
+    interrupt(process, run, "qat", signal.SIGKILL)
+    assert finish(process)[0] == -signal.SIGKILL
+    status, _, err = finish(start(*train, compiled=compiled))
+    assert status == 0, err
+    assert arrays(run) == arrays(finished)
+    assert losses(run) == losses(finished)
+
+
+def test_evaluate_and_report_work_on_the_folder_alone(tmp_path, finished):
+    run = tmp_path / "moved"
+    shutil.copytree(finished, run)
+    (run / "report.html").unlink()
+    status, out, err = finish(start("evaluate", run, "--stage", "fp32"))
+    assert status == 0, err
+    accuracy = json.loads((run / "results.json").read_text())["fp32"]["test"]["accuracy"]
+    assert f"accuracy {100 * accuracy:.2f} %" in out
+    assert (run / "evaluations" / "fp32_test.json").is_file()
+    status, out, err = finish(start("report", run))
+    assert status == 0, err
+    assert (run / "report.html").is_file()
+
+
+def test_a_workdir_of_another_config_shows_the_difference(finished, config_file, capsys):
+    status = cli.main(
+        ["train", "--config", str(config_file), "--workdir", str(finished), "--qat.epochs", "3"]
+    )
+    assert status == 2
+    assert "qat.epochs: 2 -> 3" in capsys.readouterr().err
+
+
+def run_command(*arguments: object) -> int:
+    try:
+        return cli.main([str(a) for a in arguments])
+    except SystemExit as stop:
+        assert isinstance(stop.code, int)
+        return stop.code
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--qat.epoch", "1"], "--qat.epoch 1; the nearest right one is --qat.epochs"),
+        (["--qat.epochs", "many"], '"qat.epochs"'),
+        (["--precision", "fp16"], '"precision"'),
+        (["--quant.weight_bits", "9"], "quant.weight_bits must be an integer in 2..8"),
+        (["--fp32.epochs", "0"], "fp32.epochs must be 1 or more, got 0"),
+        (["--fp32.batch_size", "101"], "fp32.batch_size must be at most the 100 training images"),
+        (["--quant.rules", '[{"path": "haed"}]'], "matches none of"),
+        (["--data.name", "no_such_set"], "no_such_set"),
+    ],
+)
+def test_bad_options_are_named_and_leave_nothing(
+    tmp_path, config_file, monkeypatch, capsys, arguments, message
+):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.setenv("JAXQAT_CACHE_DIR", str(tmp_path / "cache"))
+    run = tmp_path / "run"
+    status = run_command("train", "--config", config_file, "--workdir", run, *arguments)
+    err = capsys.readouterr().err
+    assert status == 2
+    assert message in err
+    assert "Traceback" not in err
+    assert not run.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("qat: {epoch: 1}", "unknown key 'qat.epoch'; the nearest right one is 'qat.epochs'"),
+        ("qat: {epochs: many}", '"qat.epochs"'),
+        ("qat: {epochs: [", "is not YAML"),
+        ("quant: {rules: [{path: '['}]}", "quant.rules.path must be a regular expression"),
+    ],
+)
+def test_bad_config_files_are_named_and_leave_nothing(tmp_path, capsys, text, message):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    assert run_command("train", "--config", path, "--workdir", tmp_path / "run") == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "--config", "{tmp}/none.yaml", "--workdir", "{tmp}/run"],
+        ["train"],
+        ["evaluate", "{tmp}/none"],
+        ["evaluate", "{tmp}/none", "--stage", "int9"],
+        ["report", "{tmp}/none"],
+        ["convert"],
+        [],
+    ],
+    ids=["no_file", "no_workdir", "no_run", "no_stage", "no_report", "no_command", "nothing"],
+)
+def test_what_is_missing_or_unknown_exits_with_2(tmp_path, capsys, arguments):
+    assert run_command(*(a.format(tmp=tmp_path) for a in arguments)) == 2
+    assert "error: " in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_checkpoint_exits_with_2(tmp_path, finished, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run, ignore=shutil.ignore_patterns("checkpoints"))
+    assert run_command("evaluate", run) == 2
+    assert "there are no checkpoints of qat" in capsys.readouterr().err
+
+
+def test_a_read_only_workdir_exits_with_2_at_once(open_tmp, capsys):
+    run = open_tmp / "run"
+    run.mkdir(mode=0o555)
+    with without_privileges():
+        status = cli.main(["train", "--workdir", str(run), "--seed", "1"])
+    assert status == 2
+    assert f"workdir {run}: cannot be written: Permission denied" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_infinite_loss_exits_with_1(tmp_path, config_file):
+    process = start(
+        *("train", "--config", config_file, "--workdir", tmp_path / "run"),
+        *("--fp32.optimizer.learning_rate", "3e38"),
+    )
+    status, _, err = finish(process)
+    assert status == 1
+    assert "fp32: the loss or the weights became infinite or NaN in epoch 1" in err
+    assert "Traceback" not in err
+
+
+def test_print_config_prints_what_can_be_read_again(tmp_path, config_file, capsys):
+    arguments = ["train", "--config", str(config_file), "--qat.epochs", "7", "--print_config"]
+    assert run_command(*arguments) == 0
+    path = tmp_path / "printed.yaml"
+    printed = yaml.safe_load(capsys.readouterr().out)
+    printed.pop("workdir", None)
+    path.write_text(yaml.safe_dump(printed))
+    expected = config.from_dict(SETTINGS)
+    assert config.differences(expected, config.load(path)) == ["qat.epochs: 2 -> 7"]
+
+
+def test_help_tells_settings_with_meaning_and_default(capsys):
+    assert run_command("train", "--help") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--qat.epochs EPOCHS Passes over the training split" in text
+    assert "default: 30)" in text
+    assert "--data.name NAME" in text
+
+
+@pytest.mark.parametrize(("script", "command"), [("train", "train"), ("evaluate", "evaluate")])
+def test_scripts_take_the_options_of_the_command(monkeypatch, capsys, script, command):
+    path = ROOT / "scripts" / f"{script}.py"
+    monkeypatch.setattr(sys, "argv", [str(path), "--help"])
+    spec = importlib.util.spec_from_file_location("__main__", path)
+    assert spec is not None and spec.loader is not None
+    with pytest.raises(SystemExit) as stop:
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    assert stop.value.code == 0
+    ours = capsys.readouterr().out
+    assert run_command(command, "--help") == 0
+    assert ours == capsys.readouterr().out
+
+
+def test_a_stop_and_a_failure_have_their_exit_statuses(monkeypatch, capsys, tmp_path):
+    from jaxqat.checkpoint import CheckpointError
+    from jaxqat.training import Stopped
+
+    for error, status in (
+        (Stopped(signal.SIGTERM), 143),
+        (Stopped(signal.SIGINT), 130),
+        (KeyboardInterrupt(), 130),
+        (CheckpointError("disk full"), 1),
+        (OSError("disk full"), 1),
+    ):
+
+        def fail(*args, error=error, **kwargs):
+            raise error
+
+        monkeypatch.setattr(experiment, "train", fail)
+        assert run_command("train", "--workdir", tmp_path) == status
+        assert capsys.readouterr().err.startswith("jaxqat: ")
