@@ -20,10 +20,6 @@ def make_recorder(steps: int):
         ids = images[:, 0, 0, 0].astype(jnp.uint32)
         return jnp.concatenate([ids, jax.random.key_data(key)])
 
-    def prepare(key, images):
-        ids = images[:, 0, 0, 0].astype(jnp.uint32)
-        return jnp.concatenate([ids, jax.random.key_data(key)])
-
     def forward(params, collections, prepared):
         ids, key = prepared[:BATCH], prepared[BATCH:]
         counts = collections["counts"].at[ids].add(1)
