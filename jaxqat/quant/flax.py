@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, overload
 
 import flax.linen as nn
+from flax import nnx
 from flax.core import unfreeze
 
 from jaxqat.quant.recipe import Recipe
@@ -94,7 +95,10 @@ class QuantizedModule:
         return nest(evaluator.new_ranges)
 
     def describe(self, variables: Any, *args: Any, **kwargs: Any) -> tuple[LayerInfo, ...]:
-        """Every product of the module: its bits, or why it stays in float."""
+        """Every product of the module: its bits, or why it stays in float.
+
+        Shapes and types are enough (`jax.eval_shape`).
+        """
         return self._plan(variables, args, kwargs).table
 
     def codes(self, variables: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -153,12 +157,18 @@ def quantize(model: Any, recipe: Recipe | str = "int8") -> Any:
         (parameters, ranges, *inputs).
 
     Raises:
-        QuantizationError: The model is neither.
+        QuantizationError: The model is neither; for an NNX module, it says how to make a function.
         RecipeError: There is no such preset.
     """
     recipe = Recipe.preset(recipe) if isinstance(recipe, str) else recipe
     if isinstance(model, nn.Module):
         return QuantizedModule(model, recipe)
+    if isinstance(model, nnx.Module):
+        raise QuantizationError(
+            f"An NNX module ({type(model).__name__}) holds its own parameters; quantize the "
+            "function of them: graph, params = nnx.split(model); "
+            "quantize(lambda params, *inputs: nnx.merge(graph, params)(*inputs))."
+        )
     if callable(model):
         return QuantizedFunction(model, recipe)
     raise QuantizationError(

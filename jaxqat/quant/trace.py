@@ -201,9 +201,9 @@ class _Planner:
         return None
 
     def _leave(self, node: Node, kind: str, side: int, name: Key, reason: str | None) -> None:
-        product = self._product(node, kind, side)
+        side = 1 if kind == "conv" else side  # A convolution counts by its right operand.
         shape, out = self._shapes(node, side)
-        macs = product.macs(shape, out)
+        macs = self._product(node, kind, side).macs(shape, out)
         path = "/".join(_module(name))
         info = LayerInfo(path, kind, shape, None, None, macs, name, None, reason)
         self.table.append(info)

@@ -162,7 +162,7 @@ def _form_inside(jaxpr: Any, operands: list[forms.Operand]) -> forms.Form | None
 
 
 def _is_array(leaf: Any) -> bool:
-    return isinstance(leaf, (jax.Array, np.ndarray, np.generic)) or hasattr(leaf, "aval")
+    return isinstance(leaf, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -243,7 +243,10 @@ class QuantizedFunction:
         return nest(evaluator.new_ranges)
 
     def describe(self, parameters: Any, *inputs: Any) -> tuple[LayerInfo, ...]:
-        """Every product of the function: its bits, or why it stays in float."""
+        """Every product of the function: its bits, or why it stays in float.
+
+        Shapes and types are enough (`jax.eval_shape`).
+        """
         return self.plan(Call.of(parameters, None, inputs))[0].table
 
     def codes(self, parameters: Any, state: Any, *inputs: Any) -> dict[str, Any]:

@@ -1,0 +1,45 @@
+"""The README says what the results files and the configurations say."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+RESULTS = sorted((ROOT / "configs/results").glob("*/results.json"))
+
+
+def rows(results):
+    """The table's rows, as the README prints them."""
+    names = {"fp32": "FP32", "qat": "QAT, int8 products"}
+    sizes = {"fp32": "fp32", "qat": "int8"}
+    for stage, name in names.items():
+        test = results[stage]["test"]
+        scores = (f"{100 * test[k]:.2f} %" for k in ("accuracy", "precision", "recall", "f1"))
+        size = f"{results['size_bytes'][sizes[stage]]:,}"
+        yield f"| {name} | {' | '.join(scores)} | {size} |"
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda p: p.parent.name)
+def test_every_row_of_the_results_table_is_that_of_a_results_file(path):
+    results = json.loads(path.read_text())
+    for row in rows(results):
+        assert row in README
+    assert results["command"] in README
+    assert f"seed {results['seed']}" in README
+    assert f"`{path.relative_to(ROOT)}`" in README
+    assert f"jax {results['environment']['jax']}" in README
+    assert f"{results['fp32']['test']['n']:,} test images" in README
+
+
+def test_there_is_no_result_without_a_results_file():
+    expected = {row for path in RESULTS for row in rows(json.loads(path.read_text()))}
+    assert set(re.findall(r"^\| (?:FP32|QAT).*\|$", README, re.MULTILINE)) == expected
+    assert expected
+
+
+def test_every_configuration_is_in_the_table():
+    files = {path.name for path in (ROOT / "configs").glob("*.yaml")}
+    assert {name for name in files if f"`configs/{name}`" in README} == files
