@@ -83,9 +83,7 @@ class Networks:
 
     def describe(self) -> tuple[LayerInfo, ...]:
         """Every product of the network and how it is quantized."""
-        params, collections = jax.tree.map(
-            lambda leaf: np.zeros(leaf.shape, leaf.dtype), self.shapes("fp32")
-        )
+        params, collections = self.shapes("fp32")
         variables = {"params": params, **collections}
         return self.quantized.describe(variables, self._one_image(), train=False)
 

@@ -39,6 +39,12 @@ def finished(tmp_path_factory, compiled_once) -> Path:
     return path
 
 
+@pytest.fixture
+def no_report(monkeypatch) -> None:
+    """Spares the seconds that drawing takes, where no test looks at it."""
+    monkeypatch.setattr(experiment, "write_report", lambda path: path)
+
+
 def arrays(run: Path) -> dict[str, dict]:
     """SHA-256 of every array of the last checkpoint of both stages."""
     found = {}
@@ -135,18 +141,18 @@ def test_a_finished_run_is_left_as_it_is(finished, console):
 
 
 @pytest.mark.parametrize(
-    ("steps", "stage", "step"),
-    [(3, "fp32", None), (STEPS + 2, "qat", None), (STEPS + STEPS_PER_EPOCH + 2, "qat", None)],
+    ("steps", "stage"),
+    [(3, "fp32"), (STEPS + 2, "qat"), (STEPS + STEPS_PER_EPOCH + 2, "qat")],
     ids=["fp32", "qat", "qat_frozen"],
 )
 def test_stopped_within_an_epoch_and_started_again_it_ends_on_the_same_bits(
-    finished, tmp_path, monkeypatch, small_network, console, steps, stage, step
+    finished, tmp_path, monkeypatch, no_report, small_network, console, steps, stage
 ):
     run = tmp_path / "run"
     signal_at(monkeypatch, steps)
     with pytest.raises(Stopped):
         experiment.train(tiny(), run, console=console)
-    (newest,) = [max(map(int, os.listdir(run / "checkpoints" / stage)))]
+    newest = max(map(int, os.listdir(run / "checkpoints" / stage)))
     assert newest % STEPS_PER_EPOCH != 0
     assert not (run / "results.json").exists()
     experiment.train(tiny(), run, console=console)
@@ -161,7 +167,7 @@ def test_stopped_within_an_epoch_and_started_again_it_ends_on_the_same_bits(
 # Orbax closes its event loop when a read fails, and reads that still go on complain to the void.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_damaged_checkpoint_is_named_and_trained_again_to_the_same_bits(
-    finished, tmp_path, small_network, console, caplog
+    finished, tmp_path, no_report, small_network, console, caplog
 ):
     run = tmp_path / "run"
     shutil.copytree(finished, run)
@@ -221,7 +227,7 @@ def test_what_a_run_does_not_have_cannot_be_evaluated(
 
 
 def test_the_test_split_is_read_after_all_training_only(
-    tmp_path, monkeypatch, small_network, console
+    tmp_path, monkeypatch, no_report, small_network, console
 ):
     read = []
     logits = Evaluator.logits
@@ -232,7 +238,6 @@ def test_the_test_split_is_read_after_all_training_only(
         return logits(self, params, collections, split)
 
     monkeypatch.setattr(Evaluator, "logits", watch)
-    monkeypatch.setattr(experiment, "write_report", lambda path: path)
     changes = {"data__validation_size": 30, "data__test_limit": 41}
     experiment.train(tiny(**changes), tmp_path, console=console)
     # The validation images after each of the four epochs, whose line is written after it; then
@@ -244,7 +249,7 @@ def test_the_test_split_is_read_after_all_training_only(
 
 
 def test_select_best_goes_on_from_the_best_checkpoint_and_tests_it(
-    tmp_path, monkeypatch, small_network, console
+    tmp_path, monkeypatch, no_report, small_network, console
 ):
     # Validation says that the first epoch of each stage was the best.
     scores = iter([0.9, 0.1, 0.8, 0.2])
@@ -253,7 +258,6 @@ def test_select_best_goes_on_from_the_best_checkpoint_and_tests_it(
         return {"validation_loss": 1.0, "validation_accuracy": next(scores)}
 
     monkeypatch.setattr("jaxqat.stages.StageRun._validate", validate)
-    monkeypatch.setattr(experiment, "write_report", lambda path: path)
     changes = {"data__validation_size": 30, "select": "best", "qat__optimizer__learning_rate": 1e-9}
     experiment.train(tiny(**changes), tmp_path, console=console)
     assert experiment.evaluate(tmp_path, console=console)["step"] == STEPS_PER_EPOCH
@@ -279,14 +283,10 @@ def test_frozen_epochs_leave_ranges_and_statistics_alone(finished):
         assert changed == path.startswith("params/"), path
 
 
-@pytest.mark.parametrize("precision", ["tf32", "bfloat16"])
-def test_other_precisions_run_and_are_recorded(
-    tmp_path, monkeypatch, small_network, console, precision
-):
-    monkeypatch.setattr(experiment, "write_report", lambda path: path)
-    changes = {"precision": precision, "fp32__epochs": 1, "qat__epochs": 1}
+def test_bfloat16_trains_both_stages_and_is_recorded(tmp_path, no_report, small_network, console):
+    changes = {"precision": "bfloat16", "fp32__epochs": 1, "qat__epochs": 1}
     results = experiment.train(tiny(**changes), tmp_path, console=console)
-    assert results["precision"] == precision
+    assert results["precision"] == "bfloat16"
 
 
 def test_the_precision_asked_for_is_the_precision_of_the_products(small_network):
@@ -314,9 +314,8 @@ def test_the_precision_asked_for_is_the_precision_of_the_products(small_network)
 
 
 def test_several_steps_a_dispatch_make_the_same_run(
-    finished, tmp_path, monkeypatch, small_network, console
+    finished, tmp_path, no_report, small_network, console
 ):
-    monkeypatch.setattr(experiment, "write_report", lambda path: path)
     changes = {"fp32__steps_per_dispatch": 4, "qat__steps_per_dispatch": 4}
     experiment.train(tiny(**changes), tmp_path, console=console)
     # Compiled differently, so equal up to rounding: a difference of 2**-24 in a weight, grown over
@@ -381,9 +380,8 @@ def test_other_data_than_the_checkpoints_is_refused(
 
 
 def test_a_checkpoint_is_due_every_so_many_epochs_and_at_the_end(
-    tmp_path, monkeypatch, small_network, console
+    tmp_path, no_report, small_network, console
 ):
-    monkeypatch.setattr(experiment, "write_report", lambda path: path)
     settings = tiny(
         fp32__epochs=3,
         qat__epochs=1,
@@ -394,3 +392,13 @@ def test_a_checkpoint_is_due_every_so_many_epochs_and_at_the_end(
     steps = sorted(map(int, os.listdir(tmp_path / "checkpoints" / "fp32")))
     assert steps == [2 * STEPS_PER_EPOCH, 3 * STEPS_PER_EPOCH]
     assert "calibrated" not in results["qat"]
+
+
+def test_a_stop_at_the_end_of_an_epoch_is_saved_though_no_checkpoint_is_due(
+    tmp_path, monkeypatch, small_network, console
+):
+    signal_at(monkeypatch, STEPS_PER_EPOCH)
+    with pytest.raises(Stopped):
+        experiment.train(tiny(checkpoint={"every_epochs": 9}), tmp_path, console=console)
+    assert os.listdir(tmp_path / "checkpoints" / "fp32") == [str(STEPS_PER_EPOCH)]
+    assert [r["epoch"] for r in RunFolder(tmp_path).read_metrics()] == [1]
