@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, overload
 
 import flax.linen as nn
-from flax import nnx
 from flax.core import unfreeze
 
 from jaxqat.quant.recipe import Recipe
@@ -163,7 +162,8 @@ def quantize(model: Any, recipe: Recipe | str = "int8") -> Any:
     recipe = Recipe.preset(recipe) if isinstance(recipe, str) else recipe
     if isinstance(model, nn.Module):
         return QuantizedModule(model, recipe)
-    if isinstance(model, nnx.Module):
+    if any(c.__module__.startswith("flax.nnx") for c in type(model).__mro__):
+        # Told by name: importing flax.nnx imports optax.
         raise QuantizationError(
             f"An NNX module ({type(model).__name__}) holds its own parameters; quantize the "
             "function of them: graph, params = nnx.split(model); "
