@@ -191,7 +191,7 @@ def test_evaluation_uses_and_keeps_the_running_statistics():
 
 def torch_resnet(depth, width, classes, stem):
     """The same network as a PyTorch user writes it, after torchvision's."""
-    from torch import nn
+    from torch import nn  # pyright: ignore[reportMissingImports]
 
     def conv(inputs, outputs, kernel, stride):
         return nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
@@ -233,8 +233,8 @@ def torch_resnet(depth, width, classes, stem):
 
 def copy_weights(variables, network):
     """Copy a Flax tree into a PyTorch network, by the order in which both are computed."""
-    import torch
-    from torch import nn
+    import torch  # pyright: ignore[reportMissingImports]
+    from torch import nn  # pyright: ignore[reportMissingImports]
 
     params = parameter_paths(variables)
     stats = parameter_paths(variables, "batch_stats")
