@@ -5,6 +5,7 @@ import importlib.metadata
 import os
 import platform
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -41,9 +42,17 @@ def environment() -> dict[str, Any]:
         "platform": device.platform,
         "devices": jax.device_count(),
         "cpu_count": os.cpu_count(),
-        "machine": platform.platform(),
+        "processor": processor(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def processor() -> str:
+    """Model and architecture of the host's processor, as far as the system tells."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{(models or [platform.processor() or 'unknown'])[0]} ({platform.machine()})"
 
 
 def _key(package: str) -> str:
