@@ -20,7 +20,7 @@ def test_the_notebook_trains_evaluates_and_shows_the_report(tmp_path, monkeypatc
     trained = 'options = [] if CONFIG == "quickstart"'
     assert trained in cells[2].source
     cells[2].source = cells[2].source.replace(
-        trained, 'options = ["--fp32.epochs", "1", "--qat.epochs", "1"] if CONFIG == "quickstart"'
+        trained, 'options = ["--fp32.epochs", "2", "--qat.epochs", "1"] if CONFIG == "quickstart"'
     )
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     client = nbclient.NotebookClient(

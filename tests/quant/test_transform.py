@@ -26,8 +26,8 @@ def images():
 
 @functools.cache
 def plain_variables():
-    init = jax.jit(lambda: Residual().init(jax.random.key(0), jnp.zeros((1, 12, 12, 3)), False))
-    return randomized(init())
+    init = jitted(Residual().init, train=False, compiler_options=QUICKLY)
+    return randomized(init(jax.random.key(0), jnp.zeros((1, 12, 12, 3))))
 
 
 def calibrated(model, recipe, images):
@@ -38,9 +38,13 @@ def calibrated(model, recipe, images):
     return quantized, {**variables, "quant": calibrate(variables, images)}
 
 
-def jitted(method, **options):
+# Where only a rough value or a shape counts, XLA need not optimize: it compiles in a third.
+QUICKLY = {"xla_backend_optimization_level": 0}
+
+
+def jitted(method, *, compiler_options=None, **options):
     """A method of a quantized module, compiled: much faster than operation by operation."""
-    return jax.jit(functools.partial(method, **options))
+    return jax.jit(functools.partial(method, **options), compiler_options=compiler_options)
 
 
 def ranges_of(variables):
@@ -104,8 +108,9 @@ def test_training_and_inference_quantize_the_same_tensors(images):
 
 def test_the_parameter_tree_is_the_models_own(images):
     model = Residual()
-    plain = jitted(model.init, train=False)(jax.random.key(0), images)
-    variables = jitted(jaxqat.quantize(model).init, train=False)(jax.random.key(0), images)
+    options = {"train": False, "compiler_options": QUICKLY}
+    plain = jitted(model.init, **options)(jax.random.key(0), images)
+    variables = jitted(jaxqat.quantize(model).init, **options)(jax.random.key(0), images)
     assert set(variables) == {*plain, "quant"}
     for name in plain:
         jax.tree.map(np.testing.assert_array_equal, variables[name], plain[name])
@@ -117,8 +122,9 @@ def test_every_kernel_of_resnet18_gets_a_gradient(recipe, train):
     images = np.random.default_rng(0).normal(size=(4, 16, 16, 3)).astype(np.float32)
     model = ResNet(depth=18, width=4, num_classes=10, stem="cifar")
     quantized = jaxqat.quantize(model, recipe)
-    variables = jitted(quantized.init, train=False)(jax.random.key(0), images)
-    calibrate = jax.jit(lambda v, x: quantized.calibrate(v, x, train=train))
+    init = jitted(quantized.init, train=False, compiler_options=QUICKLY)
+    variables = init(jax.random.key(0), images)
+    calibrate = jitted(quantized.calibrate, train=train, compiler_options=QUICKLY)
     variables["quant"] = calibrate(variables, images)
 
     def loss(params):
@@ -130,7 +136,9 @@ def test_every_kernel_of_resnet18_gets_a_gradient(recipe, train):
             logits = quantized.apply(state, images, train=False)
         return -jax.nn.log_softmax(logits)[:, 0].mean()
 
-    gradients = flatten_dict(jax.jit(jax.grad(loss))(variables["params"]), sep="/")
+    gradients = flatten_dict(
+        jax.jit(jax.grad(loss), compiler_options=QUICKLY)(variables["params"]), sep="/"
+    )
     kernels = {k: np.asarray(g) for k, g in gradients.items() if k.endswith("kernel")}  # pyright: ignore
     assert len(kernels) == 21
     for path, gradient in kernels.items():
@@ -180,7 +188,8 @@ def test_ranges_move_in_training_only(images):
 
 def test_ranges_are_used_one_step_late_but_for_the_first_batch(images):
     quantized = jaxqat.quantize(Residual(), "int8")
-    variables = jitted(quantized.init, train=False)(jax.random.key(0), images)
+    variables = plain_variables()
+    variables = {**variables, "quant": quantized.init_ranges(variables, images, train=False)}
     step = jitted(quantized.apply, train=False, mutable=["quant"])
     first, updates = step(variables, images)
     after, _ = step({**variables, **updates}, images)
@@ -193,7 +202,7 @@ def test_a_rule_that_matches_no_layer_is_an_error(images):
     recipe = Recipe(rules=(Rule(path="conv7", weight_bits=4, act_bits=4),))
     quantized = jaxqat.quantize(Residual(), recipe)
     with pytest.raises(RecipeError, match=r"'conv7'.*none of the 6 layers.*conv"):
-        quantized.init(jax.random.key(0), images, train=False)
+        jax.eval_shape(jitted(quantized.init, train=False), jax.random.key(0), images)
 
 
 def test_rules_set_bits_and_leave_layers_in_float_by_name(images):
