@@ -5,10 +5,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, overload
 
 import flax.linen as nn
-from flax.core import unfreeze
+from flax.core import DenyList, unfreeze
+from flax.core.scope import in_filter
 
 from jaxqat.quant.recipe import Recipe
-from jaxqat.quant.trace import LayerInfo, QuantizationError
+from jaxqat.quant.trace import LayerInfo, Plan, QuantizationError
 from jaxqat.quant.transform import Call, Mode, QuantizedFunction, nest
 
 COLLECTION = "quant"
@@ -40,13 +41,14 @@ class QuantizedModule:
     def init(self, rngs: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The module's variables, and ranges that have seen nothing yet."""
         variables = unfreeze(self.module.init(rngs, *args, **kwargs))
-        return {**variables, COLLECTION: self.init_ranges(variables, *args, **kwargs)}
+        ranges = self.init_ranges(variables, *args, rngs=rngs, **kwargs)
+        return {**variables, COLLECTION: ranges}
 
     def apply(
         self,
         variables: Any,
         *args: Any,
-        mutable: bool | str | Sequence[str] = False,
+        mutable: bool | str | Sequence[str] | DenyList = False,
         rngs: Any = None,
         **kwargs: Any,
     ) -> Any:
@@ -70,9 +72,14 @@ class QuantizedModule:
                 f"The variables have the collections {', '.join(variables)}, without 'quant': "
                 "make it with `init_ranges` and `calibrate`."
             )
-        names = _collections(mutable, variables)
-        moves = COLLECTION in names
-        others = [name for name in names if name != COLLECTION]
+        moves = in_filter(mutable, COLLECTION)
+        if not isinstance(mutable, (bool, DenyList)):
+            mutable = [mutable] if isinstance(mutable, str) else list(mutable)
+        others = (
+            [name for name in mutable if name != COLLECTION]
+            if isinstance(mutable, list)
+            else mutable
+        )
         result, evaluator = self._evaluate(
             variables, args, kwargs, rngs, others, Mode.TRAIN if moves else Mode.FROZEN
         )
@@ -83,39 +90,45 @@ class QuantizedModule:
             updates = {**updates, COLLECTION: nest(evaluator.new_ranges)}
         return result, updates
 
-    def init_ranges(self, variables: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def init_ranges(
+        self, variables: Any, *args: Any, rngs: Any = None, **kwargs: Any
+    ) -> dict[str, Any]:
         """Ranges that have seen nothing yet: the 'quant' collection before calibration."""
-        return QuantizedFunction.empty_ranges(self._plan(variables, args, kwargs))
+        return QuantizedFunction.empty_ranges(self._plan(variables, args, kwargs, rngs))
 
-    def calibrate(self, variables: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def calibrate(
+        self, variables: Any, *args: Any, rngs: Any = None, **kwargs: Any
+    ) -> dict[str, Any]:
         """The 'quant' collection after observing one more batch of the module in float."""
         updated = list(_split(variables)[1])  # Batch norm when it trains; not kept.
-        _, evaluator = self._evaluate(variables, args, kwargs, None, updated, Mode.CALIBRATE)
+        _, evaluator = self._evaluate(variables, args, kwargs, rngs, updated, Mode.CALIBRATE)
         return nest(evaluator.new_ranges)
 
-    def describe(self, variables: Any, *args: Any, **kwargs: Any) -> tuple[LayerInfo, ...]:
+    def describe(
+        self, variables: Any, *args: Any, rngs: Any = None, **kwargs: Any
+    ) -> tuple[LayerInfo, ...]:
         """Every product of the module: its bits, or why it stays in float.
 
         Shapes and types are enough (`jax.eval_shape`).
         """
-        return self._plan(variables, args, kwargs).table
+        return self._plan(variables, args, kwargs, rngs).table
 
-    def codes(self, variables: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def codes(self, variables: Any, *args: Any, rngs: Any = None, **kwargs: Any) -> dict[str, Any]:
         """Codes (int8) of every quantized tensor, by the path of its range, ranges frozen."""
-        _, evaluator = self._evaluate(variables, args, kwargs, None, [], Mode.FROZEN)
+        _, evaluator = self._evaluate(variables, args, kwargs, rngs, [], Mode.FROZEN)
         return {"/".join(key): tensor.codes for key, tensor in evaluator.codes.items()}
 
-    def _plan(self, variables: Any, args: Any, kwargs: Any) -> Any:
+    def _plan(self, variables: Any, args: Any, kwargs: Any, rngs: Any) -> Plan:
         parameters, others, _ = _split(variables)
-        call = Call.of(parameters, others, (args, kwargs, None))
-        return self._function(list(others)).plan(call)[0]
+        call = Call.of(parameters, others, (args, kwargs, rngs))
+        return self._function(list(others)).checked_plan(call)
 
     def _evaluate(self, variables, args, kwargs, rngs, mutable, mode):
         parameters, others, state = _split(variables)
         inputs = (args, kwargs, rngs)
         return self._function(mutable).evaluate(parameters, state, others, inputs, mode)
 
-    def _function(self, mutable: list[str]) -> QuantizedFunction:
+    def _function(self, mutable: Any) -> QuantizedFunction:
         def function(parameters, others, args, kwargs, rngs):
             variables = {"params": parameters, **others}
             return self.module.apply(
@@ -129,12 +142,6 @@ def _split(variables: Any) -> tuple[Any, dict[str, Any], Any]:
     """Parameters, the other collections of the module, and the ranges."""
     others = {k: v for k, v in variables.items() if k not in ("params", COLLECTION)}
     return variables.get("params", {}), others, variables.get(COLLECTION, {})
-
-
-def _collections(mutable: bool | str | Sequence[str], variables: Any) -> list[str]:
-    if isinstance(mutable, bool):
-        return [name for name in variables if name != "params"] if mutable else []
-    return [mutable] if isinstance(mutable, str) else list(mutable)
 
 
 @overload

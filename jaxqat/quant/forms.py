@@ -29,9 +29,9 @@ from jaxtyping import Array, Float, Int8
 from jaxqat.quant import ops
 from jaxqat.quant.ranges import Grid
 
-# A bias of this many accumulator units or more would cost the sum its exactness in float32
-# (2**24); the channel is then constant, as when batch norm's gamma is 0.
-_LARGEST_BIAS = 2.0**23
+# A bias of more accumulator units than int32 holds means that the channel is a constant, as when
+# batch norm's gamma is 0. (Beyond 2**24 units, sums are exact to a float32's 24 bits only.)
+_LARGEST_BIAS = 2.0**30
 
 
 class Form(Protocol):
@@ -144,6 +144,17 @@ class Moved:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Joined:
+    """Tensors side by side (concatenation)."""
+
+    parts: tuple[Form, ...]
+    join: Callable[..., Array]
+
+    def steps(self, grid: Grid) -> Float[Array, "..."]:
+        return self.join(*(part.steps(grid) for part in self.parts))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Operand:
     """What an operation reads: the tensor, its form, and whether its values are the model's own.
 
@@ -185,6 +196,9 @@ def derive(name: str, bind: Callable, operands: list[Operand], shape) -> Form | 
         return _moved(name, bind, operands)
     if name == "pad":
         return _padded(bind, operands)
+    if name == "concatenate":
+        parts = tuple(form for operand in operands if (form := operand.any_form) is not None)
+        return Joined(parts, bind) if len(parts) == len(operands) else None
     if name in ("reduce_sum", "reduce_window_sum"):
         return _summed(bind, operands[0].form)
     if name in ("max", "min"):

@@ -16,8 +16,10 @@ from jax.core import Tracer
 from jax.extend import core as jex_core
 
 PRODUCTS = frozenset({"conv_general_dilated", "dot_general"})
-# Calls that mean no more than their body. Inlining `checkpoint` gives up its saving of memory.
-_INLINED = frozenset({"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2"})
+# Calls that mean no more than their body (jnp.pad and many others are such calls). Inlining
+# `checkpoint` gives up its saving of memory, so that is done only where products are inside.
+_INLINED = frozenset({"jit", "pjit", "closed_call", "core_call"})
+_INLINED_FOR_PRODUCTS = frozenset({"checkpoint", "remat2"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,10 +137,14 @@ class Program:
         for equation in jaxpr.eqns:
             operands = tuple(atom(v) for v in equation.invars)
             inner = list(inner_jaxprs(equation))
-            if equation.primitive.name in _INLINED and products_inside(inner[0]):
+            name = equation.primitive.name
+            if name in _INLINED or (name in _INLINED_FOR_PRODUCTS and products_inside(inner[0])):
                 body = next(p for p in equation.params.values() if _is_jaxpr(p))
                 closed = getattr(body, "consts", ())
                 results = self._inline(inner[0], closed, operands)
+            elif name == "convert_element_type" and isinstance(operands[0], Constant):
+                dtype = equation.params["new_dtype"]
+                results = [Constant(np.asarray(operands[0].value).astype(dtype)[()])]
             else:
                 results = [self._variable(v.aval) for v in equation.outvars]
                 node = Node(equation, operands, tuple(results))

@@ -116,8 +116,9 @@ def grid(low: Float[Array, ""], high: Float[Array, ""], *, bits: int, symmetric:
         low, high = jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
         span, steps, bottom = high - low, 2**bits - 1, -top - 1
     scale = span * np.float32(1 / steps)
-    # A span below the smallest normal float would have an infinite reciprocal.
-    scale = jnp.where(scale > np.finfo(np.float32).tiny, scale, jnp.float32(1))
+    # A span below the smallest normal float would have an infinite reciprocal. A NaN stays, so
+    # that a network that diverged says so.
+    scale = jnp.where(scale <= np.finfo(np.float32).tiny, jnp.float32(1), scale)
     inverse = 1.0 / scale
     if symmetric:
         zero_point = None

@@ -114,16 +114,25 @@ class Recipe:
         return self.weight_bits, self.act_bits
 
     def check_rules(self, layers: Sequence[tuple[str, str]]) -> None:
-        """Refuses a rule that no layer matches.
+        """Refuses a rule that decides about no layer.
 
         Args:
-            layers: Path and kind of every layer of the model.
+            layers: Path and kind of every layer of the model that can be quantized.
 
         Raises:
-            RecipeError: Names the rule and the nearest paths.
+            RecipeError: Names the rule and the nearest paths, or says that earlier rules take
+                all that it matches.
         """
-        for rule in self.rules:
-            if not any(rule.matches(path, kind) for path, kind in layers):
+        for number, rule in enumerate(self.rules):
+            matched = [layer for layer in layers if rule.matches(*layer)]
+            left = [x for x in matched if not any(r.matches(*x) for r in self.rules[:number])]
+            if matched and not left:
+                raise RecipeError(
+                    f"quant.rules: every layer that the rule path={rule.path!r}, "
+                    f"kind={rule.kind!r} matches is taken by a rule before it; the first match "
+                    "wins, so put the more special rule first."
+                )
+            if not matched:
                 paths = [path for path, _ in layers]
                 near = difflib.get_close_matches(rule.path, paths, 3, cutoff=0.3) or paths[:3]
                 raise RecipeError(

@@ -34,7 +34,11 @@ Key = tuple[str, ...]
 PARAMETERS, STATISTICS, DATA = 0, 1, 2
 _REDUCTIONS = ("reduce_sum", "reduce_max", "reduce_min", "reduce_prod")
 _AFFINE = ("add", "sub", "mul", "div", "neg")
+_OTHER_PRODUCTS = ("ragged_dot", "ragged_dot_general", "scaled_dot", "scaled_matmul")
 _SOURCE_MOVES = MOVES - {"reduce_window_max"} | {"pad"}
+
+
+LEFT_BY_RECIPE = "the recipe leaves it in float"
 
 
 class QuantizationError(ValueError):
@@ -103,6 +107,11 @@ class Plan:
     sites: dict[int, Site]
     table: tuple[LayerInfo, ...]
 
+    def check_rules(self, recipe: Recipe) -> None:
+        """Refuses a rule of the recipe that decides about no layer (`Recipe.check_rules`)."""
+        able = [i for i in self.table if i.float_reason in (None, LEFT_BY_RECIPE)]
+        recipe.check_rules([(info.path, info.kind) for info in able])
+
 
 def make_plan(
     program: Program,
@@ -118,14 +127,11 @@ def make_plan(
         is_data: For each flat argument, whether it varies from call to call.
         recipe: Bits and exceptions.
 
-    Raises:
-        RecipeError: A rule of the recipe matches no layer.
     """
     level, names = _dependence(program, paths, is_data)
     planner = _Planner(program, level, names, recipe)
     for node in program.nodes:
         planner.visit(node)
-    recipe.check_rules([(info.path, info.kind) for info in planner.table])
     planner.add_sites_behind()
     return Plan(program, level, planner.layers, planner.sites, planner.finished_table())
 
@@ -140,7 +146,7 @@ def _dependence(program, paths, is_data) -> tuple[list[int], dict[int, Key]]:
     for node in program.nodes:
         reads = [a for a in node.inputs if isinstance(a, int)]
         depends = max((level[a] for a in reads), default=PARAMETERS)
-        if node.name in _REDUCTIONS and 0 in node.equation.params["axes"]:
+        if node.name in _REDUCTIONS and _is_statistic(node, program):
             depends = min(depends, STATISTICS)
         name = next((names[a] for a in reads if a in names), None)
         for number in node.outputs:
@@ -148,6 +154,12 @@ def _dependence(program, paths, is_data) -> tuple[list[int], dict[int, Key]]:
             if depends == PARAMETERS and name is not None:
                 names[number] = name
     return level, names
+
+
+def _is_statistic(node: Node, program: Program) -> bool:
+    """Whether a reduction leaves at most one axis, and that not the first, as batch norm's do."""
+    axes = node.equation.params["axes"]
+    return 0 in axes and len(axes) >= len(program.aval(node.inputs[0]).shape) - 1
 
 
 class _Planner:
@@ -163,18 +175,20 @@ class _Planner:
 
     def visit(self, node: Node) -> None:
         """Takes a node into the table, and plans it if it is a layer to quantize."""
+        if node.name in _OTHER_PRODUCTS:
+            self._leave_inner(node, f"'{node.name}' has no integer form here")
         if node.name not in PRODUCTS:
             for jaxpr in inner_jaxprs(node.equation):
-                if products_inside(jaxpr):
-                    self._leave_inner(node, products_inside(jaxpr))
+                if count := products_inside(jaxpr):
+                    reason = f"{count} product(s) inside a '{node.name}', which is not taken apart"
+                    self._leave_inner(node, reason)
             return
         depends = [PARAMETERS if isinstance(a, Constant) else self.level[a] for a in node.inputs]
-        if max(depends) == PARAMETERS:
-            return  # Weights multiplied with weights: part of making a weight.
         kind = "conv" if node.name == "conv_general_dilated" else "dense"
-        if min(depends) != PARAMETERS:
-            reason = "both operands depend on the data"
-            return self._leave(node, kind, 1, (f"{node.name}{len(self.table)}",), reason)
+        if min(depends) != PARAMETERS or max(depends) == PARAMETERS:
+            on = "the data" if max(depends) != PARAMETERS else "parameters only"
+            name = (f"{node.name}{len(self.table)}",)
+            return self._leave(node, kind, 1, name, f"both operands depend on {on}")
         side = depends.index(PARAMETERS)
         weights = node.inputs[side]
         name = self.names.get(weights) if isinstance(weights, int) else None
@@ -191,7 +205,7 @@ class _Planner:
             self.program.aval(node.inputs[side]),
         )
         if bits is None:
-            return "the recipe leaves it in float"
+            return LEFT_BY_RECIPE
         if not all(jnp.issubdtype(a.dtype, jnp.floating) for a in (data, weights)):
             return f"its operands are {data.dtype.name} and {weights.dtype.name}, not real numbers"
         if kind == "conv" and side == 0:
@@ -208,8 +222,7 @@ class _Planner:
         info = LayerInfo(path, kind, shape, None, None, macs, name, None, reason)
         self.table.append(info)
 
-    def _leave_inner(self, node: Node, count: int) -> None:
-        reason = f"{count} product(s) inside a '{node.name}', which is not taken apart"
+    def _leave_inner(self, node: Node, reason: str) -> None:
         name = (f"{node.name}{len(self.table)}",)
         self.table.append(LayerInfo(name[0], "any", (), None, None, 0, name, None, reason))
 
@@ -251,7 +264,8 @@ class _Planner:
         """The weights before a cast to the compute type: codes come from the parameter itself."""
         node = self.program.made_by.get(weights) if isinstance(weights, int) else None
         if node is not None and node.name == "convert_element_type":
-            return self._unconverted(node.inputs[0])
+            before = node.inputs[0]
+            return self._unconverted(before) if _is_float(self.program.aval(before)) else weights
         return weights
 
     def _source(self, number: int) -> int:
@@ -278,21 +292,18 @@ class _Planner:
         table = list(self.table)
         for row, source in self._sources.items():
             site = self.sites.get(source)
-            if site is None:  # A maximum of windows, whose input is quantized already.
-                before = self.program.made_by[source].inputs[0]
-                assert isinstance(before, int)
-                site = self.sites[self._source(before)]
+            if site is None:
+                site = self.sites[self._quantized_before(source) or source]
             table[row] = dataclasses.replace(table[row], range_key=site.key, act_bits=site.bits)
         return tuple(table)
 
     def add_sites_behind(self) -> None:
         """Finding (c), and maxima of windows: of a quantized tensor they are quantized already."""
-        for number in sorted(self.sites):
-            node = self.program.made_by.get(number)
-            if node is not None and node.name == "reduce_window_max":
-                before = node.inputs[0]
-                if isinstance(before, int) and self._source(before) in self.sites:
-                    del self.sites[number]
+        for number in sorted(self.sites, reverse=True):
+            before = self._quantized_before(number)
+            if before is not None:
+                bits = max(self.sites.pop(number).bits, self.sites[before].bits)
+                self.sites[before] = dataclasses.replace(self.sites[before], bits=bits)
         waiting = sorted(self.sites)
         while waiting:
             number = waiting.pop()
@@ -303,10 +314,27 @@ class _Planner:
                 self.sites[behind] = Site(self._key((*site.key[:-1], label)), site.bits)
                 waiting.append(behind)
 
+    def _quantized_before(self, number: int) -> int | None:
+        """The quantized tensor that this one is maxima of windows of, if it is."""
+        pooled = False
+        while (node := self.program.made_by.get(number)) is not None:
+            pooled |= node.name == "reduce_window_max"
+            before = node.inputs[0]
+            if node.name not in _SOURCE_MOVES | {"reduce_window_max"} or not isinstance(
+                before, int
+            ):
+                return None
+            number = before
+            if number in self.sites:
+                return number if pooled else None
+        return None
+
     def _behind(self, number: int) -> tuple[int, str] | None:
         affine = False
         while (node := self.program.made_by.get(number)) is not None:
             big = [a for a in node.inputs if isinstance(a, int) and not self._small(a, node)]
+            if node.name == "select_n":  # Dropout: a mask, the tensor, and zeros.
+                big = [a for a in big if self.level[a] == DATA and _is_float(self.program.avals[a])]
             if node.name in ("reduce_sum", "reduce_window_sum"):
                 if self.level[number] != DATA or not isinstance(node.inputs[0], int):
                     return None
@@ -314,7 +342,7 @@ class _Planner:
             if len(big) == 2 and node.name == "add":
                 return (number, "add") if affine else None
             passes = node.name in _SOURCE_MOVES or node.name in ("max", "min", "reduce_window_max")
-            passes = passes or node.name in _AFFINE or _is_clamp_call(node)
+            passes = passes or node.name in (*_AFFINE, "select_n") or _is_clamp_call(node)
             if not passes or len(big) != 1:
                 return None
             affine |= node.name in _AFFINE

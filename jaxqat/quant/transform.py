@@ -44,13 +44,13 @@ class Evaluator:
     """Evaluates one plan.
 
     Attributes:
-        new_ranges: The range of each site, after evaluation.
+        new_ranges: All ranges after evaluation; those that it did not meet are as they were.
         codes: Codes and grid of each quantized tensor, by key, after evaluation.
     """
 
     def __init__(self, plan: Plan, recipe: Recipe, state: Mapping[Key, ranges.Range], mode: Mode):
         self.plan, self.recipe, self.state, self.mode = plan, recipe, state, mode
-        self.new_ranges: dict[Key, ranges.Range] = {}
+        self.new_ranges: dict[Key, ranges.Range] = dict(state)
         self.codes: dict[Key, forms.Codes] = {}
         self._known: dict[int, forms.Operand] = {}
 
@@ -129,9 +129,9 @@ class Evaluator:
 
 
 def _form_of(node: Node, operands: list[forms.Operand], results: list[Any]) -> forms.Form | None:
+    if not jnp.issubdtype(results[0].dtype, jnp.floating):
+        return None
     if node.name == "custom_jvp_call":
-        return _form_inside(next(inner_jaxprs(node.equation)), operands)
-    if node.name in ("jit", "pjit"):
         return _form_inside(next(inner_jaxprs(node.equation)), operands)
     return forms.derive(node.name, lambda *x: node.bind(*x)[0], operands, np.shape(results[0]))
 
@@ -150,11 +150,13 @@ def _form_inside(jaxpr: Any, operands: list[forms.Operand]) -> forms.Form | None
         reads = [read(a) for a in node.inputs]
         constant = all(r.constant for r in reads)
         form = None
-        if len(node.outputs) == 1:
+        if len(node.outputs) == 1 and jnp.issubdtype(
+            inner.avals[node.outputs[0]].dtype, jnp.floating
+        ):
             shape = inner.avals[node.outputs[0]].shape
             form = (
                 _form_inside(next(inner_jaxprs(node.equation)), reads)
-                if node.name in ("jit", "pjit", "custom_jvp_call")
+                if node.name == "custom_jvp_call"
                 else forms.derive(node.name, lambda *x, n=node: n.bind(*x)[0], reads, shape)
             )
         known.update((number, forms.Operand(None, form, constant)) for number in node.outputs)
@@ -235,7 +237,7 @@ class QuantizedFunction:
 
     def init_ranges(self, parameters: Any, *inputs: Any) -> Any:
         """Ranges that have seen nothing yet, for every tensor that will be quantized."""
-        return self.empty_ranges(self.plan(Call.of(parameters, None, inputs))[0])
+        return self.empty_ranges(self.checked_plan(Call.of(parameters, None, inputs)))
 
     def calibrate(self, parameters: Any, state: Any, *inputs: Any) -> Any:
         """The ranges after observing one more batch of the function in float."""
@@ -247,7 +249,7 @@ class QuantizedFunction:
 
         Shapes and types are enough (`jax.eval_shape`).
         """
-        return self.plan(Call.of(parameters, None, inputs))[0].table
+        return self.checked_plan(Call.of(parameters, None, inputs)).table
 
     def codes(self, parameters: Any, state: Any, *inputs: Any) -> dict[str, Any]:
         """Codes (int8) of every quantized tensor, by the path of its range, ranges frozen."""
@@ -264,6 +266,16 @@ class QuantizedFunction:
 
         program, structure = trace(flat_function, call.flat)
         return make_plan(program, call.names, call.is_data, self.recipe), structure
+
+    def checked_plan(self, call: Call) -> Plan:
+        """The plan for a call that stands for the whole model: every rule must match something.
+
+        Raises:
+            RecipeError: A rule of the recipe decides about no layer.
+        """
+        plan, _ = self.plan(call)
+        plan.check_rules(self.recipe)
+        return plan
 
     def evaluate(
         self, parameters: Any, state: Any, constants: Any, inputs: Any, mode: Mode

@@ -91,7 +91,7 @@ class IntegerResidual:
     def _steps(self, acc, unit, gain, offset, out_scale):
         """round((acc + b) * m) for the real value gain * unit * acc + offset."""
         factor = gain * unit
-        alive = np.abs(offset) < np.abs(factor) * 2**23
+        alive = np.abs(offset) < np.abs(factor) * 2**30
         bias = np.round(offset / np.where(alive, factor, 1))
         moving = np.round((acc + bias) * (factor / out_scale))
         return np.where(alive, moving, np.round(offset / out_scale)).astype(np.int64)
