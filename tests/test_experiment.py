@@ -283,36 +283,6 @@ def test_frozen_epochs_leave_ranges_and_statistics_alone(finished):
         assert changed == path.startswith("params/"), path
 
 
-def test_bfloat16_trains_both_stages_and_is_recorded(tmp_path, no_report, small_network, console):
-    changes = {"precision": "bfloat16", "fp32__epochs": 1, "qat__epochs": 1}
-    results = experiment.train(tiny(**changes), tmp_path, console=console)
-    assert results["precision"] == "bfloat16"
-
-
-def test_the_precision_asked_for_is_the_precision_of_the_products(small_network):
-    import jax
-
-    from jaxqat.networks import Networks, matmul_precision
-
-    texts = {}
-    for precision in ("float32", "tf32", "bfloat16"):
-        settings = tiny(precision=precision)
-        networks = Networks.build(settings, load_dataset(settings.data))
-        params, collections = networks.shapes("fp32")
-        with matmul_precision(settings):
-            lowered = networks.predictor("fp32").lower(
-                {"params": params, **collections},
-                jax.ShapeDtypeStruct((2, 8, 8, 1), np.uint8),
-            )
-        texts[precision] = [
-            line for line in lowered.as_text().splitlines() if "stablehlo.convolution" in line
-        ]
-    assert all("HIGHEST" in line for line in texts["float32"])
-    assert not any("HIGHEST" in line for line in texts["tf32"] + texts["bfloat16"])
-    assert all("bf16" in line for line in texts["bfloat16"])
-    assert len(texts["float32"]) == 2
-
-
 def test_several_steps_a_dispatch_make_the_same_run(
     finished, tmp_path, no_report, small_network, console
 ):
