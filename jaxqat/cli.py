@@ -42,6 +42,9 @@ class Parser(jsonargparse.ArgumentParser):
         if unknown:
             options = [o for action in self._actions for o in action.option_strings]
             message += f"; the nearest right one is {configs.nearest(unknown[1], options)}"
+        # jsonargparse names a missing argument by its place in the namespace.
+        message = message.replace("train.workdir", "--workdir")
+        message = re.sub(r"\b(evaluate|report)\.run\b", "the run folder", message)
         print(f"{self.prog}: error: {' '.join(message.split())}", file=sys.stderr)
         print(f"All options: {self.prog} --help", file=sys.stderr)
         sys.exit(BAD_INPUT)
@@ -60,6 +63,7 @@ def make_parser() -> Parser:
         subparser = Parser(prog=f"jaxqat {name}", description=(add.__doc__ or "").strip())
         add(subparser)
         commands.add_subcommand(name, subparser, help=(add.__doc__ or "").strip())
+        subparser.prog = f"jaxqat {name}"  # jsonargparse makes it 'jaxqat [options] train'.
     return parser
 
 
@@ -73,12 +77,8 @@ def add_train_arguments(parser: Parser) -> None:
 def add_evaluate_arguments(parser: Parser) -> None:
     """Evaluate a run from its folder alone; writes RUN/evaluations/ only."""
     parser.add_argument("run", type=Path, help="The run folder.")
-    parser.add_argument(
-        "--stage", choices=("fp32", "qat"), default="qat", help="Which network (default: qat)."
-    )
-    parser.add_argument(
-        "--split", choices=experiment.SPLITS, default="test", help="Which images (default: test)."
-    )
+    parser.add_argument("--stage", choices=("fp32", "qat"), default="qat", help="Which network.")
+    parser.add_argument("--split", choices=experiment.SPLITS, default="test", help="Which images.")
 
 
 def add_report_arguments(parser: Parser) -> None:
@@ -130,12 +130,12 @@ def _check_config_files(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config", action="append", default=[])
     for path in parser.parse_known_args(argv)[0].config:
-        configs.read_yaml(Path(path))
+        configs.read_yaml(Path(path), also=("workdir",))
 
 
 def _set_up_logging() -> None:
     handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=False)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
     logging.getLogger("jaxqat").setLevel(logging.INFO)
     # Orbax warns of its own deprecations and of what is meant here (read-only folders).
     logging.getLogger("absl").setLevel(logging.ERROR)

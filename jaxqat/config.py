@@ -9,7 +9,7 @@ import difflib
 import hashlib
 import json
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -125,8 +125,12 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             yield prefix + key, value
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, also: Collection[str] = ()) -> dict[str, Any]:
     """The settings in a file, their keys checked.
+
+    Args:
+        path: The file.
+        also: Keys that are no setting of an experiment and may stand in the file all the same.
 
     Raises:
         ConfigError: If the file cannot be read, is not YAML, or has an unknown key.
@@ -140,7 +144,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: must hold settings such as 'seed: 0', got {values!r}.")
     try:
-        check_keys(Experiment, values)
+        check_keys(Experiment, {k: v for k, v in values.items() if k not in also})
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     return values

@@ -53,6 +53,11 @@ class RunFolder:
         """Folder of a stage's checkpoints."""
         return self.path / "checkpoints" / stage
 
+    def has_work(self) -> bool:
+        """Whether anything would be lost if the folder became another experiment's."""
+        steps = self.path.glob("checkpoints/*/*")
+        return self.results.exists() or any(step.name.isdigit() for step in steps)
+
     def evaluation(self, stage: str, split: str) -> Path:
         """Result of `jaxqat evaluate`."""
         return self.path / "evaluations" / f"{stage}_{split}.json"
@@ -209,12 +214,12 @@ def _check_content(folder: RunFolder) -> None:
 
 
 def check_config(folder: RunFolder, experiment: Experiment) -> None:
-    """Refuse to go on in the folder of another experiment.
+    """Refuse to go on in the folder of another experiment, if it has got anywhere.
 
     Raises:
         RunFolderError: Shows every setting that differs.
     """
-    if not folder.config.exists():
+    if not folder.config.exists() or not folder.has_work():
         return
     differences = configs.differences(folder.load_config(), experiment)
     if differences:

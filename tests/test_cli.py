@@ -307,3 +307,21 @@ def test_a_stop_and_a_failure_have_their_exit_statuses(monkeypatch, capsys, tmp_
         monkeypatch.setattr(experiment, "train", fail)
         assert run_command("train", "--workdir", tmp_path) == status
         assert capsys.readouterr().err.startswith("jaxqat: ")
+
+
+def test_a_printed_configuration_can_be_given_back(tmp_path, capsys):
+    config = ROOT / "configs/quickstart.yaml"
+    assert run_command("train", "--config", config, "--qat.epochs", 7, "--print_config") == 0
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(capsys.readouterr().out)
+    given_back = ("train", "--config", printed, "--workdir", tmp_path / "run")
+    # Far enough to have understood every key: more warm-up than the 7 epochs of the file.
+    assert run_command(*given_back, "--qat.optimizer.warmup_epochs", 8) == 2
+    assert "qat.optimizer.warmup_epochs must be below epochs (7)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("command", "missing"), [("train", "--workdir"), ("report", "run folder")])
+def test_a_missing_argument_is_called_what_a_person_types(command, missing, capsys):
+    assert run_command(command) == 2
+    error = capsys.readouterr().err
+    assert missing in error and f"{command}." not in error

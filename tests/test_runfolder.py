@@ -79,10 +79,22 @@ def test_another_config_is_shown_key_by_key(tmp_path):
     check_config(folder, tiny())
     write_atomically(folder.config, to_yaml(tiny()))
     check_config(folder, tiny())
+    (folder.checkpoints("fp32") / "6").mkdir(parents=True)
+    check_config(folder, tiny())
     with pytest.raises(RunFolderError) as caught:
         check_config(folder, tiny(qat__epochs=5, fp32__optimizer__learning_rate=0.5))
     lines = str(caught.value).splitlines()
     assert lines[1:3] == ["  fp32.optimizer.learning_rate: 0.1 -> 0.5", "  qat.epochs: 2 -> 5"]
+
+
+def test_a_folder_without_a_checkpoint_may_become_another_configs(tmp_path):
+    folder = RunFolder(tmp_path)
+    write_atomically(folder.config, to_yaml(tiny()))
+    folder.checkpoints("fp32").mkdir(parents=True)
+    check_config(folder, tiny(qat__epochs=5))
+    write_atomically(folder.results, "{}")
+    with pytest.raises(RunFolderError, match=r"belongs to another config"):
+        check_config(folder, tiny(qat__epochs=5))
 
 
 def test_epochs_after_a_step_are_forgotten_for_their_stage_only(tmp_path):

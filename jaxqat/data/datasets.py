@@ -26,7 +26,8 @@ class DataConfig:
     image-classification set: 'cifar10', 'cifar100', 'name/config', 'name:1.2.3'."""
 
     data_dir: str | None = None
-    """Root of the TFDS sets (null: $TFDS_DATA_DIR, or ~/tensorflow_datasets), or the folder."""
+    """Root of the TFDS sets (null: $TFDS_DATA_DIR, or ~/tensorflow_datasets), or the folder. Where
+    it does not hold the set, a verified cache of the set is used, and that is said."""
 
     cache_dir: str | None = None
     """Where decoded images are kept (null: $JAXQAT_CACHE_DIR, or ~/.cache/jaxqat)."""
