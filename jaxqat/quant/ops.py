@@ -18,7 +18,7 @@ from aqt.jax.v2 import calibration as aqt_calibration
 from aqt.jax.v2 import utils as aqt_utils
 from aqt.jax.v2.numerics import int_numerics
 from aqt.jax.v2.numerics import numerics as aqt_numerics
-from jaxtyping import Array, Float, Int8
+from jaxtyping import Array, Float, Int, Int8
 
 from jaxqat.quant.products import Product, backward
 from jaxqat.quant.ranges import Grid, GridCalibration
@@ -122,6 +122,18 @@ def _straight_through_backward(residuals, gradients):
 _straight_through.defvjp(_straight_through_forward, _straight_through_backward)
 
 
+@jax.custom_vjp
+def in_place_of(x: Float[Array, "..."], exact: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The tensor `exact`, with the gradient of x: both stand for the same value."""
+    return exact.astype(x.dtype)
+
+
+in_place_of.defvjp(
+    lambda x, exact: (in_place_of(x, exact), exact[..., :0]),
+    lambda like, gradient: (gradient, jnp.zeros(gradient.shape, like.dtype)),
+)
+
+
 def quantize_weights(
     weights: Float[Array, "..."], *, bits: int, axes: tuple[int, ...]
 ) -> tuple[Int8[Array, "..."], Float[Array, "..."]]:
@@ -181,14 +193,16 @@ class ProductResult(NamedTuple):
     Attributes:
         real: The result y, which carries the gradients.
         total: sum(q k), the accumulator, as float32.
-        correction: -z sum(k), broadcastable to the result; an integer, as float32.
-        scale: s_x s_w, broadcastable to the result.
+        correction: -z sum(k), int32, broadcastable to the result.
+        weight_scale: s_w, broadcastable to the result.
+        weight_codes: k, as the weights lie.
     """
 
     real: Array
     total: Float[Array, "..."]
-    correction: Float[Array, "..."]
-    scale: Float[Array, "..."]
+    correction: Int[Array, "..."]
+    weight_scale: Float[Array, "..."]
+    weight_codes: Int8[Array, "..."]
 
 
 def multiply(
@@ -225,17 +239,18 @@ def _multiply_forward(how, x, codes, grid, weights):
     weight_codes, weight_scale = quantize_weights(weights, bits=how.bits, axes=how.axes)
     total = how.product.accumulate(codes, weight_codes)
     if grid.zero_point is None:
-        correction = jnp.zeros((), jnp.float32)
+        correction = jnp.zeros((), jnp.int32)
     else:
         sums = how.product.zero_sums(codes.shape, weight_codes)
-        correction = (-grid.zero_point * sums).astype(jnp.float32)
+        correction = -grid.zero_point * sums
     channels = [1 if a in how.product.channel_axes else n for a, n in enumerate(weights.shape)]
-    scale = grid.scale * how.product.over_output(jnp.broadcast_to(weight_scale, channels))
-    real = ((total + correction) * scale).astype(how.dtype)
+    per_channel = how.product.over_output(jnp.broadcast_to(weight_scale, channels))
+    sums = total + correction.astype(jnp.float32)
+    real = (sums * (grid.scale * per_channel)).astype(how.dtype)
     # Empty arrays carry the types of the two gradients to the backward pass.
     like = (None if x is None else x[..., :0], weights[..., :0])
     kept = (codes, grid, weight_codes, weight_scale, like)
-    return (real, total, correction, scale), kept
+    return (real, total, correction, per_channel, weight_codes), kept
 
 
 def _multiply_backward(how, kept, gradients):

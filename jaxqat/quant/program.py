@@ -44,6 +44,12 @@ class Node:
     equation: Any
     inputs: tuple[Atom, ...]
     outputs: tuple[int, ...]
+    scope: str = ""
+
+    @property
+    def where(self) -> str:
+        """The operation and the module that it stands in, for messages."""
+        return f"'{self.name}'" + (f" in {self.scope}" if self.scope else "")
 
     @property
     def name(self) -> str:
@@ -127,7 +133,9 @@ class Program:
         self.constants[number] = value
         return number
 
-    def _inline(self, jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Atom]) -> list[Atom]:
+    def _inline(
+        self, jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Atom], scope: str = ""
+    ) -> list[Atom]:
         known: dict[Any, Atom] = dict(zip(jaxpr.invars, inputs, strict=True))
         known.update((v, self._constant(c)) for v, c in zip(jaxpr.constvars, consts, strict=True))
 
@@ -138,16 +146,17 @@ class Program:
             operands = tuple(atom(v) for v in equation.invars)
             inner = list(inner_jaxprs(equation))
             name = equation.primitive.name
+            here = "/".join(part for part in (scope, str(equation.source_info.name_stack)) if part)
             if name in _INLINED or (name in _INLINED_FOR_PRODUCTS and products_inside(inner[0])):
                 body = next(p for p in equation.params.values() if _is_jaxpr(p))
                 closed = getattr(body, "consts", ())
-                results = self._inline(inner[0], closed, operands)
+                results = self._inline(inner[0], closed, operands, here)
             elif name == "convert_element_type" and isinstance(operands[0], Constant):
                 dtype = equation.params["new_dtype"]
                 results = [Constant(np.asarray(operands[0].value).astype(dtype)[()])]
             else:
                 results = [self._variable(v.aval) for v in equation.outvars]
-                node = Node(equation, operands, tuple(results))
+                node = Node(equation, operands, tuple(results), here)
                 self.nodes.append(node)
                 self.made_by.update((number, node) for number in results)
             known.update(zip(equation.outvars, results, strict=True))

@@ -92,6 +92,21 @@ class Grid:
         """The zero point as float32, to shift rounded steps with."""
         return jnp.asarray(0 if self.zero_point is None else self.zero_point, jnp.float32)
 
+    @property
+    def branch_steps(self) -> int:
+        """Steps of this grid in one of `branch`: 1, or 2 if its codes span more than 8 bits signed.
+
+        A term of a sum has both signs, the sum behind a ReLU one: 255 steps up from zero need a
+        branch of -256 to 254. The ratio is a power of two, so that adding the branch is exact.
+        """
+        return 2 if self.high - self.low > 254 else 1
+
+    @property
+    def branch(self) -> "Grid":
+        """The int8 grid of a term of a sum that is put on this grid: zero point 0."""
+        scale, inverse = self.scale * self.branch_steps, self.inverse * (1 / self.branch_steps)
+        return Grid(scale, inverse, None, -128, 127)
+
 
 def grid(low: Float[Array, ""], high: Float[Array, ""], *, bits: int, symmetric: bool) -> Grid:
     """The grid of 2**bits codes that covers a range.

@@ -74,8 +74,9 @@ class LayerInfo:
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """A quantized product: which operand is what, and how it is multiplied."""
+    """A quantized product: its module's path, which operand is what, how it is multiplied."""
 
+    path: str
     how: QuantizedProduct
     data: int
     weights: Atom
@@ -242,8 +243,8 @@ class _Planner:
         elif site.bits < act_bits:
             self.sites[source] = dataclasses.replace(site, bits=act_bits)
         how = QuantizedProduct(product, weight_bits, axes, dtype)
-        self.layers[node] = Layer(how, data, self._unconverted(node.inputs[side]))
         path, macs = "/".join(_module(name)), product.macs(shape, out)
+        self.layers[node] = Layer(path, how, data, self._unconverted(node.inputs[side]))
         self._sources[len(self.table)] = source
         self.table.append(
             LayerInfo(path, kind, shape, weight_bits, act_bits, macs, name, None, None)

@@ -46,12 +46,18 @@ class Evaluator:
     Attributes:
         new_ranges: All ranges after evaluation; those that it did not meet are as they were.
         codes: Codes and grid of each quantized tensor, by key, after evaluation.
+        made_from: The form that each of them was quantized from.
+        observed: The float tensors in their places, after calibration.
+        outputs: The results with their forms.
     """
 
     def __init__(self, plan: Plan, recipe: Recipe, state: Mapping[Key, ranges.Range], mode: Mode):
         self.plan, self.recipe, self.state, self.mode = plan, recipe, state, mode
         self.new_ranges: dict[Key, ranges.Range] = dict(state)
         self.codes: dict[Key, forms.Codes] = {}
+        self.made_from: dict[Key, forms.Form] = {}
+        self.observed: dict[Key, jax.Array] = {}
+        self.outputs: list[forms.Operand] = []
         self._known: dict[int, forms.Operand] = {}
 
     def run(self, arguments: list[Any]) -> list[Any]:
@@ -61,38 +67,60 @@ class Evaluator:
             *zip(program.inputs, arguments, strict=True),
             *program.constants.items(),
         ):
-            self._write(number, value, None)
+            self._write(number, value, None, None)
         for node in program.nodes:
             layer = self.plan.layers.get(node)
             if layer is not None and self.mode is not Mode.CALIBRATE:
                 values, form = self._multiply(layer)
-                self._write(node.outputs[0], values, form)
+                self._write(node.outputs[0], values, form, None)
                 continue
             operands = [self._read(a) for a in node.inputs]
             results = node.bind(*(o.values for o in operands))
             form = _form_of(node, operands, results) if len(results) == 1 else None
+            blame = None if form is not None else self._blame(node, operands)
             for number, values in zip(node.outputs, results, strict=True):
-                self._write(number, values, form)
-        return [self._read(a).values for a in program.outputs]
+                self._write(number, self._fenced(node, number, values), form, blame)
+        self.outputs = [self._read(a) for a in program.outputs]
+        return [self._result(output) for output in self.outputs]
+
+    def _result(self, output: forms.Operand) -> Any:
+        """An output of the network; with frozen ranges, the integer network's number."""
+        if self.mode is not Mode.FROZEN or not isinstance(output.form, forms.Accumulator):
+            return output.values
+        assert output.values is not None
+        return ops.in_place_of(output.values, jax.lax.stop_gradient(output.form.real()))
+
+    def _fenced(self, node: Node, number: int, values: Any) -> Any:
+        """Products of parameters, kept from being contracted (`forms.uncontracted`)."""
+        frozen = self.mode is Mode.FROZEN and self.plan.level[number] == PARAMETERS
+        if frozen and node.name == "mul" and values.dtype == jnp.float32:
+            return forms.uncontracted(values)
+        return values
+
+    def _blame(self, node: Node, operands: list[forms.Operand]) -> str | None:
+        before = next((o.blame for o in operands if o.blame is not None), None)
+        return before or (node.where if not all(o.constant for o in operands) else None)
 
     def _read(self, atom: Atom) -> forms.Operand:
         if isinstance(atom, Constant):
             return forms.Operand(atom.value, None, True)
         return self._known[atom]
 
-    def _write(self, number: int, values: Any, form: forms.Form | None) -> None:
+    def _write(self, number: int, values: Any, form: forms.Form | None, blame: str | None) -> None:
         site = self.plan.sites.get(number)
         if site is not None:
-            values, form = self._quantize(site, values, form)
-        self._known[number] = forms.Operand(values, form, self.plan.level[number] == PARAMETERS)
+            values, form = self._quantize(site, values, form or forms.Real(values, blame))
+        constant = self.plan.level[number] == PARAMETERS
+        self._known[number] = forms.Operand(values, form, constant, blame if not form else None)
 
-    def _quantize(self, site: Site, values: Any, form: forms.Form | None):
+    def _quantize(self, site: Site, values: Any, form: forms.Form):
         state = self._state(site)
         low, high = state["min"], state["max"]
         if self.mode is not Mode.FROZEN:
             seen = ranges.extent(values)
             self.new_ranges[site.key] = ranges.observe(state, *seen, self.recipe.range_decay)
             if self.mode is Mode.CALIBRATE:
+                self.observed[site.key] = values
                 return values, None
             # Ranges are used one step late, so that one pass over the tensor both quantizes and
             # observes it; before the first observation there is only the batch itself.
@@ -102,10 +130,9 @@ class Evaluator:
             )
         symmetric = self.recipe.activations == "symmetric"
         grid = ranges.grid(low, high, bits=site.bits, symmetric=symmetric)
-        if form is None:
-            form = forms.Real(values)
+        self.made_from[site.key] = form
         values, codes = ops.quantize(values, form.steps(grid), grid)
-        self.codes[site.key] = forms.Codes(codes, grid)
+        self.codes[site.key] = forms.Codes(codes, grid, site.key)
         return values, self.codes[site.key]
 
     def _state(self, site: Site) -> ranges.Range:
@@ -124,8 +151,12 @@ class Evaluator:
         assert isinstance(form, forms.Codes)  # The plan quantizes what a layer reads.
         assert data.values is not None and weights.values is not None
         result = ops.multiply(layer.how, data.values, form.codes, form.grid, weights.values)
-        total, correction, scale = jax.lax.stop_gradient(result[1:])
-        return result.real, forms.Accumulator(total, correction, scale, jnp.float32(0))
+        total, correction, weight_scale, weight_codes = jax.lax.stop_gradient(result[1:])
+        source = forms.Multiplied(layer.path, layer.how.product, form, weight_codes)
+        accumulator = forms.Accumulator(
+            total, correction, form.grid.scale, weight_scale, jnp.float32(0), source
+        )
+        return result.real, accumulator
 
 
 def _form_of(node: Node, operands: list[forms.Operand], results: list[Any]) -> forms.Form | None:
@@ -133,7 +164,11 @@ def _form_of(node: Node, operands: list[forms.Operand], results: list[Any]) -> f
         return None
     if node.name == "custom_jvp_call":
         return _form_inside(next(inner_jaxprs(node.equation)), operands)
-    return forms.derive(node.name, lambda *x: node.bind(*x)[0], operands, np.shape(results[0]))
+    return forms.derive(_operation(node), operands, np.shape(results[0]))
+
+
+def _operation(node: Node) -> forms.Operation:
+    return forms.Operation(node.name, node.equation.params, lambda *x: node.bind(*x)[0])
 
 
 def _form_inside(jaxpr: Any, operands: list[forms.Operand]) -> forms.Form | None:
@@ -157,7 +192,7 @@ def _form_inside(jaxpr: Any, operands: list[forms.Operand]) -> forms.Form | None
             form = (
                 _form_inside(next(inner_jaxprs(node.equation)), reads)
                 if node.name == "custom_jvp_call"
-                else forms.derive(node.name, lambda *x, n=node: n.bind(*x)[0], reads, shape)
+                else forms.derive(_operation(node), reads, shape)
             )
         known.update((number, forms.Operand(None, form, constant)) for number in node.outputs)
     return read(inner.outputs[0]).form

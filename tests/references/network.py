@@ -96,6 +96,12 @@ class IntegerResidual:
         moving = np.round((acc + bias) * (factor / out_scale))
         return np.where(alive, moving, np.round(offset / out_scale)).astype(np.int64)
 
+    def _branch(self, acc, unit, gain, offset, out_scale):
+        """A term of a sum, through int8 of its own: 255 output steps need half the resolution."""
+        ratio = 1 if self.symmetric else 2
+        steps = self._steps(acc, unit, gain, offset, out_scale * ratio)
+        return np.clip(steps, -128, 127) * ratio
+
     def _conv(self, x, key, name, **options):
         w = np.asarray(self.variables["params"][name]["kernel"])
         codes, scale = integers.weight_codes(w)
@@ -122,16 +128,16 @@ class IntegerResidual:
 
         out = scale["conv3/input"]
         acc, unit = self._conv(y, "conv2/input", "conv2", padding=same)
-        steps = self._steps(acc, unit, *self._norm("norm2"), out)
+        steps = self._branch(acc, unit, *self._norm("norm2"), out)
         steps = steps + np.round(x * (scale["conv1/input"] / out)).astype(np.int64)
         x = self._stored("conv3/input", np.maximum(steps, 0))
 
         out = scale["head/pool"]
         acc, unit = self._conv(x, "conv3/input", "conv3", padding=same, stride=(2, 2))
-        steps = self._steps(acc, unit, *self._norm("norm3"), out)
+        steps = self._branch(acc, unit, *self._norm("norm3"), out)
         acc, unit = self._conv(x, "conv3/input", "conv4", stride=(2, 2))
         bias = np.float64(self.variables["params"]["conv4"]["bias"])
-        steps = steps + self._steps(acc, unit, 1.0, bias, out)
+        steps = steps + self._branch(acc, unit, 1.0, bias, out)
         x = self._stored("head/pool", np.maximum(steps, 0))
 
         total = x.sum((1, 2))
@@ -140,4 +146,5 @@ class IntegerResidual:
         x = self._stored("head/input", mean.astype(np.int64))
         codes, unit = integers.weight_codes(np.asarray(self.variables["params"]["head"]["kernel"]))
         bias = np.float64(self.variables["params"]["head"]["bias"])
-        return (x @ codes) * (unit * scale["head/input"]) + bias
+        factor = unit * scale["head/input"]
+        return (x @ codes + np.round(bias / factor)) * factor

@@ -1,0 +1,333 @@
+"""Compiling for an accelerator that is not there: XLA's compilers need its description, not it.
+
+`compile_for` gives what a compiler makes of a function for one target: the optimized HLO and the
+memory it needs. The wheels of `jax[cuda13]` and `jax[tpu]` bring the compilers; neither a driver
+nor a device nor the network is needed. Nothing runs and nothing is timed.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+Platform = Literal["cpu", "cuda", "tpu"]
+
+
+class LoweringError(ValueError):
+    """A function cannot be compiled for a target; the message says for which and why."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """What XLA asks of an NVIDIA GPU (from its data sheet and CUDA's device properties).
+
+    Attributes:
+        name: As the driver calls it.
+        capability: Major and minor compute capability.
+        cores: Streaming multiprocessors.
+        lanes: float32 units a multiprocessor.
+        threads: Resident threads a multiprocessor.
+        shared_bytes: Shared memory a multiprocessor.
+        block_bytes: Shared memory that one block can opt in to.
+        l2_bytes: Second-level cache.
+        memory_bytes: Device memory.
+        bandwidth: Of device memory, bytes a second.
+        clock_ghz: Boost clock.
+    """
+
+    name: str
+    capability: tuple[int, int]
+    cores: int
+    lanes: int
+    threads: int
+    shared_bytes: int
+    block_bytes: int
+    l2_bytes: int
+    memory_bytes: int
+    bandwidth: int
+    clock_ghz: float
+
+    def config(self) -> str:
+        """XLA's GpuTargetConfig, a protocol buffer in text form."""
+        major, minor = self.capability
+        return f"""
+gpu_device_info {{
+  cuda_compute_capability {{ major: {major} minor: {minor} }}
+  core_count: {self.cores}
+  fpus_per_core: {self.lanes}
+  threads_per_warp: 32
+  threads_per_block_limit: 1024
+  threads_per_core_limit: {self.threads}
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  shared_memory_per_block: 49152
+  shared_memory_per_core: {self.shared_bytes}
+  shared_memory_per_block_optin: {self.block_bytes}
+  l2_cache_size: {self.l2_bytes}
+  device_memory_size: {self.memory_bytes}
+  memory_bandwidth: {self.bandwidth}
+  clock_rate_ghz: {self.clock_ghz}
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 }}
+runtime_version {{ major: 13 minor: 0 patch: 0 }}
+device_description_str: "{self.name}"
+"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Target:
+    """A machine to compile for.
+
+    Attributes:
+        name: 'sm_90'.
+        platform: JAX's name of its kind.
+        description: For people.
+        gpu: An NVIDIA GPU's properties.
+        topology: A TPU's name and shape, as libtpu calls them.
+        clock_hz: Of a TPU, what turns the compiler's estimated cycles into seconds.
+    """
+
+    name: str
+    platform: Platform
+    description: str
+    gpu: Gpu | None = None
+    topology: str = ""
+
+
+_T4 = Gpu(
+    name="Tesla T4",
+    capability=(7, 5),
+    cores=40,
+    lanes=64,
+    threads=1024,
+    shared_bytes=64 << 10,
+    block_bytes=64 << 10,
+    l2_bytes=4 << 20,
+    memory_bytes=15_843_721_216,
+    bandwidth=320 * 10**9,
+    clock_ghz=1.59,
+)
+_A100 = Gpu(
+    name="NVIDIA A100-SXM4-40GB",
+    capability=(8, 0),
+    cores=108,
+    lanes=64,
+    threads=2048,
+    shared_bytes=164 << 10,
+    block_bytes=163 << 10,
+    l2_bytes=40 << 20,
+    memory_bytes=42 * 10**9,
+    bandwidth=1555 * 10**9,
+    clock_ghz=1.41,
+)
+_H200 = Gpu(
+    name="NVIDIA H200",
+    capability=(9, 0),
+    cores=132,
+    lanes=128,
+    threads=2048,
+    shared_bytes=228 << 10,
+    block_bytes=227 << 10,
+    l2_bytes=60 << 20,
+    memory_bytes=150 * 10**9,
+    bandwidth=4800 * 10**9,
+    clock_ghz=1.98,
+)
+
+TARGETS: dict[str, Target] = {
+    target.name: target
+    for target in (
+        Target(name="cpu", platform="cpu", description="this machine's CPU"),
+        Target(name="sm_75", platform="cuda", description="NVIDIA T4", gpu=_T4),
+        Target(name="sm_80", platform="cuda", description="NVIDIA A100", gpu=_A100),
+        Target(name="sm_90", platform="cuda", description="NVIDIA H200", gpu=_H200),
+        Target(name="tpu_v5e", platform="tpu", description="TPU v5e", topology="v5e:2x2"),
+        Target(name="tpu_v6e", platform="tpu", description="TPU v6e", topology="v6e:2x2"),
+    )
+}
+
+# Without a device, nothing can be timed to choose algorithms by.
+_OPTIONS: dict[str, dict[str, Any]] = {"cuda": {"xla_gpu_autotune_level": 0}}
+
+_WHEELS = {"cuda": 'pip install "jax[cuda13]"', "tpu": 'pip install "jax[tpu]"'}
+
+# libtpu asks for these where there is no TPU; a machine that has one has set its own.
+_LIBTPU_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",  # It would ask Google's metadata server, and wait for it.
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    # A second process would fail on /tmp/libtpu_lockfile, which guards a device that nobody opens.
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compiled:
+    """What a compiler made of a function.
+
+    Attributes:
+        target: What for.
+        text: The optimized HLO module.
+        argument_bytes: Memory of the arguments.
+        output_bytes: Memory of the results.
+        alias_bytes: The part of the results that lies in donated arguments.
+        temporary_bytes: Memory of everything in between.
+        seconds: What tracing and compiling took.
+    """
+
+    target: Target
+    text: str
+    argument_bytes: int
+    output_bytes: int
+    alias_bytes: int
+    temporary_bytes: int
+    seconds: float
+
+
+def compile_for(
+    target: Target | str,
+    function: Callable[..., Any],
+    *shapes: Any,
+    compiler_options: Mapping[str, Any] | None = None,
+) -> Compiled:
+    """Compile a function for a target, on any machine.
+
+    Args:
+        target: A target or its name in `TARGETS`.
+        function: A function of arrays; if it is jitted already (donated or static arguments), it
+            is taken as it is. What it asks of `jax.default_backend()` is this machine's.
+        *shapes: Its arguments; arrays, or anything with a shape and a dtype, in any tree.
+        compiler_options: XLA's options for this compilation.
+
+    Raises:
+        LoweringError: There is no such target, its compiler is not installed, or it refuses.
+    """
+    target = get_target(target) if isinstance(target, str) else target
+    sharding = SingleDeviceSharding(_device(target))
+    leaves = jax.tree.leaves(shapes)
+    if not leaves or not all(hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves):
+        kinds = ", ".join(sorted({type(leaf).__name__ for leaf in leaves})) or "none"
+        raise LoweringError(
+            f"compile_for takes at least one array or jax.ShapeDtypeStruct, got {kinds}."
+        )
+    arguments = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes
+    )
+    options = {**_OPTIONS.get(target.platform, {}), **(compiler_options or {})}
+    jitted: Any = function if hasattr(function, "lower") else jax.jit(function)
+    start = time.perf_counter()
+    lowered = jitted.lower(*arguments)
+    try:
+        compiled = lowered.compile(compiler_options=options)
+    except jax.errors.JaxRuntimeError as error:
+        raise LoweringError(f"{target.description} ({target.name}): {_reason(error)}") from error
+    memory = compiled.memory_analysis()
+    return Compiled(
+        target=target,
+        text=compiled.as_text(),
+        argument_bytes=memory.argument_size_in_bytes,
+        output_bytes=memory.output_size_in_bytes,
+        alias_bytes=memory.alias_size_in_bytes,
+        temporary_bytes=memory.temp_size_in_bytes,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def get_target(name: str) -> Target:
+    """The target of this name.
+
+    Raises:
+        LoweringError: There is none.
+    """
+    if name not in TARGETS:
+        raise LoweringError(f"target {name!r} is unknown; there are {', '.join(TARGETS)}.")
+    return TARGETS[name]
+
+
+def is_available(target: Target | str) -> bool:
+    """Whether the compiler for a target is installed."""
+    target = get_target(target) if isinstance(target, str) else target
+    try:
+        _device(target)
+    except LoweringError:
+        return False
+    return True
+
+
+def _reason(error: Exception, lines: int = 4, length: int = 600) -> str:
+    """The first lines of a compiler's message; the rest is its stack or the module itself."""
+    kept = [line.strip() for line in str(error).splitlines() if line.strip()][:lines]
+    return re.sub(r"\s+", " ", "; ".join(kept))[:length]
+
+
+@functools.cache
+def _device(target: Target) -> Any:
+    """A device to compile for, which nothing can run on (but for the CPU)."""
+    if target.platform == "cpu":
+        return jax.local_devices(backend="cpu")[0]
+    find = _cuda_topology if target.gpu else _tpu_topology
+    try:
+        return find(target).devices[0]
+    except (NotImplementedError, ImportError) as error:
+        raise LoweringError(
+            f"{target.description} ({target.name}): its compiler is not installed; "
+            f"{_WHEELS[target.platform]} brings it."
+        ) from error
+    except RuntimeError as error:
+        raise LoweringError(f"{target.description} ({target.name}): {_reason(error)}") from error
+
+
+def _cuda_topology(target: Target) -> Any:
+    assert target.gpu is not None
+    describe = functools.partial(
+        topologies.get_topology_desc,
+        platform="cuda",
+        topology_name=target.name,
+        topology="1x1x1",
+        target_config=target.gpu.config(),
+    )
+    # Without a driver, the plugin's check of CUDA's libraries fails and it is not registered.
+    with _environment({"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}):
+        try:
+            return describe()
+        except NotImplementedError:
+            # It failed when JAX started, or is not there.
+            for plugin in importlib.metadata.entry_points(group="jax_plugins"):
+                if plugin.name.startswith("xla_cuda"):
+                    plugin.load().initialize()
+                    return describe()
+            raise
+
+
+def _tpu_topology(target: Target) -> Any:
+    if importlib.util.find_spec("libtpu") is None:
+        raise ImportError("libtpu")
+    with _environment(_LIBTPU_ENVIRONMENT):
+        return topologies.get_topology_desc(platform="tpu", topology_name=target.topology)
+
+
+@contextlib.contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Environment variables for the time of a block, where they are not set already."""
+    added = {name: value for name, value in variables.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
