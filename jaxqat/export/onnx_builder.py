@@ -83,6 +83,13 @@ class Builder:
             return x
         return self.add("Transpose", [x], output, perm=axes)
 
+    def rename(self, old: str, new: str) -> None:
+        """Gives a tensor another name, wherever it stands."""
+        self._names.add(new)
+        for node in self.nodes:
+            for names in (node.input, node.output):
+                names[:] = [new if name == old else name for name in names]
+
     def model(self, inputs: list[Any], outputs: list[Any], *, opset: int, properties: dict):
         """The finished model.
 

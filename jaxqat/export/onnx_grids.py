@@ -98,9 +98,9 @@ def sum_scales(node: Add, graph: IntegerGraph) -> tuple[np.float32, ...] | None:
     whole = [float(m).is_integer() for m in node.multipliers]
     if not any(whole):
         return None
-    # Terms and zero points, at most four roundings of half a unit in the last place each.
+    # A bound for every intermediate, and ten float32 roundings (scales, ratios, products, sums).
     largest = UINT8_MAX * (1 + sum(float(m) for m in node.multipliers))
-    margin = 4 * largest * 2.0**-24
+    margin = 10 * largest * 2.0**-24
     scales = []
     for tensor, multiplier, exact in zip(tensors, node.multipliers, whole, strict=True):
         factor = float(multiplier) if exact else _clear_of_ties(tensor, multiplier, margin)

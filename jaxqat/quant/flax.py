@@ -10,7 +10,7 @@ from flax.core.scope import in_filter
 
 from jaxqat.quant.recipe import Recipe
 from jaxqat.quant.trace import LayerInfo, Plan, QuantizationError
-from jaxqat.quant.transform import Call, Mode, QuantizedFunction, nest
+from jaxqat.quant.transform import Call, Evaluator, Mode, QuantizedFunction, nest
 
 COLLECTION = "quant"
 
@@ -115,8 +115,16 @@ class QuantizedModule:
 
     def codes(self, variables: Any, *args: Any, rngs: Any = None, **kwargs: Any) -> dict[str, Any]:
         """Codes (int8) of every quantized tensor, by the path of its range, ranges frozen."""
-        _, evaluator = self._evaluate(variables, args, kwargs, rngs, [], Mode.FROZEN)
+        evaluator = self.record(variables, *args, rngs=rngs, **kwargs)
         return {"/".join(key): tensor.codes for key, tensor in evaluator.codes.items()}
+
+    def record(self, variables: Any, *args: Any, rngs: Any = None, **kwargs: Any) -> Evaluator:
+        """The finished evaluation with frozen ranges: codes, forms, results."""
+        return self._evaluate(variables, args, kwargs, rngs, [], Mode.FROZEN)[1]
+
+    def observe(self, variables: Any, *args: Any, rngs: Any = None, **kwargs: Any) -> Evaluator:
+        """The finished evaluation in float: the tensors that would be quantized, results."""
+        return self._evaluate(variables, args, kwargs, rngs, [], Mode.CALIBRATE)[1]
 
     def _plan(self, variables: Any, args: Any, kwargs: Any, rngs: Any) -> Plan:
         parameters, others, _ = _split(variables)

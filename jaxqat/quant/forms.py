@@ -76,12 +76,14 @@ class Codes:
     Attributes:
         codes: The codes.
         grid: Their grid.
-        source: Key of the tensor, or the operation that moved the codes of another one.
+        key: Key of the tensor; empty if the codes were moved.
+        moved: The operation that moved them, and from where.
     """
 
     codes: Int8[Array, "..."]
     grid: Grid
-    source: "tuple[str, ...] | tuple[Operation, Codes]"
+    key: tuple[str, ...] = ()
+    moved: "tuple[Operation, Codes] | None" = None
 
     def steps(self, grid: Grid) -> Float[Array, "..."]:
         steps = self.codes.astype(jnp.float32) - self.grid.zero
@@ -328,7 +330,7 @@ def _moved(operation: Operation, operands: list[Operand]) -> Form | None:
     if operation.name in _SAME_VALUES or form is None:
         return form
     if isinstance(form, Codes):
-        return Codes(operation.bind(form.codes), form.grid, (operation, form))
+        return Codes(operation.bind(form.codes), form.grid, moved=(operation, form))
     return Moved(form, operation)
 
 
@@ -338,7 +340,7 @@ def _padded(operation: Operation, operands: list[Operand]) -> Form | None:
         return None
     if isinstance(form, Codes):
         codes = operation.bind(form.codes, form.grid.zero.astype(jnp.int8))
-        return Codes(codes, form.grid, (operation, form))
+        return Codes(codes, form.grid, moved=(operation, form))
     return Moved(form, operation)
 
 

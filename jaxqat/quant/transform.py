@@ -288,8 +288,16 @@ class QuantizedFunction:
 
     def codes(self, parameters: Any, state: Any, *inputs: Any) -> dict[str, Any]:
         """Codes (int8) of every quantized tensor, by the path of its range, ranges frozen."""
-        _, evaluator = self.evaluate(parameters, state, None, inputs, Mode.FROZEN)
+        evaluator = self.record(parameters, state, *inputs)
         return {"/".join(key): tensor.codes for key, tensor in evaluator.codes.items()}
+
+    def record(self, parameters: Any, state: Any, *inputs: Any) -> Evaluator:
+        """The finished evaluation with frozen ranges: codes, forms, results."""
+        return self.evaluate(parameters, state, None, inputs, Mode.FROZEN)[1]
+
+    def observe(self, parameters: Any, state: Any, *inputs: Any) -> Evaluator:
+        """The finished evaluation in float: the tensors that would be quantized, results."""
+        return self.evaluate(parameters, state, None, inputs, Mode.CALIBRATE)[1]
 
     def plan(self, call: Call) -> tuple[Plan, Any]:
         """The plan for a call, and the structure of its result."""

@@ -1,0 +1,209 @@
+"""From a quantized model to an integer graph.
+
+The training graph's inference program is traced once more; `emit` writes down, tensor by tensor,
+the integer form that the program evaluates, and the program itself computes every scale, code,
+bias and multiplier. Nothing is computed a second time, so nothing can come out differently.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxqat.integer import graph as g
+from jaxqat.integer.emit import OUTPUT, Emitter, Pending
+from jaxqat.integer.moves import UnconvertibleError
+from jaxqat.quant import forms
+from jaxqat.quant.flax import QuantizedModule
+from jaxqat.quant.transform import Evaluator, QuantizedFunction
+
+
+class ConversionError(ValueError):
+    """A model cannot become an integer network; the message names every place and the reason."""
+
+
+def convert(
+    model: QuantizedModule | QuantizedFunction,
+    *arguments: Any,
+    requantization: g.Requantization = "float",
+    preprocess: Callable[[jax.Array], jax.Array] | None = None,
+    metadata: dict[str, object] | None = None,
+    **kwargs: Any,
+) -> g.IntegerGraph:
+    """The integer network of a quantized model.
+
+    Its codes are those of the model in inference mode with frozen ranges, tensor by tensor
+    (`jaxqat.verify` compares them on data).
+
+        graph = jaxqat.convert(model, variables, images, train=False)
+
+    Args:
+        model: What `jaxqat.quantize` returned.
+        *arguments: As for the model's `apply` (variables, *inputs), or for a function (parameters,
+            ranges, *inputs). Only shapes and types of the inputs matter.
+        requantization: 'float': one float32 multiplication and a rounding; 'fixed_point': an int32
+            multiplier and a rounding shift, no floating point between the input's codes and the
+            last accumulator.
+        preprocess: Makes the model's float input from uint8 images, value by value and channel by
+            channel, as normalization does. With it the graph takes uint8 images too.
+        metadata: Kept with the graph.
+        **kwargs: As for the model's `apply`.
+
+    Returns:
+        The graph.
+
+    Raises:
+        ConversionError: Names every part of the model that has no integer form, and why.
+        QuantizationError: The variables hold no ranges for the model.
+    """
+    requantizations = ("float", "fixed_point")
+    if requantization not in requantizations:
+        raise ConversionError(
+            f"requantization must be one of {', '.join(requantizations)}, got {requantization!r}."
+        )
+    static = 1 if isinstance(model, QuantizedModule) else 2
+    state, inputs = arguments[:static], arguments[static:]
+    emitter, arrays = _harvest(model, state, inputs, kwargs)
+    values = [np.asarray(a) for a in arrays]
+    nodes = [cls(**_finish_node(fields, values)) for cls, fields in emitter.nodes]
+    tensors = {n: g.Tensor(**_finish(fields, values)) for n, fields in emitter.tensors.items()}
+    output, output_shape = emitter.output
+    nodes = _needed(nodes, output)
+    kept = {node.output for node in nodes}
+    if preprocess is not None:
+        nodes = [_with_table(node, tensors, preprocess) for node in nodes]
+    try:
+        return g.IntegerGraph(
+            input_shape=emitter.input_shape or (),
+            tensors={name: t for name, t in tensors.items() if name in kept},
+            nodes=tuple(nodes),
+            output=output,
+            output_shape=output_shape,
+            requantization=requantization,
+            metadata=metadata or {},
+        )
+    except g.GraphError as error:
+        raise ConversionError(f"The model cannot be converted: {error}") from error
+
+
+class _Harvester(Emitter):
+    """An emitter that goes through a whole model, and collects what stands in the way."""
+
+    def __init__(self):
+        super().__init__()
+        self.problems: list[str] = []
+        self.output: tuple[str, tuple[int, ...]] = (OUTPUT, ())
+
+    def model(self, evaluator: Evaluator) -> None:
+        for info in evaluator.plan.table:
+            if info.float_reason is not None:
+                self.problems.append(f"{info.path} ({info.kind}): {info.float_reason}")
+        for key, codes in evaluator.codes.items():
+            self._try("/".join(key), lambda k=key, c=codes: self.site(k, evaluator.made_from[k], c))
+        self._try("the model's output", lambda: self._result(evaluator.outputs))
+
+    def _try(self, where: str, emit: Callable[[], None]) -> None:
+        try:
+            emit()
+        except UnconvertibleError as error:
+            message = str(error)
+            self.problems.append(message if where in message else f"{where}: {message}")
+        except KeyError:
+            # It reads a tensor that could not be made, for a reason that is told already.
+            if not self.problems:
+                raise
+
+    def _result(self, outputs: list[forms.Operand]) -> None:
+        if len(outputs) != 1:
+            raise UnconvertibleError(f"has {len(outputs)} arrays; an integer network has one")
+        form, values = outputs[0].form, outputs[0].values
+        if isinstance(form, forms.Accumulator):
+            self.output = (OUTPUT, form.total.shape[1:])
+            return self.accumulate(form, None, OUTPUT)
+        if isinstance(form, forms.Codes):
+            self.output = (self.read(form), form.codes.shape[1:])
+            return None
+        reason = outputs[0].blame or (
+            "an addition, a clipping or a reshaping of the last product" if form else "the input"
+        )
+        shape = () if values is None else tuple(values.shape)
+        raise UnconvertibleError(
+            f"{shape} is made by {reason}; let it be that of the last product, and do what "
+            "follows it (softmax, for one) outside of the model"
+        )
+
+
+def _harvest(
+    model: Any, state: tuple[Any, ...], inputs: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[_Harvester, list[jax.Array]]:
+    """Traces the model and runs what the graph's arrays are made of."""
+    found: list[_Harvester] = []
+    leaves, structure = jax.tree.flatten((inputs, kwargs))
+    is_array = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves]
+    arrays = [jnp.zeros(x.shape, x.dtype) for x, a in zip(leaves, is_array, strict=True) if a]
+
+    def run(state: Any, arrays: list[jax.Array]) -> list[jax.Array]:
+        rest = iter(arrays)
+        given = [next(rest) if a else x for x, a in zip(leaves, is_array, strict=True)]
+        inputs, kwargs = jax.tree.unflatten(structure, given)
+        harvester = _Harvester()
+        harvester.model(model.record(*state, *inputs, **kwargs))
+        found.append(harvester)
+        if harvester.problems:
+            raise ConversionError(
+                "The model cannot become an integer network:\n  " + "\n  ".join(harvester.problems)
+            )
+        return harvester.arrays
+
+    made = jax.jit(run)(state, arrays)
+    return found[-1], made
+
+
+def _finish(fields: dict[str, Any], values: list[np.ndarray]) -> dict[str, Any]:
+    def finished(value: Any) -> Any:
+        if isinstance(value, Pending):
+            return value.finish(values[value.index])
+        return tuple(map(finished, value)) if isinstance(value, tuple) else value
+
+    return {key: finished(value) for key, value in fields.items()}
+
+
+def _finish_node(fields: dict[str, Any], values: list[np.ndarray]) -> dict[str, Any]:
+    done = _finish(fields, values)
+    keep = done.pop("keep", None)
+    if keep is not None:
+        done["weights"] = done["weights"] * keep  # -1 turns the sign of a channel, 0 silences it.
+    return done
+
+
+def _needed(nodes: list[g.Node], output: str) -> list[g.Node]:
+    """The nodes that the output depends on."""
+    needed, kept = {output}, []
+    for node in reversed(nodes):
+        if node.output in needed or isinstance(node, g.Quantize):
+            needed.update(node.inputs)
+            kept.append(node)
+    return kept[::-1]
+
+
+def _with_table(
+    node: g.Node, tensors: dict[str, g.Tensor], preprocess: Callable[[jax.Array], jax.Array]
+) -> g.Node:
+    if not isinstance(node, g.Quantize):
+        return node
+    tensor = tensors[node.output]
+
+    @jax.jit
+    def codes(images: jax.Array, inverse: jax.Array) -> jax.Array:
+        steps = jnp.round(preprocess(images).astype(jnp.float32) * inverse) + tensor.zero_point
+        return jnp.clip(steps, tensor.low, tensor.high).astype(jnp.int8)
+
+    shape = (256, *(1,) * (len(tensor.shape) - 1), tensor.shape[-1])
+    values = jnp.broadcast_to(
+        jnp.arange(256, dtype=jnp.uint8).reshape(256, *(1,) * len(tensor.shape)), shape
+    )
+    table = np.asarray(codes(values, node.inverse)).reshape(256, tensor.shape[-1])
+    return dataclasses.replace(node, table=table)

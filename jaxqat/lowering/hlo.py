@@ -1,0 +1,250 @@
+"""XLA's optimized HLO as text, read into instructions.
+
+A module is a set of computations, one of them the entry; a computation is a list of instructions
+
+    %name = type opcode(%operand, ...), attribute=value, ...
+
+in a schedule's order. A type is `dtype[dims]{layout}` or a tuple of types; `S(n)` in a layout is
+the memory space, 0 where it is not said: on a TPU, 1 is the on-chip vector memory. Only what
+`kernels` asks for is read; constants' values are not in the text.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """An array in memory.
+
+    Attributes:
+        dtype: As HLO spells it: 's8', 'bf16', 'f32', 'pred', ...
+        dims: Extents.
+        space: Memory space; 0 is the device's main memory.
+    """
+
+    dtype: str
+    dims: tuple[int, ...]
+    space: int = 0
+
+    @property
+    def elements(self) -> int:
+        """Number of values."""
+        return math.prod(self.dims)
+
+    @property
+    def bits(self) -> int:
+        """Width of one value; 0 if it is none (a token)."""
+        if self.dtype == "pred":
+            return 8
+        width = re.search(r"\d+", self.dtype)
+        return int(width[0]) if width else 0
+
+    @property
+    def bytes(self) -> int:
+        """Size, in whole bytes."""
+        return (self.elements * self.bits + 7) // 8
+
+    @property
+    def is_float(self) -> bool:
+        """Whether the values are floating-point (or complex) numbers."""
+        return self.dtype.startswith(("f", "bf", "c"))
+
+    @property
+    def is_code(self) -> bool:
+        """Whether the values are integers of at most 8 bits."""
+        return self.dtype[0] in "su" and 0 < self.bits <= 8
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{','.join(map(str, self.dims))}]"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Instruction:
+    """One line of a computation.
+
+    Attributes:
+        name: Unique in its computation.
+        opcode: 'fusion', 'convolution', ...
+        shapes: Of the result; of a tuple, those of its leaves.
+        operands: Names of instructions of the same computation.
+        attributes: The rest of the line.
+        literal: What stands between the parentheses: a parameter's number, a constant's value.
+    """
+
+    name: str
+    opcode: str
+    shapes: tuple[Shape, ...]
+    operands: tuple[str, ...]
+    attributes: str
+    literal: str
+
+    @functools.cached_property
+    def called(self) -> tuple[str, ...]:
+        """Names of the computations that it calls."""
+        names = re.findall(r"\b(?:calls|to_apply|body|condition|\w+_computation)=%([\w.\-]+)", self.attributes)
+        for group in re.findall(r"\b(?:branch|called)_computations=\{([^}]*)\}", self.attributes):
+            names += re.findall(r"%([\w.\-]+)", group)
+        return tuple(names)
+
+    @functools.cached_property
+    def op_name(self) -> str:
+        """The path of JAX's name stack, with the primitive as its last part; '' if there is none."""
+        return self._find(r'\bop_name="([^"]*)"')
+
+    @functools.cached_property
+    def custom_call_target(self) -> str:
+        """What a custom call calls."""
+        return self._find(r'custom_call_target="([^"]*)"')
+
+    @functools.cached_property
+    def fusion_kind(self) -> str:
+        """Which library or emitter a custom fusion is for; '' for XLA's own loops."""
+        return self._find(r'"fusion(?:_backend)?_config":\{"kind":"(\w[^"]*)"')
+
+    @functools.cached_property
+    def estimated_cycles(self) -> int | None:
+        """The TPU compiler's estimate."""
+        cycles = self._find(r'"estimated_cycles":"(\d+)"')
+        return int(cycles) if cycles else None
+
+    @functools.cached_property
+    def trip_count(self) -> int:
+        """How often a loop runs, if the compiler knows; otherwise 1."""
+        count = self._find(r'"known_trip_count":\{"n":"(\d+)"')
+        return int(count) if count else 1
+
+    @functools.cached_property
+    def index(self) -> int:
+        """Of a parameter or a get-tuple-element."""
+        return int(self.literal if self.opcode == "parameter" else self._find(r"\bindex=(\d+)"))
+
+    def _find(self, pattern: str) -> str:
+        match = re.search(pattern, self.attributes)
+        return match[1] if match else ""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Computation:
+    """Instructions by name, in order; the root's value is the computation's."""
+
+    name: str
+    instructions: dict[str, Instruction]
+    root: Instruction
+
+    @functools.cached_property
+    def parameters(self) -> dict[int, Instruction]:
+        """By number."""
+        found = (i for i in self.instructions.values() if i.opcode == "parameter")
+        return {parameter.index: parameter for parameter in found}
+
+    @functools.cached_property
+    def users(self) -> dict[str, list[Instruction]]:
+        """The instructions that read an instruction's value."""
+        users: dict[str, list[Instruction]] = {name: [] for name in self.instructions}
+        for instruction in self.instructions.values():
+            for operand in set(instruction.operands):
+                users[operand].append(instruction)
+        return users
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Module:
+    """Computations by name."""
+
+    computations: dict[str, Computation]
+    entry: Computation
+
+
+def parse(text: str) -> Module:
+    """Read a module.
+
+    Raises:
+        ValueError: The text holds no entry computation, or a line that is no instruction.
+    """
+    computations: dict[str, Computation] = {}
+    entry, header, lines = None, None, []
+    for line in text.splitlines():
+        if header is None:
+            header = re.match(r"(ENTRY )?%([\w.\-]+) .*\{$", line)
+        elif line.startswith("}"):
+            computation = _computation(header[2], lines)
+            computations[computation.name] = computation
+            entry = computation if header[1] else entry
+            header, lines = None, []
+        else:
+            lines.append(line)
+    if entry is None:
+        raise ValueError("the text holds no HLO module: no line begins with 'ENTRY'.")
+    return Module(computations, entry)
+
+
+def _computation(name: str, lines: list[str]) -> Computation:
+    instructions = {}
+    root = None
+    for line in lines:
+        instruction = _instruction(line)
+        instructions[instruction.name] = instruction
+        if line.lstrip().startswith("ROOT ") or root is None:
+            root = instruction
+    if root is None:
+        raise ValueError(f"HLO computation {name!r} is empty.")
+    return Computation(name, instructions, root)
+
+
+def _instruction(line: str) -> Instruction:
+    head = re.match(r"\s*(?:ROOT )?%([\w.\-]+) = ", line)
+    if head is None:
+        raise ValueError(f"not an HLO instruction: {line.strip()[:120]!r}.")
+    end = _end_of_type(line, head.end())
+    call = re.compile(r" ([\w\-]+)\(").match(line, end)
+    if call is None:
+        raise ValueError(f"not an HLO instruction: {line.strip()[:120]!r}.")
+    close = _closing(line, call.end() - 1)
+    inside = line[call.end() : close]
+    constant = call[1] == "constant"
+    return Instruction(
+        name=head[1],
+        opcode=call[1],
+        shapes=_shapes(line[head.end() : end]),
+        operands=() if constant else tuple(re.findall(r"%([\w.\-]+)", inside)),
+        attributes=line[close + 1 :],
+        literal=inside,
+    )
+
+
+def _end_of_type(line: str, start: int) -> int:
+    if line[start] == "(":
+        return _closing(line, start) + 1
+    return line.index(" ", start)
+
+
+def _closing(line: str, start: int) -> int:
+    """Where the parenthesis at `start` closes; those within strings do not count."""
+    depth, in_string = 0, False
+    for position in range(start, len(line)):
+        character = line[position]
+        if character == '"' and line[position - 1] != "\\":
+            in_string = not in_string
+        elif not in_string and character in "()":
+            depth += 1 if character == "(" else -1
+            if depth == 0:
+                return position
+    raise ValueError(f"not an HLO instruction: {line.strip()[:120]!r}.")
+
+
+_SHAPE = re.compile(r"([a-z]\w*)\[([^\]]*)\](\{[^}]*\})?|\btoken\b")
+
+
+def _shapes(text: str) -> tuple[Shape, ...]:
+    shapes = []
+    for match in _SHAPE.finditer(text):
+        if match[1]:
+            dims = tuple(int(n.lstrip("<=")) for n in match[2].split(",") if n)
+            space = re.search(r"S\((\d+)\)", match[3] or "")
+            shapes.append(Shape(match[1], dims, int(space[1]) if space else 0))
+        else:
+            shapes.append(Shape("token", ()))
+    return tuple(shapes)
