@@ -17,6 +17,7 @@ from jaxqat.integer import graph as g
 from jaxqat.integer.emit import OUTPUT, Emitter, Pending
 from jaxqat.integer.moves import UnconvertibleError
 from jaxqat.quant import forms
+from jaxqat.quant.derive import Operand
 from jaxqat.quant.flax import QuantizedModule
 from jaxqat.quant.transform import Evaluator, QuantizedFunction
 
@@ -116,7 +117,7 @@ class _Harvester(Emitter):
             if not self.problems:
                 raise
 
-    def _result(self, outputs: list[forms.Operand]) -> None:
+    def _result(self, outputs: list[Operand]) -> None:
         if len(outputs) != 1:
             raise UnconvertibleError(f"has {len(outputs)} arrays; an integer network has one")
         form, values = outputs[0].form, outputs[0].values

@@ -149,7 +149,9 @@ class Emitter:
         sign = jnp.where(scale < 0, -1, 1)
         # A constant that is 0: any multiplier would do, and a graph wants a positive one.
         nothing = scale == 0
-        unit = form.input_scale if grid is None else form.input_scale / grid.scale
+        unit = form.input_scale
+        if grid is not None:
+            unit = forms.quotient(unit, grid.scale)
         keep = jnp.where(alive, sign, 0)
         fields = {
             "weights": self.pend(weights, arrange),
@@ -212,7 +214,9 @@ class Emitter:
         self, name: str, inputs: tuple[str, ...], grids: tuple[Grid, ...], grid: Grid, shape, bounds
     ) -> None:
         self._tensor(name, grid, shape, bounds)
-        multipliers = [self.pend(each.scale / grid.scale, _scalar(np.float32)) for each in grids]
+        multipliers = [
+            self.pend(forms.quotient(each.scale, grid.scale), _scalar(np.float32)) for each in grids
+        ]
         fields = {"name": self._name(f"{name}/add"), "inputs": inputs, "output": name}
         self.nodes.append((g.Add, {**fields, "multipliers": tuple(multipliers)}))
 

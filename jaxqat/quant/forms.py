@@ -24,7 +24,6 @@ from typing import Any, Protocol, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Int8
 
 from jaxqat.quant import ops
@@ -89,7 +88,7 @@ class Codes:
         steps = self.codes.astype(jnp.float32) - self.grid.zero
         if grid is self.grid:
             return steps
-        return jnp.round(steps * (self.grid.scale / grid.scale))
+        return jnp.round(steps * quotient(self.grid.scale, grid.scale))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -159,9 +158,11 @@ class Accumulator:
         alive = jnp.abs(self.offset) < jnp.abs(scale) * _LARGEST_BIAS
         bias = jnp.round(self.offset / jnp.where(alive, scale, 1.0))
         bias = jnp.where(alive, bias, 1.0).astype(jnp.int32)
-        weight_scale = jnp.where(alive, self.weight_scale, self.offset / self.input_scale)
+        weight_scale = jnp.where(alive, self.weight_scale, quotient(self.offset, self.input_scale))
         multiplier = self.input_scale * weight_scale
-        return alive, bias, weight_scale, multiplier if grid is None else multiplier / grid.scale
+        if grid is not None:
+            multiplier = quotient(multiplier, grid.scale)
+        return alive, bias, weight_scale, multiplier
 
     def times(self, factor: Array) -> Self:
         """The form of the tensor multiplied by per-channel factors."""
@@ -185,6 +186,15 @@ def uncontracted(product: Float[Array, "..."]) -> Float[Array, "..."]:
     """
     largest = np.finfo(np.float32).max
     return jnp.clip(product, -largest, largest)
+
+
+def quotient(values: Float[Array, "..."], divisor: Float[Array, ""]) -> Float[Array, "..."]:
+    """Values / divisor, correctly rounded in every program.
+
+    XLA makes a division by one broadcast number a product with its reciprocal where it likes to,
+    which differs in the last bit for two channels in five; it cannot see through the barrier.
+    """
+    return values / jax.lax.optimization_barrier(jnp.broadcast_to(divisor, jnp.shape(values)))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -252,148 +262,3 @@ class Joined:
 
     def steps(self, grid: Grid) -> Float[Array, "..."]:
         return self.operation.bind(*(part.steps(grid) for part in self.parts))
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Operand:
-    """What an operation reads: the tensor, its form, and whether its values are the model's own.
-
-    Attributes:
-        values: The float tensor; None inside a call that is not taken apart.
-        form: Its integer form, if it has one.
-        constant: Whether it depends on parameters and constants only, never on the data.
-        blame: The operation before it that has no integer form, for messages.
-    """
-
-    values: Array | None
-    form: Form | None
-    constant: bool
-    blame: str | None = None
-
-    @property
-    def any_form(self) -> Form | None:
-        """The form, or the float tensor as one."""
-        return self.form or (None if self.values is None else Real(self.values, self.blame))
-
-
-def is_channelwise(shape: tuple[int, ...], output_shape: tuple[int, ...]) -> bool:
-    """Whether coefficients of this shape are one per channel, or one in all, of an output."""
-    if not shape:
-        return True
-    return len(shape) == len(output_shape) and sum(n != 1 for n in shape) <= 1
-
-
-def derive(operation: Operation, operands: list[Operand], shape) -> Form | None:
-    """The form of an operation's result, or None.
-
-    Args:
-        operation: Which.
-        operands: What it reads.
-        shape: Shape of its result.
-    """
-    name = operation.name
-    if all(operand.form is None for operand in operands):
-        return None
-    if name in MOVES:
-        return _moved(operation, operands)
-    if name == "pad":
-        return _padded(operation, operands)
-    if name == "concatenate":
-        parts = tuple(form for operand in operands if (form := operand.any_form) is not None)
-        return Joined(parts, operation) if len(parts) == len(operands) else None
-    if name in ("reduce_sum", "reduce_window_sum"):
-        return _summed(operation, operands[0].form)
-    if name in ("max", "min"):
-        return _clamped(name, operands)
-    if name == "neg" and isinstance(operands[0].form, Accumulator):
-        return operands[0].form.times(jnp.float32(-1))
-    if name in ("add", "sub", "mul", "div"):
-        return _affine(name, operands, shape) or _added(name, operands)
-    return None
-
-
-_SAME_VALUES = frozenset({"convert_element_type", "copy", "optimization_barrier"})
-MOVES = _SAME_VALUES | {
-    "broadcast_in_dim",
-    "expand_dims",
-    "reduce_window_max",
-    "reshape",
-    "rev",
-    "slice",
-    "squeeze",
-    "transpose",
-}
-
-
-def _moved(operation: Operation, operands: list[Operand]) -> Form | None:
-    form = operands[0].form
-    if operation.name in _SAME_VALUES or form is None:
-        return form
-    if isinstance(form, Codes):
-        return Codes(operation.bind(form.codes), form.grid, moved=(operation, form))
-    return Moved(form, operation)
-
-
-def _padded(operation: Operation, operands: list[Operand]) -> Form | None:
-    form, fill = operands[0].form, operands[1].values
-    if form is None or not operands[1].constant or not is_number(fill, 0.0):
-        return None
-    if isinstance(form, Codes):
-        codes = operation.bind(form.codes, form.grid.zero.astype(jnp.int8))
-        return Codes(codes, form.grid, moved=(operation, form))
-    return Moved(form, operation)
-
-
-def _summed(operation: Operation, form: Form | None) -> Form | None:
-    if not isinstance(form, Codes):
-        return None
-    total = operation.bind(form.codes.astype(jnp.int32) - form.grid.zero.astype(jnp.int32))
-    return Accumulator(
-        total.astype(jnp.float32),
-        jnp.int32(0),
-        form.grid.scale,
-        jnp.float32(1),
-        jnp.float32(0),
-        Summed(operation, form),
-    )
-
-
-def _clamped(name: str, operands: list[Operand]) -> Form | None:
-    for operand, bound in (operands, operands[::-1]):
-        if operand.form is not None and bound.constant and is_number(bound.values):
-            value = float(bound.values)  # pyright: ignore[reportArgumentType]
-            return Clamp(operand.form, **{"low" if name == "max" else "high": value})
-    return None
-
-
-def _affine(name: str, operands: list[Operand], shape) -> Form | None:
-    for side, (operand, other) in enumerate((operands, operands[::-1])):
-        form, values = operand.form, other.values
-        if not isinstance(form, Accumulator) or not other.constant or values is None:
-            continue
-        if form.total.shape != tuple(shape) or not is_channelwise(jnp.shape(values), shape):
-            continue
-        factor = jax.lax.stop_gradient(jnp.asarray(values, jnp.float32))
-        if name == "mul":
-            return form.times(factor)
-        if name == "add":
-            return form.plus(factor)
-        if name == "sub":
-            return form.plus(-factor) if side == 0 else form.times(jnp.float32(-1)).plus(factor)
-        if name == "div" and side == 0:
-            return form.times(1.0 / factor)
-    return None
-
-
-def _added(name: str, operands: list[Operand]) -> Form | None:
-    left, right = (operand.any_form for operand in operands)
-    if name != "add" or left is None or right is None or any(o.constant for o in operands):
-        return None
-    return Sum(left, right)
-
-
-def is_number(values, equal_to: float | None = None) -> bool:
-    """Whether this is a number known while tracing (and the given one)."""
-    if values is None or isinstance(values, Tracer) or jnp.ndim(values) != 0:
-        return False
-    return equal_to is None or float(values) == equal_to

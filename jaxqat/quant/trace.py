@@ -14,7 +14,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxqat.quant.forms import MOVES, is_channelwise, is_number
+from jaxqat.quant.derive import MOVES, is_channelwise, is_number
 from jaxqat.quant.ops import QuantizedProduct
 from jaxqat.quant.products import Convolution, Dot, Product
 from jaxqat.quant.program import (

@@ -17,7 +17,7 @@ import numpy as np
 from flax import traverse_util
 from jax.extend import core as jex_core
 
-from jaxqat.quant import forms, ops, ranges
+from jaxqat.quant import derive, forms, ops, ranges
 from jaxqat.quant.program import Atom, Constant, Node, Program, inner_jaxprs, trace
 from jaxqat.quant.recipe import Recipe
 from jaxqat.quant.trace import (
@@ -57,8 +57,8 @@ class Evaluator:
         self.codes: dict[Key, forms.Codes] = {}
         self.made_from: dict[Key, forms.Form] = {}
         self.observed: dict[Key, jax.Array] = {}
-        self.outputs: list[forms.Operand] = []
-        self._known: dict[int, forms.Operand] = {}
+        self.outputs: list[derive.Operand] = []
+        self._known: dict[int, derive.Operand] = {}
 
     def run(self, arguments: list[Any]) -> list[Any]:
         """The results of the program."""
@@ -83,7 +83,7 @@ class Evaluator:
         self.outputs = [self._read(a) for a in program.outputs]
         return [self._result(output) for output in self.outputs]
 
-    def _result(self, output: forms.Operand) -> Any:
+    def _result(self, output: derive.Operand) -> Any:
         """An output of the network; with frozen ranges, the integer network's number."""
         if self.mode is not Mode.FROZEN or not isinstance(output.form, forms.Accumulator):
             return output.values
@@ -97,13 +97,13 @@ class Evaluator:
             return forms.uncontracted(values)
         return values
 
-    def _blame(self, node: Node, operands: list[forms.Operand]) -> str | None:
+    def _blame(self, node: Node, operands: list[derive.Operand]) -> str | None:
         before = next((o.blame for o in operands if o.blame is not None), None)
         return before or (node.where if not all(o.constant for o in operands) else None)
 
-    def _read(self, atom: Atom) -> forms.Operand:
+    def _read(self, atom: Atom) -> derive.Operand:
         if isinstance(atom, Constant):
-            return forms.Operand(atom.value, None, True)
+            return derive.Operand(atom.value, None, True)
         return self._known[atom]
 
     def _write(self, number: int, values: Any, form: forms.Form | None, blame: str | None) -> None:
@@ -111,7 +111,7 @@ class Evaluator:
         if site is not None:
             values, form = self._quantize(site, values, form or forms.Real(values, blame))
         constant = self.plan.level[number] == PARAMETERS
-        self._known[number] = forms.Operand(values, form, constant, blame if not form else None)
+        self._known[number] = derive.Operand(values, form, constant, blame if not form else None)
 
     def _quantize(self, site: Site, values: Any, form: forms.Form):
         state = self._state(site)
@@ -159,27 +159,27 @@ class Evaluator:
         return result.real, accumulator
 
 
-def _form_of(node: Node, operands: list[forms.Operand], results: list[Any]) -> forms.Form | None:
+def _form_of(node: Node, operands: list[derive.Operand], results: list[Any]) -> forms.Form | None:
     if not jnp.issubdtype(results[0].dtype, jnp.floating):
         return None
     if node.name == "custom_jvp_call":
         return _form_inside(next(inner_jaxprs(node.equation)), operands)
-    return forms.derive(_operation(node), operands, np.shape(results[0]))
+    return derive.derive(_operation(node), operands, np.shape(results[0]))
 
 
 def _operation(node: Node) -> forms.Operation:
     return forms.Operation(node.name, node.equation.params, lambda *x: node.bind(*x)[0])
 
 
-def _form_inside(jaxpr: Any, operands: list[forms.Operand]) -> forms.Form | None:
+def _form_inside(jaxpr: Any, operands: list[derive.Operand]) -> forms.Form | None:
     """The form of a call's result, from the operations in its body (as in `jax.nn.relu`)."""
     if jaxpr.constvars or len(jaxpr.outvars) != 1:
         return None
     inner = Program(jex_core.ClosedJaxpr(jaxpr, ()))
     known = dict(zip(inner.inputs, operands, strict=True))
 
-    def read(atom: Atom) -> forms.Operand:
-        return forms.Operand(atom.value, None, True) if isinstance(atom, Constant) else known[atom]
+    def read(atom: Atom) -> derive.Operand:
+        return derive.Operand(atom.value, None, True) if isinstance(atom, Constant) else known[atom]
 
     for node in inner.nodes:
         reads = [read(a) for a in node.inputs]
@@ -192,9 +192,9 @@ def _form_inside(jaxpr: Any, operands: list[forms.Operand]) -> forms.Form | None
             form = (
                 _form_inside(next(inner_jaxprs(node.equation)), reads)
                 if node.name == "custom_jvp_call"
-                else forms.derive(_operation(node), reads, shape)
+                else derive.derive(_operation(node), reads, shape)
             )
-        known.update((number, forms.Operand(None, form, constant)) for number in node.outputs)
+        known.update((number, derive.Operand(None, form, constant)) for number in node.outputs)
     return read(inner.outputs[0]).form
 
 
