@@ -1,0 +1,128 @@
+"""An integer graph as a function of images, compiled for the platform at hand."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int8
+
+from jaxqat.integer import graph as g
+from jaxqat.integer.platforms import Cpu, Cuda, Platform
+from jaxqat.integer.platforms.cpu import in_chunks
+
+# What may be asked for: the platform, or one of several ways to run on it.
+LOWERINGS: dict[str, type[Platform]] = {"cpu": Cpu, "cuda": Cuda, "tpu": Platform}
+
+
+class ExecutionError(ValueError):
+    """A network cannot be executed as asked."""
+
+
+class Executor:
+    """The integer network as a function.
+
+        network = make_executor(graph)
+        logits = network(images)
+
+    Attributes:
+        graph: Which.
+        lowering: How it runs: a key of `LOWERINGS`.
+        parameters: The network's arrays, laid out for the platform; an argument of `apply`.
+    """
+
+    def __init__(self, graph: g.IntegerGraph, lowering: str):
+        self.graph, self.lowering = graph, lowering
+        self._platform = LOWERINGS[lowering](graph)
+        self.parameters = self._platform.parameters
+        options = self._platform.compiler_options
+        self._apply = jax.jit(self.apply, compiler_options=options)
+        self._codes = jax.jit(self._all_codes, compiler_options=options)
+        self._on_device: Any = None
+
+    @property
+    def compiler_options(self) -> dict[str, Any] | None:
+        """What `jax.jit` of `apply` should be given on this platform."""
+        return self._platform.compiler_options
+
+    def __call__(self, images: Any) -> Array:
+        """The network's result, float32.
+
+        Args:
+            images: (batch, *input_shape), float32; uint8 if the graph has a table for it.
+
+        Raises:
+            ExecutionError: The images have another shape or type.
+        """
+        return self._apply(self._device_parameters(), self._checked(images))
+
+    def codes(self, images: Any) -> dict[str, Int8[Array, "..."]]:
+        """The codes of every tensor of the graph, by name."""
+        return self._codes(self._device_parameters(), self._checked(images))
+
+    def apply(self, parameters: Any, images: Array) -> Array:
+        """`__call__` as a pure function of the parameters, to be compiled by the caller."""
+
+        def result(images: Array) -> Array:
+            return self._platform.result(self._platform.run(parameters, images))
+
+        return self._batched(result)(images)
+
+    def _all_codes(self, parameters: Any, images: Array) -> dict[str, Array]:
+        def codes(images: Array) -> dict[str, Array]:
+            values = self._platform.run(parameters, images)
+            return {name: self._platform.codes(name, values[name]) for name in self.graph.tensors}
+
+        return self._batched(codes)(images)
+
+    def _batched(self, function: Callable[[Array], Any]) -> Callable[[Array], Any]:
+        if self.lowering != "cpu":
+            return function
+        return lambda images: in_chunks(function, images)
+
+    def _device_parameters(self) -> Any:
+        if self._on_device is None:
+            self._on_device = jax.device_put(self.parameters)
+        return self._on_device
+
+    def _checked(self, images: Any) -> Any:
+        images = images if hasattr(images, "dtype") else np.asarray(images)
+        if tuple(images.shape[1:]) != self.graph.input_shape:
+            raise ExecutionError(
+                f"images must have the shape (batch, "
+                f"{', '.join(map(str, self.graph.input_shape))}), got {tuple(images.shape)}."
+            )
+        if images.dtype == jnp.uint8 and self.graph.quantize.table is None:
+            raise ExecutionError(
+                "images are uint8, but the network was converted without `preprocess`: give the "
+                "float32 input that the model takes, or convert it with `preprocess`."
+            )
+        if images.dtype != jnp.uint8 and not jnp.issubdtype(images.dtype, jnp.floating):
+            raise ExecutionError(f"images must be float32 or uint8, got {images.dtype}.")
+        return images
+
+
+def make_executor(graph: g.IntegerGraph, *, platform: str | None = None) -> Executor:
+    """The integer network as a jitted function of images.
+
+    The codes are the same on every platform and with every lowering but 'cuda_approximate'.
+
+    Args:
+        graph: The network.
+        platform: 'cpu', 'cuda' or 'tpu', to compile for it without having it; None for the
+            present device.
+
+    Raises:
+        ExecutionError: There is no such platform.
+    """
+    lowering = default_lowering() if platform is None else platform
+    if lowering not in LOWERINGS:
+        raise ExecutionError(f"platform must be one of {', '.join(LOWERINGS)}, got {platform!r}.")
+    return Executor(graph, lowering)
+
+
+def default_lowering() -> str:
+    """The lowering for the present device."""
+    backend = jax.default_backend()
+    return {"gpu": "cuda", "cuda": "cuda", "tpu": "tpu"}.get(backend, "cpu")

@@ -1,0 +1,7 @@
+"""One graph, one result, and for each platform the operations that run as integers there."""
+
+from jaxqat.integer.platforms.base import Platform
+from jaxqat.integer.platforms.cpu import Cpu
+from jaxqat.integer.platforms.cuda import Cuda
+
+__all__ = ["Cpu", "Cuda", "Platform"]

@@ -1,0 +1,74 @@
+"""Execution on NVIDIA GPUs: cuDNN's s8 convolutions, or Pallas kernels with the whole epilogue.
+
+`Cuda` compiles from sm_75 on. cuDNN has no s8 convolution with an s32 result, only with float32,
+which holds the sums exactly below 2**24: a layer that could exceed that is cut into groups of input
+channels that cannot, whose sums are added as int32. `PallasCuda` (sm_80 on) never leaves int32 and
+writes s8. `CudnnApproximate` uses cuDNN's own s8 output, with its one scale per tensor: an opt-in
+whose codes differ.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Int
+
+from jaxqat.integer import graph as g
+from jaxqat.integer.platforms.base import Platform, convolve, is_depthwise
+
+EXACT_FLOAT = 2**24
+
+
+class Cuda(Platform):
+    """cuDNN convolutions with float32 results that are exact."""
+
+    def prepare(self, node: g.Product) -> dict[str, np.ndarray]:
+        """Weights with the outputs first, which cuDNN takes without a transposition."""
+        own = super().prepare(node)
+        if node.kind == "conv" and not is_depthwise(node):
+            own["weights"] = np.ascontiguousarray(np.moveaxis(node.weights, -1, 0))
+        return own
+
+    def accumulate(self, node: g.Product, own: dict[str, Array], codes: Array) -> Int[Array, "..."]:
+        """The int32 accumulator of a product, its bias added."""
+        if node.kind == "dense" or is_depthwise(node):
+            return super().accumulate(node, own, codes)
+        if node.groups == 1:
+            return self._sums(node, own["weights"], codes) + own["bias"]
+        # Grouped s8 convolutions have given wrong sums in cuDNN; each group is one of its own.
+        split = zip(
+            jnp.split(own["weights"], node.groups, axis=0),
+            jnp.split(codes, node.groups, axis=-1),
+            strict=True,
+        )
+        return jnp.concatenate([self._sums(node, w, c) for w, c in split], -1) + own["bias"]
+
+    def _sums(self, node: g.Product, weights: Array, codes: Array) -> Int[Array, "..."]:
+        total: Any = 0
+        for start, stop in exact_groups(node):
+            part = lax.slice_in_dim(codes, start, stop, axis=-1)
+            own = lax.slice_in_dim(weights, start, stop, axis=-1)
+            # Converted at once: cuDNN has no s32 output. The result is a whole number.
+            sums = convolve(_ungrouped(node), part, own, "o_i").astype(jnp.float32)
+            total = total + sums.astype(jnp.int32)
+        return total
+
+
+def exact_groups(node: g.Product) -> list[tuple[int, int]]:
+    """Ranges of input channels whose sums stay below 2**24 whatever the codes are."""
+    weights = np.abs(node.weights.astype(np.int64))
+    by_input = weights.reshape(-1, *weights.shape[-2:]).sum(0).max(-1) * -g.CODE_MIN
+    groups, start, total = [], 0, 0
+    for channel, largest in enumerate(by_input):
+        # cuDNN wants multiples of 4 channels, so a group ends at one.
+        if channel % 4 == 0 and total + by_input[channel : channel + 4].sum() >= EXACT_FLOAT:
+            groups.append((start, channel))
+            start, total = channel, 0
+        total += largest
+    return [*groups, (start, len(by_input))]
+
+
+def _ungrouped(node: g.Product) -> g.Product:
+    return node if node.groups == 1 else dataclasses.replace(node, groups=1)
