@@ -49,6 +49,7 @@ class Evaluator:
         made_from: The form that each of them was quantized from.
         observed: The float tensors in their places, after calibration.
         outputs: The results with their forms.
+        results: The results.
     """
 
     def __init__(self, plan: Plan, recipe: Recipe, state: Mapping[Key, ranges.Range], mode: Mode):
@@ -58,6 +59,7 @@ class Evaluator:
         self.made_from: dict[Key, forms.Form] = {}
         self.observed: dict[Key, jax.Array] = {}
         self.outputs: list[derive.Operand] = []
+        self.results: list[Any] = []
         self._known: dict[int, derive.Operand] = {}
 
     def run(self, arguments: list[Any]) -> list[Any]:
@@ -81,7 +83,8 @@ class Evaluator:
             for number, values in zip(node.outputs, results, strict=True):
                 self._write(number, self._fenced(node, number, values), form, blame)
         self.outputs = [self._read(a) for a in program.outputs]
-        return [self._result(output) for output in self.outputs]
+        self.results = [self._result(output) for output in self.outputs]
+        return self.results
 
     def _result(self, output: derive.Operand) -> Any:
         """An output of the network; with frozen ranges, the integer network's number."""
