@@ -12,12 +12,15 @@ def check_target(path: Path, overwrite: bool) -> None:
     Raises:
         ExportError: Names the path, and what would be right.
     """
-    if path.is_dir():
-        raise ExportError(f"{path}: is a folder; right would be the name of a file in it.")
-    if not path.parent.is_dir():
-        raise ExportError(f"{path}: its folder {path.parent} does not exist.")
-    if path.exists() and not overwrite:
-        raise ExportError(f"{path}: exists already; give another name, or allow overwriting.")
+    try:
+        if path.is_dir():
+            raise ExportError(f"{path}: is a folder; right would be the name of a file in it.")
+        if not path.parent.is_dir():
+            raise ExportError(f"{path}: there is no folder {path.parent}.")
+        if path.exists() and not overwrite:
+            raise ExportError(f"{path}: exists already; give another name, or allow overwriting.")
+    except OSError as error:  # Such as a name that is too long.
+        raise ExportError(f"{path}: cannot be written: {error.strerror or error}.") from error
 
 
 def write_file(path: Path, content: bytes) -> None:

@@ -36,7 +36,7 @@ def onnx_model(graph: IntegerGraph, *, input: Input = "float", opset: int = OPSE
         graph: The network, with requantization 'float'.
         input: 'float': the network's own input. 'uint8': images of 0..255, for a network with a
             table of pixel codes.
-        opset: Version of ONNX's operators.
+        opset: Version of ONNX's operators, 13 or later.
 
     Raises:
         ExportError: If ONNX has no exact form of the network; names the node.
@@ -50,11 +50,11 @@ def onnx_model(graph: IntegerGraph, *, input: Input = "float", opset: int = OPSE
             "products, for which ONNX has no operation; right would be to convert with "
             "requantization='float'."
         )
-    lowering = Lowering(graph, INPUT, uint8=input == "uint8")
+    lowering = Lowering(graph, INPUT, OUTPUT, uint8=input == "uint8")
     for node in graph.nodes:
         if node.output in graph.tensors:
             lowering.write(node)
-    lowering.builder.rename(lowering.result(), OUTPUT)
+    lowering.finish()
     return lowering.builder.model(
         [(INPUT, np.uint8 if input == "uint8" else np.float32, graph.input_shape)],
         [(OUTPUT, np.float32, graph.output_shape)],
@@ -103,8 +103,8 @@ def _properties(graph: IntegerGraph, input: Input, lowering: Lowering) -> dict[s
     metadata = {key: value for key, value in graph.metadata.items() if key != "labels"}
     labels = graph.metadata.get("labels")
     return {
-        **({} if labels is None else {"labels": json.dumps(labels)}),
-        "metadata": json.dumps(metadata),
+        **({} if labels is None else {"labels": json.dumps(labels, default=str)}),
+        "metadata": json.dumps(metadata, default=str),
         "input": json.dumps(described),
         "codes": json.dumps(codes),
     }

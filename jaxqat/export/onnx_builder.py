@@ -4,6 +4,7 @@ JAX counts channels last, ONNX first: a tensor with spatial axes, (batch, *spati
 becomes (batch, channels, *spatial); one of (batch, channels) is the same in both.
 """
 
+import hashlib
 import importlib
 from types import ModuleType
 from typing import Any
@@ -11,9 +12,10 @@ from typing import Any
 import numpy as np
 
 import jaxqat
+from jaxqat.export import ExportError
 
-# The newest that current releases of both ONNX Runtime and OpenVINO run in full; its file format.
-OPSET, IR_VERSION = 17, 8
+# Current releases of ONNX Runtime and OpenVINO run all of it; the oldest has what is written here.
+OPSET, OLDEST_OPSET = 17, 13
 
 
 def library(name: str) -> ModuleType:
@@ -48,7 +50,7 @@ class Builder:
         self._onnx = library("onnx")
         self.nodes: list[Any] = []
         self._names: set[str] = set()
-        self._constants: dict[tuple, str] = {}
+        self._numbers: dict[tuple | None, str] = {}
         self._arrays: list[Any] = []
 
     def name(self, wanted: str) -> str:
@@ -61,14 +63,20 @@ class Builder:
         return name
 
     def constant(self, values, name: str) -> str:
-        """An initializer; equal arrays share one."""
+        """An initializer. Equal numbers share one; arrays do not.
+
+        ONNX Runtime, asked for exact products, rewrites int8 weights as uint8, and fails on
+        weights that two nodes share.
+        """
         array = np.ascontiguousarray(values).reshape(np.shape(values))
-        key = (array.dtype.str, array.shape, array.tobytes())
-        if key not in self._constants:
-            self._constants[key] = self.name(name)
-            array = self._onnx.numpy_helper.from_array(array, self._constants[key])
-            self._arrays.append(array)
-        return self._constants[key]
+        key = (array.dtype.str, array.tobytes()) if array.ndim == 0 else None
+        if key in self._numbers:
+            return self._numbers[key]
+        name = self.name(name)
+        self._arrays.append(self._onnx.numpy_helper.from_array(array, name))
+        if key is not None:
+            self._numbers[key] = name
+        return name
 
     def add(self, kind: str, inputs: list[str], output: str, **attributes) -> str:
         """A node; returns the name of its output, `output` or that with a number."""
@@ -85,7 +93,6 @@ class Builder:
 
     def rename(self, old: str, new: str) -> None:
         """Gives a tensor another name, wherever it stands."""
-        self._names.add(new)
         for node in self.nodes:
             for names in (node.input, node.output):
                 names[:] = [new if name == old else name for name in names]
@@ -100,6 +107,10 @@ class Builder:
             properties: Metadata, text by name.
         """
         helper = self._onnx.helper
+        newest = self._onnx.defs.onnx_opset_version()
+        if not OLDEST_OPSET <= opset <= newest:
+            raise ExportError(f"opset must be in {OLDEST_OPSET}..{newest}, got {opset!r}.")
+        opsets = [helper.make_opsetid("", opset)]
 
         def declared(values):
             for name, dtype, shape in values:
@@ -111,10 +122,15 @@ class Builder:
         )
         model = helper.make_model(
             graph,
-            opset_imports=[helper.make_opsetid("", opset)],
-            ir_version=IR_VERSION,
+            opset_imports=opsets,
+            ir_version=helper.find_min_ir_version_for(opsets),
             producer_name="jaxqat",
             producer_version=jaxqat.__version__,
         )
-        helper.set_model_props(model, properties)
+        helper.set_model_props(model, {**properties, "sha256": digest(graph)})
         return model
+
+
+def digest(graph: Any) -> str:
+    """SHA-256 of an ONNX graph, weights included."""
+    return hashlib.sha256(graph.SerializeToString(deterministic=True)).hexdigest()

@@ -11,7 +11,6 @@ so a scale in the file is the one for which this is the graph's multiplier to th
 most a few units in the last place from the tensor's own.
 """
 
-import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -114,9 +113,11 @@ def _clear_of_ties(tensor: Tensor, multiplier: np.float32, margin: float) -> flo
     """A factor with the same rounded steps for every code, none within `margin` of a tie."""
     steps = np.arange(tensor.low, tensor.high + 1) - tensor.zero_point
     steps = steps[steps != 0]
+    if not steps.size:
+        return float(multiplier)
     rounded = np.round(steps.astype(np.float32) * np.float32(multiplier)).astype(np.float64)
     ends = (rounded[:, None] + np.array([margin - 0.5, 0.5 - margin])) / steps[:, None]
-    low, high = float(ends.min(1).max()), float(ends.max(1).min())
-    if low > high or not math.isfinite(low + high):
+    low, high = max(float(ends.min(1).max()), 0.0), float(ends.max(1).min())
+    if low >= high:
         return None
     return (low + high) / 2

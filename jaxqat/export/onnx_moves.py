@@ -3,7 +3,7 @@
 import numpy as np
 
 from jaxqat.export.onnx_builder import Builder, channels_first, channels_last
-from jaxqat.integer.graph import Concat, MaxPool, Move
+from jaxqat.integer.graph import Concat, MaxPool, Move, SumPool
 
 _BEFORE_FIRST = np.iinfo(np.int64).min + 1  # As the end of a slice that runs backwards.
 
@@ -13,7 +13,7 @@ def axis_first(axis: int, rank: int) -> int:
     return channels_first(rank).index(axis)
 
 
-def move(builder: Builder, node: Move, codes: str, rank: int, zero: np.uint8) -> str:
+def move(builder: Builder, node: Move, codes: str, rank: int, zero: np.generic) -> str:
     """Codes moved.
 
     Args:
@@ -55,16 +55,18 @@ def move(builder: Builder, node: Move, codes: str, rank: int, zero: np.uint8) ->
     return builder.add("Slice", [codes, *limits], name)
 
 
+def window_attributes(node: MaxPool | SumPool) -> dict[str, object]:
+    """A pool's window, as ONNX's pools have it."""
+    return {
+        "kernel_shape": list(node.window),
+        "strides": list(node.strides),
+        "pads": [low for low, _ in node.padding] + [high for _, high in node.padding],
+    }
+
+
 def max_pool(builder: Builder, node: MaxPool, codes: str) -> str:
     """The largest code in each window; ONNX's border never wins either."""
-    return builder.add(
-        "MaxPool",
-        [codes],
-        f"{node.output}/codes",
-        kernel_shape=list(node.window),
-        strides=list(node.strides),
-        pads=[low for low, _ in node.padding] + [high for _, high in node.padding],
-    )
+    return builder.add("MaxPool", [codes], f"{node.output}/codes", **window_attributes(node))
 
 
 def concat(builder: Builder, node: Concat, codes: list[str], rank: int) -> str:

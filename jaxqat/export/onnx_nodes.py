@@ -28,6 +28,39 @@ from jaxqat.integer.graph import (
 )
 
 _ONE = np.float32(1)
+FLOAT, INT32 = 1, 6  # ONNX's numbers of element types.
+
+
+def oriented_weights(weights: np.ndarray, kind: str, spatial: int) -> np.ndarray:
+    """Weights as ONNX has them: (in, out) of a matrix, (out, in, *window) of a convolution.
+
+    A dense layer at every point of space is a convolution with a window of one.
+    """
+    if spatial == 0:
+        return weights
+    if kind == "dense":
+        weights = weights.reshape(*(1,) * spatial, *weights.shape)
+    return weights.transpose(spatial + 1, spatial, *range(spatial))
+
+
+def geometry(node: Product, spatial: int) -> dict[str, object]:
+    """Attributes of a convolution over so many axes of space.
+
+    Raises:
+        ExportError: If its padding is negative.
+    """
+    padding = node.padding or ((0, 0),) * spatial
+    if any(end < 0 for pair in padding for end in pair):
+        raise ExportError(
+            f"node {node.name!r}: a convolution of ONNX pads by 0 or more, this one by {padding}."
+        )
+    return {
+        "kernel_shape": list(node.window or (1,) * spatial),
+        "strides": list(node.strides or (1,) * spatial),
+        "dilations": list(node.dilation or (1,) * spatial),
+        "pads": [low for low, _ in padding] + [high for _, high in padding],
+        "group": node.groups,
+    }
 
 
 class Lowering:
@@ -39,12 +72,13 @@ class Lowering:
         codes: Of each tensor: the ONNX tensor of its uint8 numbers, channels first.
     """
 
-    def __init__(self, graph: IntegerGraph, image: str, *, uint8: bool):
+    def __init__(self, graph: IntegerGraph, image: str, result: str, *, uint8: bool):
         self.graph, self.builder = graph, Builder()
         self.offsets = offsets(graph)
         self.codes: dict[str, str] = {}
         self._real: dict[tuple[str, float], str] = {}
         self._image, self._uint8 = self.builder.name(image), uint8
+        self._result = self.builder.name(result)
 
     def write(self, node: Node) -> None:
         """Adds a node that makes codes."""
@@ -59,14 +93,17 @@ class Lowering:
         }[type(node)]
         self.codes[node.output] = handler(node, self.graph.tensors[node.output])
 
-    def result(self) -> str:
-        """Adds the network's real result, in JAX's layout; returns its name."""
+    def finish(self) -> None:
+        """Adds the network's real result, in JAX's layout, under its name."""
         tensor = self.graph.tensors.get(self.graph.output)
         if tensor is None:
             node = next(n for n in self.graph.nodes if n.output == self.graph.output)
-            return self._real_result(node)
-        real = self.real(tensor.name, tensor.scale)
-        return self.builder.transpose(real, channels_last(1 + len(tensor.shape)), "result")
+            real = self._real_result(node)
+        else:
+            real = self.real(tensor.name, tensor.scale)
+            axes = channels_last(1 + len(tensor.shape))
+            real = self.builder.transpose(real, axes, "channels_last")
+        self.builder.rename(real, self._result)
 
     def real(self, name: str, scale: np.float32) -> str:
         """A tensor behind a DequantizeLinear of this scale."""
@@ -129,7 +166,7 @@ class Lowering:
             )
         builder = self.builder
         table = (node.table.astype(np.int16) + self.offsets[node.output]).astype(np.uint8)
-        index = builder.add("Cast", [self._image], "pixel", to=6)  # int32.
+        index = builder.add("Cast", [self._image], "pixel", to=INT32)
         if (table == table[:, :1]).all():
             table = table[:, 0]
         else:
@@ -150,41 +187,23 @@ class Lowering:
                 "ONNX needs; right would be (scale_in * weight_scale) / scale_out."
             )
         spatial = len(source.shape) - 1
-        # A dense layer at every point of space is a convolution with a window of one.
-        weights = node.weights.reshape(*(1,) * (spatial if node.kind == "dense" else 0),
-                                       *node.weights.shape)  # fmt: skip
-        inputs = [self.real(source.name, source.scale)]
-        if spatial == 0:
-            inputs.append(self._weights(node, weights, scales, axis=1))
-        else:
-            weights = weights.transpose(spatial + 1, spatial, *range(spatial))
-            inputs.append(self._weights(node, weights, scales, axis=0))
-        inputs.append(self._bias(node, (source.scale * scales).astype(np.float32)))
+        weights = oriented_weights(node.weights, node.kind, spatial)
+        inputs = [
+            self.real(source.name, source.scale),
+            self._weights(node, weights, scales, axis=0 if spatial else 1),
+            self._bias(node, (source.scale * scales).astype(np.float32)),
+        ]
         name = f"{node.name}/product"
         if spatial == 0:
             return self.builder.add("Gemm", inputs, name)
-        return self.builder.add("Conv", inputs, name, **self._geometry(node, spatial))
-
-    def _geometry(self, node: Product, spatial: int) -> dict[str, object]:
-        padding = node.padding or ((0, 0),) * spatial
-        if any(end < 0 for pair in padding for end in pair):
-            raise ExportError(
-                f"node {node.name!r}: ONNX convolutions pad by 0 or more, got {padding}."
-            )
-        return {
-            "kernel_shape": list(node.window or (1,) * spatial),
-            "strides": list(node.strides or (1,) * spatial),
-            "dilations": list(node.dilation or (1,) * spatial),
-            "pads": [low for low, _ in padding] + [high for _, high in padding],
-            "group": node.groups,
-        }
+        return self.builder.add("Conv", inputs, name, **geometry(node, spatial))
 
     def _weights(self, node: Product, weights: np.ndarray, scales: np.ndarray, axis: int) -> str:
         builder = self.builder
         inputs = [
             builder.constant(weights, f"{node.name}/weights"),
             builder.constant(scales, f"{node.name}/weight_scale"),
-            builder.constant(np.zeros(len(scales), np.int8), "int8_zeros"),
+            builder.constant(np.zeros(len(scales), np.int8), f"{node.name}/weight_zero_point"),
         ]
         return builder.add("DequantizeLinear", inputs, f"{node.name}/real_weights", axis=axis)
 
@@ -193,7 +212,7 @@ class Lowering:
         inputs = [
             builder.constant(node.bias, f"{node.name}/bias"),
             builder.constant(scales, f"{node.name}/bias_scale"),
-            builder.constant(np.zeros(len(scales), np.int32), "int32_zeros"),
+            builder.constant(np.zeros(len(scales), np.int32), f"{node.name}/bias_zero_point"),
         ]
         return builder.add("DequantizeLinear", inputs, f"{node.name}/real_bias", axis=0)
 
@@ -275,13 +294,36 @@ class Lowering:
         return self.builder.add("Mul", [total, multiplier], f"{node.name}/real")
 
     def _real_result(self, node: Node) -> str:
-        if isinstance(node, Product):
-            real = self._real_product(node, None)
-            rank = len(self.graph.tensors[node.inputs[0]].shape) + 1
-        elif isinstance(node, SumPool) and node.drop_axes:
-            return self._real_sum(node)
-        elif isinstance(node, SumPool):
-            real, rank = self._real_product(self._as_depthwise(node), None), len(node.window) + 2
-        else:
+        """The result of a product or a pool that ends the network, channels last."""
+        if isinstance(node, SumPool):
+            if node.drop_axes:
+                return self._real_sum(node)
+            node = self._as_depthwise(node)
+        if not isinstance(node, Product):
             raise ExportError(f"node {node.name!r}: {type(node).__name__} has no real result.")
-        return self.builder.transpose(real, channels_last(rank), "result")
+        rank = 1 + len(self.graph.tensors[node.inputs[0]].shape)
+        if rank == 2:
+            return self._real_product(node, None)
+        return self.builder.transpose(
+            self._integer_sums(node), channels_last(rank), "channels_last"
+        )
+
+    def _integer_sums(self, node: Product) -> str:
+        """(acc + bias) * multiplier of a convolution by ONNX's integer convolution.
+
+        Runtimes have no integer kernel for Conv with a float result, and a float one rounds.
+        """
+        builder, source = self.builder, self.graph.tensors[node.inputs[0]]
+        spatial = len(source.shape) - 1
+        weights = oriented_weights(node.weights, node.kind, spatial)
+        weights = builder.constant(weights, f"{node.name}/weights")
+        inputs = [self.codes[source.name], weights, self._zero(source)]
+        attributes = geometry(node, spatial)
+        total = builder.add("ConvInteger", inputs, f"{node.name}/products", **attributes)
+        by_channel = (-1, *(1,) * spatial)
+        bias = builder.constant(node.bias.reshape(by_channel), f"{node.name}/bias")
+        total = builder.add("Add", [total, bias], f"{node.name}/sum")
+        total = builder.add("Cast", [total], f"{node.name}/steps", to=FLOAT)
+        multiplier = node.multiplier.reshape(by_channel)
+        multiplier = builder.constant(multiplier, f"{node.name}/multiplier")
+        return builder.add("Mul", [total, multiplier], f"{node.name}/real")

@@ -9,11 +9,18 @@ import numpy as np
 from jaxtyping import Array, Int8
 
 from jaxqat.integer import graph as g
-from jaxqat.integer.platforms import Cpu, Cuda, Platform
+from jaxqat.integer.pallas_conv import COMPUTE_CAPABILITY
+from jaxqat.integer.platforms import Cpu, Cuda, CudnnApproximate, PallasCuda, Platform
 from jaxqat.integer.platforms.cpu import in_chunks
 
 # What may be asked for: the platform, or one of several ways to run on it.
-LOWERINGS: dict[str, type[Platform]] = {"cpu": Cpu, "cuda": Cuda, "tpu": Platform}
+LOWERINGS: dict[str, type[Platform]] = {
+    "cpu": Cpu,
+    "cuda": Cuda,
+    "cuda_pallas": PallasCuda,
+    "cuda_approximate": CudnnApproximate,
+    "tpu": Platform,
+}
 
 
 class ExecutionError(ValueError):
@@ -58,7 +65,7 @@ class Executor:
         return self._apply(self._device_parameters(), self._checked(images))
 
     def codes(self, images: Any) -> dict[str, Int8[Array, "..."]]:
-        """The codes of every tensor of the graph, by name."""
+        """The codes of every tensor that the lowering keeps, by name; a fused branch is not."""
         return self._codes(self._device_parameters(), self._checked(images))
 
     def apply(self, parameters: Any, images: Array) -> Array:
@@ -72,7 +79,8 @@ class Executor:
     def _all_codes(self, parameters: Any, images: Array) -> dict[str, Array]:
         def codes(images: Array) -> dict[str, Array]:
             values = self._platform.run(parameters, images)
-            return {name: self._platform.codes(name, values[name]) for name in self.graph.tensors}
+            kept = (name for name in self.graph.tensors if name in values)
+            return {name: self._platform.codes(name, values[name]) for name in kept}
 
         return self._batched(codes)(images)
 
@@ -110,8 +118,9 @@ def make_executor(graph: g.IntegerGraph, *, platform: str | None = None) -> Exec
 
     Args:
         graph: The network.
-        platform: 'cpu', 'cuda' or 'tpu', to compile for it without having it; None for the
-            present device.
+        platform: A key of `LOWERINGS`, to compile for it without having it: 'cpu', 'tpu', 'cuda'
+            (cuDNN, any GPU from sm_75 on), 'cuda_pallas' (from sm_80 on). None for the present
+            device.
 
     Raises:
         ExecutionError: There is no such platform.
@@ -124,5 +133,10 @@ def make_executor(graph: g.IntegerGraph, *, platform: str | None = None) -> Exec
 
 def default_lowering() -> str:
     """The lowering for the present device."""
-    backend = jax.default_backend()
-    return {"gpu": "cuda", "cuda": "cuda", "tpu": "tpu"}.get(backend, "cpu")
+    device = jax.devices()[0]
+    if device.platform == "gpu":
+        # "9.0" and the like; other vendors' GPUs have no such kernels.
+        capability = str(getattr(device, "compute_capability", "0.0")).split(".")
+        numbers = tuple(int(part) for part in capability if part.isdigit())
+        return "cuda_pallas" if numbers >= COMPUTE_CAPABILITY else "cuda"
+    return "tpu" if device.platform == "tpu" else "cpu"

@@ -1,30 +1,38 @@
-"""Shapes of the Pallas convolution: where its windows lie, how its product is cut into tiles.
+"""What the Pallas convolution knows before it runs: geometry, layout of its operands, tiles.
 
 A convolution of codes (n, h, w, c) with a window (kh, kw) is a product of matrices,
 
-    rows:    n * h2 * w2 output pixels        outputs: output channels
+    rows:    n * h2 * w2 output pixels
     depth:   kh * kw * c, the channels of one tap after those of another
+    outputs: output channels
 
-of which no operand is ever made: the kernel finds each window by arithmetic. Every figure here is
-a Python integer, known before anything is compiled.
+of which that of the codes is never made: the kernel finds the windows by arithmetic. All of this
+is NumPy and Python integers, known before anything is compiled.
 """
 
 import dataclasses
 import itertools
 import math
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
+from jaxtyping import Int8, Int32
 
-# A block of the depth is at least what one tensor-core instruction takes (32 int8), and a block of
-# 64 is a load of four times 16 bytes by row.
-SMALLEST_BLOCK, BLOCK = 32, 64
+LARGEST_TENSOR = 2**31 - 1  # Codes: positions are int32.
 
+# A tensor-core instruction takes 32 int8 of the depth; a block of 64 is four loads of 16 bytes.
+_SMALLEST_BLOCK, _BLOCK = 32, 64
 # What a thread block may hold in shared memory, in bytes: 99 KiB on the smallest of the supported
-# architectures (sm_86 and sm_89; sm_80 has 163, sm_90 227), less what the compiler needs itself.
+# architectures (sm_86 and sm_89; sm_80 has 163, sm_90 has 227), less what the compiler may need.
 _SHARED_BYTES = 96 * 1024
 # Thread blocks that keep a large GPU busy: an A100 has 108 multiprocessors, an H200 has 132.
-_ENOUGH_PROGRAMS = 128
-_AREAS = ((128, 128), (128, 64), (64, 64), (64, 32), (32, 32), (16, 32), (16, 16))
+_ENOUGH_TILES = 128
+# The sums of a thread block, all in registers: 64 a thread with the 8 warps that then two blocks
+# can have on one multiprocessor, or 128, which leave room for one block.
+_SUMS, _MOST_SUMS = 128 * 128, 128 * 256
+
+Pair = tuple[int, int]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,11 +40,12 @@ class Edges:
     """Along one axis, the output positions whose window lies partly outside of the image.
 
     The first `before` positions and those from `after` on are such, and each is a class of its
-    own; all positions between them are one class, number `before`, whose window lies inside.
+    own; the positions between them are one class, number `before`. Where there are none between,
+    all positions count as those before.
 
     Attributes:
-        before: Positions at the start.
-        after: First position of the end; at most `before` says that there are none between.
+        before: Positions at the start; also the number of the class whose windows lie inside.
+        after: First position of the end.
         count: Classes.
     """
 
@@ -57,11 +66,11 @@ class Geometry:
         dilation: By axis.
     """
 
-    size: tuple[int, int]
-    window: tuple[int, int]
-    strides: tuple[int, int] = (1, 1)
-    padding: tuple[tuple[int, int], tuple[int, int]] = ((0, 0), (0, 0))
-    dilation: tuple[int, int] = (1, 1)
+    size: Pair
+    window: Pair
+    strides: Pair = (1, 1)
+    padding: tuple[Pair, Pair] = ((0, 0), (0, 0))
+    dilation: Pair = (1, 1)
 
     def __post_init__(self):
         if min(self.output) < 1:
@@ -71,12 +80,12 @@ class Geometry:
             )
 
     @property
-    def reach(self) -> tuple[int, int]:
+    def reach(self) -> Pair:
         """Input positions between the first and the last tap."""
         return _pair((w - 1) * d for w, d in zip(self.window, self.dilation, strict=True))
 
     @property
-    def output(self) -> tuple[int, int]:
+    def output(self) -> Pair:
         """Height and width of the output."""
         axes = zip(self.size, self.padding, self.reach, self.strides, strict=True)
         return _pair((n + sum(pad) - reach - 1) // s + 1 for n, pad, reach, s in axes)
@@ -109,7 +118,7 @@ class Geometry:
         before = min(max(-(-start // stride), 0), output)
         # The first position whose last tap is beyond the image.
         after = min(max(-(-(size + start - self.reach[axis]) // stride), 0), output)
-        if after <= before:  # Every position is cut: each is a class, numbered by itself.
+        if after <= before:
             return Edges(before=output, after=output + 1, count=output)
         return Edges(before=before, after=after, count=before + 1 + output - after)
 
@@ -119,11 +128,98 @@ def padded_channels(channels: int) -> int:
     return -(-channels // 4) * 4
 
 
-def padded_depth(window: tuple[int, int], channels: int) -> int:
+def padded_depth(window: Pair, channels: int) -> int:
     """Depth of the weights as laid out, a whole number of blocks."""
     depth = math.prod(window) * padded_channels(channels)
-    block = BLOCK if depth > SMALLEST_BLOCK else SMALLEST_BLOCK
+    block = _BLOCK if depth > _SMALLEST_BLOCK else _SMALLEST_BLOCK
     return -(-depth // block) * block
+
+
+def supported(
+    shape: tuple[int, ...],
+    weights: np.ndarray,
+    bias: np.ndarray,
+    *,
+    strides: tuple[int, ...],
+    padding: tuple[Pair, ...],
+    dilation: tuple[int, ...] | None = None,
+    groups: int = 1,
+) -> str | None:
+    """Why the kernel cannot compute a convolution; None if it can.
+
+    Args:
+        shape: Of the codes, (n, h, w, c).
+        weights: int8 (*window, c / groups, o).
+        bias: int32 (o,).
+        strides: By spatial axis.
+        padding: Before and after each spatial axis.
+        dilation: By spatial axis; None is 1.
+        groups: Of channels.
+    """
+    if weights.ndim != 4:
+        return f"it has {weights.ndim - 2} spatial axes, not 2"
+    if groups != 1:
+        return f"it has {groups} groups of channels"
+    window, channels, outputs = _pair(weights.shape[:2]), *weights.shape[2:]
+    geometry = Geometry(
+        size=_pair(shape[1:3]),
+        window=window,
+        strides=_pair(strides),
+        padding=_pair(padding),
+        dilation=_pair(dilation or (1, 1)),
+    )
+    codes_in = math.prod(shape[:3]) * padded_channels(channels)
+    codes_out = shape[0] * math.prod(geometry.output) * outputs
+    if (codes := max(codes_in, codes_out)) > LARGEST_TENSOR:
+        return f"a tensor of {codes} codes has more than {LARGEST_TENSOR}"
+    return _overflow(weights, bias)
+
+
+def lay_out(
+    weights: Int8[np.ndarray, "kh kw c o"],
+    bias: Int32[np.ndarray, "o"],
+    *,
+    geometry: Geometry,
+    zero_in: int,
+) -> tuple[Int8[np.ndarray, "o depth"], Int32[np.ndarray, "edges o"]]:
+    """The weights and biases that the kernel reads, made once when a network is built.
+
+    Args:
+        weights: Of the convolution.
+        bias: Of the convolution, in accumulator units.
+        geometry: Of the convolution.
+        zero_in: Zero point of the input.
+
+    Returns:
+        The weights, one output channel after the other, each padded with zeros to whole blocks;
+        and bias - zero_in * sum(weights of the taps that meet the image), by the edges that a
+        window crosses, or in one row if no window crosses any or the zero point is 0.
+
+    Raises:
+        ValueError: If a sum can leave int32.
+    """
+    if reason := _overflow(weights, bias):
+        raise ValueError(f"the kernel cannot compute this convolution: {reason}.")
+    *window, channels, outputs = weights.shape
+    taps = np.zeros((outputs, *window, padded_channels(channels)), np.int8)
+    taps[..., :channels] = np.moveaxis(weights, -1, 0)
+    taps = taps.reshape(outputs, -1)
+    depth = padded_depth(geometry.window, channels)
+    matrix = np.pad(taps, ((0, 0), (0, depth - taps.shape[1])))
+    if zero_in == 0:
+        return matrix, bias[None]
+    rows, columns = (geometry.taps_inside(axis).astype(np.int64) for axis in (0, 1))
+    met = np.einsum("ri,cj,ijo->rco", rows, columns, weights.sum(2, dtype=np.int64))
+    return matrix, (bias - zero_in * met.reshape(-1, outputs)).astype(np.int32)
+
+
+def _overflow(weights: np.ndarray, bias: np.ndarray) -> str | None:
+    """Tensor cores saturate, so no partial sum may leave int32, a folded zero point included."""
+    weights = np.abs(weights.astype(np.int64)).sum((0, 1, 2))
+    largest = int((np.abs(bias.astype(np.int64)) + 256 * weights).max())
+    if largest > np.iinfo(np.int32).max:
+        return f"a partial sum can reach {largest}, beyond int32"
+    return None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -151,10 +247,11 @@ class Tile:
 
 
 def choose_tile(rows: int, outputs: int, channels: int, depth: int) -> Tile:
-    """The tile for a shape: the largest of which there are enough to keep a large GPU busy.
+    """The tile for a shape, reasoned, not measured: `candidates` lists what to time on a GPU.
 
-    Large tiles read each operand less often; a tile of 128 x 128 with 8 warps leaves 64 registers
-    a thread for the sums. Not tuned on hardware: `candidates` lists what to try.
+    A tile reads rows + outputs codes for every rows * outputs products, all of them from the second
+    level of cache, whose bandwidth is what limits int8 first. So it is the one that does the most
+    with what it reads, of those of which there are enough to keep a large GPU busy.
 
     Args:
         rows: Output pixels of the whole batch.
@@ -162,38 +259,62 @@ def choose_tile(rows: int, outputs: int, channels: int, depth: int) -> Tile:
         channels: Input channels as laid out.
         depth: Depth as laid out.
     """
-    widest = max(16, 1 << (outputs - 1).bit_length())
-    areas = [(m, n) for m, n in _AREAS if n <= widest]
 
-    def programs(area: tuple[int, int]) -> int:
+    def tiles(area: Pair) -> int:
         return -(-rows // area[0]) * -(-outputs // area[1])
 
-    busy = (area for area in areas if programs(area) >= _ENOUGH_PROGRAMS)
-    return _tile(next(busy, max(areas, key=programs)), channels, depth)
+    areas = _areas(outputs, _SUMS)
+    most = max(areas, key=lambda area: (tiles(area), -math.prod(area)))
+    area = next((area for area in areas if tiles(area) >= _ENOUGH_TILES), most)
+    block = 2 * _BLOCK if channels % (2 * _BLOCK) == 0 else min(_BLOCK, depth)
+    stages = min(4, depth // block, _SHARED_BYTES // (sum(area) * block))
+    sums = math.prod(area)
+    warps = 8 if sums >= _SUMS else 4 if sums >= 32 * 32 else 2
+    return Tile(rows=area[0], outputs=area[1], block=block, warps=warps, stages=stages)
 
 
-def candidates(rows: int, outputs: int, channels: int, depth: int) -> tuple[Tile, ...]:
-    """Tiles worth timing for a shape, the chosen one first; the arguments are `choose_tile`'s."""
+def candidates(
+    rows: int, outputs: int, channels: int, depth: int, *, shared_bytes: int = _SHARED_BYTES
+) -> tuple[Tile, ...]:
+    """Tiles worth timing for a shape, the chosen one first.
+
+    Args:
+        rows: As `choose_tile`'s, like the next three.
+        outputs: Output channels.
+        channels: Input channels as laid out.
+        depth: Depth as laid out.
+        shared_bytes: What the GPU at hand grants a thread block; an H200 227 KiB.
+    """
     chosen = choose_tile(rows, outputs, channels, depth)
-    areas = (*_AREAS, (256, 64), (256, 128), (128, 256))
+    reuse = _reuse((chosen.rows, chosen.outputs))
+    areas = [(m, n) for m, n in _areas(outputs, _MOST_SUMS) if m < 2 * max(rows, 16)]
+    areas = [area for area in areas if reuse / 2 <= _reuse(area) <= reuse * 2]
+    blocks = [block for block in (64, 128) if depth % block == 0] or [depth]
     found = [chosen]
-    for (m, n), warps, stages in itertools.product(areas, (4, 8), (2, 3, 4, 5)):
-        tile = dataclasses.replace(chosen, rows=m, outputs=n, warps=warps, stages=stages)
-        sums = m * n // (32 * warps)  # Registers a thread for the sums, of 255.
-        fits = tile.shared_bytes <= _SHARED_BYTES and 4 <= sums <= 128
-        if fits and m < 2 * rows and n < 2 * outputs and tile != chosen:
-            found.append(tile)
+    for (m, n), block, warps in itertools.product(areas, blocks, (2, 4, 8)):
+        most = min(5, depth // block)
+        for stages in range(min(2, most), 1 + most):
+            tile = Tile(rows=m, outputs=n, block=block, warps=warps, stages=stages)
+            sums = m * n // (32 * warps)
+            fits = tile.shared_bytes <= shared_bytes and 16 <= sums <= 128
+            if fits and tile != chosen:
+                found.append(tile)
     return tuple(found)
 
 
-def _tile(area: tuple[int, int], channels: int, depth: int) -> Tile:
-    rows, outputs = area
-    block = 2 * BLOCK if channels % (2 * BLOCK) == 0 else min(BLOCK, depth)
-    stages = min(4, depth // block, _SHARED_BYTES // ((rows + outputs) * block))
-    warps = 8 if rows * outputs >= 128 * 128 else 4
-    return Tile(rows=rows, outputs=outputs, block=block, warps=warps, stages=stages)
+def _areas(outputs: int, most_sums: int) -> list[Pair]:
+    """Rows and outputs of tiles, those first that do the most with what they read."""
+    widest = max(16, 1 << (outputs - 1).bit_length())
+    areas = itertools.product((256, 128, 64, 32, 16), repeat=2)
+    areas = [(m, n) for m, n in areas if n <= widest and m * n <= most_sums]
+    return sorted(areas, key=_reuse, reverse=True)
 
 
-def _pair(values) -> tuple[int, int]:
+def _reuse(area: Pair) -> float:
+    """Products for each code that a tile reads."""
+    return math.prod(area) / sum(area)
+
+
+def _pair(values: Iterable) -> tuple[Any, Any]:
     first, second = values
     return first, second

@@ -72,3 +72,51 @@ def exact_groups(node: g.Product) -> list[tuple[int, int]]:
 
 def _ungrouped(node: g.Product) -> g.Product:
     return node if node.groups == 1 else dataclasses.replace(node, groups=1)
+
+
+class CudnnApproximate(Cuda):
+    """cuDNN's fused convolution with s8 output: fast, and not the same codes.
+
+    Its epilogue is clip(sums * constant + bias + residual * constant), one scale per tensor and a
+    rounding of its own: the channels' multipliers have to go into the weights, which are rounded
+    to s8 once more, code by code w m_c / max(m). `jaxqat.integer.verify.compare` counts the codes
+    that differ.
+    """
+
+    def __init__(self, graph: g.IntegerGraph):
+        zeros = [t.name for t in graph.tensors.values() if t.zero_point != 0]
+        if zeros or graph.requantization != "float":
+            raise ValueError(
+                "'cuda_approximate' is for graphs of the recipe 'int8_symmetric' with float "
+                f"requantization; {zeros[0] if zeros else 'this one'} has "
+                f"{'a zero point' if zeros else 'fixed point'}."
+            )
+        super().__init__(graph)
+
+    def prepare(self, node: g.Product) -> dict[str, np.ndarray]:
+        """Weights and bias on one scale for all channels."""
+        own = super().prepare(node)
+        if not _fuses(node, self.graph):
+            return own
+        largest = node.multiplier.max()
+        ratio = node.multiplier.astype(np.float64) / largest
+        shape = (-1,) + (1,) * (node.weights.ndim - 1)
+        weights = np.rint(own["weights"] * ratio.reshape(shape)).astype(np.int8)
+        bias = (node.bias * node.multiplier.astype(np.float64)).astype(np.float32)
+        return {"weights": weights, "bias": bias}
+
+    def product(self, node: g.Product, own: dict[str, Array], codes: Array) -> Array:
+        """A convolution with cuDNN's epilogue."""
+        if not _fuses(node, self.graph):
+            return super().product(node, own, codes)
+        tensor = self.graph.tensors[node.output]
+        sums = convolve(node, codes, own["weights"], "o_i").astype(jnp.float32)
+        values = sums * jnp.float32(node.multiplier.max()) + own["bias"]
+        if tensor.low >= 0:
+            values = jnp.maximum(values, 0)
+        # cuDNN saturates to the whole of s8, and nothing else fuses.
+        return jnp.clip(values, g.CODE_MIN, g.CODE_MAX).astype(jnp.int8)
+
+
+def _fuses(node: g.Product, graph: g.IntegerGraph) -> bool:
+    return node.kind == "conv" and node.groups == 1 and node.output in graph.tensors

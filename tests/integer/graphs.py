@@ -1,0 +1,369 @@
+"""Small random integer graphs whose codes spread over their ranges, as those of trained networks.
+
+Every graph is built while a calibration batch runs through it (by the reference interpreter), so
+that the scale of each tensor follows from the values that it holds. `CASES` names the networks;
+`build(name, ...)` makes one.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+from references import integer_graph
+
+from jaxqat.integer import graph as g
+
+F = np.float32
+
+
+def pixels(graph, count, seed=1):
+    """Random uint8 images, with structure: neighbours are alike."""
+    rng = np.random.default_rng(seed)
+    noise = rng.normal(size=(count, *graph.input_shape))
+    for axis in range(1, noise.ndim - 1):
+        noise = noise + np.roll(noise, 1, axis) + np.roll(noise, 2, axis)
+    noise = noise / noise.std()
+    return np.clip(np.round(128 + 64 * noise), 0, 255).astype(np.uint8)
+
+
+def normalized(images):
+    """Pixels as the float input of a graph: (pixel / 255 - mean) / deviation, by channel."""
+    channels = np.arange(images.shape[-1]) % 3
+    mean = np.array([0.49, 0.48, 0.45], F)[channels]
+    inverse_deviation = np.array([4.05, 4.11, 3.82], F)[channels]
+    return (images.astype(F) * F(1 / 255) - mean) * inverse_deviation
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """Scale, zero point, and the codes that a tensor may hold."""
+
+    scale: np.float32
+    zero_point: int
+    low: int
+    high: int
+
+
+class Maker:
+    """Builds a graph node by node. Methods return the name of the tensor that they make."""
+
+    def __init__(
+        self,
+        shape,
+        *,
+        symmetric=False,
+        bits=8,
+        requantization: g.Requantization = "float",
+        seed=0,
+        batch=8,
+    ):
+        self.rng = np.random.default_rng(seed)
+        self.symmetric, self.bits = symmetric, bits
+        self.requantization: g.Requantization = requantization
+        self.shape, self.tensors, self.nodes, self.codes = shape, {}, [], {}
+        self.images = pixels(self, batch, seed + 1000)
+
+    @property
+    def input_shape(self):
+        return self.shape
+
+    def grid(self, values, *, relu=False, upper=None):
+        """The recipe's grid of real values; `upper` clips them below the grid's end."""
+        top = 2 ** (self.bits - 1) - 1
+        low, high = float(values.min()), float(values.max())
+        if relu:
+            low, high = 0.0, max(high, 1e-3)
+        if self.symmetric:
+            scale, zero, bottom = F(max(-low, high) / top), 0, -top
+        else:
+            low, high, bottom = min(low, 0.0), max(high, 0.0), -top - 1
+            scale = F((high - low) / (2**self.bits - 1))
+            zero = bottom - round(low / float(scale))
+        last = top if upper is None else min(top, zero + round(upper * high / float(scale)))
+        return Grid(scale, zero, zero if relu else bottom, last)
+
+    def branch_grid(self, grid):
+        """The grid of a convolution's branch of a residual addition onto `grid`."""
+        wide = not self.symmetric and self.bits == 8
+        return Grid(grid.scale * F(2 if wide else 1), 0, -128, 127)
+
+    def real(self, name):
+        """Real values of a tensor on the calibration batch."""
+        tensor = self.tensors[name]
+        return (self.codes[name].astype(F) - tensor.zero_point) * tensor.scale
+
+    def emit(self, node, grid):
+        """Adds a node, and its output's tensor unless the output is the network's real result."""
+        self.nodes.append(node)
+        if grid is None:
+            return node.output
+        fields = dataclasses.asdict(grid)
+        # The shape is known once the node has run; nothing that runs reads it.
+        tensor = g.Tensor(name=node.output, shape=(), **fields)
+        steps = self._step(node, {**self.tensors, node.output: tensor})
+        self.codes[node.output] = integer_graph.stored(tensor, steps)
+        self.tensors[node.output] = dataclasses.replace(tensor, shape=steps.shape[1:])
+        return node.output
+
+    def _step(self, node, tensors) -> np.ndarray:
+        return integer_graph.step(node, tensors, self.codes, self.images, self.requantization)
+
+    def quantize(self):
+        images = normalized(self.images)
+        grid = self.grid(images)
+        inverse = F(1) / grid.scale
+        channels = self.shape[-1]
+        every = normalized(np.repeat(np.arange(256, dtype=np.uint8)[:, None], channels, 1))
+        table = np.clip(np.round(every * inverse) + grid.zero_point, grid.low, grid.high)
+        table = table.astype(np.int8)
+        node = g.Quantize(name="input", inputs=(), output="input", inverse=inverse, table=table)
+        return self.emit(node, grid)
+
+    def product(self, name, x, weights_shape, **options):
+        """A product without its multiplier, which the grid decides, and its real values."""
+        limit = 2 ** (self.bits - 1) - 1
+        weights = self.rng.normal(size=weights_shape) * limit / 3
+        weights = np.clip(np.round(weights), -limit, limit).astype(np.int8)
+        outputs = weights_shape[-1]
+        zeros = np.zeros(outputs, np.int32)
+        ones = np.ones(outputs, F)
+        node = g.Product(
+            name=name, inputs=(x,), output=name, weights=weights, bias=zeros, multiplier=ones,
+            weight_scale=ones, **options,
+        )  # fmt: skip
+        total = integer_graph.step(node, self.tensors, self.codes)  # Real: the output is no tensor.
+        spread = total.std() + 1e-6
+        bias = np.round(self.rng.normal(size=outputs) * spread / 3).astype(np.int32)
+        scale = self.tensors[x].scale
+        weight_scale = (self.rng.uniform(0.5, 1.5, outputs) / spread / scale).astype(F)
+        # A constant channel, as of a batch norm whose gamma is 0: one accumulator unit.
+        weights[..., -1], bias[-1], weight_scale[-1] = 0, 1, F(0.7) / scale
+        node = dataclasses.replace(node, weights=weights, bias=bias, weight_scale=weight_scale)
+        total[..., -1] = 0
+        return node, (total + bias) * (scale * weight_scale)
+
+    def requantized(self, node, grid, output=None):
+        """Adds a product whose output is on a grid (None: the network's real result)."""
+        scale = self.tensors[node.inputs[0]].scale
+        multiplier = (scale * node.weight_scale).astype(F)
+        if grid is not None:
+            multiplier = (multiplier / grid.scale).astype(F)
+        output = output or f"{node.name}/output"
+        return self.emit(dataclasses.replace(node, multiplier=multiplier, output=output), grid)
+
+    def conv_values(self, name, x, outputs, *, window=3, stride=1, padding=None, groups=1,
+                    dilation=1):  # fmt: skip
+        *spatial, inputs = self.tensors[x].shape
+        rank = len(spatial)
+        padding = dilation * (window - 1) // 2 if padding is None else padding
+        shape = (*(window,) * rank, inputs // groups, outputs)
+        return self.product(
+            name, x, shape, kind="conv", strides=(stride,) * rank,
+            padding=((padding, padding),) * rank, dilation=(dilation,) * rank, groups=groups,
+        )  # fmt: skip
+
+    def conv(self, name, x, outputs, *, relu=True, upper=None, **options):
+        node, values = self.conv_values(name, x, outputs, **options)
+        return self.requantized(node, self.grid(values, relu=relu, upper=upper))
+
+    def dense(self, name, x, outputs, *, relu=True):
+        node, values = self.product(name, x, (self.tensors[x].shape[-1], outputs), kind="dense")
+        return self.requantized(node, self.grid(values, relu=relu))
+
+    def head(self, x, outputs=5):
+        node, _ = self.product("head", x, (self.tensors[x].shape[-1], outputs), kind="dense")
+        return self.requantized(node, None, output="logits")
+
+    def block(self, name, x, outputs, *, stride=1):
+        """A basic block of a ResNet; the shortcut is a 1x1 convolution where shapes change."""
+        y = self.conv(f"{name}/conv1", x, outputs, stride=stride)
+        branch, values = self.conv_values(f"{name}/conv2", y, outputs)
+        short = None
+        if stride == 1 and outputs == self.tensors[x].shape[-1]:
+            total = values + self.real(x)
+        else:
+            short, others = self.conv_values(
+                f"{name}/proj", x, outputs, window=1, stride=stride, padding=0
+            )
+            total = values + others
+        grid = self.grid(total, relu=True)
+        terms = [self.requantized(branch, self.branch_grid(grid))]
+        terms.append(x if short is None else self.requantized(short, self.branch_grid(grid)))
+        return self.add(f"{name}/add", terms, grid)
+
+    def add(self, name, terms, grid):
+        multipliers = tuple(F(self.tensors[t].scale / grid.scale) for t in terms)
+        node = g.Add(
+            name=name, inputs=tuple(terms), output=f"{name}/output", multipliers=multipliers
+        )
+        return self.emit(node, grid)
+
+    def same(self, node_type, name, x, **fields):
+        """A node whose output is on its input's grid."""
+        fields |= {"name": name, "output": f"{name}/output"}
+        return self.emit(node_type(inputs=(x,), **fields), self.grid_of(x))
+
+    def grid_of(self, x):
+        tensor = self.tensors[x]
+        return Grid(tensor.scale, tensor.zero_point, tensor.low, tensor.high)
+
+    def max_pool(self, name, x, window=3, stride=2, padding=1):
+        rank = len(self.tensors[x].shape) - 1
+        return self.same(
+            g.MaxPool, name, x, window=(window,) * rank, strides=(stride,) * rank,
+            padding=((padding, padding),) * rank,
+        )  # fmt: skip
+
+    def average(self, name, x, window=None, *, padding=0):
+        """An average pool, global (and without spatial axes) if no window is given."""
+        *spatial, _ = self.tensors[x].shape
+        extent = tuple(spatial) if window is None else (window,) * len(spatial)
+        node = g.SumPool(
+            name=name, inputs=(x,), output=f"{name}/real", window=extent, strides=extent,
+            padding=((padding, padding),) * len(spatial), drop_axes=window is None,
+            multiplier=self.tensors[x].scale * F(1 / np.prod(extent)),
+        )  # fmt: skip
+        grid = self.grid(self._step(node, self.tensors))
+        multiplier = F(node.multiplier / grid.scale)
+        node = dataclasses.replace(node, multiplier=multiplier, output=f"{name}/output")
+        return self.emit(node, grid)
+
+    def finish(self, output="logits"):
+        if output in self.tensors:
+            shape = self.tensors[output].shape
+        else:
+            shape = self._step(self.nodes[-1], self.tensors).shape[1:]
+        return g.IntegerGraph(
+            input_shape=self.shape, tensors=self.tensors, nodes=tuple(self.nodes), output=output,
+            output_shape=shape, requantization=self.requantization,
+            metadata={"labels": [f"class {i}" for i in range(shape[-1])], "origin": "a test"},
+        )  # fmt: skip
+
+
+def chain(m: Maker):
+    """VGG-like: convolutions, a flattening, a head."""
+    x = m.conv("conv1", m.quantize(), 8)
+    x = m.conv("conv2", x, 12, stride=2)
+    x = m.conv("conv3", x, 12, relu=False)
+    x = m.same(g.Move, "flat", x, kind="reshape", shape=(int(np.prod(m.tensors[x].shape)),))
+    m.head(x)
+    return m.finish()
+
+
+def residual(m: Maker):
+    """ResNet-like: max-pool, an identity and a projected shortcut, a global average, a head."""
+    x = m.max_pool("pool", m.conv("stem", m.quantize(), 8))
+    x = m.block("block0", x, 8)
+    x = m.block("block1", x, 12, stride=2)
+    m.head(m.average("mean", x))
+    return m.finish()
+
+
+def depthwise(m: Maker):
+    """MobileNet-like: depthwise convolutions with a bound above, a linear bottleneck."""
+    x = m.conv("stem", m.quantize(), 8, stride=2, upper=0.6)
+    x = m.conv("depth1", x, 8, groups=8, upper=0.5)
+    short = m.conv("point1", x, 8, window=1, relu=False)
+    x = m.conv("depth2", short, 16, groups=8, dilation=2, upper=0.7)
+    node, values = m.conv_values("point2", x, 8, window=1)
+    grid = m.grid(values + m.real(short))
+    x = m.add("add", [m.requantized(node, m.branch_grid(grid)), short], grid)
+    x = m.average("mean", x, 2, padding=1)
+    m.head(m.same(g.Move, "flat", x, kind="reshape", shape=(int(np.prod(m.tensors[x].shape)),)))
+    return m.finish()
+
+
+def concat(m: Maker):
+    """Inception-like: branches on one grid, one of them a requantized tensor."""
+    x = m.conv("stem", m.quantize(), 8)
+    (one, first), (two, second) = (
+        m.conv_values("wide", x, 6),
+        m.conv_values("narrow", x, 5, window=1),
+    )
+    grid = m.grid(np.concatenate([first, second, m.real(x)], -1))
+    parts = [m.requantized(one, grid), m.requantized(two, grid), m.add("carried", [x], grid)]
+    x = m.emit(g.Concat(name="join", inputs=tuple(parts), output="joined", axis=3), grid)
+    x = m.conv("after", x, 8, stride=2)
+    m.head(m.average("mean", x))
+    return m.finish()
+
+
+def mlp(m: Maker):
+    """Dense layers only."""
+    x = m.quantize()
+    x = m.same(g.Move, "flat", x, kind="reshape", shape=(int(np.prod(m.shape)),))
+    x = m.dense("dense1", x, 24)
+    x = m.dense("dense2", x, 16, relu=False)
+    m.head(x)
+    return m.finish()
+
+
+def series(m: Maker):
+    """One spatial axis; a dense layer at each step of it."""
+    x = m.max_pool("pool", m.conv("conv1", m.quantize(), 8, window=5), padding=0)
+    x = m.dense("dense", x, 8)
+    x = m.conv("conv2", x, 8, dilation=2)
+    m.head(m.average("mean", x))
+    return m.finish()
+
+
+def volume(m: Maker):
+    """Three spatial axes."""
+    x = m.conv("conv1", m.quantize(), 6)
+    x = m.max_pool("pool", m.conv("conv2", x, 6, groups=2), window=2, padding=0)
+    m.head(m.average("mean", x))
+    return m.finish()
+
+
+def moves(m: Maker):
+    """Every way in which codes are moved; the result is a tensor of codes."""
+    x = m.conv("conv1", m.quantize(), 6, relu=False)
+    x = m.same(g.Move, "pad", x, kind="pad", padding=((0, 0), (1, 2), (0, 1), (0, 2)))
+    x = m.same(g.Move, "turn", x, kind="transpose", axes=(0, 2, 1, 3))
+    rows, columns, _ = m.tensors[x].shape
+    cut = {"starts": (0, 1, 0, 0), "stops": (-1, rows, columns, 6), "steps": (1, 2, 1, 1)}
+    x = m.same(g.Move, "cut", x, kind="slice", **cut)
+    x = m.same(g.Move, "mirror", x, kind="reverse", axes=(2,))
+    return m.finish(m.conv("conv2", x, 4, window=1, relu=False))
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A network and the shape of its input."""
+
+    network: Callable[[Maker], g.IntegerGraph]
+    shape: tuple[int, ...]
+
+
+CASES = {
+    "chain": Case(chain, (9, 8, 3)),
+    "residual": Case(residual, (16, 16, 3)),
+    "depthwise": Case(depthwise, (12, 16, 3)),
+    "concat": Case(concat, (8, 8, 3)),
+    "mlp": Case(mlp, (4, 4, 2)),
+    "series": Case(series, (25, 2)),
+    "volume": Case(volume, (6, 6, 4, 1)),
+    "moves": Case(moves, (7, 6, 3)),
+}
+
+
+def build(
+    name, *, symmetric=False, bits=8, requantization: g.Requantization = "float", seed=0
+) -> g.IntegerGraph:
+    """The named graph by the recipe `int8`, or `int8_symmetric`, with codes of `bits` bits."""
+    case = CASES[name]
+    return case.network(
+        Maker(case.shape, symmetric=symmetric, bits=bits, requantization=requantization, seed=seed)
+    )
+
+
+def resnet18(width=64, size=32, *, symmetric=False, seed=0):
+    """The graph of a CIFAR ResNet-18, for measurements."""
+    m = Maker((size, size, 3), symmetric=symmetric, seed=seed, batch=1)
+    x = m.conv("stem", m.quantize(), width)
+    for stage in range(4):
+        for block in range(2):
+            stride = 2 if stage and not block else 1
+            x = m.block(f"stage{stage}/block{block}", x, width << stage, stride=stride)
+    m.head(m.average("mean", x), 10)
+    return m.finish()
