@@ -36,6 +36,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float32, Int8, Int32
 
 from jaxqat.integer.pallas_tiles import (
+    LARGEST_TENSOR,
     Edges,
     Geometry,
     Tile,
@@ -329,6 +330,12 @@ def _outer(rows: Array | None, columns: Array | None, shape: tuple[int, int]) ->
 def _check(plan: _Plan, codes: Array, weights: Array, bias: Array) -> None:
     if plan.depth % plan.tile.block:
         raise ValueError(f"tile.block={plan.tile.block} does not divide the depth, {plan.depth}.")
+    largest = max(math.prod(codes.shape[:3]) * plan.channels, plan.rows * plan.outputs)
+    if largest > LARGEST_TENSOR:
+        raise ValueError(
+            f"a batch of {codes.shape[0]} makes a tensor of {largest} codes; the kernel counts to "
+            f"{LARGEST_TENSOR}: split the batch."
+        )
     vertical, horizontal = plan.geometry.edges
     edges = vertical.count * horizontal.count
     wanted = {

@@ -7,6 +7,7 @@ accumulated, and nothing else. The results are the same integers everywhere.
 
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -118,7 +119,8 @@ class Platform:
         """Every tensor of the graph as it is stored, and the result under the output's name."""
         values: dict[str, Array] = {}
         for node in self.graph.nodes:
-            values[node.output] = self.node(node, parameters, values, images)
+            with jax.named_scope(node.name):
+                values[node.output] = self.node(node, parameters, values, images)
         return values
 
     def node(self, node: g.Node, parameters: Any, values: dict[str, Array], images: Array) -> Array:

@@ -25,53 +25,62 @@ class Cuda(Platform):
     """cuDNN convolutions with float32 results that are exact."""
 
     def prepare(self, node: g.Product) -> dict[str, np.ndarray]:
-        """Weights with the outputs first, which cuDNN takes without a transposition."""
+        """Weights with the outputs first, which cuDNN takes without a transposition; a part for
+        each convolution that the layer becomes.
+        """
         own = super().prepare(node)
         if node.kind == "conv" and not is_depthwise(node):
-            own["weights"] = np.ascontiguousarray(np.moveaxis(node.weights, -1, 0))
+            weights = np.moveaxis(own.pop("weights"), -1, 0)
+            for number, (outputs, _, inside) in enumerate(parts(node)):
+                own[f"weights{number}"] = np.ascontiguousarray(weights[outputs, ..., inside])
         return own
 
     def accumulate(self, node: g.Product, own: dict[str, Array], codes: Array) -> Int[Array, "..."]:
         """The int32 accumulator of a product, its bias added."""
         if node.kind == "dense" or is_depthwise(node):
             return super().accumulate(node, own, codes)
-        if node.groups == 1:
-            return self._sums(node, own["weights"], codes) + own["bias"]
-        # Grouped s8 convolutions have given wrong sums in cuDNN; each group is one of its own.
-        split = zip(
-            jnp.split(own["weights"], node.groups, axis=0),
-            jnp.split(codes, node.groups, axis=-1),
-            strict=True,
-        )
-        return jnp.concatenate([self._sums(node, w, c) for w, c in split], -1) + own["bias"]
-
-    def _sums(self, node: g.Product, weights: Array, codes: Array) -> Int[Array, "..."]:
-        total: Any = 0
-        for start, stop in exact_groups(node):
-            part = lax.slice_in_dim(codes, start, stop, axis=-1)
-            own = lax.slice_in_dim(weights, start, stop, axis=-1)
-            # Converted at once: cuDNN has no s32 output. The result is a whole number.
-            sums = convolve(_ungrouped(node), part, own, "o_i").astype(jnp.float32)
-            total = total + sums.astype(jnp.int32)
-        return total
+        whole = dataclasses.replace(node, groups=1) if node.groups > 1 else node
+        sums: dict[int, Any] = {}
+        cuts = parts(node)
+        for number, (outputs, inputs, _) in enumerate(cuts):
+            part = codes
+            if len(cuts) > 1:
+                # Behind the barrier XLA sees the s8 tensor that cuDNN has to be given.
+                part = lax.optimization_barrier(codes[..., inputs])
+            # cuDNN has no s32 output, so the sums are converted at once. The bounds, which hold
+            # anyway, keep XLA from taking that and the conversion back away.
+            found = convolve(whole, part, own[f"weights{number}"], "o_i").astype(jnp.float32)
+            found = jnp.clip(found, -EXACT_FLOAT, EXACT_FLOAT).astype(jnp.int32)
+            sums[outputs.start] = sums.get(outputs.start, 0) + found
+        return jnp.concatenate(list(sums.values()), -1) + own["bias"]
 
 
-def exact_groups(node: g.Product) -> list[tuple[int, int]]:
+def parts(node: g.Product) -> list[tuple[slice, slice, slice]]:
+    """The convolutions that a layer becomes: its outputs, inputs, and those within their group.
+
+    Each group of channels is one (grouped s8 convolutions have given wrong sums in cuDNN), and
+    where sums could reach 2**24, which float32 does not hold exactly, the inputs are cut.
+    """
+    inputs, outputs = node.weights.shape[-2], node.channels // node.groups
+    cuts = []
+    for group in range(node.groups):
+        made = slice(group * outputs, (group + 1) * outputs)
+        for start, stop in exact_cuts(node.weights[..., made]):
+            read = slice(group * inputs + start, group * inputs + stop)
+            cuts.append((made, read, slice(start, stop)))
+    return cuts
+
+
+def exact_cuts(weights: np.ndarray) -> list[tuple[int, int]]:
     """Ranges of input channels whose sums stay below 2**24 whatever the codes are."""
-    weights = np.abs(node.weights.astype(np.int64))
-    by_input = weights.reshape(-1, *weights.shape[-2:]).sum(0).max(-1) * -g.CODE_MIN
-    groups, start, total = [], 0, 0
-    for channel, largest in enumerate(by_input):
-        # cuDNN wants multiples of 4 channels, so a group ends at one.
-        if channel % 4 == 0 and total + by_input[channel : channel + 4].sum() >= EXACT_FLOAT:
-            groups.append((start, channel))
-            start, total = channel, 0
-        total += largest
-    return [*groups, (start, len(by_input))]
-
-
-def _ungrouped(node: g.Product) -> g.Product:
-    return node if node.groups == 1 else dataclasses.replace(node, groups=1)
+    magnitudes = np.abs(weights.astype(np.int64)) * -g.CODE_MIN
+    by_input = magnitudes.reshape(-1, *weights.shape[-2:]).sum(0)  # (inputs, outputs)
+    cuts, start = [], 0
+    for channel in range(4, len(by_input), 4):  # cuDNN wants multiples of 4 channels.
+        if by_input[start : channel + 4].sum(0).max() >= EXACT_FLOAT:
+            cuts.append((start, channel))
+            start = channel
+    return [*cuts, (start, len(by_input))]
 
 
 class CudnnApproximate(Cuda):
@@ -95,13 +104,11 @@ class CudnnApproximate(Cuda):
 
     def prepare(self, node: g.Product) -> dict[str, np.ndarray]:
         """Weights and bias on one scale for all channels."""
-        own = super().prepare(node)
         if not _fuses(node, self.graph):
-            return own
-        largest = node.multiplier.max()
-        ratio = node.multiplier.astype(np.float64) / largest
-        shape = (-1,) + (1,) * (node.weights.ndim - 1)
-        weights = np.rint(own["weights"] * ratio.reshape(shape)).astype(np.int8)
+            return super().prepare(node)
+        ratio = node.multiplier.astype(np.float64) / node.multiplier.max()
+        weights = np.rint(node.weights * ratio).astype(np.int8)
+        weights = np.ascontiguousarray(np.moveaxis(weights, -1, 0))
         bias = (node.bias * node.multiplier.astype(np.float64)).astype(np.float32)
         return {"weights": weights, "bias": bias}
 

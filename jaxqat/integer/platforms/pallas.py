@@ -7,6 +7,7 @@ does not compute (grouped, one- and three-dimensional convolutions, fixed point)
 
 from typing import Any, ClassVar
 
+import jax
 import numpy as np
 from jaxtyping import Array
 
@@ -77,7 +78,8 @@ class PallasCuda(Cuda):
         values: dict[str, Array] = {}
         for node in self.graph.nodes:
             if node.name not in self._delayed:
-                values[node.output] = self.node(node, parameters, values, images)
+                with jax.named_scope(node.name):
+                    values[node.output] = self.node(node, parameters, values, images)
         return values
 
     def node(self, node: g.Node, parameters: Any, values: dict[str, Array], images: Array) -> Array:
