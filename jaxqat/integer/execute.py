@@ -1,6 +1,5 @@
 """An integer graph as a function of images, compiled for the platform at hand."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,7 +10,6 @@ from jaxtyping import Array, Int8
 from jaxqat.integer import graph as g
 from jaxqat.integer.pallas_conv import COMPUTE_CAPABILITY
 from jaxqat.integer.platforms import Cpu, Cuda, CudnnApproximate, PallasCuda, Platform
-from jaxqat.integer.platforms.cpu import in_chunks
 
 # What may be asked for: the platform, or one of several ways to run on it.
 LOWERINGS: dict[str, type[Platform]] = {
@@ -74,7 +72,7 @@ class Executor:
         def result(images: Array) -> Array:
             return self._platform.result(self._platform.run(parameters, images))
 
-        return self._batched(result)(images)
+        return self._platform.batched(result)(images)
 
     def _all_codes(self, parameters: Any, images: Array) -> dict[str, Array]:
         def codes(images: Array) -> dict[str, Array]:
@@ -82,12 +80,7 @@ class Executor:
             kept = (name for name in self.graph.tensors if name in values)
             return {name: self._platform.codes(name, values[name]) for name in kept}
 
-        return self._batched(codes)(images)
-
-    def _batched(self, function: Callable[[Array], Any]) -> Callable[[Array], Any]:
-        if self.lowering != "cpu":
-            return function
-        return lambda images: in_chunks(function, images)
+        return self._platform.batched(codes)(images)
 
     def _device_parameters(self) -> Any:
         if self._on_device is None:

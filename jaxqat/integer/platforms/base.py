@@ -5,6 +5,8 @@ behind them, and what the other platforms start from: each overrides how product
 accumulated, and nothing else. The results are the same integers everywhere.
 """
 
+import dataclasses
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import jax
@@ -36,6 +38,19 @@ class Platform:
             node.name: {**self.prepare(node), **self._multiplier(node)} for node in graph.products()
         }
 
+    def parameters_from(self, arrays: dict[str, dict[str, Array]]) -> Any:
+        """`parameters`, laid out by the program itself from 'weights' and 'bias' of each product.
+
+        A program for several platforms then holds its weights once.
+        """
+        return {
+            node.name: {
+                **self.prepare(dataclasses.replace(node, **arrays[node.name])),
+                **self._multiplier(node),
+            }
+            for node in self.graph.products()
+        }
+
     # What a platform decides.
 
     def offset(self, tensor: g.Tensor) -> int:
@@ -57,6 +72,10 @@ class Platform:
             return self.depthwise(node, codes, own["weights"]) + own["bias"]
         return convolve(node, codes, own["weights"]) + own["bias"]
 
+    def batched(self, function: Callable[[Array], Any]) -> Callable[[Array], Any]:
+        """A function of a batch as this platform should evaluate it."""
+        return function
+
     # What all share.
 
     def zero(self, name: str) -> int:
@@ -72,8 +91,7 @@ class Platform:
         if zero == 0:
             return node.bias
         if self.pads_with_zero_point(node) or not any(map(any, node.padding)):
-            axes = tuple(range(node.weights.ndim - 1))
-            sums = node.weights.astype(np.int64).sum(axes)
+            sums = node.weights.astype(np.int32).sum(tuple(range(node.weights.ndim - 1)))
         else:
             sums = tap_sums(node, self.graph.tensors[node.inputs[0]].shape)
         return (node.bias - zero * sums).astype(np.int32)
@@ -265,7 +283,7 @@ def convolve(
     )
 
 
-def windows(node: g.Product, padded: Array):
+def windows(node: g.Product, padded: Any) -> Iterator[tuple[tuple[int, ...], Any]]:
     """For each tap of the window, its index and the elements of the padded tensor it meets."""
     extent = [
         (size - dilation * (window - 1) - 1) // stride + 1
@@ -282,14 +300,13 @@ def windows(node: g.Product, padded: Array):
         yield tap, padded[(slice(None), *slices, slice(None))]
 
 
-def tap_sums(node: g.Product, shape: tuple[int, ...]) -> np.ndarray:
-    """Sums of the weight codes that meet the tensor at each output position, int64."""
-    ones = np.zeros([n + low + high for n, (low, high) in zip(shape, node.padding, strict=False)])
-    ones[tuple(slice(low, low + n) for n, (low, _) in zip(shape, node.padding, strict=False))] = 1
+def tap_sums(node: g.Product, shape: tuple[int, ...]) -> Any:
+    """Sums of the weight codes that meet the tensor at each output position, int32."""
+    image = np.pad(np.ones(shape[:-1], np.int32), node.padding)
     total: Any = 0
-    for tap, met in windows(node, ones[None, ..., None]):  # pyright: ignore[reportArgumentType]
-        total = total + met[0] * node.weights[tap].astype(np.int64).sum(-2)
-    return np.asarray(total, np.int64)
+    for tap, met in windows(node, image[None, ..., None]):
+        total = total + met[0] * node.weights[tap].astype(np.int32).sum(-2)
+    return total
 
 
 def _window(node: g.SumPool | g.MaxPool) -> tuple[Any, ...]:

@@ -6,6 +6,7 @@ and no zero point is left to correct for. A convolution is a dot over gathered w
 the batch that fit the cache.
 """
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
@@ -60,6 +61,10 @@ class Cpu(Platform):
         for group, matrix in enumerate(weights):
             parts.append(self.dot(jnp.concatenate([c[group] for c in split], -1), matrix))
         return jnp.concatenate(parts, -1) + own["bias"]
+
+    def batched(self, function: Callable[[Array], Any]) -> Callable[[Array], Any]:
+        """In chunks that fit the cache."""
+        return lambda images: in_chunks(function, images)
 
     def dot(self, codes: Array, weights: Array) -> Int[Array, "..."]:
         """Sums over the last axis of the codes, int32."""

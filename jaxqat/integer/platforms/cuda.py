@@ -24,15 +24,21 @@ EXACT_FLOAT = 2**24
 class Cuda(Platform):
     """cuDNN convolutions with float32 results that are exact."""
 
+    def __init__(self, graph: g.IntegerGraph):
+        convolutions = (p for p in graph.products() if p.kind == "conv" and not is_depthwise(p))
+        self._parts = {node.name: parts(node) for node in convolutions}
+        super().__init__(graph)
+
     def prepare(self, node: g.Product) -> dict[str, np.ndarray]:
         """Weights with the outputs first, which cuDNN takes without a transposition; a part for
         each convolution that the layer becomes.
         """
         own = super().prepare(node)
-        if node.kind == "conv" and not is_depthwise(node):
-            weights = np.moveaxis(own.pop("weights"), -1, 0)
-            for number, (outputs, _, inside) in enumerate(parts(node)):
-                own[f"weights{number}"] = np.ascontiguousarray(weights[outputs, ..., inside])
+        if node.name in self._parts:
+            weights = own.pop("weights")
+            axes = (weights.ndim - 1, *range(weights.ndim - 1))
+            for number, (outputs, _, inside) in enumerate(self._parts[node.name]):
+                own[f"weights{number}"] = weights.transpose(axes)[outputs, ..., inside].copy()
         return own
 
     def accumulate(self, node: g.Product, own: dict[str, Array], codes: Array) -> Int[Array, "..."]:
@@ -41,7 +47,7 @@ class Cuda(Platform):
             return super().accumulate(node, own, codes)
         whole = dataclasses.replace(node, groups=1) if node.groups > 1 else node
         sums: dict[int, Any] = {}
-        cuts = parts(node)
+        cuts = self._parts[node.name]
         for number, (outputs, inputs, _) in enumerate(cuts):
             part = codes
             if len(cuts) > 1:

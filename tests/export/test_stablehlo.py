@@ -1,0 +1,126 @@
+"""StableHLO files: the same integers, without the source, on every platform in one file."""
+
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from integer import graphs
+from jax import export
+from references import integer_graph
+
+from jaxqat.export import ExportError
+from jaxqat.export.stablehlo import export_stablehlo, load_stablehlo
+
+
+@pytest.fixture(scope="module")
+def network():
+    return graphs.build("residual", symmetric=False)
+
+
+@pytest.fixture(scope="module")
+def file(network, tmp_path_factory):
+    path = tmp_path_factory.mktemp("stablehlo") / "network.stablehlo"
+    export_stablehlo(network, path, input="uint8")
+    return path
+
+
+@pytest.mark.parametrize("symmetric", [False, True], ids=["int8", "int8_symmetric"])
+@pytest.mark.parametrize("name", ["residual", "depthwise", "mlp"])
+def test_a_loaded_file_gives_the_bits_of_the_integer_network(name, symmetric, tmp_path):
+    graph = graphs.build(name, symmetric=symmetric)
+    images = graphs.normalized(graphs.pixels(graph, 5)).astype(np.float32)
+    export_stablehlo(graph, tmp_path / "network")
+    loaded = load_stablehlo(tmp_path / "network")
+    for batch in (images, images[:1]):
+        _, expected = integer_graph.run(graph, batch)
+        np.testing.assert_array_equal(np.asarray(loaded(batch)), expected)
+
+
+def test_uint8_images_and_a_fixed_batch(network, tmp_path):
+    pixels = graphs.pixels(network, 3)
+    export_stablehlo(network, tmp_path / "network", input="uint8", batch=3, platforms=("cpu",))
+    loaded = load_stablehlo(tmp_path / "network")
+    _, expected = integer_graph.run(network, pixels)
+    np.testing.assert_array_equal(np.asarray(loaded(pixels)), expected)
+    with pytest.raises(ExportError, match=r"uint8 of the shape \(3, .* got uint8 \(1, "):
+        loaded(pixels[:1])
+
+
+def test_a_file_needs_neither_jaxqat_nor_the_model(network, file, tmp_path):
+    pixels = graphs.pixels(network, 2)
+    np.save(tmp_path / "pixels.npy", pixels)
+    script = f"""
+import sys
+import numpy as np
+from jax import export
+program = export.deserialize(bytearray(open({str(file)!r}, "rb").read()))
+np.save({str(tmp_path / "out.npy")!r}, program.call(np.load({str(tmp_path / "pixels.npy")!r})))
+assert "jaxqat" not in sys.modules and "flax" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+    _, expected = integer_graph.run(network, pixels)
+    np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), expected)
+
+
+def test_one_file_is_for_three_platforms_and_holds_its_weights_once(tmp_path):
+    graph = graphs.resnet18(16, 8)
+    export_stablehlo(graph, tmp_path / "network")
+    exported = export.deserialize(bytearray((tmp_path / "network").read_bytes()))
+    assert set(exported.platforms) == {"cpu", "cuda", "tpu"}
+    size = (tmp_path / "network").stat().st_size
+    # The program of three platforms, without its weights, is 172 kB for the ResNet-18's 30 nodes.
+    assert graph.size_bytes() < size < graph.size_bytes() + 2**18
+
+
+def test_a_file_names_no_path_of_this_machine(file):
+    assert str(__file__).encode() not in file.read_bytes()
+    assert b"site-packages" not in file.read_bytes()
+
+
+def test_every_damage_is_noticed(file, tmp_path):
+    content = file.read_bytes()
+    damaged = tmp_path / "network"
+    for position in np.random.default_rng(0).integers(0, len(content), 40):
+        broken = bytearray(content)
+        broken[position] ^= 1
+        damaged.write_bytes(broken)
+        with pytest.raises(ExportError, match="checksum|cut short"):
+            load_stablehlo(damaged)
+    for length in (0, 10, len(content) // 2, len(content) - 1):
+        damaged.write_bytes(content[:length])
+        with pytest.raises(ExportError, match="checksum|cut short"):
+            load_stablehlo(damaged)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"platforms": ("cpu", "gpu")}, "among cpu, cuda, tpu"),
+        ({"platforms": ()}, "among cpu, cuda, tpu"),
+        ({"input": "int8"}, "'float' or 'uint8', got 'int8'"),
+    ],
+)
+def test_wrong_options_are_named(network, tmp_path, options, message):
+    with pytest.raises(ExportError, match=message):
+        export_stablehlo(network, tmp_path / "network", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_existing_or_impossible_path_is_refused(network, file, tmp_path):
+    before = file.read_bytes()
+    with pytest.raises(ExportError, match="exists already"):
+        export_stablehlo(network, file)
+    assert file.read_bytes() == before
+    with pytest.raises(ExportError, match="no folder"):
+        export_stablehlo(network, tmp_path / "missing" / "network")
+    with pytest.raises(ExportError, match="cannot be read"):
+        load_stablehlo(tmp_path / "nothing")
+
+
+def test_the_configuration_of_jax_is_left_as_it_was(network, tmp_path):
+    before = jax.config.jax_include_full_tracebacks_in_locations  # pyright: ignore[reportAttributeAccessIssue]
+    export_stablehlo(network, tmp_path / "network")
+    after = jax.config.jax_include_full_tracebacks_in_locations  # pyright: ignore[reportAttributeAccessIssue]
+    assert before == after
