@@ -1,5 +1,10 @@
 """jaxqat: int8 quantization-aware training for JAX, by transforming a model's computation."""
 
+from jaxqat.integer.convert import ConversionError, convert
+from jaxqat.integer.execute import ExecutionError, Executor, make_executor
+from jaxqat.integer.graph import GraphError, IntegerGraph
+from jaxqat.integer.store import ArtifactError, load, save
+from jaxqat.integer.verify import Verification, verify
 from jaxqat.quant import (
     LayerInfo,
     QuantizationError,
@@ -14,6 +19,12 @@ from jaxqat.quant import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "ArtifactError",
+    "ConversionError",
+    "ExecutionError",
+    "Executor",
+    "GraphError",
+    "IntegerGraph",
     "LayerInfo",
     "QuantizationError",
     "QuantizedFunction",
@@ -21,6 +32,12 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "Rule",
+    "Verification",
     "__version__",
+    "convert",
+    "load",
+    "make_executor",
     "quantize",
+    "save",
+    "verify",
 ]

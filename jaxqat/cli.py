@@ -1,6 +1,7 @@
 """The `jaxqat` command: parse, call one function of the library, print."""
 
 import argparse
+import inspect
 import logging
 import re
 import shlex
@@ -10,23 +11,34 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jsonargparse
+from jsonargparse import Namespace
+from jsonargparse.typing import PositiveInt
 from rich.console import Console
 from rich.logging import RichHandler
 
+from jaxqat import benchmark as benchmarks
 from jaxqat import config as configs
-from jaxqat import experiment
+from jaxqat import deployment, experiment
 from jaxqat.checkpoint import CheckpointError
 from jaxqat.config import ConfigError, Experiment
 from jaxqat.data import DataError
+from jaxqat.evaluation import SPLITS
+from jaxqat.export import ExportError
+from jaxqat.integer.convert import ConversionError
+from jaxqat.integer.execute import LOWERINGS, ExecutionError
+from jaxqat.integer.store import ArtifactError
+from jaxqat.lowering import TARGETS, LoweringError
 from jaxqat.quant import QuantizationError, RecipeError
 from jaxqat.report import ReportError
 from jaxqat.runfolder import RunFolderError
 from jaxqat.training import DivergedError, Stopped
 
-BAD_INPUT, FAILED = 2, 1
+DONE, FAILED, BAD_INPUT = 0, 1, 2
 
 _BAD_INPUT_ERRORS = (ConfigError, DataError, RecipeError, QuantizationError, RunFolderError)
-_FAILURES = (CheckpointError, DivergedError, ReportError, OSError)
+_BAD_INPUT_ERRORS += (ArtifactError, ConversionError, ExecutionError, ExportError, LoweringError)
+_BAD_INPUT_ERRORS += (benchmarks.BenchmarkError,)
+_FAILURES = (CheckpointError, DivergedError, ReportError, OSError, ImportError)
 
 
 class Parser(jsonargparse.ArgumentParser):
@@ -43,8 +55,9 @@ class Parser(jsonargparse.ArgumentParser):
             options = [o for action in self._actions for o in action.option_strings]
             message += f"; the nearest right one is {configs.nearest(unknown[1], options)}"
         # jsonargparse names a missing argument by its place in the namespace.
-        message = message.replace("train.workdir", "--workdir")
-        message = re.sub(r"\b(evaluate|report)\.run\b", "the run folder", message)
+        commands = "|".join(COMMANDS)
+        message = re.sub(rf"\b({commands})\.run\b", "the run folder", message)
+        message = re.sub(rf"\b({commands})\.(workdir|format|output|target)\b", r"--\2", message)
         print(f"{self.prog}: error: {' '.join(message.split())}", file=sys.stderr)
         print(f"All options: {self.prog} --help", file=sys.stderr)
         sys.exit(BAD_INPUT)
@@ -55,35 +68,200 @@ def make_parser() -> Parser:
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = Parser(prog="jaxqat", description="int8 quantization-aware training for JAX.")
     commands = parser.add_subcommands(dest="command", required=True)
-    for name, add in (
-        ("train", add_train_arguments),
-        ("evaluate", add_evaluate_arguments),
-        ("report", add_report_arguments),
-    ):
-        subparser = Parser(prog=f"jaxqat {name}", description=(add.__doc__ or "").strip())
+    for name, (add, _) in COMMANDS.items():
+        description = inspect.cleandoc(add.__doc__ or "")
+        subparser = Parser(prog=f"jaxqat {name}", description=description)
         add(subparser)
-        commands.add_subcommand(name, subparser, help=(add.__doc__ or "").strip())
+        commands.add_subcommand(name, subparser, help=description.splitlines()[0])
         subparser.prog = f"jaxqat {name}"  # jsonargparse makes it 'jaxqat [options] train'.
     return parser
 
 
 def add_train_arguments(parser: Parser) -> None:
-    """Train FP32, then QAT; evaluate and report. Run it again to resume."""
+    """Train FP32, then QAT; convert, evaluate and report. Run it again to resume."""
     parser.add_argument("--config", action="config", help="YAML file with any of the options.")
     parser.add_argument("--workdir", type=Path, required=True, help="The run folder.")
     parser.add_class_arguments(Experiment, help="The experiment")
 
 
+def train(options: Namespace, console: Console, argv: list[str]) -> int:
+    """Run the command `train`."""
+    command = shlex.join(["jaxqat", *argv])
+    experiment.train(configs.build(options), options.workdir, command=command, console=console)
+    return DONE
+
+
 def add_evaluate_arguments(parser: Parser) -> None:
     """Evaluate a run from its folder alone; writes RUN/evaluations/ only."""
     parser.add_argument("run", type=Path, help="The run folder.")
-    parser.add_argument("--stage", choices=("fp32", "qat"), default="qat", help="Which network.")
-    parser.add_argument("--split", choices=experiment.SPLITS, default="test", help="Which images.")
+    parser.add_argument(
+        "--stage",
+        choices=("fp32", "qat", "int8"),
+        default="int8",
+        help="Which network: of the two checkpoints, or the integer network in RUN/int8.",
+    )
+    parser.add_argument("--split", choices=SPLITS, default="test", help="Which images.")
+
+
+def evaluate(options: Namespace, console: Console, argv: list[str]) -> int:
+    """Run the command `evaluate`."""
+    del argv
+    experiment.evaluate(options.run, stage=options.stage, split=options.split, console=console)
+    return DONE
+
+
+def add_export_arguments(parser: Parser) -> None:
+    """Write the integer network of a run as a file for another runtime."""
+    parser.add_argument("run", type=Path, help="The run folder.")
+    parser.add_argument("--format", choices=deployment.FORMATS, required=True, help="Of the file.")
+    parser.add_argument("--output", type=Path, required=True, help="The file to write.")
+    parser.add_argument(
+        "--input",
+        choices=deployment.INPUTS,
+        default="uint8",
+        help="What the file takes: images as they are, or normalized as in training.",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="Replace a file that exists.")
+
+
+def export(options: Namespace, console: Console, argv: list[str]) -> int:
+    """Run the command `export`."""
+    del argv
+    deployment.export(
+        options.run,
+        options.output,
+        format=options.format,
+        input=options.input,
+        overwrite=options.overwrite,
+        console=console,
+    )
+    return DONE
+
+
+def add_verify_arguments(parser: Parser) -> None:
+    """Compare every code of the integer network with the training graph's; writes RUN/evaluations/.
+
+    The exit status is 1 if codes differ by more than one or in 1 of 100,000 places, or if an image
+    changes its class.
+    """
+    parser.add_argument("run", type=Path, help="The run folder.")
+    parser.add_argument(
+        "--format",
+        choices=("onnx",),
+        default=None,
+        help="Compare with the exported file in ONNX Runtime instead.",
+    )
+    parser.add_argument("--split", choices=SPLITS, default="test", help="Which images.")
+
+
+def verify(options: Namespace, console: Console, argv: list[str]) -> int:
+    """Run the command `verify`."""
+    del argv
+    verification = deployment.verify(
+        options.run, format=options.format, split=options.split, console=console
+    )
+    return FAILED if verification.failures else DONE
+
+
+def add_lowering_arguments(parser: Parser) -> None:
+    """Show the kernels that a device's compiler makes of an integer network, device or not."""
+    parser.add_argument(
+        "run",
+        type=Path | None,
+        nargs="?",
+        default=None,
+        help="The run folder; without one, a ResNet-18 with random weights on 32x32 images.",
+    )
+    parser.add_argument("--target", choices=tuple(TARGETS), required=True, help="The device.")
+    parser.add_argument(
+        "--executor",
+        choices=tuple(LOWERINGS),
+        default=None,
+        help="A way to run on it; by default, the way that is taken on such a device.",
+    )
+    parser.add_argument("--width", type=PositiveInt, default=64, help="Of the random ResNet-18.")
+    parser.add_argument("--batch_size", type=PositiveInt, default=256, help="Images at a time.")
+
+
+def lowering(options: Namespace, console: Console, argv: list[str]) -> int:
+    """Run the command `lowering`."""
+    del argv
+    deployment.lowering(
+        options.run,
+        target=options.target,
+        executor=options.executor,
+        batch_size=options.batch_size,
+        width=options.width,
+        console=console,
+    )
+    return DONE
+
+
+def add_benchmark_arguments(parser: Parser) -> None:
+    """Measure speed on the present device, engines in turns."""
+    parser.add_argument(
+        "run",
+        type=Path | None,
+        nargs="?",
+        default=None,
+        help="The run folder; without one, a ResNet-18 with random weights on 32x32 images.",
+    )
+    parser.add_argument(
+        "--what",
+        choices=("inference", "train"),
+        default="inference",
+        help="FP32, bfloat16 and int8 in all engines that are installed; or a training step.",
+    )
+    parser.add_argument(
+        "--batch_sizes",
+        type=PositiveInt,
+        nargs="+",
+        help="Images of a call; by default 1, 32, 256 (and 1024 on an accelerator), or the run's.",
+    )
+    parser.add_argument(
+        "--rounds", type=PositiveInt, default=10, help="How often each engine has its turn."
+    )
+    parser.add_argument("--width", type=PositiveInt, default=64, help="Of the random ResNet-18.")
+    parser.add_argument("--json", type=Path | None, default=None, help="File to write as well.")
+
+
+def benchmark(options: Namespace, console: Console, argv: list[str]) -> int:
+    """Run the command `benchmark`."""
+    benchmarks.benchmark(
+        options.run,
+        what=options.what,
+        batch_sizes=options.batch_sizes,
+        rounds=options.rounds,
+        width=options.width,
+        json=options.json,
+        command=shlex.join(["jaxqat", *argv]),
+        console=console,
+    )
+    return DONE
 
 
 def add_report_arguments(parser: Parser) -> None:
     """Write RUN/report.html again from the run folder alone."""
     parser.add_argument("run", type=Path, help="The run folder.")
+
+
+def report(options: Namespace, console: Console, argv: list[str]) -> int:
+    """Run the command `report`."""
+    del argv
+    console.print(f"report: {experiment.report(options.run)}", highlight=False)
+    return DONE
+
+
+# By name: what adds its options, and what runs it.
+COMMANDS = {
+    "train": (add_train_arguments, train),
+    "evaluate": (add_evaluate_arguments, evaluate),
+    "verify": (add_verify_arguments, verify),
+    "export": (add_export_arguments, export),
+    "benchmark": (add_benchmark_arguments, benchmark),
+    "lowering": (add_lowering_arguments, lowering),
+    "report": (add_report_arguments, report),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -114,15 +292,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _dispatch(argv: list[str], console: Console) -> int:
     _check_config_files(argv)
     options = make_parser().parse_args(argv)
-    chosen = options[options.command]
-    if options.command == "train":
-        command = shlex.join(["jaxqat", *argv])
-        experiment.train(configs.build(chosen), chosen.workdir, command=command, console=console)
-    elif options.command == "evaluate":
-        experiment.evaluate(chosen.run, stage=chosen.stage, split=chosen.split, console=console)
-    else:
-        console.print(f"report: {experiment.report(chosen.run)}", highlight=False)
-    return 0
+    _, run = COMMANDS[options.command]
+    return run(options[options.command], console, argv)
 
 
 def _check_config_files(argv: list[str]) -> None:

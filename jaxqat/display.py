@@ -4,6 +4,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from jaxqat.results import summary_rows
 
@@ -17,6 +18,35 @@ def print_results(results: dict[str, Any], console: Console) -> None:
     for name, metrics in summary_rows(results):
         table.add_row(name, *_scores(metrics))
     console.print(table)
+    if "verify" in results:
+        console.print(_verdict(results["verify"]), highlight=False, soft_wrap=True)
+
+
+def print_verification(check: dict[str, Any], console: Console) -> None:
+    """Show where two networks differ, tensor by tensor; `check` is a `Verification` as a dict."""
+    table = Table(title=f"{check['name']}: {check['of']}, {check['images']:,} images")
+    table.add_column("tensor", overflow="fold")
+    for column in ("codes", "differ", "largest", "SQNR"):
+        table.add_column(column, justify="right")
+    for row in check["tensors"]:
+        sqnr = "–" if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f} dB"
+        counts = (f"{row[key]:,}" for key in ("codes", "differing", "largest"))
+        table.add_row(Text(row["name"]), *counts, sqnr, style="red" if row["differing"] else None)
+    console.print(table)
+    console.print(_verdict(check), highlight=False, soft_wrap=True)
+    for failure in check["failures"]:
+        warn(failure, console)
+
+
+def _verdict(check: dict[str, Any]) -> str:
+    largest = f" (by {check['largest']} at most)" if check["differing"] else ""
+    flips = f"{check['top1_flips']:,} of {check['images']:,} images change their class"
+    return f"verify: {check['differing']:,} of {check['codes']:,} codes differ{largest}; {flips}"
+
+
+def warn(message: str, console: Console) -> None:
+    """Show what went otherwise than a person would want, though nothing failed."""
+    console.print(Text(f"warning: {message}", style="yellow"), soft_wrap=True)
 
 
 def print_evaluation(result: dict[str, Any], console: Console) -> None:

@@ -1,38 +1,44 @@
 """The experiment from end to end: train, evaluate, report.
 
-The three functions are what the command line and the scripts call. The test split is read once by
-`train`, after both stages; until then nothing but training and validation images is looked at.
+The three functions are what the command line and the scripts call. `train` reads the test split
+after both stages only; until then nothing but training and validation images is looked at. What is
+called int8 is the integer network in RUN/int8.
 """
 
 import functools
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 
 from jaxqat.config import Experiment, to_yaml
-from jaxqat.data import DataError, Dataset, Split, load_dataset
-from jaxqat.display import print_evaluation, print_results
-from jaxqat.metrics import classification_metrics
-from jaxqat.networks import Evaluator, Networks, matmul_precision
+from jaxqat.conversion import (
+    check_network_data,
+    is_finished,
+    load_network,
+    make_network,
+    verify_network,
+)
+from jaxqat.data import DataError, Dataset, load_dataset
+from jaxqat.display import print_evaluation, print_results, warn
+from jaxqat.evaluation import Evaluator, IntegerEvaluator, Logits, find_split, measure
+from jaxqat.integer.convert import ConversionError
+from jaxqat.integer.graph import IntegerGraph
+from jaxqat.networks import Networks, matmul_precision
 from jaxqat.report import write_report, write_samples
-from jaxqat.results import describe_network, describe_run, stage_seconds
+from jaxqat.results import describe_network, describe_run, describe_tests
 from jaxqat.runfolder import (
     RunFolder,
-    RunFolderError,
     check_config,
     claim,
     write_atomically,
     write_json,
 )
-from jaxqat.snapshots import Model, open_store, restore_selected
+from jaxqat.snapshots import Model, restore_model
 from jaxqat.stages import STAGES, StageRun
 from jaxqat.training import StopRequest, stop_on_signals
 
-SPLITS = ("test", "train", "validation")
 SAMPLE_COUNT = 32
 
 
@@ -43,10 +49,11 @@ def train(
     command: str | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Train both stages in a run folder, test them, and write results and report.
+    """Train both stages in a run folder, convert, test, and write results and report.
 
     A folder where this experiment was stopped is gone on with; one where it is finished is left
-    as it is.
+    as it is. Where the recipe leaves the network with parts that have no integer form, the run ends
+    without an integer network, and its results say why.
 
     Args:
         experiment: What to do.
@@ -62,13 +69,14 @@ def train(
         DataError: The data cannot be used.
         RecipeError: The recipe does not fit the network.
         CheckpointError: No checkpoint is whole, or none can be written.
+        ArtifactError: The integer network cannot be written.
         DivergedError: Training ran into infinity or NaN.
         Stopped: A signal came; the state is saved.
     """
     console = console or Console()
     with claim(Path(workdir)) as folder, stop_on_signals() as stop:
         check_config(folder, experiment)
-        if folder.results.exists():
+        if is_finished(folder):
             return _already_finished(folder, console)
         dataset = load_dataset(experiment.data)
         stop.raise_if_set()
@@ -83,50 +91,67 @@ def train(
 
 
 def evaluate(
-    workdir: Path, *, stage: str = "qat", split: str = "test", console: Console | None = None
+    workdir: Path, *, stage: str = "int8", split: str = "test", console: Console | None = None
 ) -> dict[str, Any]:
-    """Test the network of a stage on a split, from the run folder alone.
+    """Test a network on a split, from the run folder alone.
 
     Writes RUN/evaluations/STAGE_SPLIT.json and nothing else.
 
+    Args:
+        workdir: The run folder.
+        stage: 'fp32' or 'qat', from their checkpoints, or 'int8', from RUN/int8 alone.
+        split: 'test', 'train' or 'validation'.
+        console: Where the metrics are shown; None for standard output.
+
     Returns:
-        The metrics, and which checkpoint they are of.
+        The metrics, and which network they are of.
 
     Raises:
-        RunFolderError: It is no run folder, or cannot be written.
+        RunFolderError: It is no run folder, has no such network, or cannot be written.
         DataError: The data is missing, damaged or another than the run's.
         CheckpointError: There is no checkpoint, or it is damaged.
+        ArtifactError: The integer network is damaged.
     """
     console = console or Console()
     folder = RunFolder(Path(workdir))
     experiment = folder.load_config()
-    if not folder.checkpoints(stage).is_dir():
-        raise RunFolderError(f"{folder.checkpoints(stage)}: there are no checkpoints of {stage}.")
-    dataset = load_dataset(experiment.data)
-    images = _split(dataset, split)
-    with matmul_precision(experiment):
-        networks = Networks.build(experiment, dataset)
-        with open_store(experiment, folder, stage, read_only=True) as store:
-            restored = restore_selected(store, networks, stage)
-        metrics, speed = _measure(
-            Evaluator(networks, stage), Model.of(restored), images, dataset.class_names
-        )
+    measured = _evaluate_int8 if stage == "int8" else partial(_evaluate_stage, stage=stage)
+    dataset, step, metrics, speed = measured(folder, experiment, split)
     result = {
-        **describe_run(networks, None),
+        **describe_run(experiment, dataset, None),
         "stage": stage,
         "split": split,
-        "step": restored.step,
+        "step": step,
         "evaluate_images_per_s": speed,
         "metrics": metrics,
     }
-    path = folder.evaluation(stage, split)
-    try:
-        path.parent.mkdir(exist_ok=True)
-    except OSError as error:
-        raise RunFolderError(f"{path.parent}: cannot be made: {error.strerror}.") from error
-    write_json(path, result)
+    folder.write_evaluation(f"{stage}_{split}", result)
     print_evaluation(result, console)
     return result
+
+
+def _evaluate_stage(
+    folder: RunFolder, experiment: Experiment, split: str, *, stage: str
+) -> tuple[Dataset, int, dict[str, Any], float]:
+    dataset = load_dataset(experiment.data)
+    images = find_split(dataset, split)
+    with matmul_precision(experiment):
+        networks = Networks.build(experiment, dataset)
+        model = restore_model(networks, folder, stage)
+        logits = partial(Evaluator(networks, stage).logits, model.params, model.collections)
+        return dataset, model.step, *measure(logits, images, dataset.class_names)
+
+
+def _evaluate_int8(
+    folder: RunFolder, experiment: Experiment, split: str
+) -> tuple[Dataset, int, dict[str, Any], float]:
+    graph = load_network(folder)
+    dataset = load_dataset(experiment.data)
+    images = find_split(dataset, split)
+    check_network_data(folder, graph, dataset)
+    step: Any = graph.metadata["step"]
+    logits = IntegerEvaluator(graph, experiment.evaluation_batch_size).logits
+    return dataset, step, *measure(logits, images, dataset.class_names)
 
 
 def report(workdir: Path) -> Path:
@@ -169,18 +194,23 @@ def _run(
     calibrated = functools.cache(partial(_calibrated, networks, fp32))
     qat = runs["qat"].train(calibrated, stop=stop, console=console)
     stop.raise_if_set()
-    models = {"fp32": fp32, "qat": qat}
+    tests = {"fp32": _logits(runs["fp32"], fp32), "qat": _logits(runs["qat"], qat)}
     if networks.experiment.qat.test_calibrated:
-        models["calibrated"] = calibrated()
-    results = _test(networks, folder, runs, models, command)
+        tests["calibrated"] = _logits(runs["qat"], calibrated())
+    test, names = networks.dataset.test, networks.dataset.class_names
+    measured = {name: measure(logits, test, names) for name, logits in tests.items()}
     stop.raise_if_set()
-    sample = networks.dataset.test
-    write_samples(
-        folder.path,
-        sample.images[:SAMPLE_COUNT],
-        sample.labels[:SAMPLE_COUNT],
-        networks.dataset.class_names,
-    )
+    graph, deployed = _deploy(networks, folder, qat, stop, console)
+    stop.raise_if_set()
+    tested = describe_tests(measured, folder.read_metrics())
+    results = {
+        **describe_run(networks.experiment, networks.dataset, command),
+        **tested,
+        **deployed,
+        "speed": {**tested["speed"], **deployed["speed"]},
+        **describe_network(networks, qat.params, qat.collections["quant"], graph),
+    }
+    write_samples(folder.path, test.images[:SAMPLE_COUNT], test.labels[:SAMPLE_COUNT], names)
     write_json(folder.results, results)
     write_report(folder.path)
     return results
@@ -192,46 +222,29 @@ def _calibrated(networks: Networks, fp32: Model) -> Model:
     return Model(fp32.params, {**fp32.collections, "quant": ranges})
 
 
-def _test(
-    networks: Networks,
-    folder: RunFolder,
-    runs: dict[str, StageRun],
-    models: dict[str, Model],
-    command: str | None,
-) -> dict[str, Any]:
-    """Read the test split, once for each network, and put the results together."""
-    test, names = networks.dataset.test, networks.dataset.class_names
-    records = folder.read_metrics()
-    results, speed = describe_run(networks, command), {}
-    for name in STAGES:
-        metrics, images_per_s = _measure(runs[name].evaluator, models[name], test, names)
-        timing = stage_seconds(records, name)
-        speed[name] = {
-            "train_images_per_s": timing.pop("train_images_per_s"),
-            "evaluate_images_per_s": images_per_s,
-        }
-        results[name] = {"test": metrics, **timing}
-    if "calibrated" in models:
-        metrics, _ = _measure(runs["qat"].evaluator, models["calibrated"], test, names)
-        results["qat"]["calibrated"] = {"test": metrics}
-    qat = models["qat"]
-    network = describe_network(networks, qat.params, qat.collections["quant"])
-    return {**results, "speed": speed, **network}
+def _deploy(
+    networks: Networks, folder: RunFolder, qat: Model, stop: StopRequest, console: Console
+) -> tuple[IntegerGraph | None, dict[str, Any]]:
+    """Convert the trained network, test and verify what came of it; and what results say of it."""
+    try:
+        graph = make_network(networks, folder, qat)
+    except ConversionError as error:
+        warn(f"this run has no integer network. {error}", console)
+        return None, {"int8": {"error": str(error)}, "speed": {}}
+    stop.raise_if_set()
+    dataset, batch_size = networks.dataset, networks.experiment.evaluation_batch_size
+    logits = IntegerEvaluator(graph, batch_size).logits
+    metrics, images_per_s = measure(logits, dataset.test, dataset.class_names)
+    stop.raise_if_set()
+    verification = verify_network(networks, qat, graph, dataset.test)
+    for failure in verification.failures:
+        warn(f"the integer network is not the trained one: {failure}.", console)
+    return graph, {
+        "int8": {"test": metrics, "requantization": graph.requantization, "step": qat.step},
+        "verify": verification.to_dict(),
+        "speed": {"int8": {"evaluate_images_per_s": images_per_s}},
+    }
 
 
-def _measure(
-    evaluator: Evaluator, model: Model, split: Split, class_names: tuple[str, ...]
-) -> tuple[dict[str, Any], float]:
-    """Metrics over a split and images/s, the compilation not counted."""
-    evaluator.logits(model.params, model.collections, split.take(np.arange(1)))
-    start = time.perf_counter()
-    logits = evaluator.logits(model.params, model.collections, split)
-    seconds = time.perf_counter() - start
-    return classification_metrics(split.labels, logits, class_names), len(split) / seconds
-
-
-def _split(dataset: Dataset, name: str) -> Split:
-    split = getattr(dataset, name)
-    if split is None:
-        raise RunFolderError("this run has no validation split (data.validation_size is 0).")
-    return split
+def _logits(run: StageRun, model: Model) -> Logits:
+    return partial(run.evaluator.logits, model.params, model.collections)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxqat.config import Experiment
-from jaxqat.data import Dataset, Split, augment, epoch_permutation, eval_batches, normalize
+from jaxqat.data import Dataset, augment, epoch_permutation, normalize
 from jaxqat.models import build_model
 from jaxqat.quant import LayerInfo, QuantizedModule, quantize
 from jaxqat.training import Collections, Forward
@@ -65,18 +65,18 @@ class Networks:
         """Fresh parameters and batch statistics."""
         key = stage_key(self.experiment.seed, "init")
         init = jax.jit(partial(self.modules["fp32"].init, train=False))
-        lowered = init.lower(key, self._one_image())
+        lowered = init.lower(key, self.one_image())
         # It runs once: on a CPU, optimizing the random number generation takes longer than it.
         on_cpu = jax.default_backend() == "cpu"
         options: Any = {"xla_backend_optimization_level": 0} if on_cpu else None
-        variables = dict(lowered.compile(compiler_options=options)(key, self._one_image()))
+        variables = dict(lowered.compile(compiler_options=options)(key, self.one_image()))
         return variables.pop("params"), variables
 
     def shapes(self, stage: str) -> tuple[Any, Collections]:
         """Parameters and collections of a stage as shapes and dtypes."""
 
         def init(key):
-            variables = dict(self.modules[stage].init(key, self._one_image(), train=False))
+            variables = dict(self.modules[stage].init(key, self.one_image(), train=False))
             return variables.pop("params"), variables
 
         return jax.eval_shape(init, jax.random.key(0))
@@ -85,7 +85,7 @@ class Networks:
         """Every product of the network and how it is quantized."""
         params, collections = self.shapes("fp32")
         variables = {"params": params, **collections}
-        return self.quantized.describe(variables, self._one_image(), train=False)
+        return self.quantized.describe(variables, self.one_image(), train=False)
 
     def forward(self, stage: str, *, frozen: bool = False) -> Forward:
         """The network in training mode, or with all its collections frozen."""
@@ -116,7 +116,7 @@ class Networks:
         """Activation ranges of the float network on the first images of an order, as they are."""
         config, images = self.experiment.qat, self.dataset.train.images
         variables = {"params": params, **collections}
-        ranges = self.quantized.init_ranges(variables, self._one_image(), train=False)
+        ranges = self.quantized.init_ranges(variables, self.one_image(), train=False)
         # Of the same types as `observe` returns them, which then compiles once.
         ranges = jax.tree.map(lambda leaf: jnp.array(leaf, leaf.dtype), ranges)
 
@@ -140,25 +140,6 @@ class Networks:
             lambda variables, images: module.apply(variables, self.normalize(images), train=False)
         )
 
-    def _one_image(self) -> jax.Array:
+    def one_image(self) -> jax.Array:
+        """An input of the networks, for its shape and type."""
         return jnp.zeros((1, *self.dataset.image_shape), jnp.float32)
-
-
-class Evaluator:
-    """Logits of a whole split, in the order of its images.
-
-    Attributes:
-        predict: See `Networks.predictor`.
-        batch_size: Images per call.
-    """
-
-    def __init__(self, networks: Networks, stage: str):
-        self.predict = networks.predictor(stage)
-        self.batch_size = networks.experiment.evaluation_batch_size
-
-    def logits(self, params: Any, collections: Mapping[str, Any], split: Split) -> np.ndarray:
-        """Logits of every image of a split, each once."""
-        batches = eval_batches(split, self.batch_size)
-        variables = jax.device_put({"params": params, **collections})
-        logits = [self.predict(variables, images) for images in batches.images]
-        return np.concatenate(jax.device_get(logits))[batches.mask.reshape(-1)]

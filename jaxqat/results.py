@@ -12,22 +12,24 @@ import jax
 import numpy as np
 
 from jaxqat import config as configs
+from jaxqat.config import Experiment
+from jaxqat.data import Dataset
+from jaxqat.integer.graph import IntegerGraph
 from jaxqat.metrics import weight_bytes
 from jaxqat.networks import Networks
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "aqtp", "orbax-checkpoint", "numpy")
 
 
-def describe_run(networks: Networks, command: str | None) -> dict[str, Any]:
+def describe_run(experiment: Experiment, dataset: Dataset, command: str | None) -> dict[str, Any]:
     """What is known before any number is: name, seed, data, environment."""
-    experiment = networks.experiment
     return {
         "name": experiment.name,
         "seed": experiment.seed,
         "precision": experiment.precision,
         "command": command,
         "config_hash": configs.config_hash(experiment),
-        "data": networks.dataset.fingerprint,
+        "data": dataset.fingerprint,
         "environment": environment(),
     }
 
@@ -59,18 +61,26 @@ def _key(package: str) -> str:
     return "orbax" if package == "orbax-checkpoint" else package
 
 
-def describe_network(networks: Networks, params: Any, ranges: Any) -> dict[str, Any]:
+def describe_network(
+    networks: Networks, params: Any, ranges: Any, graph: IntegerGraph | None
+) -> dict[str, Any]:
     """Size, arithmetic and layers of the quantized network.
+
+    The bytes of FP32 are those of all parameters, four each; the bytes of int8 are those of the
+    integer network's arrays: a code for each weight, an int32 bias and a float32 multiplier for
+    each output channel.
 
     Args:
         networks: Which.
         params: Its parameters.
         ranges: Its activation ranges, the 'quant' collection.
+        graph: Its integer network, if it has one.
     """
     layers = networks.describe()
     size = weight_bytes(params, {layer.path: layer.weight_bits for layer in layers})
+    int8 = {} if graph is None else {"int8": graph.size_bytes()}
     return {
-        "size_bytes": {"fp32": size["fp32"], "int8": size["int8"]},
+        "size_bytes": {"fp32": size["fp32"], **int8},
         "parameters": size["parameters"],
         "macs": sum(layer.macs for layer in layers),
         "layers": [_describe_layer(layer, params, ranges) for layer in layers],
@@ -101,6 +111,31 @@ def _at(tree: Any, path: tuple[str, ...]) -> Any:
     return tree
 
 
+def describe_tests(
+    measured: Mapping[str, tuple[dict[str, Any], float]], records: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Scores on the test split, time and speed of the trained networks.
+
+    Args:
+        measured: Metrics and images/s of 'fp32', 'qat' and, if it was tested, of 'calibrated', the
+            network that QAT started from.
+        records: Lines of metrics.jsonl.
+    """
+    results: dict[str, Any] = {}
+    speed = {}
+    for name in ("fp32", "qat"):
+        metrics, images_per_s = measured[name]
+        timing = stage_seconds(records, name)
+        speed[name] = {
+            "train_images_per_s": timing.pop("train_images_per_s"),
+            "evaluate_images_per_s": images_per_s,
+        }
+        results[name] = {"test": metrics, **timing}
+    if "calibrated" in measured:
+        results["qat"]["calibrated"] = {"test": measured["calibrated"][0]}
+    return {**results, "speed": speed}
+
+
 def stage_seconds(records: list[dict[str, Any]], stage: str) -> dict[str, Any]:
     """Time, epochs and training speed of a stage, from its lines of metrics.jsonl."""
     own = [r for r in records if r["stage"] == stage]
@@ -119,3 +154,5 @@ def summary_rows(results: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, An
         if "calibrated" in results["qat"]:
             yield "qat, calibrated only", results["qat"]["calibrated"]["test"]
         yield "qat", results["qat"]["test"]
+    if "test" in results.get("int8", {}):
+        yield "int8", results["int8"]["test"]

@@ -1,7 +1,7 @@
 """The run folder: whose it is, what lies where, and how it is written.
 
-    config.yaml, checkpoints/{fp32,qat}/STEP/, metrics.jsonl, results.json, report_data.npz,
-    report.html, figures/, evaluations/
+    config.yaml, checkpoints/{fp32,qat}/STEP/, int8/, metrics.jsonl, results.json,
+    report_data.npz, report.html, figures/, evaluations/
 
 One process trains in a folder at a time, and a folder belongs to one experiment.
 """
@@ -49,18 +49,22 @@ class RunFolder:
         """The page of the run."""
         return self.path / "report.html"
 
+    @property
+    def network(self) -> Path:
+        """The integer network."""
+        return self.path / "int8"
+
     def checkpoints(self, stage: str) -> Path:
         """Folder of a stage's checkpoints."""
         return self.path / "checkpoints" / stage
 
+    def has_checkpoints(self, stage: str = "*") -> bool:
+        """Whether a stage has got anywhere; by default, whether any has."""
+        return any(step.name.isdigit() for step in self.path.glob(f"checkpoints/{stage}/*"))
+
     def has_work(self) -> bool:
         """Whether anything would be lost if the folder became another experiment's."""
-        steps = self.path.glob("checkpoints/*/*")
-        return self.results.exists() or any(step.name.isdigit() for step in steps)
-
-    def evaluation(self, stage: str, split: str) -> Path:
-        """Result of `jaxqat evaluate`."""
-        return self.path / "evaluations" / f"{stage}_{split}.json"
+        return self.results.exists() or self.network.exists() or self.has_checkpoints()
 
     def load_config(self) -> Experiment:
         """The experiment of the run.
@@ -95,6 +99,20 @@ class RunFolder:
             except ValueError:
                 break
         return records
+
+    def write_evaluation(self, name: str, result: Mapping[str, Any]) -> Path:
+        """Keep what was measured after training, as RUN/evaluations/NAME.json.
+
+        Raises:
+            RunFolderError: If it cannot be written.
+        """
+        path = self.path / "evaluations" / f"{name}.json"
+        try:
+            path.parent.mkdir(exist_ok=True)
+        except OSError as error:
+            raise RunFolderError(f"{path.parent}: cannot be made: {error.strerror}.") from error
+        write_json(path, result)
+        return path
 
     def truncate_metrics(self, stage: str, last_step: int) -> None:
         """Forget the epochs of a stage that end after a step: they are about to be done again."""

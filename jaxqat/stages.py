@@ -15,8 +15,9 @@ from jaxqat import config as configs
 from jaxqat.checkpoint import CheckpointStore
 from jaxqat.checkpoint.store import MODEL, OPTIMIZER
 from jaxqat.data import Dataset, epoch_permutation
+from jaxqat.evaluation import Evaluator
 from jaxqat.metrics import classification_metrics
-from jaxqat.networks import Evaluator, Networks, stage_key
+from jaxqat.networks import Networks, stage_key
 from jaxqat.runfolder import RunFolder
 from jaxqat.snapshots import (
     Model,
@@ -133,7 +134,7 @@ class StageRun:
                 self._announce(console, done)
                 self.folder.truncate_metrics(self.name, done)
                 state = self._run(store, state, done, seconds, stop, console)
-            last = Model(state.params, state.collections)
+            last = Model(state.params, state.collections, int(state.step))
             if self.networks.experiment.select == "last":
                 return last
             store.wait()

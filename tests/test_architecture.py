@@ -10,8 +10,19 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "jaxqat"
 
-# Parts that know nothing of the others.
-PARTS = ("quant", "models", "data", "metrics", "training", "checkpoint", "report")
+# The parts, each with the others that it may know.
+PARTS: dict[str, set[str]] = {
+    "quant": set(),
+    "models": set(),
+    "data": set(),
+    "metrics": set(),
+    "training": set(),
+    "checkpoint": set(),
+    "report": set(),
+    "lowering": set(),
+    "integer": {"quant"},
+    "export": {"integer"},
+}
 # Third-party packages that only the named parts import.
 OWNERS = {
     "aqt": {"quant"},
@@ -22,11 +33,21 @@ OWNERS = {
     "jinja2": {"report"},
     "sklearn": {"metrics", "data"},
     "jsonargparse": {"config", "cli"},
+    "onnx": {"export", "benchmark"},
+    "onnxruntime": {"export", "benchmark"},
+    "openvino": {"benchmark"},
+    "torch": {"benchmark"},
 }
-# What composes the parts, each with what it may import of jaxqat beyond them; `cli` is on top.
-LAYERS = ("config", "runfolder", "networks", "results", "snapshots", "stages", "display")
-LAYERS = (*LAYERS, "experiment", "cli")
+# What composes the parts; each knows all parts and what stands before it. `cli` is on top.
+LAYERS = ("config", "runfolder", "networks", "evaluation", "results", "snapshots", "stages")
+LAYERS = (*LAYERS, "display", "conversion", "benchmark", "deployment", "experiment", "cli")
+# Loaded by what needs them, when it needs them, and never by `import jaxqat`.
 HEAVY = ("optax", "orbax", "tensorflow_datasets", "matplotlib", "jsonargparse", "sklearn")
+OPTIONAL = ("onnx", "onnxruntime", "openvino", "torch")
+
+
+# Functions that import what their argument names.
+IMPORTERS = ("importlib.import_module", "library")
 
 
 def module_of(path: Path) -> str:
@@ -46,6 +67,8 @@ def imports(path: Path) -> Iterator[str]:
             yield node.module or ""
             if node.module == "jaxqat":
                 yield from (f"jaxqat.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in IMPORTERS:
+            yield from (a.value for a in node.args if isinstance(a, ast.Constant))
 
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))
@@ -66,11 +89,11 @@ def test_the_rules_are_about_modules_that_exist():
 def test_imports_go_down_only(path):
     module, used = module_of(path), of_jaxqat(path)
     if module == "__init__":
-        assert used <= {"quant"}
+        assert used <= {"quant", "integer"}
     elif module in PARTS:
-        assert used <= {module}
+        assert used <= {module} | PARTS[module]
     else:
-        assert used <= {*PARTS, *LAYERS[: LAYERS.index(module)]}
+        assert used <= {module, *PARTS, *LAYERS[: LAYERS.index(module)]}
 
 
 @BY_NAME
@@ -90,18 +113,20 @@ def test_importing_jaxqat_loads_nothing_heavy_and_starts_no_backend():
 import sys, jaxqat
 from jax._src import xla_bridge
 assert not xla_bridge._backends, xla_bridge._backends
-loaded = sorted(set({HEAVY!r}) & set(sys.modules))
+loaded = sorted(set({HEAVY + OPTIONAL!r}) & set(sys.modules))
 assert not loaded, loaded
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
-def test_importing_the_command_starts_no_backend():
-    script = """
-import jaxqat.cli
+def test_importing_the_command_starts_no_backend_and_needs_no_optional_package():
+    script = f"""
+import sys, jaxqat.cli
 from jax._src import xla_bridge
 assert not xla_bridge._backends, xla_bridge._backends
+loaded = sorted(set({OPTIONAL!r}) & set(sys.modules))
+assert not loaded, loaded
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -96,6 +96,7 @@ def finished(tmp_path_factory, config_file) -> Path:
     status, out, err = finish(start("train", "--config", config_file, "--workdir", run))
     assert status == 0, err
     assert "qat, calibrated only" in out
+    assert "int8" in out
     return run
 
 
@@ -139,11 +140,12 @@ def test_evaluate_and_report_work_on_the_folder_alone(tmp_path, finished):
     run = tmp_path / "moved"
     shutil.copytree(finished, run)
     (run / "report.html").unlink()
-    status, out, err = finish(start("evaluate", run, "--stage", "fp32"))
-    assert status == 0, err
-    accuracy = json.loads((run / "results.json").read_text())["fp32"]["test"]["accuracy"]
-    assert f"accuracy {100 * accuracy:.2f} %" in out
-    assert (run / "evaluations" / "fp32_test.json").is_file()
+    for stage, arguments in (("fp32", ("--stage", "fp32")), ("int8", ())):
+        status, out, err = finish(start("evaluate", run, *arguments))
+        assert status == 0, err
+        accuracy = json.loads((run / "results.json").read_text())[stage]["test"]["accuracy"]
+        assert f"accuracy {100 * accuracy:.2f} %" in out
+        assert (run / "evaluations" / f"{stage}_test.json").is_file()
     status, out, err = finish(start("report", run))
     assert status == 0, err
     assert (run / "report.html").is_file()
@@ -217,10 +219,15 @@ def test_bad_config_files_are_named_and_leave_nothing(tmp_path, capsys, text, me
         ["evaluate", "{tmp}/none"],
         ["evaluate", "{tmp}/none", "--stage", "int9"],
         ["report", "{tmp}/none"],
+        ["export", "{tmp}/none", "--format", "onnx", "--output", "{tmp}/file"],
+        ["export", "{tmp}/none", "--format", "tflite", "--output", "{tmp}/file"],
+        ["lowering", "{tmp}/none", "--target", "cpu"],
+        ["lowering", "--target", "sm_10"],
+        ["lowering", "--target", "cpu", "--batch_size", "0"],
         ["convert"],
         [],
     ],
-    ids=["no_file", "no_workdir", "no_run", "no_stage", "no_report", "no_command", "nothing"],
+    ids=lambda arguments: "_".join(arguments[:2]) or "nothing",
 )
 def test_what_is_missing_or_unknown_exits_with_2(tmp_path, capsys, arguments):
     assert run_command(*(a.format(tmp=tmp_path) for a in arguments)) == 2
@@ -231,7 +238,7 @@ def test_what_is_missing_or_unknown_exits_with_2(tmp_path, capsys, arguments):
 def test_a_missing_checkpoint_exits_with_2(tmp_path, finished, capsys):
     run = tmp_path / "run"
     shutil.copytree(finished, run, ignore=shutil.ignore_patterns("checkpoints"))
-    assert run_command("evaluate", run) == 2
+    assert run_command("evaluate", run, "--stage", "qat") == 2
     assert "there are no checkpoints of qat" in capsys.readouterr().err
 
 
@@ -320,7 +327,15 @@ def test_a_printed_configuration_can_be_given_back(tmp_path, capsys):
     assert "qat.optimizer.warmup_epochs must be below epochs (7)" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("command", "missing"), [("train", "--workdir"), ("report", "run folder")])
+@pytest.mark.parametrize(
+    ("command", "missing"),
+    [
+        ("train", "--workdir"),
+        ("report", "the run folder"),
+        ("export", "the run folder, --format, --output"),
+        ("lowering", "--target"),
+    ],
+)
 def test_a_missing_argument_is_called_what_a_person_types(command, missing, capsys):
     assert run_command(command) == 2
     error = capsys.readouterr().err

@@ -1,48 +1,27 @@
 """Train, evaluate and report from end to end, on a network that compiles in a second."""
 
 import dataclasses
-import hashlib
 import json
 import os
 import shutil
-import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny_run
-from rich.console import Console
-from tiny_run import STEPS, STEPS_PER_EPOCH, tiny
+from tiny_run import STEPS, STEPS_PER_EPOCH, files, signal_at, tiny
 
 from jaxqat import experiment
 from jaxqat.checkpoint import CheckpointError
 from jaxqat.config import config_hash
 from jaxqat.data import DataError, load_dataset
-from jaxqat.networks import Evaluator
+from jaxqat.evaluation import Evaluator, IntegerEvaluator
 from jaxqat.quant import RecipeError
 from jaxqat.runfolder import RunFolder, RunFolderError
 from jaxqat.training import DivergedError, Stopped
-from jaxqat.training.progress import StageProgress
 
 compiled_once, small_network = tiny_run.compiled_once, tiny_run.small_network
-console = tiny_run.console
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, compiled_once) -> Path:
-    """A run from start to end, not to be changed."""
-    path = tmp_path_factory.mktemp("finished") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jaxqat.networks.build_model", tiny_run.build_small)
-        with path.with_suffix(".log").open("w") as file:
-            experiment.train(tiny(), path, command="jaxqat train", console=Console(file=file))
-    return path
-
-
-@pytest.fixture
-def no_report(monkeypatch) -> None:
-    """Spares the seconds that drawing takes, where no test looks at it."""
-    monkeypatch.setattr(experiment, "write_report", lambda path: path)
+console, finished, no_report = tiny_run.console, tiny_run.finished, tiny_run.no_report
 
 
 def arrays(run: Path) -> dict[str, dict]:
@@ -54,28 +33,13 @@ def arrays(run: Path) -> dict[str, dict]:
     return found
 
 
+def network(run: Path) -> dict[str, bytes]:
+    """The bytes of the integer network."""
+    return {path.name: path.read_bytes() for path in (run / "int8").iterdir()}
+
+
 def losses(run: Path) -> list[tuple]:
     return [(r["stage"], r["epoch"], r["loss"]) for r in RunFolder(run).read_metrics()]
-
-
-def files(run: Path) -> dict[str, str]:
-    return {
-        str(p.relative_to(run)): hashlib.sha256(p.read_bytes()).hexdigest()
-        for p in sorted(run.rglob("*"))
-        if p.is_file()
-    }
-
-
-def signal_at(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    """Send SIGTERM once that many steps are done, counted over both stages."""
-    done = []
-
-    def advance(self, n):
-        done.extend([None] * n)
-        if len(done) == steps:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(StageProgress, "advance", advance)
 
 
 def test_a_run_leaves_what_the_contract_says(finished):
@@ -83,6 +47,7 @@ def test_a_run_leaves_what_the_contract_says(finished):
         "checkpoints",
         "config.yaml",
         "figures",
+        "int8",
         "metrics.jsonl",
         "report.html",
         "report_data.npz",
@@ -108,6 +73,7 @@ def test_a_run_leaves_what_the_contract_says(finished):
         results["fp32"]["test"],
         results["qat"]["test"],
         results["qat"]["calibrated"]["test"],
+        results["int8"]["test"],
     ):
         assert metrics["n"] == 40
         assert np.sum(metrics["confusion_matrix"]) == 40
@@ -116,8 +82,11 @@ def test_a_run_leaves_what_the_contract_says(finished):
     parameters = kernels + 2 * 2 * 4 + 10
     assert results["parameters"] == parameters
     assert results["size_bytes"]["fp32"] == 4 * parameters
-    # A byte a weight, a scale per output channel (4, 4, 10), and all else as it was.
-    assert results["size_bytes"]["int8"] == kernels + 4 * (4 + 4 + 10) + 4 * (parameters - kernels)
+    # A byte a weight; an int32 bias and a float32 multiplier per output channel (4, 4, 10).
+    assert results["size_bytes"]["int8"] == kernels + (4 + 4) * (4 + 4 + 10)
+    assert results["int8"]["requantization"] == "float"
+    assert results["int8"]["step"] == STEPS
+    assert set(results["speed"]["int8"]) == {"evaluate_images_per_s"}
     # 8x8 images at stride 2 make 4x4 outputs.
     assert results["macs"] == 16 * (3 * 3 * 1 * 4) + 16 * (3 * 3 * 4 * 4) + 4 * 10
     layers = {layer["path"]: layer for layer in results["layers"]}
@@ -161,6 +130,8 @@ def test_stopped_within_an_epoch_and_started_again_it_ends_on_the_same_bits(
     assert losses(run) == losses(finished)
     ours, theirs = (json.loads((r / "results.json").read_text()) for r in (run, finished))
     assert ours["qat"]["test"] == theirs["qat"]["test"]
+    assert ours["int8"] == theirs["int8"]
+    assert network(run) == network(finished)
     assert ours["layers"] == theirs["layers"]
 
 
@@ -176,7 +147,7 @@ def test_a_damaged_checkpoint_is_named_and_trained_again_to_the_same_bits(
     for path in (run / "checkpoints" / "qat" / str(STEPS)).rglob("d/*"):
         path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(CheckpointError, match=rf"qat/{STEPS} is damaged"):
-        experiment.evaluate(run, console=console)
+        experiment.evaluate(run, stage="qat", console=console)
     experiment.train(tiny(), run, console=console)
     assert f"{STEPS} is damaged" in caplog.text
     assert f"qat: resumed at step {STEPS_PER_EPOCH} of {STEPS}" in console.file.getvalue()
@@ -184,7 +155,9 @@ def test_a_damaged_checkpoint_is_named_and_trained_again_to_the_same_bits(
     assert losses(run) == losses(finished)
 
 
-@pytest.mark.parametrize(("stage", "split"), [("qat", "test"), ("fp32", "train")])
+@pytest.mark.parametrize(
+    ("stage", "split"), [("qat", "test"), ("fp32", "train"), ("int8", "test"), ("int8", "train")]
+)
 def test_evaluate_needs_the_folder_only_and_writes_nothing_but_evaluations(
     finished, tmp_path, small_network, console, stage, split
 ):
@@ -230,20 +203,26 @@ def test_the_test_split_is_read_after_all_training_only(
     tmp_path, monkeypatch, no_report, small_network, console
 ):
     read = []
-    logits = Evaluator.logits
+    logits, int8_logits = Evaluator.logits, IntegerEvaluator.logits
 
     def watch(self, params, collections, split):
         lines = len(RunFolder(tmp_path).read_metrics())
         read.append((lines, len(split)))
         return logits(self, params, collections, split)
 
+    def watch_int8(self, split):
+        read.append((len(RunFolder(tmp_path).read_metrics()), len(split)))
+        return int8_logits(self, split)
+
     monkeypatch.setattr(Evaluator, "logits", watch)
+    monkeypatch.setattr(IntegerEvaluator, "logits", watch_int8)
     changes = {"data__validation_size": 30, "data__test_limit": 41}
     experiment.train(tiny(**changes), tmp_path, console=console)
     # The validation images after each of the four epochs, whose line is written after it; then
-    # the test images: warm-up and measurement of each of the three networks.
+    # the test images: warm-up and measurement of each of the three networks, then of the integer
+    # network.
     assert read[:4] == [(0, 30), (1, 30), (2, 30), (3, 30)]
-    assert read[4:] == [(4, 1), (4, 41)] * 3
+    assert read[4:] == [(4, 1), (4, 41)] * 4
     lines = RunFolder(tmp_path).read_metrics()
     assert all(0 <= r["validation_accuracy"] <= 1 for r in lines)
 
@@ -260,8 +239,9 @@ def test_select_best_goes_on_from_the_best_checkpoint_and_tests_it(
     monkeypatch.setattr("jaxqat.stages.StageRun._validate", validate)
     changes = {"data__validation_size": 30, "select": "best", "qat__optimizer__learning_rate": 1e-9}
     experiment.train(tiny(**changes), tmp_path, console=console)
-    assert experiment.evaluate(tmp_path, console=console)["step"] == STEPS_PER_EPOCH
-    assert experiment.evaluate(tmp_path, stage="fp32", console=console)["step"] == STEPS_PER_EPOCH
+    for stage in ("fp32", "qat", "int8"):
+        result = experiment.evaluate(tmp_path, stage=stage, console=console)
+        assert result["step"] == STEPS_PER_EPOCH
     kernels = {}
     for stage, step in (("fp32", 6), ("fp32", 12), ("qat", 6)):
         info = tmp_path / "checkpoints" / stage / str(step) / "info" / "metadata"
@@ -343,7 +323,8 @@ def test_other_data_than_the_checkpoints_is_refused(
     monkeypatch.setattr(experiment, "load_dataset", lambda config: other)
     for call in (
         lambda: experiment.train(tiny(), run, console=console),
-        lambda: experiment.evaluate(run, console=console),
+        lambda: experiment.evaluate(run, stage="qat", console=console),
+        lambda: experiment.evaluate(run, stage="int8", console=console),
     ):
         with pytest.raises(RunFolderError, match=r"the data is not what .* version: .*'other'"):
             call()

@@ -5,8 +5,11 @@ network in place of the ResNet.
 """
 
 import copy
+import functools
+import hashlib
 import io
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +24,9 @@ from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
 
 from jaxqat import config as configs
+from jaxqat import experiment
 from jaxqat.config import Experiment
+from jaxqat.training.progress import StageProgress
 
 # 6 steps an epoch, and 4 images that fill no batch.
 SETTINGS: dict[str, Any] = {
@@ -100,6 +105,50 @@ def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     for key, value in before.items():
         jax.config.update(key, value)
     compilation_cache.reset_cache()
+
+
+@functools.cache
+def _trained(base: Path) -> Path:
+    path = base / "finished" / "run"
+    path.parent.mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jaxqat.networks.build_model", build_small)
+        with path.with_suffix(".log").open("w") as file:
+            experiment.train(tiny(), path, command="jaxqat train", console=Console(file=file))
+    return path
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, compiled_once: None) -> Path:
+    """A run from start to end, made once for all test modules, not to be changed."""
+    return _trained(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spares the seconds that drawing takes, where no test looks at it."""
+    monkeypatch.setattr(experiment, "write_report", lambda path: path)
+
+
+def files(run: Path) -> dict[str, str]:
+    """SHA-256 of every file in a folder."""
+    return {
+        str(p.relative_to(run)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(run.rglob("*"))
+        if p.is_file()
+    }
+
+
+def signal_at(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    """Send SIGTERM once that many steps are done, counted over both stages."""
+    done = []
+
+    def advance(self, n):
+        done.extend([None] * n)
+        if len(done) == steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(StageProgress, "advance", advance)
 
 
 @pytest.fixture

@@ -4,9 +4,10 @@ A module is a set of computations, one of them the entry; a computation is a lis
 
     %name = type opcode(%operand, ...), attribute=value, ...
 
-in a schedule's order. A type is `dtype[dims]{layout}` or a tuple of types; `S(n)` in a layout is
-the memory space, 0 where it is not said: on a TPU, 1 is the on-chip vector memory. Only what
-`kernels` asks for is read; constants' values are not in the text.
+in a schedule's order. A type is `dtype[dims]{layout}` or a tuple of types. In a layout, after the
+order of the axes, `T(8,128)` says that on a TPU the last axes are padded to multiples of 8 and
+128, and `S(n)` is the memory space, 0 where it is not said: on a TPU, 1 is the on-chip vector
+memory. Only what `kernels` asks for is read; the values of large constants are not in the text.
 """
 
 import dataclasses
@@ -23,11 +24,13 @@ class Shape:
         dtype: As HLO spells it: 's8', 'bf16', 'f32', 'pred', ...
         dims: Extents.
         space: Memory space; 0 is the device's main memory.
+        padded: Number of values with the padding that its layout adds, if it adds any.
     """
 
     dtype: str
     dims: tuple[int, ...]
     space: int = 0
+    padded: int | None = None
 
     @property
     def elements(self) -> int:
@@ -44,8 +47,9 @@ class Shape:
 
     @property
     def bytes(self) -> int:
-        """Size, in whole bytes."""
-        return (self.elements * self.bits + 7) // 8
+        """Size in memory, padding included, in whole bytes."""
+        elements = self.elements if self.padded is None else self.padded
+        return (elements * self.bits + 7) // 8
 
     @property
     def is_float(self) -> bool:
@@ -84,14 +88,16 @@ class Instruction:
     @functools.cached_property
     def called(self) -> tuple[str, ...]:
         """Names of the computations that it calls."""
-        names = re.findall(r"\b(?:calls|to_apply|body|condition|\w+_computation)=%([\w.\-]+)", self.attributes)
+        names = re.findall(
+            r"\b(?:calls|to_apply|body|condition|\w+_computation)=%([\w.\-]+)", self.attributes
+        )
         for group in re.findall(r"\b(?:branch|called)_computations=\{([^}]*)\}", self.attributes):
             names += re.findall(r"%([\w.\-]+)", group)
         return tuple(names)
 
     @functools.cached_property
     def op_name(self) -> str:
-        """The path of JAX's name stack, with the primitive as its last part; '' if there is none."""
+        """The path of JAX's name stack, the primitive last; '' if there is none."""
         return self._find(r'\bop_name="([^"]*)"')
 
     @functools.cached_property
@@ -222,20 +228,16 @@ def _end_of_type(line: str, start: int) -> int:
 
 
 def _closing(line: str, start: int) -> int:
-    """Where the parenthesis at `start` closes; those within strings do not count."""
-    depth, in_string = 0, False
-    for position in range(start, len(line)):
-        character = line[position]
-        if character == '"' and line[position - 1] != "\\":
-            in_string = not in_string
-        elif not in_string and character in "()":
-            depth += 1 if character == "(" else -1
-            if depth == 0:
-                return position
+    """Where the parenthesis at `start` closes."""
+    depth = 0
+    for match in re.compile(r"[()]").finditer(line, start):
+        depth += 1 if match[0] == "(" else -1
+        if depth == 0:
+            return match.start()
     raise ValueError(f"not an HLO instruction: {line.strip()[:120]!r}.")
 
 
-_SHAPE = re.compile(r"([a-z]\w*)\[([^\]]*)\](\{[^}]*\})?|\btoken\b")
+_SHAPE = re.compile(r"([a-z]\w*)\[([^\]]*)\](?:\{([^}]*)\})?|\btoken\b")
 
 
 def _shapes(text: str) -> tuple[Shape, ...]:
@@ -243,8 +245,25 @@ def _shapes(text: str) -> tuple[Shape, ...]:
     for match in _SHAPE.finditer(text):
         if match[1]:
             dims = tuple(int(n.lstrip("<=")) for n in match[2].split(",") if n)
-            space = re.search(r"S\((\d+)\)", match[3] or "")
-            shapes.append(Shape(match[1], dims, int(space[1]) if space else 0))
+            layout = match[3] or ""
+            space = re.search(r"S\((\d+)\)", layout)
+            padded = _padded(dims, layout)
+            shapes.append(Shape(match[1], dims, int(space[1]) if space else 0, padded))
         else:
             shapes.append(Shape("token", ()))
     return tuple(shapes)
+
+
+def _padded(dims: tuple[int, ...], layout: str) -> int | None:
+    """Number of values in memory: the minor axes are padded to multiples of the first tile."""
+    tile = re.search(r":T\(([\d,]+)\)", layout)
+    if tile is None:
+        return None
+    extents = [int(n) for n in tile[1].split(",")]
+    order = [int(n) for n in layout.split(":")[0].split(",") if n]
+    sizes = [dims[axis] for axis in reversed(order)]  # The minor axis is named first.
+    sizes = [1] * (len(extents) - len(sizes)) + sizes
+    whole, tiled = sizes[: -len(extents)], sizes[-len(extents) :]
+    return math.prod(whole) * math.prod(
+        -(-size // extent) * extent for size, extent in zip(tiled, extents, strict=True)
+    )

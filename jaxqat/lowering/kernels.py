@@ -1,96 +1,26 @@
-"""What a compiled module runs: its kernels, and how each of them multiplies.
+"""The kernels of a compiled module: what runs, what it reads and writes.
 
 A kernel is an instruction that the device executes by itself: a fusion, a library call, a copy.
-What it reads and writes goes through memory; what is inside a fusion does not. A convolution or a
-dot may stand in the schedule, in a library call or deep within fusions; wherever it stands, it is
-an *integer product* if
-
-- both operands of the multiplication are integers, and come from codes of at most 8 bits
-  (`sources`): nothing on their way but a widening conversion, a copy or a change of shape;
-- the sum is an integer too (s32). cuDNN's s8 convolution is the exception in the text only: it
-  sums in s32 and converts in its epilogue, so the type that is written there is f32 or s8.
-
-So s8 codes converted to float and convolved there are a float product, and so is what a TPU makes
-of that, a convolution of s8 operands with an f32 result. `engine` says what computes it: 'cuDNN',
-'cuBLAS', 'Triton' (XLA's), 'Pallas' and 'MXU' have integer units for 8-bit operands, 'YNNPACK' is
-the CPU's library, and 'loop' is code that XLA writes itself, exact but slow: fine for a head of
-ten classes, not for a convolution.
+What it reads and writes goes through memory; what is inside a fusion does not.
 """
 
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator, Sequence
-
-from jax.extend.mlir import ir
+from collections.abc import Iterable, Iterator
 
 from jaxqat.lowering.hlo import Computation, Instruction, Module, Shape, parse
+from jaxqat.lowering.products import PALLAS_TARGET, Place, Product, find_products, pallas_name
 
-# Of instructions that stand in a schedule and do nothing.
+# They stand in a schedule and do nothing; "...-done" waits for what "...-start" does.
 _IDLE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"}
-_IDLE |= {"partition-id", "replica-id", "opt-barrier", "iota"} - {"iota"}
+_IDLE |= {"partition-id", "replica-id", "opt-barrier"}
+_IDLE_TARGETS = {"ConcatBitcast", "AllocateBuffer"}
 _CONTROL = {"while", "conditional", "call", "async-start"}
 _MOVES = {"copy", "transpose", "reshape", "bitcast", "pad", "slice", "concatenate", "reverse"}
-_MOVES |= {"broadcast", "dynamic-slice", "dynamic-update-slice", "gather", "copy-start"}
-_MOVES |= {"slice-start", "parameter", "constant", "tuple", "get-tuple-element", "fusion"}
-# What a product's operand is followed through to the codes it comes from.
-_TRANSPARENT = {"copy", "transpose", "reshape", "bitcast", "pad", "reverse", "broadcast", "slice"}
-_TRANSPARENT |= {"convert", "copy-done", "slice-done"}
-_PRODUCTS = {"convolution": "convolution", "dot": "dot"}
-_ENGINES = (
-    ("cudnn", "cuDNN"),
-    ("cublas", "cuBLAS"),
-    ("xla.gpu.triton", "Pallas"),
-    ("triton", "Triton"),
-    ("ynn", "YNNPACK"),
-    ("onednn", "oneDNN"),
-)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Product:
-    """A convolution or a dot, wherever it stands.
-
-    Attributes:
-        kind: 'convolution' or 'dot'.
-        operands: The two that are multiplied, as the multiplication gets them.
-        sources: The types they come from: 's8' for an s32 that is a widened s8.
-        result: The type of the sum, or, from a library, of what it writes.
-        engine: What computes it; see the module.
-        op_name: JAX's name for it.
-    """
-
-    kind: str
-    operands: tuple[Shape, ...]
-    sources: tuple[str, ...]
-    result: Shape
-    engine: str
-    op_name: str
-
-    @property
-    def is_integer(self) -> bool:
-        """Whether codes are multiplied and summed as integers."""
-        if any(shape.is_float for shape in self.operands):
-            return False
-        if not all(Shape(dtype, ()).is_code for dtype in self.sources):
-            return False
-        return self.engine == "cuDNN" or not self.result.is_float
-
-    @property
-    def layer(self) -> str:
-        """Path of the module that computes it, as JAX's name stack has it."""
-        return layer_of(self.op_name)
-
-    @property
-    def is_backward(self) -> bool:
-        """Whether it belongs to a gradient."""
-        return "transpose(" in self.op_name
-
-    def __str__(self) -> str:
-        shown = [
-            shape.dtype if shape.dtype == source else f"{shape.dtype}({source})"
-            for shape, source in zip(self.operands, self.sources, strict=True)
-        ]
-        return f"{' x '.join(shown)} -> {self.result.dtype}"
+_MOVES |= {"broadcast", "dynamic-slice", "dynamic-update-slice", "gather", "parameter"}
+_MOVES |= {"constant", "tuple", "get-tuple-element", "fusion", "copy-start", "slice-start"}
+_NAMED = ("scatter", "select-and-scatter", "sort", "reduce-window", "reduce", "rng-bit-generator")
+_SLICES = {"slice", "dynamic-slice", "gather"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,17 +28,17 @@ class Kernel:
     """A unit of execution.
 
     Attributes:
-        name: The instruction's; of a Pallas kernel, its own.
-        what: 'convolution', 'dot', 'reduce', 'copy' (moves values only), 'elementwise',
-            'custom call', or the opcode.
+        name: The instruction's; of a Pallas kernel, its author's.
+        what: 'convolution', 'dot', 'reduce', 'copy' (moves values only), 'elementwise', or another
+            opcode or custom-call target that says it.
         reads: Its operands.
         writes: What it leaves for others to read; libraries' scratch space is not among it.
         outputs: Which of `writes` are the module's results.
-        bytes_read: From main memory. Of what is sliced or gathered, the part taken.
-        bytes_written: To main memory. Of what is updated in place, the update.
+        bytes_read: From main memory; of what is sliced or gathered, the part taken.
+        bytes_written: To main memory; of what is updated in place, the update.
         op_name: JAX's name for it.
         cycles: The TPU compiler's estimate.
-        times: How often it runs, where loops' counts are known.
+        times: How often it runs, where a loop's count is known.
         products: The convolutions and dots in it.
     """
 
@@ -126,14 +56,15 @@ class Kernel:
 
     @property
     def layer(self) -> str:
-        """Path of the module it belongs to, as JAX's name stack has it."""
-        return layer_of(self.op_name)
+        """Paths of the modules that it computes, as JAX's name stack has them; '' if unknown."""
+        names = [product.op_name for product in self.products] or [self.op_name]
+        return ", ".join(dict.fromkeys(filter(None, map(layer_of, names))))
 
 
 def kernels(text: str) -> list[Kernel]:
     """The kernels of an optimized HLO module (CPU, CUDA or TPU), in its schedule's order."""
     module = parse(text)
-    return list(_kernels(module, module.entry, 1))
+    return list(_scheduled(module, module.entry, None, 1))
 
 
 def products(kernels: Iterable[Kernel]) -> list[Product]:
@@ -146,78 +77,168 @@ def float_products(kernels: Iterable[Kernel]) -> list[Product]:
     return [product for product in products(kernels) if not product.is_integer]
 
 
-def float_activations(kernels: Iterable[Kernel], *, at_least: int) -> list[tuple[Kernel, Shape]]:
-    """Float tensors that one kernel writes to memory for another to read.
+def wide_activations(kernels: Iterable[Kernel], *, at_least: int) -> list[tuple[Kernel, Shape]]:
+    """Tensors of more than 8 bits a value that one kernel writes for another to read.
+
+    Results of the module are not among them; what a TPU keeps on the chip is.
 
     Args:
         kernels: Of one module.
-        at_least: Elements from which on a tensor counts: fewer than the smallest activation of a
-            batch has, more than any bias or the logits have.
+        at_least: From how many elements on a tensor counts: no more than the smallest activation
+            of the batch has, and more than biases and logits have.
     """
     return [
         (kernel, shape)
         for kernel in kernels
         for number, shape in enumerate(kernel.writes)
-        if shape.is_float
-        and shape.space == 0
-        and shape.elements >= at_least
-        and number not in kernel.outputs
+        if shape.bits > 8 and shape.elements >= at_least and number not in kernel.outputs
     ]
 
 
+def float_activations(kernels: Iterable[Kernel], *, at_least: int) -> list[tuple[Kernel, Shape]]:
+    """The floating-point tensors among the `wide_activations`."""
+    wide = wide_activations(kernels, at_least=at_least)
+    return [(kernel, shape) for kernel, shape in wide if shape.is_float]
+
+
 def layer_of(op_name: str) -> str:
-    """'stage1/block0/conv1' of 'jit(step)/transpose(jvp(ResNet))/stage1/block0/conv1/conv'.
+    """The module's path in a name of JAX's: 'Net/conv1' of 'jit(f)/jvp(Net)/conv1/dot_general'.
 
-    Names of transformations and of jitted functions are left out, and so is the last part, the
-    primitive.
+    Left out are the transformations, jitted functions and control flow on the way, and the last
+    part, which is the primitive.
     """
-    parts = []
-    for part in op_name.split("/")[:-1]:
-        if re.match(r"(jit|pjit|xla_call|while|cond|body|branch_\d+_fun|closed_call)\b", part):
-            continue
-        while match := re.fullmatch(r"\w+\((.*)\)", part):
-            part = match[1]
-        if part:
-            parts.append(part)
-    return "/".join(parts)
+    name = re.sub(r"\bp?jit\([^()]*\)", "", op_name)
+    name = re.sub(r"\w+\(|\)", "", name)  # A transformation may enclose one part or several.
+    inner = re.compile(r"(while|cond|body|closed_call|branch_\d+_fun)?$")
+    return "/".join(part for part in name.split("/")[:-1] if not inner.match(part))
 
 
-def _kernels(module: Module, computation: Computation, times: int) -> Iterator[Kernel]:
+def _scheduled(
+    module: Module, computation: Computation, caller: Place | None, times: int
+) -> Iterator[Kernel]:
     for instruction in computation.instructions.values():
+        place = Place(module, computation, instruction, caller)
         if instruction.opcode in _CONTROL:
+            # A loop's body is called with a tuple, which nothing is followed through.
+            inlined = place if instruction.opcode in ("call", "async-start") else None
             for name in instruction.called:
                 inner = module.computations[name]
-                yield from _kernels(module, inner, times * instruction.trip_count)
-        elif instruction.opcode not in _IDLE and not instruction.opcode.endswith(
-            ("-done", "-update")
-        ):
-            yield _kernel(module, computation, instruction, times)
+                yield from _scheduled(module, inner, inlined, times * instruction.trip_count)
+        elif not _is_idle(instruction):
+            yield _kernel(place, times)
 
 
-def _kernel(
-    module: Module, computation: Computation, instruction: Instruction, times: int
-) -> Kernel:
-    here = Place(module, computation, instruction)
-    found = tuple(_products(here))
-    kept = _kept(module, computation, instruction)
-    writes = tuple(instruction.shapes[number] for number in sorted(kept))
-    reads = tuple(
-        shape
-        for name in dict.fromkeys(instruction.operands)
-        for shape in computation.instructions[name].shapes
-    )
-    pallas = re.search(r'\bname = "(\w+)"', instruction.attributes)
-    is_pallas = instruction.custom_call_target == "__gpu$xla.gpu.triton"
+def _is_idle(instruction: Instruction) -> bool:
+    if instruction.opcode == "custom-call":
+        return instruction.custom_call_target in _IDLE_TARGETS
+    return instruction.opcode in _IDLE or instruction.opcode.endswith("-done")
+
+
+def _kernel(place: Place, times: int) -> Kernel:
+    instruction, computation = place.instruction, place.computation
+    found = tuple(find_products(place))
+    written = _written(place)
+    writes = tuple(shape for shape, _ in written)
     return Kernel(
-        name=pallas[1] if is_pallas and pallas else instruction.name,
-        what=_what(module, instruction, found),
-        reads=reads,
+        name=pallas_name(instruction) or instruction.name,
+        what=_what(place, found),
+        reads=tuple(
+            shape
+            for name in dict.fromkeys(instruction.operands)
+            for shape in computation.instructions[name].shapes
+        ),
         writes=writes,
-        outputs=frozenset(i for i, number in enumerate(sorted(kept)) if kept[number]),
-        bytes_read=_bytes_read(module, computation, instruction),
-        bytes_written=_bytes_written(module, instruction, writes),
-        op_name=found[0].op_name if found else instruction.op_name,
+        outputs=frozenset(i for i, (_, returned) in enumerate(written) if returned),
+        bytes_read=sum(_bytes_read(place, name) for name in dict.fromkeys(instruction.operands)),
+        bytes_written=_bytes_written(place, writes),
+        op_name=instruction.op_name,
         cycles=instruction.estimated_cycles,
         times=times,
         products=found,
     )
+
+
+def _what(place: Place, found: tuple[Product, ...]) -> str:
+    instruction = place.instruction
+    if found:
+        return "convolution" if any(p.kind == "convolution" for p in found) else "dot"
+    if instruction.opcode == "custom-call":
+        is_pallas = instruction.custom_call_target == PALLAS_TARGET
+        return "Pallas" if is_pallas else instruction.custom_call_target
+    opcodes = set(_opcodes(place))
+    if opcodes <= _MOVES:
+        return "copy"
+    return next((name for name in _NAMED if name in opcodes), "elementwise")
+
+
+def _opcodes(place: Place) -> Iterator[str]:
+    yield place.instruction.opcode
+    if place.instruction.opcode == "fusion":
+        for inner in place.within():
+            yield from _opcodes(inner)
+
+
+def _written(place: Place) -> list[tuple[Shape, bool]]:
+    """What a kernel leaves for others, each with whether it is the module's result."""
+    instruction, users = place.instruction, place.computation.users[place.instruction.name]
+    if instruction.opcode.endswith("-start"):
+        return [(s, _is_returned(place, user)) for user in users for s in user.shapes]
+    elements = [user for user in users if user.opcode == "get-tuple-element"]
+    if elements:
+        read = {user.index: _is_returned(place, user) for user in elements}
+        return [(instruction.shapes[number], read[number]) for number in sorted(read)]
+    # Without readers of its parts, it is an array, or a tuple that is returned as a whole.
+    return [(shape, _is_returned(place, instruction)) for shape in instruction.shapes]
+
+
+def _is_returned(place: Place, instruction: Instruction) -> bool:
+    computation = place.computation
+    if computation is not place.module.entry:
+        return False
+    if instruction is computation.root:
+        return True
+    return any(
+        user is computation.root
+        if user.opcode == "tuple"
+        else user.opcode == "bitcast" and _is_returned(place, user)
+        for user in computation.users[instruction.name]
+    )
+
+
+def _bytes_read(place: Place, name: str) -> int:
+    """Of one operand."""
+    instruction = place.instruction
+    shapes = [s for s in place.computation.instructions[name].shapes if s.space == 0]
+    if not shapes:
+        return 0
+    if instruction.opcode == "fusion":
+        inner = place.module.computations[instruction.called[0]]
+        numbers = [i for i, operand in enumerate(instruction.operands) if operand == name]
+        readers = [
+            (inner.parameters[i].name, u)
+            for i in numbers
+            for u in inner.users[inner.parameters[i].name]
+        ]
+    else:
+        readers = [(name, instruction)]
+    whole = sum(shape.bytes for shape in shapes)
+    return min(whole, sum(_taken(name, reader, whole) for name, reader in readers))
+
+
+def _taken(name: str, reader: Instruction, whole: int) -> int:
+    """Bytes that an instruction takes of an operand."""
+    if name in reader.operands[1:]:
+        return whole
+    if reader.opcode in _SLICES:
+        return sum(shape.bytes for shape in reader.shapes)
+    return 0 if reader.opcode == "dynamic-update-slice" else whole
+
+
+def _bytes_written(place: Place, writes: tuple[Shape, ...]) -> int:
+    computation, instruction = place.computation, place.instruction
+    if instruction.opcode == "fusion":
+        computation = place.module.computations[instruction.called[0]]
+        instruction = computation.root
+    if instruction.opcode == "dynamic-update-slice":
+        writes = computation.instructions[instruction.operands[1]].shapes
+    return sum(shape.bytes for shape in writes if shape.space == 0)

@@ -15,11 +15,12 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import jax
 from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding, use_abstract_mesh
 
 Platform = Literal["cpu", "cuda", "tpu"]
 
@@ -99,7 +100,6 @@ class Target:
         description: For people.
         gpu: An NVIDIA GPU's properties.
         topology: A TPU's name and shape, as libtpu calls them.
-        clock_hz: Of a TPU, what turns the compiler's estimated cycles into seconds.
     """
 
     name: str
@@ -107,6 +107,9 @@ class Target:
     description: str
     gpu: Gpu | None = None
     topology: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.description} ({self.name})"
 
 
 _T4 = Gpu(
@@ -218,24 +221,16 @@ def compile_for(
         LoweringError: There is no such target, its compiler is not installed, or it refuses.
     """
     target = get_target(target) if isinstance(target, str) else target
-    sharding = SingleDeviceSharding(_device(target))
-    leaves = jax.tree.leaves(shapes)
-    if not leaves or not all(hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves):
-        kinds = ", ".join(sorted({type(leaf).__name__ for leaf in leaves})) or "none"
-        raise LoweringError(
-            f"compile_for takes at least one array or jax.ShapeDtypeStruct, got {kinds}."
-        )
-    arguments = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes
-    )
+    arguments = _placed(target, shapes)
     options = {**_OPTIONS.get(target.platform, {}), **(compiler_options or {})}
-    jitted: Any = function if hasattr(function, "lower") else jax.jit(function)
+    jitted: Any = function if isinstance(function, jax.stages.Wrapped) else jax.jit(function)
     start = time.perf_counter()
-    lowered = jitted.lower(*arguments)
-    try:
-        compiled = lowered.compile(compiler_options=options)
-    except jax.errors.JaxRuntimeError as error:
-        raise LoweringError(f"{target.description} ({target.name}): {_reason(error)}") from error
+    with _abstract_device(target):
+        traced = jitted.trace(*arguments)  # Errors of the function itself are its author's.
+        try:
+            compiled = traced.lower().compile(compiler_options=options)
+        except Exception as error:  # Each lowering rule and each compiler has its own.
+            raise LoweringError(f"{target}: {_reason(error)}") from error
     memory = compiled.memory_analysis()
     return Compiled(
         target=target,
@@ -245,6 +240,21 @@ def compile_for(
         alias_bytes=memory.alias_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
         seconds=time.perf_counter() - start,
+    )
+
+
+def _placed(target: Target, shapes: Any) -> Any:
+    """The arguments as shapes on the target's device."""
+    sharding = SingleDeviceSharding(_device(target))
+    leaves = jax.tree.leaves(shapes)
+    if not leaves or not all(hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves):
+        kinds = ", ".join(sorted({type(leaf).__name__ for leaf in leaves})) or "none"
+        raise LoweringError(
+            f"{target.name}: the arguments are arrays or jax.ShapeDtypeStruct, at least one; got "
+            f"{kinds}. Close over what is static."
+        )
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes
     )
 
 
@@ -272,7 +282,7 @@ def is_available(target: Target | str) -> bool:
 def _reason(error: Exception, lines: int = 4, length: int = 600) -> str:
     """The first lines of a compiler's message; the rest is its stack or the module itself."""
     kept = [line.strip() for line in str(error).splitlines() if line.strip()][:lines]
-    return re.sub(r"\s+", " ", "; ".join(kept))[:length]
+    return re.sub(r"\s+", " ", " ".join(kept))[:length]
 
 
 @functools.cache
@@ -285,11 +295,18 @@ def _device(target: Target) -> Any:
         return find(target).devices[0]
     except (NotImplementedError, ImportError) as error:
         raise LoweringError(
-            f"{target.description} ({target.name}): its compiler is not installed; "
-            f"{_WHEELS[target.platform]} brings it."
+            f"{target}: its compiler is not installed; {_WHEELS[target.platform]} brings it."
         ) from error
     except RuntimeError as error:
-        raise LoweringError(f"{target.description} ({target.name}): {_reason(error)}") from error
+        raise LoweringError(f"{target}: {_reason(error)}") from error
+
+
+def _abstract_device(target: Target) -> AbstractContextManager:
+    """Tells Pallas what it lowers for; from JAX 0.11 on, it looks for a device otherwise."""
+    if target.gpu is None:
+        return contextlib.nullcontext()
+    device = AbstractDevice(device_kind=target.gpu.name, num_cores=target.gpu.cores, platform="gpu")
+    return use_abstract_mesh(AbstractMesh((), (), abstract_device=device))
 
 
 def _cuda_topology(target: Target) -> Any:

@@ -194,6 +194,25 @@ def draw_ranges(layers: Sequence[Mapping[str, Any]], theme: Theme) -> bytes:
         return to_png(figure)
 
 
+def draw_errors(tensors: Sequence[Mapping[str, Any]], theme: Theme) -> bytes:
+    """Signal to quantization noise of every tensor, in the network's order."""
+    with themed(theme):
+        figure = Figure(figsize=(WIDTH, 0.9 + 0.19 * len(tensors)), layout="constrained")
+        axes = figure.subplots()
+        known = [(i, t["sqnr_db"]) for i, t in enumerate(tensors) if t["sqnr_db"] is not None]
+        rows, values = zip(*known, strict=True)
+        axes.hlines(rows, min(0, *values), values, color=theme.grid, linewidth=1.2)
+        axes.plot(values, rows, color=theme.train, marker="o", markersize=4.5, linestyle="none")
+        axes.set_xlabel("Signal to quantization noise (dB)")
+        axes.set_xlim(left=min(0, *values))
+        axes.grid(axis="y", visible=False)
+        axes.tick_params(axis="y", length=0)
+        names = [_shorten(str(tensor["name"]), 28) for tensor in tensors]
+        axes.set_yticks(range(len(tensors)), names, fontsize=7)
+        axes.set_ylim(len(tensors) - 0.5, -0.5)
+        return to_png(figure)
+
+
 def layer_range(layer: Mapping[str, Any], kind: str) -> tuple[float, float] | None:
     """The smallest and largest "weight" or "act" of a layer, or None if not recorded."""
     low, high = layer.get(f"{kind}_min"), layer.get(f"{kind}_max")

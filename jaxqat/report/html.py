@@ -75,6 +75,9 @@ def _drawings(run: Run) -> dict[str, Callable[..., bytes]]:
     ]
     if ranged:
         drawings["ranges"] = partial(figures.draw_ranges, ranged)
+    tensors = (run.results.get("verify") or {}).get("tensors", [])
+    if any(tensor["sqnr_db"] is not None for tensor in tensors):
+        drawings["errors"] = partial(figures.draw_errors, tensors)
     return drawings
 
 
@@ -108,6 +111,7 @@ def _render(run: Run, images: dict[str, tuple[str, str]]) -> str:
         confusions={stage: tables.confusions(run.results[stage]["test"]) for stage in run.stages},
         frozen=any(record.get("frozen") for record in run.epochs.get("qat", [])),
         layers=tables.layers(run),
+        verification=tables.verification(run),
         size=tables.size(run),
         speed=tables.speed(run),
         device=(run.results.get("environment") or {}).get("device"),
@@ -120,9 +124,11 @@ def _headline(run: Run) -> list[tuple[str, str]]:
         (f"{tables.percent(run.results[stage]['test']['accuracy'])} %", tables.stage_name(stage))
         for stage in run.stages
     ]
-    if {"fp32", "qat"} <= set(run.stages):
-        change = run.results["qat"]["test"]["accuracy"] - run.results["fp32"]["test"]["accuracy"]
-        numbers.append((tables.minus(f"{100 * change:+.2f}"), "points, QAT − FP32"))
+    last = run.stages[-1]
+    if run.stages[0] == "fp32" != last:
+        change = run.results[last]["test"]["accuracy"] - run.results["fp32"]["test"]["accuracy"]
+        label = f"points, {tables.stage_name(last)} − FP32"
+        numbers.append((tables.minus(f"{100 * change:+.2f}"), label))
     size = tables.size(run)
     if size and size["ratio"] != tables.DASH:
         numbers.append((f"{size['ratio']}×", "smaller weights"))

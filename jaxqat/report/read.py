@@ -2,7 +2,8 @@
 
 Needed are `results.json`, `metrics.jsonl` and `config.yaml`. The sample images in
 `report_data.npz` are optional; so are the parts of `results.json` beyond its name and its
-stages, because a run without a QAT stage has no int8 size and no quantized layers.
+stages, because a run without a QAT stage has no int8 size and no quantized layers, and a run of an
+older version no integer network.
 """
 
 import json
@@ -33,7 +34,12 @@ class Run:
     @property
     def stages(self) -> tuple[str, ...]:
         """The stages that were evaluated, in the order in which they are made."""
-        return tuple(stage for stage in STAGES if stage in self.results)
+        return tuple(_evaluated(self.results))
+
+    @property
+    def no_network(self) -> str | None:
+        """Why the run has no integer network, where it was to have one."""
+        return (self.results.get("int8") or {}).get("error")
 
 
 def read_run(workdir: Path) -> Run:
@@ -79,7 +85,10 @@ def _read_results(path: Path) -> dict[str, Any]:
         raise ReportError(f"{path} is not JSON: {error}.") from error
     check(isinstance(results, dict), path, "must hold an object")
     check(isinstance(results.get("name"), str), path, "lacks the text 'name'")
-    stages = [stage for stage in STAGES if stage in results]
+    int8 = results.get("int8") or {}
+    check(isinstance(int8, dict), path, "'int8' must be an object")
+    check(isinstance(int8.get("error", ""), str), path, "'int8.error' must be a text")
+    stages = _evaluated(results)
     check(bool(stages), path, f"holds none of the stages {', '.join(STAGES)}")
     for stage in stages:
         _check_stage(results[stage], stage, path)
@@ -87,6 +96,8 @@ def _read_results(path: Path) -> dict[str, Any]:
     check(len(classes) == 1, path, f"its stages know different numbers of classes, {classes}")
     for key in ("size_bytes", "speed", "data", "environment"):
         check(isinstance(results.get(key) or {}, dict), path, f"{key!r} must be an object")
+    if results.get("verify") is not None:
+        _check_verification(results["verify"], path)
     layers = results.get("layers") or []
     check(
         isinstance(layers, list)
@@ -97,6 +108,12 @@ def _read_results(path: Path) -> dict[str, Any]:
     return results
 
 
+def _evaluated(results: dict[str, Any]) -> list[str]:
+    """The stages that results hold; an integer network that could not be made is none."""
+    made = "error" not in (results.get("int8") or {})
+    return [stage for stage in STAGES if stage in results and (made or stage != "int8")]
+
+
 def _check_stage(stage: Any, name: str, path: Path) -> None:
     check(isinstance(stage, dict), path, f"{name!r} must be an object")
     calibrated = stage.get("calibrated")
@@ -104,6 +121,26 @@ def _check_stage(stage: Any, name: str, path: Path) -> None:
         if split is not None:
             test = split.get("test") if isinstance(split, dict) else None
             _check_scores(test, f"{key}.test", path)
+
+
+def _check_verification(verification: Any, path: Path) -> None:
+    check(isinstance(verification, dict), path, "'verify' must be an object")
+    for key in ("images", "codes", "differing", "largest", "top1_flips"):
+        check(_is_number(verification.get(key)), path, f"lacks the number 'verify.{key}'")
+    failures = verification.get("failures")
+    texts = isinstance(failures, list) and all(isinstance(text, str) for text in failures)
+    check(texts, path, "'verify.failures' must be a list of texts")
+    tensors = verification.get("tensors")
+    check(isinstance(tensors, list), path, "lacks the list 'verify.tensors'")
+    for row in tensors:
+        ok = (
+            isinstance(row, dict)
+            and isinstance(row.get("name"), str)
+            and all(_is_number(row.get(key)) for key in ("codes", "differing", "largest"))
+            and (row.get("sqnr_db") is None or _is_number(row["sqnr_db"]))
+        )
+        right = "name, codes, differing, largest and sqnr_db"
+        check(ok, path, f"'verify.tensors' must hold {right}")
 
 
 def _check_scores(test: Any, key: str, path: Path) -> None:

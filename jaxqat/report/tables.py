@@ -7,7 +7,7 @@ from jaxqat.report import paper
 from jaxqat.report.figures import MAX_NAMED_CLASSES, layer_range
 from jaxqat.report.read import Run
 
-STAGE_NAMES = {"fp32": "FP32", "qat": "QAT int8", "int8": "Integer network"}
+STAGE_NAMES = {"fp32": "FP32", "qat": "QAT", "int8": "int8"}
 DASH = "–"
 CLASS_SCORES = ("precision", "recall", "f1")
 MANY_CONFUSIONS = 8
@@ -126,8 +126,31 @@ def _ends(ends: tuple[float, float] | None) -> str:
     return DASH if ends is None else minus(f"{ends[0]:.3g} … {ends[1]:.3g}")
 
 
+def verification(run: Run) -> dict[str, Any] | None:
+    """How far the integer network is from the training graph, tensor by tensor and in total."""
+    check = run.results.get("verify")
+    if check is None:
+        return None
+    tensors = [{"name": t["name"], "cells": _differences(t)} for t in check["tensors"]]
+    flips = check.get("top1_flips_fp32")
+    return {
+        "tensors": tensors,
+        "total": _differences(check),
+        "images": count(check["images"]),
+        "flips": count(check["top1_flips"]),
+        "flips_fp32": None if flips is None else count(flips),
+        "failures": check["failures"],
+    }
+
+
+def _differences(counted: Mapping[str, Any]) -> list[str]:
+    decibels = counted.get("sqnr_db")
+    counts = [count(counted[key]) for key in ("codes", "differing", "largest")]
+    return [*counts, DASH if decibels is None else minus(f"{decibels:.1f}")]
+
+
 def size(run: Run) -> dict[str, str] | None:
-    """Bytes of the weights in float32 and as int8 codes, and how many times smaller."""
+    """Bytes of the FP32 network and of the integer network, and how many times smaller."""
     sizes = run.results.get("size_bytes") or {}
     fp32, int8 = sizes.get("fp32"), sizes.get("int8")
     if fp32 is None:

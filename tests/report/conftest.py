@@ -78,6 +78,32 @@ def layers() -> list[dict[str, Any]]:
     return [*rows, head | {"float_reason": "the recipe's rule 'head' leaves it in float"}]
 
 
+def deploy(results: dict[str, Any], class_names: Sequence[str]) -> None:
+    """Adds the integer network of `layers`: some of its codes differ."""
+    results["int8"] = {"test": scores(class_names, 0.945, seed=2), "requantization": "float"}
+    results["speed"]["int8"] = {"evaluate_images_per_s": 9120.0}
+    tensors = [
+        {
+            "name": f"{layer['path']}/input",
+            "codes": 8_000_000,
+            "differing": 3 * (i == 4),
+            "largest": int(i == 4),
+            "sqnr_db": 40.0 - i if i else None,
+        }
+        for i, layer in enumerate(layers())
+    ]
+    results["verify"] = {
+        "tensors": tensors,
+        "images": 10_000,
+        "codes": 168_000_000,
+        "differing": 3,
+        "largest": 1,
+        "top1_flips": 0,
+        "top1_flips_fp32": 12,
+        "failures": [],
+    }
+
+
 @pytest.fixture
 def write_run(tmp_path: Path) -> Callable[..., Path]:
     """Writes a run folder; what the test does not name is the paper's run."""
@@ -92,6 +118,7 @@ def write_run(tmp_path: Path) -> Callable[..., Path]:
         qat_epochs: int = 30,
         validation: bool = True,
         channels: int = 3,
+        deployed: bool = False,
     ) -> Path:
         workdir = tmp_path / "run"
         workdir.mkdir()
@@ -127,6 +154,8 @@ def write_run(tmp_path: Path) -> Callable[..., Path]:
             results["speed"]["qat"] = {"train_images_per_s": 940.2, "evaluate_images_per_s": 3890.0}
             frozen = max(1, qat_epochs // 5)
             lines += records("qat", qat_epochs, frozen=frozen, validation=validation)
+        if deployed:
+            deploy(results, class_names)
         (workdir / "results.json").write_text(json.dumps(results))
         (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         rng = np.random.default_rng(0)

@@ -6,7 +6,13 @@ import pytest
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-from jaxqat.report.figures import draw_confusion, draw_curves, draw_ranges, draw_samples
+from jaxqat.report.figures import (
+    draw_confusion,
+    draw_curves,
+    draw_errors,
+    draw_ranges,
+    draw_samples,
+)
 from jaxqat.report.samples import Samples
 from jaxqat.report.theme import DARK, LIGHT
 
@@ -46,6 +52,7 @@ def test_ground_is_the_theme_s_and_width_fits_a_phone(theme):
         draw_curves("FP32", epochs(3), None, theme),
         draw_confusion("FP32", [[3, 1], [0, 2]], ["a", "b"], theme),
         draw_ranges([layer], theme),
+        draw_errors([{"name": "a", "sqnr_db": 40.0}], theme),
     ):
         image = pixels(png)
         assert image.shape[1] == WIDTH_PIXELS
@@ -144,6 +151,29 @@ def test_unknown_ranges_are_left_blank():
 
     assert is_color(image, LIGHT.train).any()
     assert not is_color(image, LIGHT.validation).any()
+
+
+def points(*decibels: float | None) -> list[tuple[float, float]]:
+    """Centre (row, column) of each point of the figure of errors, from above."""
+    tensors = [{"name": "same", "sqnr_db": value} for value in decibels]
+    image = pixels(draw_errors(tensors, LIGHT))
+    colored = is_color(image, LIGHT.train)
+    rows = np.flatnonzero(colored.any(1))
+    groups = np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1)
+    return [tuple(np.argwhere(colored[g[0] : g[-1] + 1]).mean(0) + (g[0], 0)) for g in groups]
+
+
+def test_errors_stand_in_the_network_s_order_at_their_decibels():
+    (_, a), (_, b), (_, c) = found = points(10.0, 20.0, 40.0)
+
+    assert [row for row, _ in found] == sorted(row for row, _ in found)
+    # Centres of points of 12 pixels are known to a pixel.
+    assert abs((c - b) - 2 * (b - a)) <= 3
+
+
+def test_unknown_errors_are_left_blank_and_noise_above_the_signal_is_shown():
+    assert len(points(None, 30.0, None)) == 1
+    assert len(points(-3.0, 30.0)) == 2
 
 
 def test_figures_neither_follow_nor_change_the_user_s_matplotlib_settings():

@@ -51,7 +51,8 @@ class Page(HTMLParser):
 @pytest.fixture
 def undrawn(monkeypatch):
     """Spares the seconds of drawing where a test reads the words of the page only."""
-    for name in ("draw_samples", "draw_curves", "draw_confusion", "draw_ranges"):
+    names = ("draw_samples", "draw_curves", "draw_confusion", "draw_ranges", "draw_errors")
+    for name in names:
         monkeypatch.setattr(figures, name, lambda *data, theme: b"a figure")
 
 
@@ -86,28 +87,30 @@ def test_page_makes_no_request_from_its_style_sheet(write_run, undrawn):
 
 
 def test_every_table_scrolls_in_its_own_box(show):
-    page = show()
+    page = show(deployed=True)
 
-    assert sum(tag == "table" for tag, _ in page.tags) == 5
+    assert sum(tag == "table" for tag, _ in page.tags) == 6
     assert page.tables_outside_scroll == 0
 
 
 def test_embedded_images_are_the_files_beside_the_page(write_run):
-    workdir = write_run(fp32_epochs=3, qat_epochs=2)
+    workdir = write_run(fp32_epochs=3, qat_epochs=2, deployed=True)
     page = Page(write_report(workdir).read_text())
     embedded = {base64.b64decode(image.partition("base64,")[2]) for image in page.images}
     files = {path.name: path.read_bytes() for path in (workdir / "figures").iterdir()}
 
     assert sorted(files) == [
         "confusion_fp32.png",
+        "confusion_int8.png",
         "confusion_qat.png",
         "curves_fp32.png",
         "curves_qat.png",
+        "errors.png",
         "ranges.png",
         "samples.png",
     ]
     assert set(files.values()) < embedded
-    assert len(embedded) == 12  # The other six are drawn for a dark page.
+    assert len(embedded) == 16  # The other eight are drawn for a dark page.
 
 
 def test_run_of_one_epoch_and_no_qat_renders_what_it_has(write_run):
@@ -121,7 +124,7 @@ def test_run_of_one_epoch_and_no_qat_renders_what_it_has(write_run):
 
     names = sorted(path.name for path in (workdir / "figures").iterdir())
     assert names == ["confusion_fp32.png", "curves_fp32.png"]
-    assert "QAT int8" not in page.text
+    assert "QAT" not in [row[0] for row in page.rows]
     assert "Not comparable with the paper" in page.text
     assert "the data set is digits" in page.text
 
@@ -169,19 +172,62 @@ def test_table_one_holds_the_scores_of_results(show):
 
 def test_later_stages_and_calibration_get_their_rows_and_figures(show):
     def change(results):
-        results["int8"] = {"test": results["qat"]["test"]}
         results["qat"]["calibrated"] = {"test": results["fp32"]["test"]}
 
-    page = show(change, fp32_epochs=2, qat_epochs=1)
+    page = show(change, fp32_epochs=2, qat_epochs=1, deployed=True)
     stages = [row[0] for row in page.rows if row[1:2] == ["this run"]]
 
     assert stages == [
         "FP32",
         "Calibrated only, before fine-tuning",
-        "QAT int8",
-        "Integer network",
+        "QAT",
+        "int8",
     ]
-    assert len(page.images) == 14
+    assert len(page.images) == 16
+    assert any(row[:3] == ["int8", "–", "9,120"] for row in page.rows)
+    assert "points, int8 − FP32" in page.text
+    assert "int8 is the integer network" in page.text
+    assert "a byte for each weight" in page.text
+
+
+def test_a_run_of_before_the_integer_network_says_nothing_of_it(show):
+    page = show(fp32_epochs=2, qat_epochs=1)
+
+    assert "points, QAT − FP32" in page.text
+    assert "integer network" not in page.text
+
+
+def test_codes_that_differ_are_counted_by_tensor_and_in_total(show):
+    page = show(fp32_epochs=2, qat_epochs=1, deployed=True)
+
+    assert ["stem_conv/input", "8,000,000", "0", "0", "–"] in page.rows
+    assert ["stage1/block1/conv2/input", "8,000,000", "3", "1", "36.0"] in page.rows
+    assert ["Total", "168,000,000", "3", "1", "–"] in page.rows
+    assert "3 of 168,000,000 codes differ, by 1 at most; 0 images change their class" in page.text
+    assert "in float, 12 do" in page.text
+    assert "is not what was trained" not in page.text
+
+
+def test_a_broken_contract_stands_out(show):
+    def change(results):
+        results["verify"]["failures"] = ["2 of 10000 images change their class"]
+
+    page = show(change, fp32_epochs=2, qat_epochs=1, deployed=True)
+
+    assert "is not what was trained: 2 of 10000 images change their class." in page.text
+
+
+def test_a_network_that_could_not_be_converted_is_named_with_the_reason(show):
+    def change(results):
+        results["int8"] = {"error": "It cannot:\n  stem (conv): <rule>"}
+        results["size_bytes"].pop("int8")
+
+    page = show(change, fp32_epochs=2, qat_epochs=1)
+
+    assert "This run has no integer network. It cannot:\n  stem (conv): <rule>" in page.text
+    assert "int8" not in [row[0] for row in page.rows]
+    assert next(row for row in page.rows if row[:1] == ["All layers"])[2:4] == ["–", "–"]
+    assert "points, QAT − FP32" in page.text
 
 
 def test_layer_in_float_is_named_with_its_reason(show):

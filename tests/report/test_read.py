@@ -70,10 +70,35 @@ def test_broken_file_is_named_with_what_is_wrong(write_run, name, content, messa
         ),
         (lambda r: r.update(layers=[{"kind": "conv"}]), "'layers' must be a list"),
         (lambda r: r.update(speed=[1]), "'speed' must be an object"),
+        (lambda r: r.update(int8=[1]), "'int8' must be an object"),
+        (lambda r: r.update(int8={"step": 1}), "lacks the object 'int8.test'"),
+        (lambda r: r.update(int8={"error": 1}), "'int8.error' must be a text"),
     ],
 )
 def test_what_results_lack_is_named_by_its_key(write_run, change, message):
     workdir = write_run()
+    edit_results(workdir, change)
+
+    with pytest.raises(ReportError, match=rf"results\.json is broken: .*{message}"):
+        read_run(workdir)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: r.update(verify=[]), "'verify' must be an object"),
+        (lambda r: r["verify"].pop("differing"), "lacks the number 'verify.differing'"),
+        (lambda r: r["verify"].update(failures=[1]), "'verify.failures' must be a list of texts"),
+        (lambda r: r["verify"].pop("tensors"), "lacks the list 'verify.tensors'"),
+        (
+            lambda r: r["verify"]["tensors"][0].pop("codes"),
+            "'verify.tensors' must hold name, codes",
+        ),
+        (lambda r: r["verify"]["tensors"][0].update(sqnr_db="40"), "'verify.tensors' must hold"),
+    ],
+)
+def test_what_a_verification_lacks_is_named_by_its_key(write_run, change, message):
+    workdir = write_run(deployed=True)
     edit_results(workdir, change)
 
     with pytest.raises(ReportError, match=rf"results\.json is broken: .*{message}"):

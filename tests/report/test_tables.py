@@ -17,8 +17,8 @@ def test_paper_s_two_accuracies_stand_below_a_run_of_its_recipe(write_run):
     assert by_source(run) == [
         ("FP32", "this run", own["fp32"]),
         ("FP32", "paper", "94.79"),
-        ("QAT int8", "this run", own["qat"]),
-        ("QAT int8", "paper", "94.60"),
+        ("QAT", "this run", own["qat"]),
+        ("QAT", "paper", "94.60"),
     ]
     # No other figure of the paper is known.
     assert all(

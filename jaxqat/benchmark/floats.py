@@ -1,0 +1,291 @@
+"""The same network in float, in JAX and in PyTorch: what integers are compared with.
+
+Weights are code * weight_scale and biases bias * scale_in * weight_scale, batch norm folded into
+both as in the integer network, so that neither side does more than the other. Nothing is rounded
+to a grid; a tensor's grid shows only as ReLU, where its smallest code is its zero point, and as an
+upper bound, where it holds fewer codes than its grid's top.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxqat.integer import graph as g
+
+Arrays = dict[str, tuple[Any, Any]]
+"""Weights and bias of each product, by node."""
+
+# Names of `jax.default_matmul_precision`; without one, "float32" would be TF32 or bfloat16.
+_PRECISIONS = {"fp32": "float32", "tf32": "tensorfloat32", "bf16": "default"}
+
+
+class FloatNetwork(ABC):
+    """Evaluates a graph in float; tensors are in JAX's layout, channels last.
+
+    Attributes:
+        graph: Which.
+    """
+
+    def __init__(self, graph: g.IntegerGraph):
+        self.graph = graph
+
+    def folded(self) -> Arrays:
+        """float32 weights and biases."""
+        arrays = {}
+        for node in self.graph.products():
+            scale = self.graph.tensors[node.inputs[0]].scale * node.weight_scale
+            weights = node.weights.astype(np.float32) * node.weight_scale
+            arrays[node.name] = (weights, (node.bias * scale).astype(np.float32))
+        return arrays
+
+    def run(self, arrays: Arrays, images: Any) -> Any:
+        """The network's result."""
+        values: dict[str, Any] = {}
+        for node in self.graph.nodes:
+            inputs = [values[name] for name in node.inputs]
+            values[node.output] = self._bounded(node, self._node(node, arrays, inputs, images))
+        return values[self.graph.output]
+
+    @abstractmethod
+    def product(self, node: g.Product, weights: Any, bias: Any, x: Any) -> Any:
+        """A convolution or a dense layer."""
+
+    @abstractmethod
+    def sum_pool(self, node: g.SumPool, x: Any) -> Any:
+        """Sums of windows, or over all of space."""
+
+    @abstractmethod
+    def max_pool(self, node: g.MaxPool, x: Any) -> Any:
+        """Maxima of windows; borders never win."""
+
+    @abstractmethod
+    def concatenate(self, values: list[Any], axis: int) -> Any:
+        """Tensors side by side."""
+
+    @abstractmethod
+    def pad(self, x: Any, padding: tuple[tuple[int, int], ...]) -> Any:
+        """Zeros before and after each axis."""
+
+    @abstractmethod
+    def permute(self, x: Any, axes: tuple[int, ...]) -> Any:
+        """Axes in another order."""
+
+    @abstractmethod
+    def flip(self, x: Any, axes: tuple[int, ...]) -> Any:
+        """Axes reversed."""
+
+    @abstractmethod
+    def bound(self, x: Any, low: float | None, high: float | None) -> Any:
+        """Values within bounds; None is no bound."""
+
+    def _node(self, node: g.Node, arrays: Arrays, inputs: list[Any], images: Any) -> Any:
+        match node:
+            case g.Quantize():
+                return images
+            case g.Product():
+                return self.product(node, *arrays[node.name], inputs[0])
+            case g.Add():
+                return inputs[0] if len(inputs) == 1 else inputs[0] + inputs[1]
+            case g.SumPool():
+                return self._scaled(node, self.sum_pool(node, inputs[0]))
+            case g.MaxPool():
+                return self.max_pool(node, inputs[0])
+            case g.Concat():
+                return self.concatenate(inputs, node.axis)
+            case g.Move():
+                return self._move(node, inputs[0])
+        raise ValueError(f"node {node.name!r}: {type(node).__name__} has no float form.")
+
+    def _bounded(self, node: g.Node, x: Any) -> Any:
+        out = self.graph.tensors.get(node.output)
+        if out is None or isinstance(node, g.Quantize | g.Move | g.MaxPool | g.Concat):
+            return x
+        low = 0.0 if out.low >= out.zero_point else None
+        top = float((out.high - out.zero_point) * out.scale) if out.high < g.CODE_MAX else None
+        return x if low is None and top is None else self.bound(x, low, top)
+
+    def _scaled(self, node: g.SumPool, total: Any) -> Any:
+        source, out = self.graph.tensors[node.inputs[0]], self.graph.tensors.get(node.output)
+        return total * float(node.multiplier * (1.0 if out is None else out.scale) / source.scale)
+
+    def _move(self, node: g.Move, x: Any) -> Any:
+        match node.kind:
+            case "reshape":
+                return x.reshape(x.shape[0], *node.shape)
+            case "transpose":
+                return self.permute(x, node.axes)
+            case "reverse":
+                return self.flip(x, node.axes)
+            case "pad":
+                return self.pad(x, node.padding)
+            case "slice":
+                parts = zip(node.starts[1:], node.stops[1:], node.steps[1:], strict=True)
+                return x[(slice(None), *(slice(*part) for part in parts))]
+
+
+class JaxNetwork(FloatNetwork):
+    """In JAX.
+
+    Attributes:
+        precision: 'fp32', 'tf32' or 'bf16'.
+    """
+
+    def __init__(self, graph: g.IntegerGraph, precision: str):
+        super().__init__(graph)
+        self.precision = precision
+        self.dtype = jnp.bfloat16 if precision == "bf16" else jnp.float32
+
+    def arrays(self) -> Arrays:
+        """On the device, in the precision they are computed with."""
+        return jax.tree.map(lambda a: jnp.asarray(a, self.dtype), self.folded())
+
+    def apply(self, arrays: Arrays, images: jax.Array) -> jax.Array:
+        """Logits, float32, of float32 images."""
+        with jax.default_matmul_precision(_PRECISIONS[self.precision]):
+            return self.run(arrays, images.astype(self.dtype)).astype(jnp.float32)
+
+    def product(self, node: g.Product, weights: Any, bias: Any, x: Any) -> Any:
+        """A convolution or a dense layer."""
+        if node.kind == "dense":
+            return x.astype(self.dtype) @ weights + bias
+        spatial = "DHW"[3 - len(node.window) :]
+        numbers = (f"N{spatial}C", f"{spatial}IO", f"N{spatial}C")
+        total = lax.conv_general_dilated(
+            x,
+            weights,
+            node.strides,
+            node.padding,
+            rhs_dilation=node.dilation,
+            dimension_numbers=numbers,
+            feature_group_count=node.groups,
+        )
+        return total + bias
+
+    def sum_pool(self, node: g.SumPool, x: Any) -> Any:
+        """Sums in float32, as networks of lower precision average."""
+        x = x.astype(jnp.float32)
+        if node.drop_axes:
+            return x.sum(tuple(range(1, x.ndim - 1)))
+        return lax.reduce_window(x, 0.0, lax.add, *_window(node)).astype(self.dtype)
+
+    def max_pool(self, node: g.MaxPool, x: Any) -> Any:
+        """Maxima of windows."""
+        lowest = np.asarray(-np.inf, x.dtype)
+        return lax.reduce_window(x, lowest, lax.max, *_window(node))
+
+    def concatenate(self, values: list[Any], axis: int) -> Any:
+        """Tensors side by side."""
+        return jnp.concatenate(values, axis)
+
+    def pad(self, x: Any, padding: tuple[tuple[int, int], ...]) -> Any:
+        """Zeros around."""
+        return jnp.pad(x, padding)
+
+    def permute(self, x: Any, axes: tuple[int, ...]) -> Any:
+        """Axes in another order."""
+        return jnp.transpose(x, axes)
+
+    def flip(self, x: Any, axes: tuple[int, ...]) -> Any:
+        """Axes reversed."""
+        return jnp.flip(x, axes)
+
+    def bound(self, x: Any, low: float | None, high: float | None) -> Any:
+        """Values within bounds."""
+        return jnp.clip(x, low, high)
+
+
+class TorchNetwork(FloatNetwork):
+    """In PyTorch, on its channels-last kernels: its tensors are views of NHWC memory."""
+
+    def __init__(self, graph: g.IntegerGraph, torch: Any):
+        super().__init__(graph)
+        self.torch, self.nn = torch, torch.nn.functional
+
+    def arrays(self) -> Arrays:
+        """As PyTorch lays them out."""
+        return {
+            node.name: tuple(map(self._tensor, (_outputs_first(node, weights), bias)))
+            for node, (weights, bias) in zip(
+                self.graph.products(), self.folded().values(), strict=True
+            )
+        }  # pyright: ignore[reportReturnType]
+
+    def _tensor(self, array: np.ndarray) -> Any:
+        tensor = self.torch.from_numpy(np.ascontiguousarray(array))
+        form = {4: self.torch.channels_last, 5: self.torch.channels_last_3d}.get(tensor.ndim)
+        return tensor if form is None else tensor.contiguous(memory_format=form)
+
+    def product(self, node: g.Product, weights: Any, bias: Any, x: Any) -> Any:
+        """A convolution or a dense layer."""
+        if node.kind == "dense":
+            return self.nn.linear(x, weights, bias)
+        sides, padding = node.padding, tuple(low for low, _ in node.padding)
+        if any(low != high for low, high in sides):
+            x, padding = self.pad(x, ((0, 0), *sides, (0, 0))), 0
+        convolve = getattr(self.nn, f"conv{len(node.window)}d")
+        return _last(
+            convolve(_first(x), weights, bias, node.strides, padding, node.dilation, node.groups)
+        )
+
+    def sum_pool(self, node: g.SumPool, x: Any) -> Any:
+        """Sums of windows, or over all of space."""
+        if node.drop_axes:
+            return x.sum(tuple(range(1, x.ndim - 1)))
+        x = self.pad(x, ((0, 0), *node.padding, (0, 0)))
+        average = getattr(self.nn, f"avg_pool{len(node.window)}d")
+        return _last(average(_first(x), node.window, node.strides)) * float(np.prod(node.window))
+
+    def max_pool(self, node: g.MaxPool, x: Any) -> Any:
+        """Maxima of windows."""
+        x = self._pad(x, ((0, 0), *node.padding, (0, 0)), -np.inf)
+        pool = getattr(self.nn, f"max_pool{len(node.window)}d")
+        return _last(pool(_first(x), node.window, node.strides))
+
+    def concatenate(self, values: list[Any], axis: int) -> Any:
+        """Tensors side by side."""
+        return self.torch.cat(values, axis)
+
+    def pad(self, x: Any, padding: tuple[tuple[int, int], ...]) -> Any:
+        """Zeros around."""
+        return self._pad(x, padding, 0.0)
+
+    def _pad(self, x: Any, padding: tuple[tuple[int, int], ...], value: float) -> Any:
+        if not any(map(any, padding)):
+            return x
+        return self.nn.pad(x, [n for pair in reversed(padding) for n in pair], value=value)
+
+    def permute(self, x: Any, axes: tuple[int, ...]) -> Any:
+        """Axes in another order."""
+        return x.permute(axes)
+
+    def flip(self, x: Any, axes: tuple[int, ...]) -> Any:
+        """Axes reversed."""
+        return x.flip(axes)
+
+    def bound(self, x: Any, low: float | None, high: float | None) -> Any:
+        """Values within bounds."""
+        return self.nn.relu(x) if low == 0 and high is None else x.clamp(low, high)
+
+
+def _first(x: Any) -> Any:
+    """Channels first, as a view."""
+    return x.movedim(-1, 1)
+
+
+def _last(x: Any) -> Any:
+    """Channels last, as a view."""
+    return x.movedim(1, -1)
+
+
+def _outputs_first(node: g.Product, weights: np.ndarray) -> np.ndarray:
+    """(*window, inputs, outputs) as (outputs, inputs, *window)."""
+    return np.moveaxis(weights, (-1, -2), (0, 1))
+
+
+def _window(node: g.SumPool | g.MaxPool) -> tuple[Any, ...]:
+    padding = ((0, 0), *node.padding, (0, 0))
+    return (1, *node.window, 1), (1, *node.strides, 1), padding

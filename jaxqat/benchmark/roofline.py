@@ -1,0 +1,83 @@
+"""The least time that a device needs for an integer network: its arithmetic, or its memory traffic.
+
+    seconds >= max(2 MACs / peak, bytes / bandwidth)
+
+(Williams et al. 2009, doi:10.1145/1498765.1498785.) Bytes are those of a network whose layers are
+run one by one with everything else fused into them: each reads its int8 tensors and weights once
+and writes one int8 tensor.
+"""
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+
+from jaxqat.integer import graph as g
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What a device can do at most, from its data sheet.
+
+    Attributes:
+        name: For people.
+        part: Of the name that JAX has for it.
+        int8: Integer operations a second, dense, a multiplication and an addition being two.
+        bandwidth: Of its memory, bytes a second.
+    """
+
+    name: str
+    part: str
+    int8: float
+    bandwidth: float
+
+
+# The first whose `part` is in the device's name; more special names come first.
+DEVICES = (
+    Device("NVIDIA H200", "H200", 1979e12, 4.8e12),
+    Device("NVIDIA H100 PCIe", "H100 PCIe", 1513e12, 2.0e12),
+    Device("NVIDIA H100 SXM", "H100", 1979e12, 3.35e12),
+    Device("NVIDIA A100 80GB", "A100-SXM4-80GB", 624e12, 2.039e12),
+    Device("NVIDIA A100 40GB", "A100", 624e12, 1.555e12),
+    Device("NVIDIA T4", "T4", 130e12, 0.32e12),
+    Device("TPU v5e", "TPU v5 lite", 394e12, 0.819e12),
+    Device("TPU v6e", "TPU v6 lite", 1836e12, 1.64e12),
+)
+
+
+def known_device(kind: str | None = None) -> Device | None:
+    """The device of this name (None: the present one), if it is a known one."""
+    kind = jax.devices()[0].device_kind if kind is None else kind
+    return next((device for device in DEVICES if device.part in kind), None)
+
+
+def least_seconds(graph: g.IntegerGraph, batch: int, device: Device) -> float:
+    """The least time of a batch on a device."""
+    arithmetic = 2 * macs(graph) * batch / device.int8
+    return max(arithmetic, traffic(graph, batch) / device.bandwidth)
+
+
+def macs(graph: g.IntegerGraph) -> int:
+    """Multiply-accumulates of one example."""
+    return sum(
+        math.prod(_shape(graph, node.output)[:-1]) * node.weights.size for node in graph.products()
+    )
+
+
+def traffic(graph: g.IntegerGraph, batch: int) -> int:
+    """Bytes read and written for a batch, float32 images and results included."""
+    example = 4 * (math.prod(graph.input_shape) + math.prod(graph.output_shape))
+    for node in graph.nodes:
+        tensors = [name for name in (*node.inputs, node.output) if name in graph.tensors]
+        example += sum(math.prod(graph.tensors[name].shape) for name in tensors)
+    return graph.size_bytes() + batch * example
+
+
+def _shape(graph: g.IntegerGraph, name: str) -> tuple[int, ...]:
+    return graph.tensors[name].shape if name in graph.tensors else graph.output_shape
+
+
+def parameters(graph: g.IntegerGraph) -> int:
+    """Weights and biases."""
+    return int(np.sum([node.weights.size + node.bias.size for node in graph.products()]))

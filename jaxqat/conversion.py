@@ -1,0 +1,147 @@
+"""The integer network of a run: made from the trained one, compared with it, kept in RUN/int8."""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+import jaxqat
+from jaxqat import config as configs
+from jaxqat.data import Dataset, Split
+from jaxqat.integer.convert import convert
+from jaxqat.integer.graph import IntegerGraph
+from jaxqat.integer.store import ArtifactError, load, save
+from jaxqat.integer.verify import Verification, verify
+from jaxqat.networks import Networks
+from jaxqat.runfolder import RunFolder, RunFolderError
+from jaxqat.snapshots import Model, check_same_data
+
+# Images whose codes, and real values, of all tensors are held at a time: a few MB each.
+VERIFIED_AT_A_TIME = 100
+
+
+def make_network(networks: Networks, folder: RunFolder, model: Model) -> IntegerGraph:
+    """Convert the trained network and keep it in the run folder.
+
+    Args:
+        networks: Of the experiment.
+        folder: The run folder; a network that it holds already is replaced.
+        model: The network that goes on from QAT.
+
+    Returns:
+        The integer network as it was read back from the folder: what is measured is what is there.
+
+    Raises:
+        ConversionError: Names every part of the network that has no integer form, and why.
+        ArtifactError: It cannot be written.
+    """
+    graph = convert(
+        networks.quantized,
+        model.tree(),
+        networks.one_image(),
+        preprocess=networks.normalize,
+        metadata=_metadata(networks, model.step),
+        train=False,
+    )
+    return load(save(graph, folder.network, overwrite=True))
+
+
+def _metadata(networks: Networks, step: int) -> dict[str, Any]:
+    """Which classes it tells apart, and where it comes from."""
+    experiment, dataset = networks.experiment, networks.dataset
+    described = {
+        "name": experiment.name,
+        "labels": dataset.class_names,
+        "normalization": {"mean": dataset.mean, "std": dataset.std, "of": "pixels in 0..1"},
+        "recipe": dataclasses.asdict(experiment.quant),
+        "stage": "qat",
+        "step": step,
+        "seed": experiment.seed,
+        "config_hash": configs.config_hash(experiment),
+        "data": dataset.fingerprint,
+        "made_with": {"jaxqat": jaxqat.__version__, "jax": jax.__version__},
+    }
+    return json.loads(json.dumps(described))
+
+
+def verify_network(
+    networks: Networks, model: Model, graph: IntegerGraph, split: Split
+) -> Verification:
+    """Compare every code of the trained network, in inference mode, with the integer network's.
+
+    Args:
+        networks: Of the experiment.
+        model: What the integer network was made from.
+        graph: The integer network.
+        split: On which images.
+    """
+    return verify(
+        networks.quantized,
+        model.tree(),
+        graph=graph,
+        batches=in_batches(split),
+        preprocess=networks.normalize,
+        train=False,
+    )
+
+
+def in_batches(split: Split) -> Iterator[np.ndarray]:
+    """The images of a split, a few at a time, none twice and none filled up."""
+    for start in range(0, len(split), VERIFIED_AT_A_TIME):
+        yield split.images[start : start + VERIFIED_AT_A_TIME]
+
+
+def load_network(folder: RunFolder) -> IntegerGraph:
+    """The integer network of a run, from RUN/int8 alone.
+
+    Raises:
+        RunFolderError: The run has none; says why.
+        ArtifactError: It is damaged.
+    """
+    if not folder.network.is_dir():
+        raise RunFolderError(f"{folder.path}: holds no integer network (int8/): {_reason(folder)}")
+    try:
+        return load(folder.network)
+    except ArtifactError as error:
+        raise ArtifactError(
+            f"{error} To make the network again from the run's checkpoint, delete {folder.network} "
+            "and run the same `jaxqat train` again."
+        ) from error
+
+
+def check_network_data(folder: RunFolder, graph: IntegerGraph, dataset: Dataset) -> None:
+    """Refuse data other than that the integer network of a run was trained on.
+
+    Raises:
+        RunFolderError: Names what differs.
+    """
+    origin: Any = graph.metadata
+    check_same_data(str(folder.network), origin["data"], dataset.fingerprint)
+
+
+def _reason(folder: RunFolder) -> str:
+    if folder.results.is_file():
+        error = folder.read_results().get("int8", {}).get("error")
+        if error is not None:
+            return f"the trained network could not be converted. {error}"
+    if folder.has_checkpoints("qat"):
+        return "run the same `jaxqat train` again: it goes on from the last checkpoint of QAT."
+    return (
+        "its network was never quantized: there is no checkpoint of QAT to convert. Run the same "
+        "`jaxqat train` again to train it to the end."
+    )
+
+
+def is_finished(folder: RunFolder) -> bool:
+    """Whether nothing is left to do for a run.
+
+    The run of an older version, which knew no integer networks, lacks one: it is gone on with as
+    long as it has the checkpoint that the network is made from.
+    """
+    if not folder.results.exists():
+        return False
+    answered = "error" in folder.read_results().get("int8", {}) or folder.network.is_dir()
+    return answered or not folder.has_checkpoints("qat")

@@ -1,0 +1,197 @@
+"""What is done with the integer network of a run: verify it, export it, see how it is compiled.
+
+Each function is a command of the command line, and loads the package that it needs when it is
+called: none of them is needed to train.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+
+from jaxqat.benchmark.networks import random_network
+from jaxqat.conversion import check_network_data, in_batches, load_network, verify_network
+from jaxqat.data import Split, load_dataset
+from jaxqat.display import print_verification
+from jaxqat.evaluation import find_split
+from jaxqat.integer.execute import LOWERINGS, make_executor
+from jaxqat.integer.graph import IntegerGraph
+from jaxqat.integer.pallas_conv import COMPUTE_CAPABILITY
+from jaxqat.integer.verify import Observation, Verification, compare, integer_network
+from jaxqat.lowering import Compiled, LoweringError, Target, compile_for, print_lowering
+from jaxqat.lowering.targets import get_target
+from jaxqat.networks import Networks, matmul_precision
+from jaxqat.results import describe_run
+from jaxqat.runfolder import RunFolder
+from jaxqat.snapshots import restore_model
+
+INPUTS = ("uint8", "float")
+FORMATS = ("onnx", "stablehlo")
+
+
+def export(
+    workdir: Path,
+    output: Path,
+    *,
+    format: Literal["onnx", "stablehlo"],
+    input: Literal["uint8", "float"] = "uint8",
+    overwrite: bool = False,
+    console: Console | None = None,
+) -> Path:
+    """Write the integer network of a run as a file for another runtime.
+
+    Args:
+        workdir: The run folder.
+        output: File to write.
+        format: 'onnx' or 'stablehlo'.
+        input: What the file takes: 'uint8', images as they are, or 'float', images normalized as
+            in training.
+        overwrite: Whether a file of that name may be replaced.
+        console: Where the file is named; None for standard output.
+
+    Raises:
+        RunFolderError: It is no run folder, or has no integer network.
+        ArtifactError: The integer network is damaged.
+        ExportError: The network has no such form, or the file cannot be written.
+        ImportError: A package is not installed.
+    """
+    console = console or Console()
+    graph = load_run_network(workdir)
+    if format == "onnx":
+        from jaxqat.export.onnx import export_onnx as write
+    else:
+        from jaxqat.export.stablehlo import export_stablehlo as write
+    path = write(graph, output, input=input, overwrite=overwrite)
+    console.print(f"{path}: {path.stat().st_size:,} bytes", highlight=False, soft_wrap=True)
+    return path
+
+
+def verify(
+    workdir: Path,
+    *,
+    format: Literal["onnx"] | None = None,
+    split: str = "test",
+    console: Console | None = None,
+) -> Verification:
+    """Compare every code of the integer network of a run with another form of it, on images.
+
+    Without a format that is the trained network in inference mode, from the checkpoint of QAT, and
+    real values are those of the same weights in float; with 'onnx' it is the exported file in ONNX
+    Runtime. Writes RUN/evaluations/verify_SPLIT.json or verify_onnx_SPLIT.json and nothing else.
+
+    Args:
+        workdir: The run folder.
+        format: What to compare with.
+        split: 'test', 'train' or 'validation'.
+        console: Where the comparison is shown; None for standard output.
+
+    Returns:
+        The comparison; its `failures` say how the contract is broken, if it is.
+
+    Raises:
+        RunFolderError: It is no run folder, or has no integer network.
+        DataError: The data is missing, damaged or another than the run's.
+        CheckpointError: There is no checkpoint, or it is damaged.
+        ArtifactError: The integer network is damaged.
+        ExportError: The network has no ONNX form.
+        ImportError: A package is not installed.
+    """
+    folder = RunFolder(Path(workdir))
+    experiment = folder.load_config()
+    graph = load_network(folder)
+    dataset = load_dataset(experiment.data)
+    images = find_split(dataset, split)
+    check_network_data(folder, graph, dataset)
+    if format == "onnx":
+        verification = _against_onnx(graph, images)
+    else:
+        with matmul_precision(experiment):
+            networks = Networks.build(experiment, dataset)
+            model = restore_model(networks, folder, "qat")
+            verification = verify_network(networks, model, graph, images)
+    against = "ONNX Runtime" if format == "onnx" else "the training graph"
+    result = {
+        **describe_run(experiment, dataset, None),
+        "of": f"the integer network and {against}, {split} split",
+        **verification.to_dict(),
+    }
+    folder.write_evaluation("_".join(filter(None, ("verify", format, split))), result)
+    print_verification(result, console or Console())
+    return verification
+
+
+def _against_onnx(graph: IntegerGraph, images: Split) -> Verification:
+    from jaxqat.export.onnx import onnx_model
+    from jaxqat.export.onnx_run import make_runner
+
+    run = make_runner(onnx_model(graph, input="uint8").SerializeToString(), expose=True)
+
+    def exported(batch: np.ndarray) -> Observation:
+        logits, codes = run(batch)
+        return Observation(codes, logits)
+
+    deployed = integer_network(make_executor(graph))
+    return compare(deployed, exported, graph, in_batches(images))
+
+
+def lowering(
+    workdir: Path | None,
+    *,
+    target: str,
+    executor: str | None = None,
+    batch_size: int = 256,
+    width: int = 64,
+    console: Console | None = None,
+) -> Compiled:
+    """Compile an integer network for a device that need not be there, and show its kernels.
+
+    Args:
+        workdir: The run folder; None for a ResNet-18 with random weights.
+        target: A name of `jaxqat.lowering.TARGETS`.
+        executor: A way to run on it, of `jaxqat.integer.execute.LOWERINGS`; None for what
+            `make_executor` would take on such a device.
+        batch_size: Images at a time.
+        width: Of the ResNet-18, where no run is given.
+        console: Where the table is shown; None for standard output.
+
+    Raises:
+        RunFolderError: It is no run folder, or has no integer network.
+        ArtifactError: The integer network is damaged.
+        LoweringError: The target cannot run so, its compiler is not installed, or refuses.
+    """
+    name = _executor_for(get_target(target), executor)
+    graph = random_network(width) if workdir is None else load_run_network(workdir)
+    runner = make_executor(graph, platform=name)
+    images = jax.ShapeDtypeStruct((batch_size, *graph.input_shape), jnp.uint8)
+    compiled = compile_for(
+        target, runner.apply, runner.parameters, images, compiler_options=runner.compiler_options
+    )
+    print_lowering(compiled, console or Console())
+    return compiled
+
+
+def _executor_for(target: Target, executor: str | None) -> str:
+    if executor is None:
+        pallas = target.gpu is not None and target.gpu.capability >= COMPUTE_CAPABILITY
+        return "cuda_pallas" if pallas else target.platform
+    fitting = [name for name in LOWERINGS if name.split("_")[0] == target.platform]
+    if executor not in fitting:
+        raise LoweringError(
+            f"executor must be one of {', '.join(fitting)} for {target.name}, got {executor!r}."
+        )
+    return executor
+
+
+def load_run_network(workdir: Path) -> IntegerGraph:
+    """The integer network of a run folder.
+
+    Raises:
+        RunFolderError: It is no run folder, or has no integer network.
+        ArtifactError: The integer network is damaged.
+    """
+    folder = RunFolder(Path(workdir))
+    folder.load_config()
+    return load_network(folder)

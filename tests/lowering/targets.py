@@ -1,0 +1,18 @@
+"""The targets that tests are parametrized with; all but the CPU need wheels of their own."""
+
+from collections.abc import Iterable
+
+import pytest
+
+GPUS = ("sm_75", "sm_80", "sm_90")
+TPUS = ("tpu_v5e", "tpu_v6e")
+
+
+def for_targets(names: Iterable[str]) -> pytest.MarkDecorator:
+    """Run a test for each of these targets."""
+    marks = {"cpu": ()}
+    params = [pytest.param(name, marks=marks.get(name, pytest.mark.lowering)) for name in names]
+    return pytest.mark.parametrize("target", params, indirect=True)
+
+
+on_all = for_targets(("cpu", *GPUS, *TPUS))

@@ -1,0 +1,94 @@
+"""The QAT training step: forward on s8 operands, on every target."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from lowering.assertions import is_proper
+from lowering.functions import F32, shape
+from lowering.targets import GPUS, TPUS, for_targets
+
+from jaxqat import quantize
+from jaxqat.data import augment, normalize
+from jaxqat.lowering import compile_for, kernels, products
+from jaxqat.models import ModelConfig, build_model
+from jaxqat.training import Data, init_state, make_step
+
+CLASSES = 10
+# By platform, width and batch. On two cores the GPU's compiler takes some ten seconds at any width,
+# the TPU's half a minute at width 8 and seven minutes at 64. No layer has as many channels, rows or
+# columns as the batch has images: a result with this extent is one of the batch.
+SIZES = {"cuda": (64, 120), "tpu": (8, 24)}
+CONVOLUTIONS, DENSE = 20, 1
+
+
+def training_step(recipe: str, width: int, batch: int):
+    """The step of `jaxqat train` for a ResNet-18, jitted, and its arguments as shapes."""
+    model = quantize(build_model(ModelConfig(width=width), CLASSES), recipe)
+    optimizer = optax.sgd(0.1, momentum=0.9)
+
+    def forward(params, collections, images):
+        variables = {"params": params, **collections}
+        logits, updates = model.apply(variables, images, train=True, mutable=list(collections))
+        return logits, {**collections, **updates}
+
+    def prepare(key, images):
+        images = augment(key, images, crop_padding=4, flip=True)
+        return normalize(images, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
+
+    def start(key):
+        variables = dict(model.init(key, jnp.zeros((1, 32, 32, 3)), train=False))
+        return init_state(variables.pop("params"), variables, optimizer)
+
+    step = make_step(
+        forward=forward,
+        prepare=prepare,
+        optimizer=optimizer,
+        batch_size=batch,
+        steps_per_epoch=3,
+        label_smoothing=0.0,
+    )
+    state = jax.eval_shape(start, jax.random.key(0))
+    images = 3 * batch
+    data = Data(shape(images, 32, 32, 3, dtype=jnp.uint8), shape(images, dtype=jnp.int32))
+    order, key = shape(images, dtype=jnp.int32), jax.eval_shape(lambda: jax.random.key(0))
+    return jax.jit(step, donate_argnums=0), (state, data, order, key)
+
+
+@pytest.mark.slow
+@for_targets((*GPUS, TPUS[0]))
+@pytest.mark.parametrize("recipe", ["int8", "int8_symmetric"])
+def test_every_forward_product_of_the_qat_step_multiplies_codes(target, recipe):
+    width, batch = SIZES[target.platform]
+    step, arguments = training_step(recipe, width, batch)
+    found = products(kernels(compile_for(target, step, *arguments).text))
+    forward = [product for product in found if not product.is_backward]
+    assert [product.types for product in forward if not is_proper(product)] == []
+
+    # Those of the batch; the affine recipe also sums the weights that meet a border, once.
+    of_the_batch = [product for product in forward if batch in product.result.dims]
+    kinds = [product.kind for product in of_the_batch]
+    assert (kinds.count("convolution"), kinds.count("dot")) == (CONVOLUTIONS, DENSE)
+    # Gradients of both operands, but for the images'.
+    backward = [product for product in found if product.is_backward]
+    assert len(backward) == 2 * (CONVOLUTIONS + DENSE) - 1
+    assert all(not product.is_integer for product in backward)
+
+
+@for_targets(("cpu",))
+def test_a_step_that_only_simulates_codes_is_told_apart(target):
+    @functools.partial(jax.jit)
+    def step(w, x):
+        # Quantized and dequantized in float32, as most libraries train.
+        def loss(w):
+            codes = w + jax.lax.stop_gradient(jnp.round(w * 64) / 64 - w)
+            return jnp.tanh(x @ codes).sum()
+
+        return jax.grad(loss)(w)
+
+    compiled = compile_for(target, step, shape(64, 64, dtype=F32), shape(64, 64, dtype=F32))
+    found = products(kernels(compiled.text))
+    assert [product.is_backward for product in found] == [False, True]
+    assert not any(product.is_integer for product in found)
