@@ -160,7 +160,8 @@ def points(*decibels: float | None) -> list[tuple[float, float]]:
     colored = is_color(image, LIGHT.train)
     rows = np.flatnonzero(colored.any(1))
     groups = np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1)
-    return [tuple(np.argwhere(colored[g[0] : g[-1] + 1]).mean(0) + (g[0], 0)) for g in groups]
+    centres = [np.argwhere(colored[g[0] : g[-1] + 1]).mean(0) for g in groups]
+    return [(y + g[0], x) for (y, x), g in zip(centres, groups, strict=True)]
 
 
 def test_errors_stand_in_the_network_s_order_at_their_decibels():
