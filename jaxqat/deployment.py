@@ -65,8 +65,8 @@ def export(
     else:
         from jaxqat.export.stablehlo import export_stablehlo as write
     path = write(graph, output, input=input, overwrite=overwrite)
-    console.print(f"{path}: {path.stat().st_size:,} bytes", highlight=False, soft_wrap=True)
-    return path
+    console.print(f"{path}: {output.stat().st_size:,} bytes", highlight=False, soft_wrap=True)
+    return output
 
 
 def verify(

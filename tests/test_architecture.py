@@ -68,7 +68,7 @@ def imports(path: Path) -> Iterator[str]:
             if node.module == "jaxqat":
                 yield from (f"jaxqat.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in IMPORTERS:
-            yield from (a.value for a in node.args if isinstance(a, ast.Constant))
+            yield from (str(a.value) for a in node.args if isinstance(a, ast.Constant))
 
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))
