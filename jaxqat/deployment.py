@@ -64,8 +64,9 @@ def export(
         from jaxqat.export.onnx import export_onnx as write
     else:
         from jaxqat.export.stablehlo import export_stablehlo as write
-    path = write(graph, output, input=input, overwrite=overwrite)
-    console.print(f"{path}: {output.stat().st_size:,} bytes", highlight=False, soft_wrap=True)
+    output = Path(output)
+    write(graph, output, input=input, overwrite=overwrite)
+    console.print(f"{output}: {output.stat().st_size:,} bytes", highlight=False, soft_wrap=True)
     return output
 
 

@@ -204,7 +204,7 @@ def _make_openvino_integer(setup: Setup) -> Bind:
 
 
 def _make_torch(setup: Setup) -> Bind:
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     torch.set_num_threads(setup.threads)
     network = TorchNetwork(setup.graph, torch)
