@@ -187,15 +187,18 @@ def test_report_is_drawn_again_from_the_folder(finished, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("stage", "split", "message"),
-    [("fp32", "validation", "no validation split"), ("qat", "test", "no checkpoints of qat")],
+    ("stage", "split", "error", "message"),
+    [
+        ("fp32", "validation", DataError, "no validation split"),
+        ("qat", "test", RunFolderError, "no checkpoints of qat"),
+    ],
 )
 def test_what_a_run_does_not_have_cannot_be_evaluated(
-    finished, tmp_path, small_network, console, stage, split, message
+    finished, tmp_path, small_network, console, stage, split, error, message
 ):
     run = tmp_path / "run"
     shutil.copytree(finished, run, ignore=shutil.ignore_patterns("qat"))
-    with pytest.raises(RunFolderError, match=message):
+    with pytest.raises(error, match=message):
         experiment.evaluate(run, stage=stage, split=split, console=console)
 
 

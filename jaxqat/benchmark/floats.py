@@ -3,7 +3,7 @@
 Weights are code * weight_scale and biases bias * scale_in * weight_scale, batch norm folded into
 both as in the integer network, so that neither side does more than the other. Nothing is rounded
 to a grid; a tensor's grid shows only as ReLU, where its smallest code is its zero point, and as an
-upper bound, where it holds fewer codes than its grid's top.
+upper bound, where the largest code that it holds is below 127.
 """
 
 from abc import ABC, abstractmethod
@@ -132,16 +132,24 @@ class JaxNetwork(FloatNetwork):
 
     Attributes:
         precision: 'fp32', 'tf32' or 'bf16'.
+        outputs_first: Whether a convolution's weights are (outputs, *window, inputs), as cuDNN
+            wants them: (*window, inputs, outputs) would be transposed at every call.
     """
 
-    def __init__(self, graph: g.IntegerGraph, precision: str):
+    def __init__(self, graph: g.IntegerGraph, precision: str, *, outputs_first: bool = False):
         super().__init__(graph)
-        self.precision = precision
+        self.precision, self.outputs_first = precision, outputs_first
         self.dtype = jnp.bfloat16 if precision == "bf16" else jnp.float32
 
     def arrays(self) -> Arrays:
-        """On the device, in the precision they are computed with."""
-        return jax.tree.map(lambda a: jnp.asarray(a, self.dtype), self.folded())
+        """On the device, in the precision they are computed with, laid out as it wants them."""
+        folded = self.folded()
+        if self.outputs_first:
+            for node in self.graph.products():
+                weights, bias = folded[node.name]
+                if node.kind == "conv":
+                    folded[node.name] = np.moveaxis(weights, -1, 0), bias
+        return jax.tree.map(lambda a: jnp.asarray(a, self.dtype), folded)
 
     def apply(self, arrays: Arrays, images: jax.Array) -> jax.Array:
         """Logits, float32, of float32 images."""
@@ -153,14 +161,14 @@ class JaxNetwork(FloatNetwork):
         if node.kind == "dense":
             return x.astype(self.dtype) @ weights + bias
         spatial = "DHW"[3 - len(node.window) :]
-        numbers = (f"N{spatial}C", f"{spatial}IO", f"N{spatial}C")
+        kernel = f"O{spatial}I" if self.outputs_first else f"{spatial}IO"
         total = lax.conv_general_dilated(
             x,
             weights,
             node.strides,
             node.padding,
             rhs_dilation=node.dilation,
-            dimension_numbers=numbers,
+            dimension_numbers=(f"N{spatial}C", kernel, f"N{spatial}C"),
             feature_group_count=node.groups,
         )
         return total + bias

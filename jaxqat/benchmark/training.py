@@ -140,7 +140,8 @@ class Trainer:
             )
             self._data = Data(*jax.device_put((dataset.train.images, dataset.train.labels)))
             self._order = jnp.arange(len(dataset.train), dtype=jnp.int32)
-            self._key = stage_key(experiment.seed, variant.stage)
+            # All variants see the same augmented images: their first updates are compared.
+            self._key = stage_key(experiment.seed, "fp32")
             self._state = self._init(optimizer)
             dispatch: Any = make_dispatch(step, length)
             arguments = (self._state, self._data, self._order, self._key)

@@ -57,9 +57,15 @@ def convert(
         The graph.
 
     Raises:
-        ConversionError: Names every part of the model that has no integer form, and why.
+        ConversionError: Names every part of the model that has no integer form, and why; or every
+            range that has seen no data.
         QuantizationError: The variables hold no ranges for the model.
     """
+    if not isinstance(model, QuantizedModule | QuantizedFunction):
+        raise ConversionError(
+            "convert takes what `jaxqat.quantize` returned, trained or calibrated, got "
+            f"{type(model).__name__}."
+        )
     requantizations = ("float", "fixed_point")
     if requantization not in requantizations:
         raise ConversionError(
@@ -69,6 +75,7 @@ def convert(
     state, inputs = arguments[:static], arguments[static:]
     emitter, arrays = _harvest(model, state, inputs, kwargs)
     values = [np.asarray(a) for a in arrays]
+    emitter.check([reason for index, reason in emitter.requirements if not values[index].all()])
     nodes = [cls(**_finish_node(fields, values)) for cls, fields in emitter.nodes]
     tensors = {n: g.Tensor(**_finish(fields, values)) for n, fields in emitter.tensors.items()}
     output, output_shape = emitter.output
@@ -103,8 +110,22 @@ class _Harvester(Emitter):
             if info.float_reason is not None:
                 self.problems.append(f"{info.path} ({info.kind}): {info.float_reason}")
         for key, codes in evaluator.codes.items():
+            self.require(
+                evaluator.state[key].get("count", 1) > 0,
+                f"{'/'.join(key)}: its range has seen no data; `calibrate` the ranges first",
+            )
+            self.require(
+                jnp.isfinite(codes.grid.scale), f"{'/'.join(key)}: its range is not finite"
+            )
             self._try("/".join(key), lambda k=key, c=codes: self.site(k, evaluator.made_from[k], c))
         self._try("the model's output", lambda: self._result(evaluator.outputs))
+
+    def check(self, problems: list[str]) -> None:
+        """Raises what stands in the way."""
+        if problems:
+            raise ConversionError(
+                "The model cannot become an integer network:\n  " + "\n  ".join(problems)
+            )
 
     def _try(self, where: str, emit: Callable[[], None]) -> None:
         try:
@@ -153,10 +174,7 @@ def _harvest(
         harvester = _Harvester()
         harvester.model(model.record(*state, *inputs, **kwargs))
         found.append(harvester)
-        if harvester.problems:
-            raise ConversionError(
-                "The model cannot become an integer network:\n  " + "\n  ".join(harvester.problems)
-            )
+        harvester.check(harvester.problems)
         return harvester.arrays
 
     made = jax.jit(run)(state, arrays)

@@ -61,10 +61,12 @@ class Emitter:
         arrays: What the pending fields are made of, in order.
         nodes: Class and fields of each node, in order.
         tensors: Fields of each tensor, by name.
+        requirements: Place of a condition in `arrays`, and what is wrong where it does not hold.
     """
 
     def __init__(self):
         self.arrays: list[jax.Array] = []
+        self.requirements: list[tuple[int, str]] = []
         self.nodes: list[tuple[type[g.Node], dict[str, Any]]] = []
         self.tensors: dict[str, dict[str, Any]] = {}
         self._moved: dict[int, str] = {}
@@ -76,6 +78,11 @@ class Emitter:
         """An array of the program for a field of a node."""
         self.arrays.append(jnp.asarray(array))
         return Pending(len(self.arrays) - 1, finish)
+
+    def require(self, condition: Any, reason: str) -> None:
+        """What the program's numbers have to be like; `reason` says why they stand in the way."""
+        self.arrays.append(jnp.asarray(condition))
+        self.requirements.append((len(self.arrays) - 1, reason))
 
     def site(self, key: tuple[str, ...], form: forms.Form, codes: forms.Codes) -> None:
         """The nodes that make a quantized tensor of the training graph."""
@@ -114,7 +121,7 @@ class Emitter:
             source = self.read(before)
             name = self._name(f"{source}/{operation.name}")
             after = codes.codes.shape
-            self.tensors[name] = {**self.tensors[source], "name": name, "shape": after[1:]}
+            self._tensor_like(source, name, after[1:], operation, codes.grid)
             self._add_move(operation, source, before.codes.shape, name, after)
             self._moved[id(codes)] = name
             self._kept.append(codes)
@@ -133,10 +140,13 @@ class Emitter:
         where = source.path
         weights = source.weight_codes
         product: Any = source.product
-        if product.kind == "conv":
-            arrange, more = conv_fields(product, weights.shape)
-        else:
-            arrange, more = dense_weights(product, weights.shape, source.codes.codes.ndim), {}
+        try:
+            if product.kind == "conv":
+                arrange, more = conv_fields(product, weights.shape)
+            else:
+                arrange, more = dense_weights(product, weights.shape, source.codes.codes.ndim), {}
+        except UnconvertibleError as error:
+            raise UnconvertibleError(f"{where}: {error}") from None
         channels = form.total.shape[-1]
 
         def per_channel(values: jax.Array) -> jax.Array:
@@ -146,6 +156,9 @@ class Emitter:
             return jnp.broadcast_to(values, wanted).reshape(channels)
 
         alive, bias, scale, multiplier = map(per_channel, form.coefficients(grid))
+        # The weights of a network that diverged: the graph refuses a scale that is NaN.
+        finite = per_channel(jnp.isfinite(form.weight_scale) & jnp.isfinite(form.offset))
+        scale = jnp.where(finite, scale, jnp.nan)
         sign = jnp.where(scale < 0, -1, 1)
         # A constant that is 0: any multiplier would do, and a graph wants a positive one.
         nothing = scale == 0
@@ -176,8 +189,10 @@ class Emitter:
             raise UnconvertibleError(f"{where}: is multiplied by one factor per channel")
         if form.offset.ndim:
             raise UnconvertibleError(f"{where}: a bias is added to it")
-        _, _, _, multiplier = form.coefficients(grid)
+        _, bias, _, multiplier = form.coefficients(grid)
         # The sum itself is what is multiplied: a pool has no bias.
+        self.require(bias == 0, f"{where}: a bias is added to it")
+        self.require(multiplier > 0, f"{where}: its factor is not positive")
         fields = {
             **pool_fields(operation, codes.codes.shape, where),
             "multiplier": self.pend(multiplier.reshape(()), _scalar(np.float32)),
@@ -221,15 +236,13 @@ class Emitter:
         self.nodes.append((g.Add, {**fields, "multipliers": tuple(multipliers)}))
 
     def _move(self, form: forms.Moved, grid: Grid, name: str, shape, bounds: Bounds) -> None:
-        inner_bounds = bounds
         if form.operation.name == "pad" and not bounds.hold_zero():
-            inner_bounds = Bounds()
             self.emit(form, grid, inner := self._name(f"{name}/padded"), shape, Bounds())
             return self._add(name, (inner,), (grid,), grid, shape, bounds)
         before = jax.eval_shape(lambda: form.inner.steps(grid)).shape
         source = self._name(f"{name}/unmoved")
-        self.emit(form.inner, grid, source, before[1:], inner_bounds)
-        self._tensor(name, grid, shape, inner_bounds)
+        self.emit(form.inner, grid, source, before[1:], bounds)
+        self._tensor_like(source, name, shape, form.operation, grid)
         return self._add_move(form.operation, source, before, name, (before[0], *shape))
 
     def _add_move(self, operation: forms.Operation, source: str, before, name: str, after) -> None:
@@ -253,7 +266,8 @@ class Emitter:
     def _tensor(self, name: str, grid: Grid, shape: tuple[int, ...], bounds: Bounds) -> None:
         def code(value: float) -> jax.Array:
             steps = jnp.round(value * grid.inverse) + grid.zero
-            return jnp.clip(steps, grid.low, grid.high)
+            # NaN comes of a scale that is NaN, which the graph refuses by the tensor's name.
+            return jnp.clip(jnp.nan_to_num(steps), grid.low, grid.high)
 
         low = grid.low if bounds.low is None else code(bounds.low)
         high = grid.high if bounds.high is None else code(bounds.high)
@@ -265,6 +279,18 @@ class Emitter:
             "low": self.pend(low, int),
             "high": self.pend(high, int),
         }
+
+    def _tensor_like(
+        self, source: str, name: str, shape, operation: forms.Operation, grid: Grid
+    ) -> None:
+        """The tensor that a move makes: what `source` holds and, behind padding, real zeros."""
+        fields = {**self.tensors[source], "name": name, "shape": tuple(shape)}
+        if operation.name == "pad":
+            for key, widened in (("low", jnp.minimum), ("high", jnp.maximum)):
+                bound = fields[key]
+                code = self.arrays[bound.index] if isinstance(bound, Pending) else bound
+                fields[key] = self.pend(widened(code, grid.zero), int)
+        self.tensors[name] = fields
 
     def _name(self, name: str) -> str:
         """A name of its own: a layer that is used twice makes two nodes."""

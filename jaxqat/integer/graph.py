@@ -218,8 +218,9 @@ class IntegerGraph:
     """An integer network.
 
     Invariants, checked when it is made: nodes stand in an order in which each reads what earlier
-    ones made; every tensor is made once; arrays have the stated types and shapes; codes fit int8;
-    scales and multipliers are positive and finite; no accumulator can leave int32.
+    ones made; every tensor is made once; what only moves codes keeps their grid and bounds; arrays
+    have the stated types and shapes; codes fit int8; scales and multipliers are positive and finite; no accumulator can leave
+    int32.
 
     Attributes:
         input_shape: Of one example, without the batch; the input is float32, and uint8 too if the
@@ -290,9 +291,12 @@ def _check(graph: IntegerGraph) -> None:
             raise GraphError(f"{where}: makes {node.output!r}, which is no tensor of the graph.")
         if isinstance(node, Product):
             _check_product(graph, node, where)
+        _check_factors(node, where)
+        _check_grids(graph, node, where)
         made.add(node.output)
-    if graph.output not in made:
-        raise GraphError(f"no node makes the output {graph.output!r}.")
+    unmade = [name for name in (*graph.tensors, graph.output) if name not in made]
+    if unmade:
+        raise GraphError(f"no node makes {unmade[0]!r}.")
     if sum(isinstance(node, Quantize) for node in graph.nodes) != 1:
         raise GraphError("a graph has one Quantize node.")
 
@@ -306,6 +310,42 @@ def _check_tensor(tensor: Tensor) -> None:
         )
     if not (np.isfinite(tensor.scale) and tensor.scale > 0):
         raise GraphError(f"tensor {tensor.name!r}: the scale {tensor.scale} is not positive.")
+
+
+def _check_factors(node: Node, where: str) -> None:
+    factors: dict[str, tuple[np.float32, ...]] = {}
+    if isinstance(node, Quantize):
+        factors["inverse"] = (node.inverse,)
+    elif isinstance(node, Add):
+        factors["multipliers"] = node.multipliers
+        if len(node.multipliers) != len(node.inputs):
+            raise GraphError(
+                f"{where}: has {len(node.multipliers)} multipliers for {len(node.inputs)} inputs."
+            )
+    elif isinstance(node, SumPool):
+        factors["multiplier"] = (node.multiplier,)
+    for field, values in factors.items():
+        if not all(np.isfinite(value) and value > 0 for value in values):
+            raise GraphError(f"{where}: {field} is not positive and finite, got {values}.")
+
+
+def _check_grids(graph: IntegerGraph, node: Node, where: str) -> None:
+    if not isinstance(node, MaxPool | Move | Concat) or node.output not in graph.tensors:
+        return
+    output = graph.tensors[node.output]
+    for tensor in (graph.tensors[name] for name in node.inputs):
+        low, high = tensor.low, tensor.high
+        if isinstance(node, Move) and node.kind == "pad":
+            low, high = min(low, tensor.zero_point), max(high, tensor.zero_point)
+        # Parts of a whole may be clipped otherwise than the others.
+        same = isinstance(node, Concat) or (output.low, output.high) == (low, high)
+        if not same or (output.scale, output.zero_point) != (tensor.scale, tensor.zero_point):
+            raise GraphError(
+                f"{where}: moves codes from {tensor.name!r}, {low}..{high} with scale "
+                f"{tensor.scale} and zero point {tensor.zero_point}, to {output.name!r}, which is "
+                f"{output.low}..{output.high} with {output.scale} and {output.zero_point}; "
+                "right would be the same."
+            )
 
 
 def _check_product(graph: IntegerGraph, node: Product, where: str) -> None:

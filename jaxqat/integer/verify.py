@@ -93,6 +93,8 @@ class Verification:
     def failures(self) -> tuple[str, ...]:
         """How the contract is broken; empty if it is kept."""
         broken = []
+        if not self.codes:
+            broken.append("no codes were compared: the networks share no tensor, or got no images")
         if self.differing >= MOST_DIFFERING * self.codes and self.differing:
             broken.append(
                 f"{self.differing} of {self.codes} codes differ, the contract is fewer than 1 in "

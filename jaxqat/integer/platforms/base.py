@@ -285,19 +285,28 @@ def convolve(
 
 def windows(node: g.Product, padded: Any) -> Iterator[tuple[tuple[int, ...], Any]]:
     """For each tap of the window, its index and the elements of the padded tensor it meets."""
-    extent = [
-        (size - dilation * (window - 1) - 1) // stride + 1
-        for size, window, stride, dilation in zip(
-            padded.shape[1:-1], node.window, node.strides, node.dilation, strict=True
-        )
-    ]
-    for tap in np.ndindex(*node.window):
-        starts = [t * d for t, d in zip(tap, node.dilation, strict=True)]
-        slices = [
-            slice(start, start + stride * (n - 1) + 1, stride)
-            for start, stride, n in zip(starts, node.strides, extent, strict=True)
-        ]
+    for tap, slices in taps(padded.shape[1:-1], node.window, node.strides, node.dilation):
         yield tap, padded[(slice(None), *slices, slice(None))]
+
+
+def taps(
+    sizes: tuple[int, ...],
+    window: tuple[int, ...],
+    strides: tuple[int, ...],
+    dilation: tuple[int, ...],
+) -> Iterator[tuple[tuple[int, ...], tuple[slice, ...]]]:
+    """For each tap of a window that slides over such axes, its index and what it meets."""
+    geometry = list(zip(sizes, window, strides, dilation, strict=True))
+    extent = [(size - d * (length - 1) - 1) // s + 1 for size, length, s, d in geometry]
+    for tap in np.ndindex(*window):
+        starts = [t * d for t, d in zip(tap, dilation, strict=True)]
+        yield (
+            tap,
+            tuple(
+                slice(start, start + stride * (n - 1) + 1, stride)
+                for start, stride, n in zip(starts, strides, extent, strict=True)
+            ),
+        )
 
 
 def tap_sums(node: g.Product, shape: tuple[int, ...]) -> Any:
