@@ -73,7 +73,8 @@ class Evaluator:
         for node in program.nodes:
             layer = self.plan.layers.get(node)
             if layer is not None and self.mode is not Mode.CALIBRATE:
-                values, form = self._multiply(layer)
+                with jax.named_scope(layer.path):  # Kernels carry the layer's name.
+                    values, form = self._multiply(layer)
                 self._write(node.outputs[0], values, form, None)
                 continue
             operands = [self._read(a) for a in node.inputs]

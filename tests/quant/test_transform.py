@@ -173,6 +173,14 @@ def test_every_product_of_the_forward_pass_lowers_to_integers(train, platform):
     assert sum(name == "convolution" for name, *_ in signatures) == 20
 
 
+def test_every_product_carries_its_layers_path_into_the_compiled_program(images):
+    quantized, variables = calibrated(Residual(), "int8", images)
+    program = jitted(quantized.apply, train=False, mutable=["quant"])
+    text = program.lower(variables, images).as_text("hlo", debug_info=True)
+    for layer in quantized.describe(variables, images, train=False):
+        assert re.search(rf'(convolution|dot)\(.*op_name="[^"]*/{layer.path}/', text), layer.path
+
+
 def test_ranges_move_in_training_only(images):
     quantized, variables = calibrated(Residual(), "int8", images)
     step = jitted(quantized.apply, train=True, mutable=["batch_stats", "quant"])
