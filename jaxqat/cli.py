@@ -147,9 +147,10 @@ def add_verify_arguments(parser: Parser) -> None:
     parser.add_argument("run", type=Path, help="The run folder.")
     parser.add_argument(
         "--format",
-        choices=("onnx",),
+        choices=("onnx", "openvino"),
         default=None,
-        help="Compare with the exported file in ONNX Runtime instead.",
+        help="Compare with the exported file instead, in ONNX Runtime (onnx) or in OpenVINO, where "
+        "only classes can be compared.",
     )
     parser.add_argument("--split", choices=SPLITS, default="test", help="Which images.")
 

@@ -5,7 +5,7 @@ called: none of them is needed to train.
 """
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from jaxqat.evaluation import find_split
 from jaxqat.integer.execute import LOWERINGS, make_executor
 from jaxqat.integer.graph import IntegerGraph
 from jaxqat.integer.pallas_conv import COMPUTE_CAPABILITY
-from jaxqat.integer.verify import Observation, Verification, compare, integer_network
+from jaxqat.integer.verify import Network, Observation, Verification, compare, integer_network
 from jaxqat.lowering import Compiled, LoweringError, Target, compile_for, print_lowering
 from jaxqat.lowering.targets import get_target
 from jaxqat.networks import Networks, matmul_precision
@@ -30,6 +30,8 @@ from jaxqat.snapshots import restore_model
 
 INPUTS = ("uint8", "float")
 FORMATS = ("onnx", "stablehlo")
+# What `verify` compares the integer network with, by its format.
+AGAINST = {None: "the training graph", "onnx": "ONNX Runtime", "openvino": "OpenVINO"}
 
 
 def export(
@@ -73,7 +75,7 @@ def export(
 def verify(
     workdir: Path,
     *,
-    format: Literal["onnx"] | None = None,
+    format: Literal["onnx", "openvino"] | None = None,
     split: str = "test",
     console: Console | None = None,
 ) -> Verification:
@@ -81,7 +83,9 @@ def verify(
 
     Without a format that is the trained network in inference mode, from the checkpoint of QAT, and
     real values are those of the same weights in float; with 'onnx' it is the exported file in ONNX
-    Runtime. Writes RUN/evaluations/verify_SPLIT.json or verify_onnx_SPLIT.json and nothing else.
+    Runtime; with 'openvino' that file in OpenVINO, which fuses what it would otherwise show, so
+    that only the classes are compared. Writes RUN/evaluations/verify_SPLIT.json or
+    verify_FORMAT_SPLIT.json and nothing else.
 
     Args:
         workdir: The run folder.
@@ -106,14 +110,14 @@ def verify(
     dataset = load_dataset(experiment.data)
     images = find_split(dataset, split)
     check_network_data(folder, graph, dataset)
-    if format == "onnx":
-        verification = _against_onnx(graph, images)
+    if format is not None:
+        verification = _against_export(graph, images, format)
     else:
         with matmul_precision(experiment):
             networks = Networks.build(experiment, dataset)
             model = restore_model(networks, folder, "qat")
             verification = verify_network(networks, model, graph, images)
-    against = "ONNX Runtime" if format == "onnx" else "the training graph"
+    against = AGAINST[format]
     result = {
         **describe_run(experiment, dataset, None),
         "of": f"the integer network and {against}, {split} split",
@@ -124,18 +128,32 @@ def verify(
     return verification
 
 
-def _against_onnx(graph: IntegerGraph, images: Split) -> Verification:
+def _against_export(graph: IntegerGraph, images: Split, format: str) -> Verification:
     from jaxqat.export.onnx import onnx_model
+
+    model = onnx_model(graph, input="uint8")
+    exported = _in_onnx_runtime(model) if format == "onnx" else _in_openvino(model)
+    deployed = integer_network(make_executor(graph))
+    return compare(deployed, exported, graph, in_batches(images))
+
+
+def _in_onnx_runtime(model: Any) -> Network:
     from jaxqat.export.onnx_run import make_runner
 
-    run = make_runner(onnx_model(graph, input="uint8").SerializeToString(), expose=True)
+    run = make_runner(model.SerializeToString(), expose=True)
 
     def exported(batch: np.ndarray) -> Observation:
         logits, codes = run(batch)
         return Observation(codes, logits)
 
-    deployed = integer_network(make_executor(graph))
-    return compare(deployed, exported, graph, in_batches(images))
+    return exported
+
+
+def _in_openvino(model: Any) -> Network:
+    from jaxqat.export.openvino import compile_openvino
+
+    run = compile_openvino(model)
+    return lambda batch: Observation({}, run(batch))
 
 
 def lowering(

@@ -32,7 +32,8 @@ def print_verification(check: dict[str, Any], console: Console) -> None:
         sqnr = "–" if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f} dB"
         counts = (f"{row[key]:,}" for key in ("codes", "differing", "largest"))
         table.add_row(Text(row["name"]), *counts, sqnr, style="red" if row["differing"] else None)
-    console.print(table)
+    if check["tensors"]:
+        console.print(table)
     console.print(_verdict(check), highlight=False, soft_wrap=True)
     for failure in check["failures"]:
         warn(failure, console)
@@ -41,6 +42,8 @@ def print_verification(check: dict[str, Any], console: Console) -> None:
 def _verdict(check: dict[str, Any]) -> str:
     largest = f" (by {check['largest']} at most)" if check["differing"] else ""
     flips = f"{check['top1_flips']:,} of {check['images']:,} images change their class"
+    if check["logits_only"]:
+        return f"verify: {flips}"
     return f"verify: {check['differing']:,} of {check['codes']:,} codes differ{largest}; {flips}"
 
 

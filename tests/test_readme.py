@@ -35,6 +35,19 @@ def test_every_row_of_the_results_table_is_that_of_a_results_file(path):
     assert f"{results['fp32']['test']['n']:,} test images" in README
 
 
+@pytest.mark.parametrize("path", RESULTS, ids=lambda p: p.parent.name)
+def test_what_is_said_of_codes_and_classes_is_what_was_counted(path):
+    check = json.loads(path.read_text())["verify"]
+    assert f"{check['differing']} of {check['codes']:,} codes differ" in README
+    in_onnx, in_openvino = (
+        json.loads((path.parent / f"evaluations/verify_{name}_test.json").read_text())
+        for name in ("onnx", "openvino")
+    )
+    assert in_onnx["differing"] == 0
+    assert f"its {in_onnx['codes']:,} codes" in README
+    assert f"{in_openvino['top1_flips']} of {in_openvino['images']:,} images change" in README
+
+
 def test_there_is_no_result_without_a_results_file():
     expected = {row for path in RESULTS for row in rows(json.loads(path.read_text()))}
     assert set(re.findall(r"^\| (?:FP32|QAT|int8, ).*\|$", README, re.MULTILINE)) == expected
