@@ -9,8 +9,9 @@ from jaxtyping import Float
 from jaxqat.integer import graph as g
 
 # An unrelated result of the same size has a relative error of 1.4, one of zeros has 1. What
-# another quantization of the same network costs, even to a few bits, stays well below.
-QUANTIZED_LIMIT = 0.7
+# quantization costs stays below, as long as tensors have some codes: 8 are what 4 bits leave
+# behind a symmetric ReLU. A network of fewer is another than its float one, which nothing bounds.
+QUANTIZED_LIMIT, FEW_CODES = 0.7, 8
 # Requantized codes are equal; the last product ends in float32, in whatever order of two or three
 # multiplications.
 EXACT_LIMIT = 2.0**-20
@@ -31,14 +32,14 @@ class Agreement:
         engine: Key of the engine.
         against: Key of the engine it is compared with.
         error: Root mean square of the difference over that of the other result.
-        limit: The largest error that is right.
+        limit: The largest error that is right; None if every finite one is.
         top1: Share of images of the same class.
     """
 
     engine: str
     against: str
     error: float
-    limit: float
+    limit: float | None
     top1: float
 
 
@@ -47,7 +48,7 @@ def compare(
     result: Float[np.ndarray, "n k"],
     against: str,
     reference: Float[np.ndarray, "n k"],
-    limit: float,
+    limit: float | None,
     where: str,
 ) -> Agreement:
     """An engine's result beside another's.
@@ -64,10 +65,12 @@ def compare(
         BenchmarkError: The error is above the limit, or one of them is not finite.
     """
     error = relative_error(result, reference)
-    if not error <= limit:  # NaN is above, too.
+    wrong = not np.isfinite(error) if limit is None else not error <= limit  # NaN is above, too.
+    if wrong:
+        allowed = "any finite number" if limit is None else f"at most {limit:.3g}"
         raise BenchmarkError(
             f"{where}: {engine} and {against} disagree: the relative error of their results is "
-            f"{error:.3g}, of at most {limit:.3g}. Times of wrong results are not reported."
+            f"{error:.3g}; right would be {allowed}. Times of wrong results are not reported."
         )
     same = result.argmax(-1) == reference.argmax(-1)
     return Agreement(engine, against, error, limit, float(same.mean()))
@@ -83,6 +86,12 @@ def relative_error(result: Any, reference: Any) -> float:
     if size == 0:
         return 0.0 if error == 0 else float("inf")
     return float(np.sqrt(error / size))
+
+
+def quantized_limit(graph: g.IntegerGraph) -> float | None:
+    """The largest relative error of an integer network to its float one, if there is a limit."""
+    coarse = any(t.high - t.low + 1 < FEW_CODES for t in graph.tensors.values())
+    return None if coarse else QUANTIZED_LIMIT
 
 
 def float_limit(graph: g.IntegerGraph, precision: str) -> float:

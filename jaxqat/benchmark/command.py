@@ -101,6 +101,8 @@ def _check(
     # Before minutes of measuring, not after.
     if json is not None and (json.is_dir() or not json.parent.is_dir()):
         raise BenchmarkError(f"json must be a file in an existing folder, got {str(json)!r}.")
+    if json is not None and not os.access(json.parent, os.W_OK):
+        raise BenchmarkError(f"json must be in a folder that can be written, got {str(json)!r}.")
 
 
 def _inference(run: Path | None, batch_sizes, rounds: int, width: int, say) -> dict[str, Any]:
@@ -154,9 +156,16 @@ def versions() -> dict[str, str | None]:
     found: dict[str, str | None] = {}
     for engine in engines_of(platform()):
         package = engine.packages[0]
-        missing = engine.missing() == package
-        found[package] = None if missing else importlib.metadata.version(package)
+        found[package] = None if engine.missing() == package else _version(package)
     return found
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # As in the distribution onnxruntime-gpu.
+        names = importlib.metadata.packages_distributions().get(package)
+        return importlib.metadata.version(names[0]) if names else "unknown"
 
 
 def _load_average() -> float | None:

@@ -166,11 +166,13 @@ def _make_onnx_static(setup: Setup) -> Bind:
             return None if batch is None else {"images": batch}
 
     with tempfile.TemporaryDirectory() as folder:
-        source, target = Path(folder) / "float.onnx", Path(folder) / "static.onnx"
+        names = ("float.onnx", "prepared.onnx", "static.onnx")
+        source, prepared, target = (Path(folder) / name for name in names)
+        source.write_bytes(float_model(setup.graph).SerializeToString())
         # The symbolic inference is for transformers, and needs SymPy.
-        quant_pre_process(float_model(setup.graph), source, skip_symbolic_shape=True)
+        quant_pre_process(source, prepared, skip_symbolic_shape=True)
         quantization.quantize_static(
-            source,
+            prepared,
             target,
             Reader(),
             quant_format=quantization.QuantFormat.QDQ,

@@ -14,9 +14,10 @@ from jaxqat.benchmark.checks import (
     BenchmarkError,
     compare,
     float_limit,
+    quantized_limit,
 )
 from jaxqat.benchmark.engines import Bind, Engine, Setup, engines_of, platform
-from jaxqat.benchmark.networks import make_images
+from jaxqat.benchmark.networks import are_usable, make_images
 from jaxqat.benchmark.timing import Call, add_ratios, alternate, summarize
 from jaxqat.integer.graph import IntegerGraph
 
@@ -25,9 +26,6 @@ BASELINES = {"ratio_to_jax_fp32": FLOAT, "ratio_to_ort_fp32": "ort_fp32"}
 CALIBRATION_BATCHES, CALIBRATION_BATCH = 4, 16
 DEFAULT_BATCHES = {"cpu": (1, 32, 256)}
 ACCELERATOR_BATCHES = (1, 32, 256, 1024)
-
-# What building, compiling and running raise for a network, or on a device, that they do not serve.
-_REFUSALS = (ValueError, RuntimeError, TypeError)
 
 Say = Callable[[str], None]
 Made = Mapping[str, tuple[Engine, Bind | str]]
@@ -61,6 +59,8 @@ def benchmark_inference(
         BenchmarkError: Engines disagree.
     """
     device = platform()
+    if pixels is not None and not are_usable(graph, pixels):
+        pixels = None
     batch = make_images(graph, CALIBRATION_BATCHES * CALIBRATION_BATCH, pixels)
     setup = Setup(graph, threads, np.split(batch, CALIBRATION_BATCHES))
     made = _make_all(engines_of(device), setup, say)
@@ -106,7 +106,7 @@ def _make_all(engines: Sequence[Engine], setup: Setup, say: Say) -> Made:
         say(f"making {engine.label}")
         try:
             made[engine.key] = engine, engine.make(setup)
-        except _REFUSALS as error:
+        except Exception as error:  # Each engine has its own, for what it does not serve.
             made[engine.key] = engine, _reason(error)
     return made
 
@@ -126,11 +126,16 @@ def _compared(
         try:
             calls[key] = bind(images)
             results[key] = np.asarray(calls[key]())
-        except _REFUSALS as error:
+        except Exception as error:
             calls.pop(key, None)
             rows[key]["not_measured"] = _reason(error)
+    where = f"batch {len(images)}"
+    for key in (FLOAT, INTEGER):
+        if key not in results:
+            reason = rows[key]["not_measured"]
+            raise BenchmarkError(f"{where}: {made[key][0].label} cannot run this network: {reason}")
     engines = {key: engine for key, (engine, _) in made.items()}
-    for agreement in check(engines, results, graph, f"batch {len(images)}"):
+    for agreement in check(engines, results, graph, where):
         rows[agreement.engine]["agreement"] = dataclasses.asdict(agreement)
     return list(rows.values()), calls
 
@@ -152,12 +157,15 @@ def check(
     Float engines are compared with JAX's FP32, integer ones with JAX's int8; that one is compared
     with FP32 itself, as is what quantizes the float network in its own way.
 
+    Args:
+        engines: By key.
+        results: Of the engines that have one, by key; JAX's FP32 and int8 are among them.
+        graph: The network.
+        where: What was run, for the error.
+
     Raises:
-        BenchmarkError: Two results differ by more than they may, or there is none to compare with.
+        BenchmarkError: Two results differ by more than they may.
     """
-    for needed in (FLOAT, INTEGER):
-        if needed not in results:
-            raise BenchmarkError(f"{where}: {engines[needed].label} cannot run this network.")
     agreements = []
     for key, result in results.items():
         if key == FLOAT:
@@ -165,10 +173,13 @@ def check(
         engine = engines[key]
         if engine.kind == "float":
             against, limit = FLOAT, float_limit(graph, engine.precision)
-        elif key == INTEGER or engine.kind == "other":
+        elif engine.kind == "other":
             against, limit = FLOAT, QUANTIZED_LIMIT
+        elif key == INTEGER:
+            against, limit = FLOAT, quantized_limit(graph)
         else:
-            against, limit = INTEGER, EXACT_LIMIT if engine.kind == "exact" else QUANTIZED_LIMIT
+            against = INTEGER
+            limit = EXACT_LIMIT if engine.kind == "exact" else quantized_limit(graph)
         agreements.append(compare(key, result, against, results[against], limit, where))
     return agreements
 

@@ -66,6 +66,13 @@ def run_pixels(workdir: Path) -> UInt8[np.ndarray, "n h w c"] | None:
     return None if samples is None else samples.images
 
 
+def are_usable(graph: IntegerGraph, pixels: UInt8[np.ndarray, "..."]) -> bool:
+    """Whether a network knows how to normalize these pixels."""
+    return len(pixels) > 0 and (
+        graph.quantize.table is not None and pixels.shape[1:] == graph.input_shape
+    )
+
+
 def make_images(
     graph: IntegerGraph, count: int, pixels: UInt8[np.ndarray, "..."] | None = None
 ) -> Float32[np.ndarray, "..."]:
@@ -74,12 +81,13 @@ def make_images(
     Args:
         graph: The network.
         count: How many; images are repeated.
-        pixels: Images to take, as far as the network knows how to normalize pixels. Without them,
-            the input is noise that spreads over the range of the network's input.
+        pixels: Images to take, which are usable. Without them, the input is noise that spreads
+            over the range of the network's input.
     """
     node = graph.quantize
     tensor = graph.tensors[node.output]
-    if pixels is not None and node.table is not None and pixels.shape[1:] == graph.input_shape:
+    if pixels is not None:
+        assert node.table is not None
         pixels = np.resize(pixels, (count, *pixels.shape[1:]))
         codes = node.table[pixels, np.arange(node.table.shape[1])].astype(np.float32)
         return np.ascontiguousarray((codes - tensor.zero_point) * tensor.scale, np.float32)

@@ -2,9 +2,10 @@
 
     seconds >= max(2 MACs / peak, bytes / bandwidth)
 
-(Williams et al. 2009, doi:10.1145/1498765.1498785.) Bytes are those of a network whose layers are
-run one by one with everything else fused into them: each reads its int8 tensors and weights once
-and writes one int8 tensor.
+(Williams et al. 2009, doi:10.1145/1498765.1498785.) Bytes are those of a network whose layers
+(products, pools, and what moves codes) run one by one, each reading its int8 tensors and weights
+once and writing one int8 tensor. Images are quantized by the layer that reads them, and a residual
+addition is part of a product that makes one of its inputs.
 """
 
 import dataclasses
@@ -22,25 +23,27 @@ class Device:
 
     Attributes:
         name: For people.
-        part: Of the name that JAX has for it.
+        kind: What JAX calls it.
         int8: Integer operations a second, dense, a multiplication and an addition being two.
         bandwidth: Of its memory, bytes a second.
     """
 
     name: str
-    part: str
+    kind: str
     int8: float
     bandwidth: float
 
 
-# The first whose `part` is in the device's name; more special names come first.
+# An 'H100 NVL' has other numbers, and so has a part of a GPU, 'NVIDIA H200 MIG 1g.18gb'.
 DEVICES = (
-    Device("NVIDIA H200", "H200", 1979e12, 4.8e12),
-    Device("NVIDIA H100 PCIe", "H100 PCIe", 1513e12, 2.0e12),
-    Device("NVIDIA H100 SXM", "H100", 1979e12, 3.35e12),
-    Device("NVIDIA A100 80GB", "A100-SXM4-80GB", 624e12, 2.039e12),
-    Device("NVIDIA A100 40GB", "A100", 624e12, 1.555e12),
-    Device("NVIDIA T4", "T4", 130e12, 0.32e12),
+    Device("NVIDIA H200", "NVIDIA H200", 1979e12, 4.8e12),
+    Device("NVIDIA H100 PCIe", "NVIDIA H100 PCIe", 1513e12, 2.0e12),
+    Device("NVIDIA H100 SXM", "NVIDIA H100 80GB HBM3", 1979e12, 3.35e12),
+    Device("NVIDIA A100 80GB PCIe", "NVIDIA A100 80GB PCIe", 624e12, 1.935e12),
+    Device("NVIDIA A100 80GB", "NVIDIA A100-SXM4-80GB", 624e12, 2.039e12),
+    Device("NVIDIA A100 40GB", "NVIDIA A100-SXM4-40GB", 624e12, 1.555e12),
+    Device("NVIDIA A100 40GB PCIe", "NVIDIA A100-PCIE-40GB", 624e12, 1.555e12),
+    Device("NVIDIA T4", "Tesla T4", 130e12, 0.32e12),
     Device("TPU v5e", "TPU v5 lite", 394e12, 0.819e12),
     Device("TPU v6e", "TPU v6 lite", 1836e12, 1.64e12),
 )
@@ -49,7 +52,7 @@ DEVICES = (
 def known_device(kind: str | None = None) -> Device | None:
     """The device of this name (None: the present one), if it is a known one."""
     kind = jax.devices()[0].device_kind if kind is None else kind
-    return next((device for device in DEVICES if device.part in kind), None)
+    return next((device for device in DEVICES if device.kind == kind), None)
 
 
 def least_seconds(graph: g.IntegerGraph, batch: int, device: Device) -> float:
@@ -68,10 +71,26 @@ def macs(graph: g.IntegerGraph) -> int:
 def traffic(graph: g.IntegerGraph, batch: int) -> int:
     """Bytes read and written for a batch, float32 images and results included."""
     example = 4 * (math.prod(graph.input_shape) + math.prod(graph.output_shape))
+    unstored = _unstored(graph)
     for node in graph.nodes:
-        tensors = [name for name in (*node.inputs, node.output) if name in graph.tensors]
-        example += sum(math.prod(graph.tensors[name].shape) for name in tensors)
+        if isinstance(node, g.Move) and node.kind == "reshape":
+            continue  # Another name for the same bytes.
+        stored = [
+            n for n in (*node.inputs, node.output) if n in graph.tensors and n not in unstored
+        ]
+        example += sum(math.prod(graph.tensors[name].shape) for name in stored)
     return graph.size_bytes() + batch * example
+
+
+def _unstored(graph: g.IntegerGraph) -> set[str]:
+    """Tensors that are never in memory, being made where they are read."""
+    names = {graph.quantize.output}
+    products = {node.output for node in graph.products()}
+    for node in graph.nodes:
+        if isinstance(node, g.Add):
+            own = [n for n in node.inputs if n in products and len(graph.readers(n)) == 1]
+            names |= set(own[:1])
+    return names
 
 
 def _shape(graph: g.IntegerGraph, name: str) -> tuple[int, ...]:

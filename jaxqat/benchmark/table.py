@@ -5,6 +5,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 
 def print_benchmark(result: Mapping[str, Any], console: Console) -> None:
@@ -12,7 +13,7 @@ def print_benchmark(result: Mapping[str, Any], console: Console) -> None:
     if result["what"] == "inference":
         for batch in result["batches"]:
             console.print(_inference_table(result, batch))
-            _print_notes(batch["notes"], console)
+            _print_notes([*_not_measured(batch), *batch["notes"]], console)
         _say(_inference_conditions(result), console)
     else:
         console.print(_training_table(result))
@@ -21,64 +22,81 @@ def print_benchmark(result: Mapping[str, Any], console: Console) -> None:
 
 
 def _inference_table(result: Mapping[str, Any], batch: Mapping[str, Any]) -> Table:
-    table = Table(title=f"{result['network']['name'] or 'inference'}: batch {batch['batch_size']}")
-    table.add_column("engine")
-    columns = ("images/s", "ms", "quartiles", "x JAX FP32", "x ORT FP32", "error against")
+    rows = [row for row in batch["engines"] if "median_s" in row]
+    name = result["network"]["name"] or "inference"
+    table = _table(f"{name}: batch {batch['batch_size']}", "engine")
+    columns = {"images/s": _rate, "ms": _milliseconds, "spread": _spread, "error": _error}
+    columns |= {"x JAX\nFP32": lambda row: _ratio(row["ratio_to_jax_fp32"])}
+    if any(row["ratio_to_ort_fp32"] is not None for row in rows):
+        columns |= {"x ORT\nFP32": lambda row: _ratio(row["ratio_to_ort_fp32"])}
+    if result["roofline"] is not None:
+        columns |= {"of\nroofline": _share}
     for column in columns:
-        table.add_column(column, justify="right")
-    on_known_device = result["roofline"] is not None
-    if on_known_device:
-        table.add_column("of roofline", justify="right")
-    for row in batch["engines"]:
-        if "not_measured" in row:
-            table.add_row(row["label"], f"[dim]{row['not_measured']}[/dim]")
-            continue
-        cells = _times(row)
-        cells += [_ratio(row["ratio_to_jax_fp32"]), _ratio(row["ratio_to_ort_fp32"])]
-        cells.append(_agreement(row))
-        if on_known_device:
-            share = row.get("roofline_share")
-            cells.append("" if share is None else f"{100 * share:.1f} %")
-        table.add_row(row["label"], *cells)
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(row["label"], *(cell(row) for cell in columns.values()))
     return table
 
 
-def _times(row: Mapping[str, Any]) -> list[str]:
-    low, high = (1000 * s for s in row["quartiles_s"])
-    return [
-        f"{row['images_per_s']:,.0f}",
-        f"{1000 * row['median_s']:.2f}",
-        f"{low:.2f} to {high:.2f}",
-    ]
+def _table(title: str, first: str) -> Table:
+    table = Table(title=Text(title))  # A name may hold what would be markup.
+    table.add_column(first, overflow="fold")
+    return table
+
+
+def _rate(row: Mapping[str, Any]) -> str:
+    return f"{row['images_per_s']:,.0f}"
+
+
+def _milliseconds(row: Mapping[str, Any]) -> str:
+    return f"{1000 * row['median_s']:.2f}"
+
+
+def _spread(row: Mapping[str, Any]) -> str:
+    low, high = row["quartiles_s"]
+    return f"{100 * (high - low) / row['median_s']:.0f} %"
 
 
 def _ratio(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 
 
-def _agreement(row: Mapping[str, Any]) -> str:
+def _error(row: Mapping[str, Any]) -> str:
     if "agreement" not in row:
         return ""
     error = row["agreement"]["error"]
-    return f"{'0' if error == 0 else f'{error:.1e}'} {row['agreement']['against']}"
+    return "0" if error == 0 else f"{error:.1e}"
+
+
+def _share(row: Mapping[str, Any]) -> str:
+    share = row.get("roofline_share")
+    return "" if share is None else f"{100 * share:.1f} %"
 
 
 def _training_table(result: Mapping[str, Any]) -> Table:
-    table = Table(title=f"training step: batch {result['batch_size']}")
-    table.add_column("precision")
-    columns = ("images/s", "ms", "quartiles", "x FP32", "temporary MB", "cosine to FP32")
+    name, batch = result["network"]["name"], result["batch_size"]
+    table = _table(f"{name}, training step: batch {batch}", "precision")
+    columns = {"images/s": _rate, "ms": _milliseconds, "spread": _spread}
+    columns |= {
+        "x FP32": lambda row: _ratio(row["ratio_to_fp32"]),
+        "temporary\nMB": _temporary,
+        "cosine\nto FP32": lambda row: f"{row['cosine_to_fp32']:.3f}",
+    }
     for column in columns:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     for row in result["precisions"]:
-        memory = row["temporary_bytes"]
-        table.add_row(
-            row["label"],
-            *_times(row),
-            _ratio(row["ratio_to_fp32"]),
-            "" if memory is None else f"{memory / 1e6:,.0f}",
-            f"{row['cosine_to_fp32']:.3f}",
-        )
+        table.add_row(row["label"], *(cell(row) for cell in columns.values()))
     return table
+
+
+def _temporary(row: Mapping[str, Any]) -> str:
+    memory = row["temporary_bytes"]
+    return "" if memory is None else f"{memory / 1e6:,.0f}"
+
+
+def _not_measured(batch: Mapping[str, Any]) -> list[str]:
+    rows = (row for row in batch["engines"] if "not_measured" in row)
+    return [f"{row['label']} is not measured: {row['not_measured']}" for row in rows]
 
 
 def _print_notes(notes: list[str], console: Console) -> None:
@@ -97,18 +115,28 @@ def _inference_conditions(result: Mapping[str, Any]) -> str:
     text = (
         f"{network['macs'] / 1e6:,.1f} M multiply-accumulates an image. Measured from float32 "
         f"images (batch, {', '.join(map(str, network['input_shape']))}), {result['images']}, "
-        f"{start}, to logits; batch norm is folded in all engines."
+        f"{start}, to logits; batch norm is folded in all engines. " + _references(result)
     )
     if not on_cpu and result["roofline"] is None:
         text += " Unknown device: no roofline."
     return text
 
 
+def _references(result: Mapping[str, Any]) -> str:
+    """What each error is relative to."""
+    text = "Errors are root mean squares of logits relative to those of JAX FP32"
+    rows = [row for row in result["batches"][-1]["engines"] if "agreement" in row]
+    of_integers = [r["label"] for r in rows if r["agreement"]["against"] == "jax_int8"]
+    if of_integers:
+        text += f"; those of {', '.join(of_integers)}, the integer network as well, to JAX int8's"
+    return f"{text}."
+
+
 def _conditions(result: Mapping[str, Any]) -> str:
     environment, load = result["environment"], result["load_average"]
     on_cpu = environment["platform"] == "cpu"
     where = environment["processor"] if on_cpu else environment["device"]
-    text = f"{where}; medians and quartiles of {result['rounds']} rounds in alternation"
+    text = f"{where}; medians of {result['rounds']} rounds in alternation, spread between quartiles"
     if on_cpu:
         text += f"; each engine uses {result['threads']} threads"
     if load is not None:

@@ -143,9 +143,13 @@ class Trainer:
             # All variants see the same augmented images: their first updates are compared.
             self._key = stage_key(experiment.seed, "fp32")
             self._state = self._init(optimizer)
-            dispatch: Any = make_dispatch(step, length)
-            arguments = (self._state, self._data, self._order, self._key)
-            self._compiled = dispatch.lower(*arguments).compile()
+            self._compiled = self._compile(step, length)
+            # Ten steps from the same start end further apart than one.
+            self._one_step = self._compiled if length == 1 else self._compile(step, 1)
+
+    def _compile(self, step: Any, length: int) -> Any:
+        dispatch: Any = make_dispatch(step, length)
+        return dispatch.lower(self._state, self._data, self._order, self._key).compile()
 
     def _init(self, optimizer: Any) -> TrainState:
         params, collections = self.networks.init()
@@ -158,9 +162,9 @@ class Trainer:
         return jax.tree.map(jnp.array, init_state(params, collections, optimizer))
 
     def first_update(self) -> list[np.ndarray]:
-        """What the first call adds to the parameters."""
+        """What the first step adds to the parameters."""
         before = jax.tree.map(np.array, jax.tree.leaves(self._state.params))
-        self._run()
+        self._run(self._one_step)
         after = jax.tree.leaves(self._state.params)
         return [np.asarray(b) - a for a, b in zip(before, after, strict=True)]
 
@@ -173,13 +177,14 @@ class Trainer:
         }
 
     def call(self) -> Call:
-        """Some steps, done when it returns."""
-        return self._run
+        """Some steps, done when it returns; warm."""
+        self._run(self._compiled)
+        return lambda: self._run(self._compiled)
 
-    def _run(self) -> None:
+    def _run(self, program: Any) -> None:
         # The state's buffers are given away, as in training.
         arguments = (self._state, self._data, self._order, self._key)
-        self._state, loss = self._compiled(*arguments)
+        self._state, loss = program(*arguments)
         jax.block_until_ready(loss)
 
 

@@ -218,9 +218,9 @@ class IntegerGraph:
     """An integer network.
 
     Invariants, checked when it is made: nodes stand in an order in which each reads what earlier
-    ones made; every tensor is made once; what only moves codes keeps their grid and bounds; arrays
-    have the stated types and shapes; codes fit int8; scales and multipliers are positive and finite; no accumulator can leave
-    int32.
+    ones made; every tensor is made once; what only moves codes keeps their bounds; arrays
+    have the stated types and shapes; codes fit int8; scales and multipliers are positive and
+    finite; no accumulator can leave int32.
 
     Attributes:
         input_shape: Of one example, without the batch; the input is float32, and uint8 too if the
@@ -291,7 +291,7 @@ def _check(graph: IntegerGraph) -> None:
             raise GraphError(f"{where}: makes {node.output!r}, which is no tensor of the graph.")
         if isinstance(node, Product):
             _check_product(graph, node, where)
-        _check_factors(node, where)
+        _check_factors(graph, node, where)
         _check_grids(graph, node, where)
         made.add(node.output)
     unmade = [name for name in (*graph.tensors, graph.output) if name not in made]
@@ -312,10 +312,11 @@ def _check_tensor(tensor: Tensor) -> None:
         raise GraphError(f"tensor {tensor.name!r}: the scale {tensor.scale} is not positive.")
 
 
-def _check_factors(node: Node, where: str) -> None:
+def _check_factors(graph: IntegerGraph, node: Node, where: str) -> None:
     factors: dict[str, tuple[np.float32, ...]] = {}
     if isinstance(node, Quantize):
         factors["inverse"] = (node.inverse,)
+        _check_table(graph, node, where)
     elif isinstance(node, Add):
         factors["multipliers"] = node.multipliers
         if len(node.multipliers) != len(node.inputs):
@@ -329,6 +330,15 @@ def _check_factors(node: Node, where: str) -> None:
             raise GraphError(f"{where}: {field} is not positive and finite, got {values}.")
 
 
+def _check_table(graph: IntegerGraph, node: Quantize, where: str) -> None:
+    table, shape = node.table, (256, *graph.input_shape[-1:])
+    if table is not None and (table.dtype != np.int8 or table.shape != shape):
+        raise GraphError(
+            f"{where}: table is {table.dtype.name} of shape {table.shape}; right would be int8 "
+            f"{shape}, one code for each value of each channel."
+        )
+
+
 def _check_grids(graph: IntegerGraph, node: Node, where: str) -> None:
     if not isinstance(node, MaxPool | Move | Concat) or node.output not in graph.tensors:
         return
@@ -339,12 +349,11 @@ def _check_grids(graph: IntegerGraph, node: Node, where: str) -> None:
             low, high = min(low, tensor.zero_point), max(high, tensor.zero_point)
         # Parts of a whole may be clipped otherwise than the others.
         same = isinstance(node, Concat) or (output.low, output.high) == (low, high)
-        if not same or (output.scale, output.zero_point) != (tensor.scale, tensor.zero_point):
+        if not same or output.zero_point != tensor.zero_point:
             raise GraphError(
-                f"{where}: moves codes from {tensor.name!r}, {low}..{high} with scale "
-                f"{tensor.scale} and zero point {tensor.zero_point}, to {output.name!r}, which is "
-                f"{output.low}..{output.high} with {output.scale} and {output.zero_point}; "
-                "right would be the same."
+                f"{where}: moves codes {low}..{high} with the zero point {tensor.zero_point} from "
+                f"{tensor.name!r} to {output.name!r}, which has {output.low}..{output.high} with "
+                f"{output.zero_point}; right would be the same."
             )
 
 
@@ -358,6 +367,12 @@ def _check_product(graph: IntegerGraph, node: Product, where: str) -> None:
                 f"{where}: {field} is {array.dtype.name} of shape {array.shape}; right would be "
                 f"{np.dtype(dtype).name}" + ("." if field == "weights" else f" ({node.channels},).")
             )
+    inputs, channels = node.weights.shape[-2] * node.groups, graph.tensors[node.inputs[0]].shape[-1]
+    if inputs != channels:
+        raise GraphError(
+            f"{where}: weights {node.weights.shape} in {node.groups} group(s) take {inputs} "
+            f"channels, but {node.inputs[0]!r} has {channels}."
+        )
     for field in ("multiplier", "weight_scale"):
         values = getattr(node, field)
         if not (np.isfinite(values) & (values > 0)).all():

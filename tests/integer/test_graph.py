@@ -1,0 +1,268 @@
+"""The integer graph's invariants: each broken once, and named by the error."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from integer import graphs
+from references import integer_graph
+
+from jaxqat.integer import graph as g
+
+GRAPH = graphs.build("residual")
+POOLED = graphs.build("concat")
+
+
+def first(graph, node_type, **fields):
+    """The first node of a type whose fields have these values, and its place."""
+    return next(
+        (place, node)
+        for place, node in enumerate(graph.nodes)
+        if isinstance(node, node_type) and all(getattr(node, k) == v for k, v in fields.items())
+    )
+
+
+def with_node(graph, node_type, **changes):
+    """The graph with changes to the first node of a type."""
+    place, node = first(graph, node_type)
+    nodes = list(graph.nodes)
+    nodes[place] = dataclasses.replace(node, **changes)
+    return dataclasses.replace(graph, nodes=tuple(nodes))
+
+
+def with_tensor(graph, name, **changes):
+    """The graph with changes to a tensor."""
+    tensors = {**graph.tensors, name: dataclasses.replace(graph.tensors[name], **changes)}
+    return dataclasses.replace(graph, tensors=tensors)
+
+
+def refused(match):
+    return pytest.raises(g.GraphError, match=match)
+
+
+def test_a_node_that_reads_a_later_tensor_is_refused():
+    nodes = (*GRAPH.nodes[:2], GRAPH.nodes[3], GRAPH.nodes[2], *GRAPH.nodes[4:])
+    with refused(f"node {nodes[2].name!r}: reads {nodes[2].inputs[0]!r}, which no node before it"):
+        dataclasses.replace(GRAPH, nodes=nodes)
+
+
+def test_a_tensor_made_twice_is_refused():
+    copy = dataclasses.replace(GRAPH.nodes[1], name="again")
+    nodes = (*GRAPH.nodes[:2], copy, *GRAPH.nodes[2:])
+    with refused(f"node 'again': makes {copy.output!r}, which is made already"):
+        dataclasses.replace(GRAPH, nodes=nodes)
+
+
+def test_a_tensor_that_no_node_makes_is_refused():
+    spare = dataclasses.replace(GRAPH.tensors["input"], name="spare")
+    with refused("no node makes 'spare'"):
+        dataclasses.replace(GRAPH, tensors={**GRAPH.tensors, "spare": spare})
+
+
+def test_a_node_that_makes_no_tensor_of_the_graph_is_refused():
+    tensors = {name: t for name, t in GRAPH.tensors.items() if name != "stem/output"}
+    with refused("node 'stem': makes 'stem/output', which is no tensor of the graph"):
+        dataclasses.replace(GRAPH, tensors=tensors)
+
+
+def test_an_output_that_no_node_makes_is_refused():
+    with refused("node 'head': makes 'logits', which is no tensor"):
+        dataclasses.replace(GRAPH, output="scores")
+    with refused("no node makes 'scores'"):
+        dataclasses.replace(GRAPH, nodes=GRAPH.nodes[:-1], output="scores")
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_a_graph_has_one_place_where_images_come_in(count):
+    _, quantize = first(GRAPH, g.Quantize)
+    second = dataclasses.replace(quantize, name="second", output="second")
+    other = dataclasses.replace(GRAPH.tensors["input"], name="second")
+    with refused("one Quantize node" if count else "reads 'input', which no node"):
+        dataclasses.replace(
+            GRAPH,
+            nodes=(*GRAPH.nodes, second) if count else GRAPH.nodes[1:],
+            tensors={**GRAPH.tensors, "second": other},
+        )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"low": -129},
+        {"high": 128},
+        {"low": 5, "high": 4},
+        {"zero_point": -129},
+        {"zero_point": 128},
+    ],
+    ids=str,
+)
+def test_codes_and_zero_points_beyond_int8_are_refused(changes):
+    with refused(r"tensor 'stem/output': codes .* with the zero point .* do not fit int8"):
+        with_tensor(GRAPH, "stem/output", **changes)
+
+
+@pytest.mark.parametrize("scale", [0, -1, np.nan, np.inf])
+def test_a_scale_that_is_not_positive_and_finite_is_refused(scale):
+    with refused(f"tensor 'stem/output': the scale .*{scale}.* is not positive"):
+        with_tensor(GRAPH, "stem/output", scale=np.float32(scale))
+
+
+ARRAYS = {"weights": np.int8, "bias": np.int32, "multiplier": np.float32}
+ARRAYS |= {"weight_scale": np.float32}
+
+
+@pytest.mark.parametrize("field", ARRAYS)
+def test_an_array_of_another_type_is_refused(field):
+    array = getattr(first(GRAPH, g.Product)[1], field)
+    right = np.dtype(ARRAYS[field]).name
+    with refused(f"node 'stem': {field} is float64 of shape .*; right would be {right}"):
+        with_node(GRAPH, g.Product, **{field: array.astype(np.float64)})
+
+
+@pytest.mark.parametrize("field", ["bias", "multiplier", "weight_scale"])
+def test_an_array_without_one_number_per_channel_is_refused(field):
+    array = getattr(first(GRAPH, g.Product)[1], field)
+    with refused(rf"node 'stem': {field} is .* of shape \(7,\); right would be .* \(8,\)"):
+        with_node(GRAPH, g.Product, **{field: array[:-1]})
+
+
+def test_weights_for_another_number_of_channels_are_refused():
+    weights = first(GRAPH, g.Product)[1].weights
+    with refused(r"node 'stem': weights \(3, 3, 2, 8\) in 1 group\(s\) take 2 .* 'input' has 3"):
+        with_node(GRAPH, g.Product, weights=weights[:, :, :2])
+    with refused("node 'stem': weights .* in 2 group.s. take 6 channels"):
+        with_node(GRAPH, g.Product, groups=2)
+
+
+def test_a_table_of_another_type_or_shape_is_refused():
+    table = GRAPH.quantize.table
+    assert table is not None
+    for bad in (table.astype(np.uint8), table[:, :2], table[1:]):
+        with refused(r"node 'input': table is .*; right would be int8 \(256, 3\)"):
+            with_node(GRAPH, g.Quantize, table=bad)
+
+
+BAD = pytest.mark.parametrize("bad", [0, -1, np.nan, np.inf])
+
+
+@BAD
+@pytest.mark.parametrize("field", ["multiplier", "weight_scale"])
+def test_one_channel_s_factor_that_is_not_positive_and_finite_is_refused(field, bad):
+    array = getattr(first(GRAPH, g.Product)[1], field).copy()
+    array[3] = bad
+    with refused(f"node 'stem': {field} is not positive and finite everywhere"):
+        with_node(GRAPH, g.Product, **{field: array})
+
+
+@BAD
+@pytest.mark.parametrize(
+    "node_type, field",
+    [(g.Quantize, "inverse"), (g.Add, "multipliers"), (g.SumPool, "multiplier")],
+)
+def test_a_factor_that_is_not_positive_and_finite_is_refused(node_type, field, bad):
+    _, node = first(GRAPH, node_type)
+    values = getattr(node, field)
+    value = np.float32(bad)
+    with refused(f"node {node.name!r}: {field} is not positive and finite, got .*{bad}"):
+        changed = (values[0], value) if isinstance(values, tuple) else value
+        with_node(GRAPH, node_type, **{field: changed})
+
+
+def test_an_addition_has_a_multiplier_for_each_input():
+    _, node = first(GRAPH, g.Add)
+    with refused(f"node {node.name!r}: has 1 multipliers for 2 inputs"):
+        with_node(GRAPH, g.Add, multipliers=node.multipliers[:1])
+
+
+@pytest.mark.parametrize("changes", [{"zero_point": 3}, {"low": -120}, {"high": 100}], ids=str)
+def test_codes_are_not_moved_onto_another_grid(changes):
+    """A lowering that stores codes by their bounds would read them with another offset."""
+    with refused("node 'pool': moves codes .* from 'stem/output' to 'pool/output'.*the same"):
+        with_tensor(GRAPH, "pool/output", **changes)
+
+
+def test_parts_of_a_concatenation_share_its_zero_point_and_may_be_clipped():
+    _, node = first(POOLED, g.Concat)
+    with refused("node 'join': moves codes"):
+        with_tensor(POOLED, node.inputs[0], zero_point=5)
+    part = POOLED.tensors[node.inputs[0]]
+    with_tensor(POOLED, node.inputs[0], low=part.low + 1)
+
+
+def product_of(codes_high, inputs, bias):
+    """A dense layer whose sum can be inputs * 127 * codes_high + bias, and no more."""
+    tensor = g.Tensor(
+        name="x", shape=(inputs,), scale=np.float32(1), zero_point=0, low=0, high=codes_high
+    )
+    one = np.ones(1, np.float32)
+    product = g.Product(
+        name="stage1/dense",
+        inputs=("x",),
+        output="y",
+        kind="dense",
+        weights=np.full((inputs, 1), 127, np.int8),
+        bias=np.array([bias], np.int32),
+        multiplier=one,
+        weight_scale=one,
+    )
+    quantize = g.Quantize(name="q", inputs=(), output="x", inverse=np.float32(1))
+    return g.IntegerGraph(
+        input_shape=(inputs,),
+        tensors={"x": tensor},
+        nodes=(quantize, product),
+        output="y",
+        output_shape=(1,),
+    )
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_an_accumulator_that_can_leave_int32_by_one_is_refused_by_the_layer_s_name(sign):
+    inputs, most = 1000, 2**31 - 1
+    bias = most - inputs * 127 * 127 if sign > 0 else -most
+    graph = product_of(127, inputs, bias)
+    assert graph.accumulator_bound(next(graph.products())) == most
+    with refused("node 'stage1/dense': its accumulator can reach 2147483648, beyond int32"):
+        product_of(127, inputs, bias + sign)
+
+
+@pytest.mark.parametrize("case", ["residual", "depthwise", "mlp"])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_the_accumulator_bound_is_what_the_worst_codes_give(case, symmetric):
+    graph = graphs.build(case, symmetric=symmetric)
+    for node in graph.products():
+        tensor = graph.tensors[node.inputs[0]]
+        weights = node.weights.reshape(-1, node.channels).astype(int)
+        sums = []
+        for sign in (1, -1):
+            # The codes that make a channel's sum as large, or as small, as it can be.
+            codes = np.where(sign * weights > 0, tensor.high, tensor.low) - tensor.zero_point
+            sums.append(np.abs((codes * weights).sum(0) + node.bias))
+        assert graph.accumulator_bound(node) == np.max(sums)
+
+
+def test_a_border_s_real_zeros_count_in_the_bound():
+    """Behind a clip to codes above the zero point, the real zero is a code beyond the bounds."""
+    graph = product_of(100, 10, 5)
+    tensor = dataclasses.replace(graph.tensors["x"], low=90)
+    graph = dataclasses.replace(graph, tensors={"x": tensor})
+    node = next(graph.products())
+    assert graph.accumulator_bound(node) == 10 * 127 * 100 + 5
+    node = dataclasses.replace(node, bias=np.array([-(10 * 127 * 100)], np.int32))
+    assert graph.accumulator_bound(node) == 10 * 127 * 100  # All taps on the border.
+
+
+def test_size_is_that_of_the_arrays():
+    weights = [p.weights.size for p in GRAPH.products()]
+    channels = [p.weights.shape[-1] for p in GRAPH.products()]
+    assert GRAPH.size_bytes() == sum(weights) + 8 * sum(channels)  # int8; int32 and float32.
+
+
+def test_readers_of_a_residual_stream_are_all_told():
+    assert [n.name for n in GRAPH.readers("pool/output")] == ["block0/conv1", "block0/add"]
+    assert GRAPH.readers("logits") == []
+
+
+def test_the_reference_interpreter_runs_the_graphs_these_tests_break():
+    """What is refused above was valid before."""
+    codes, _ = integer_graph.run(GRAPH, graphs.pixels(GRAPH, 2))
+    assert set(codes) == set(GRAPH.tensors)
