@@ -35,7 +35,7 @@ OWNERS = {
     "jsonargparse": {"config", "cli"},
     "onnx": {"export", "benchmark"},
     "onnxruntime": {"export", "benchmark"},
-    "openvino": {"benchmark"},
+    "openvino": {"export"},
     "torch": {"benchmark"},
 }
 # What composes the parts; each knows all parts and what stands before it. `cli` is on top.

@@ -54,6 +54,29 @@ def test_there_is_no_result_without_a_results_file():
     assert expected
 
 
+def speed_rows(result):
+    """The table of speeds, as the README prints it: images/s and the ratio to FP32 of its kind."""
+    sizes = [batch["batch_size"] for batch in result["batches"]]
+    yield f"| engine | {' | '.join(f'batch {size}' for size in sizes)} |"
+    for i, first in enumerate(result["batches"][0]["engines"]):
+        cells = []
+        for row in (batch["engines"][i] for batch in result["batches"]):
+            ratio = row[
+                "ratio_to_jax_fp32" if row["key"].startswith("jax") else "ratio_to_ort_fp32"
+            ]
+            cells.append(f"{row['images_per_s']:,.0f} ({ratio:.2f}×)")
+        yield f"| {first['label']} | {' | '.join(cells)} |"
+
+
+def test_every_speed_is_that_of_the_benchmark():
+    path = ROOT / "configs/results/resnet18_inference_cpu.json"
+    result = json.loads(path.read_text())
+    for row in speed_rows(result):
+        assert row in README
+    assert f"`{result['command']}`" in README
+    assert f"medians of {result['rounds']} rounds" in README
+
+
 def test_every_configuration_is_in_the_table():
     files = {path.name for path in (ROOT / "configs").glob("*.yaml")}
     assert {name for name in files if f"`configs/{name}`" in README} == files

@@ -185,17 +185,10 @@ def _make_onnx_static(setup: Setup) -> Bind:
 
 
 def _bind_openvino(model: Any, setup: Setup) -> Bind:
-    import openvino
+    from jaxqat.export.openvino import compile_openvino
 
-    options = {
-        "PERFORMANCE_HINT": "LATENCY",  # All threads work on one batch, as in the other engines.
-        "INFERENCE_NUM_THREADS": setup.threads,
-        # Processors with bfloat16 units would compute "FP32" in bfloat16.
-        "INFERENCE_PRECISION_HINT": "f32",
-    }
-    core = openvino.Core()
-    compiled = core.compile_model(core.read_model(model.SerializeToString()), "CPU", options)
-    return lambda images: lambda: compiled(images)[0]
+    run = compile_openvino(model, threads=setup.threads)
+    return lambda images: lambda: run(images)
 
 
 def _make_openvino_float(setup: Setup) -> Bind:

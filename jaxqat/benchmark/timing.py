@@ -22,10 +22,14 @@ REST_SECONDS = 0.05
 
 
 def turns(names: Sequence[str], rounds: int) -> Iterator[tuple[str, ...]]:
-    """The order of each round: all names, beginning one further each time."""
+    """The order of each round: all names, forth and back, and then beginning one further.
+
+    Otherwise each would run behind the same neighbour, and with what that leaves in the caches.
+    """
     for i in range(rounds):
-        first = i % max(len(names), 1)
-        yield (*names[first:], *names[:first])
+        first = i // 2 % max(len(names), 1)
+        order = (*names[first:], *names[:first])
+        yield order[::-1] if i % 2 else order
 
 
 def alternate(

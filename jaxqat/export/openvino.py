@@ -5,6 +5,7 @@ a residual addition into the convolution before it, where it rounds once instead
 differ by one in places. Asking it for tensors inside would undo that, so only results are given.
 """
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -23,9 +24,12 @@ def compile_openvino(model: Any, *, threads: int | None = None) -> Callable[[Any
     Raises:
         ImportError: If the package `openvino` is not installed.
     """
-    openvino = library("openvino")
+    with warnings.catch_warnings():
+        # Its import forks a process, which JAX, having threads, warns of.
+        warnings.simplefilter("ignore", RuntimeWarning)
+        openvino = library("openvino")
     options: dict[str, Any] = {
-        "PERFORMANCE_HINT": "LATENCY",  # All threads work on one batch.
+        "PERFORMANCE_HINT": "LATENCY",  # All threads work on one batch, as in other runtimes.
         # Processors with bfloat16 units would compute in it what has no integer kernel.
         "INFERENCE_PRECISION_HINT": "f32",
     }

@@ -18,8 +18,7 @@ from jaxqat.integer.emit import OUTPUT, Emitter, Pending
 from jaxqat.integer.moves import UnconvertibleError
 from jaxqat.quant import forms
 from jaxqat.quant.derive import Operand
-from jaxqat.quant.flax import QuantizedModule
-from jaxqat.quant.transform import Evaluator, QuantizedFunction
+from jaxqat.quant.transform import Evaluator, Quantized, split_arrays
 
 
 class ConversionError(ValueError):
@@ -27,7 +26,7 @@ class ConversionError(ValueError):
 
 
 def convert(
-    model: QuantizedModule | QuantizedFunction,
+    model: Quantized,
     *arguments: Any,
     requantization: g.Requantization = "float",
     preprocess: Callable[[jax.Array], jax.Array] | None = None,
@@ -44,7 +43,8 @@ def convert(
     Args:
         model: What `jaxqat.quantize` returned.
         *arguments: As for the model's `apply` (variables, *inputs), or for a function (parameters,
-            ranges, *inputs). Only shapes and types of the inputs matter.
+            ranges, *inputs), or for an NNX module (*inputs). Only shapes and types of the inputs
+            matter.
         requantization: 'float': one float32 multiplication and a rounding; 'fixed_point': an int32
             multiplier and a rounding shift, no floating point between the input's codes and the
             last accumulator.
@@ -61,7 +61,7 @@ def convert(
             range that has seen no data.
         QuantizationError: The variables hold no ranges for the model.
     """
-    if not isinstance(model, QuantizedModule | QuantizedFunction):
+    if not isinstance(model, Quantized):
         raise ConversionError(
             "convert takes what `jaxqat.quantize` returned, trained or calibrated, got "
             f"{type(model).__name__}."
@@ -71,8 +71,7 @@ def convert(
         raise ConversionError(
             f"requantization must be one of {', '.join(requantizations)}, got {requantization!r}."
         )
-    static = 1 if isinstance(model, QuantizedModule) else 2
-    state, inputs = arguments[:static], arguments[static:]
+    state, inputs = arguments[: model.state_arguments], arguments[model.state_arguments :]
     emitter, arrays = _harvest(model, state, inputs, kwargs)
     values = [np.asarray(a) for a in arrays]
     emitter.check([reason for index, reason in emitter.requirements if not values[index].all()])
@@ -163,21 +162,19 @@ def _harvest(
 ) -> tuple[_Harvester, list[jax.Array]]:
     """Traces the model and runs what the graph's arrays are made of."""
     found: list[_Harvester] = []
-    leaves, structure = jax.tree.flatten((inputs, kwargs))
-    is_array = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves]
-    arrays = [jnp.zeros(x.shape, x.dtype) for x, a in zip(leaves, is_array, strict=True) if a]
+    shapes, make_inputs = split_arrays((inputs, kwargs))
+    examples = [jnp.zeros(x.shape, x.dtype) for x in shapes]
+    parameters, make_state = split_arrays(state)
 
-    def run(state: Any, arrays: list[jax.Array]) -> list[jax.Array]:
-        rest = iter(arrays)
-        given = [next(rest) if a else x for x, a in zip(leaves, is_array, strict=True)]
-        inputs, kwargs = jax.tree.unflatten(structure, given)
+    def run(parameters: list[jax.Array], examples: list[jax.Array]) -> list[jax.Array]:
+        state, (inputs, kwargs) = make_state(parameters), make_inputs(examples)
         harvester = _Harvester()
         harvester.model(model.record(*state, *inputs, **kwargs))
         found.append(harvester)
         harvester.check(harvester.problems)
         return harvester.arrays
 
-    made = jax.jit(run)(state, arrays)
+    made = jax.jit(run)(parameters, examples)
     return found[-1], made
 
 

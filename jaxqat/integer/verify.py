@@ -15,8 +15,7 @@ import numpy as np
 
 from jaxqat.integer.execute import Executor, make_executor
 from jaxqat.integer.graph import IntegerGraph
-from jaxqat.quant.flax import QuantizedModule
-from jaxqat.quant.transform import QuantizedFunction
+from jaxqat.quant.transform import Quantized, split_arrays
 
 MOST_DIFFERING = 1e-5
 LARGEST_DIFFERENCE = 1
@@ -119,7 +118,7 @@ class Verification:
 
 
 def verify(
-    model: QuantizedModule | QuantizedFunction,
+    model: Quantized,
     *state: Any,
     graph: IntegerGraph,
     batches: Iterable[np.ndarray],
@@ -133,7 +132,7 @@ def verify(
 
     Args:
         model: What `jaxqat.quantize` returned.
-        *state: Its variables; of a function, its parameters and ranges.
+        *state: Its variables; of a function, its parameters and ranges; of an NNX module, nothing.
         graph: What `convert` made of it.
         batches: Images, as the integer network takes them.
         preprocess: Makes the model's input from them; None if they are it.
@@ -153,26 +152,28 @@ def training_network(
     model: Any, *state: Any, preprocess: Callable[[Any], Any], **kwargs: Any
 ) -> Network:
     """The quantized model in inference mode."""
+    parameters, make_state = split_arrays(state)
 
     @jax.jit
-    def run(state, images):
-        evaluator = model.record(*state, preprocess(images), **kwargs)
+    def run(parameters, images):
+        evaluator = model.record(*make_state(parameters), preprocess(images), **kwargs)
         return {"/".join(k): c.codes for k, c in evaluator.codes.items()}, evaluator.results
 
-    return lambda images: _one_result(*run(state, images))
+    return lambda images: _one_result(*run(parameters, images))
 
 
 def float_network(
     model: Any, *state: Any, preprocess: Callable[[Any], Any], **kwargs: Any
 ) -> Network:
     """The model in float, with the real values of the tensors that are quantized."""
+    parameters, make_state = split_arrays(state)
 
     @jax.jit
-    def run(state, images):
-        evaluator = model.observe(*state, preprocess(images), **kwargs)
+    def run(parameters, images):
+        evaluator = model.observe(*make_state(parameters), preprocess(images), **kwargs)
         return {"/".join(k): x for k, x in evaluator.observed.items()}, evaluator.results
 
-    return lambda images: _one_result(*run(state, images))
+    return lambda images: _one_result(*run(parameters, images))
 
 
 def integer_network(executor: Executor) -> Network:

@@ -116,7 +116,7 @@ def _summed(operation: Operation, form: Form | None) -> Form | None:
         return None
     total = operation.bind(form.codes.astype(jnp.int32) - form.grid.zero.astype(jnp.int32))
     return Accumulator(
-        total.astype(jnp.float32),
+        total,
         jnp.int32(0),
         form.grid.scale,
         jnp.float32(1),

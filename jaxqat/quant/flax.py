@@ -2,9 +2,10 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, overload
+from typing import Any, ClassVar, overload
 
 import flax.linen as nn
+import jax
 from flax.core import DenyList, unfreeze
 from flax.core.scope import in_filter
 
@@ -37,6 +38,8 @@ class QuantizedModule:
 
     module: nn.Module
     recipe: Recipe
+
+    state_arguments: ClassVar[int] = 1
 
     def init(self, rngs: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The module's variables, and ranges that have seen nothing yet."""
@@ -163,30 +166,39 @@ def quantize(model: Any, recipe: Recipe | str = "int8") -> Any:
     quantized products. The parameter tree is the same.
 
     Args:
-        model: A Flax Linen module, or a function of (parameters, *inputs).
+        model: A Flax module (Linen or NNX), an Equinox module, or a function of (parameters,
+            *inputs).
         recipe: A `Recipe`, or the name of a preset ('int8', 'int8_symmetric').
 
     Returns:
-        For a module, an object with Linen's `init` and `apply`; for a function, a function of
-        (parameters, ranges, *inputs).
+        For a Linen module, an object with Linen's `init` and `apply`. For an NNX module, an NNX
+        module with a copy of it (`jaxqat.quant.nnx.QuantizedNNX`). For a function, a function of
+        (parameters, ranges, *inputs). For an Equinox module the same, whose parameters are the
+        module and whose inputs are batches: the module is mapped over them.
 
     Raises:
-        QuantizationError: The model is neither; for an NNX module, it says how to make a function.
+        QuantizationError: The model is none of these.
         RecipeError: There is no such preset.
     """
     recipe = Recipe.preset(recipe) if isinstance(recipe, str) else recipe
     if isinstance(model, nn.Module):
         return QuantizedModule(model, recipe)
-    if any(c.__module__.startswith("flax.nnx") for c in type(model).__mro__):
-        # Told by name: importing flax.nnx imports optax.
-        raise QuantizationError(
-            f"An NNX module ({type(model).__name__}) holds its own parameters; quantize the "
-            "function of them: graph, params = nnx.split(model); "
-            "quantize(lambda params, *inputs: nnx.merge(graph, params)(*inputs))."
-        )
+    if _is_of("flax.nnx", model):
+        from jaxqat.quant.nnx import QuantizedNNX
+
+        return QuantizedNNX(model, recipe)
+    if _is_of("equinox", model) and callable(model):
+        # Its layers know single examples.
+        return QuantizedFunction(lambda module, *inputs: jax.vmap(module)(*inputs), recipe)
     if callable(model):
         return QuantizedFunction(model, recipe)
     raise QuantizationError(
-        "quantize takes a Flax Linen module or a function of (parameters, *inputs), got "
-        f"{type(model).__name__}."
+        "quantize takes a Flax module (Linen or NNX), an Equinox module or a function of "
+        f"(parameters, *inputs), got {type(model).__name__}."
     )
+
+
+def _is_of(package: str, model: Any) -> bool:
+    """Whether a class of the package is among those of the model: known without importing it."""
+    modules = {base.__module__ for base in type(model).__mro__}
+    return any(name == package or name.startswith(f"{package}.") for name in modules)

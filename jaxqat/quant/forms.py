@@ -114,7 +114,7 @@ class Accumulator:
     """input_scale * weight_scale * (total + correction) + offset, with integers in the brackets.
 
     Attributes:
-        total: Sum of products of codes, an integer, as float32.
+        total: Sum of products of codes, int32.
         correction: Integer added to it (the zero points' part).
         input_scale: Real units per code of the input; a scalar.
         weight_scale: Real units per code of the weights, factors behind the product included;
@@ -123,7 +123,7 @@ class Accumulator:
         source: What was summed.
     """
 
-    total: Float[Array, "..."]
+    total: Int[Array, "..."]
     correction: Int[Array, "..."]
     input_scale: Float[Array, ""]
     weight_scale: Float[Array, "..."]
@@ -139,7 +139,7 @@ class Accumulator:
 
     def _scaled(self, grid: Grid | None) -> Float[Array, "..."]:
         alive, bias, _, multiplier = self.coefficients(grid)
-        total = jnp.where(alive, self.total, 0.0).astype(jnp.int32)
+        total = jnp.where(alive, self.total, 0)
         correction = jnp.where(alive, self.correction, 0)
         # One conversion of one int32 sum: in float32 the order of two additions would matter
         # beyond 2**24.

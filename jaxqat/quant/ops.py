@@ -192,14 +192,14 @@ class ProductResult(NamedTuple):
 
     Attributes:
         real: The result y, which carries the gradients.
-        total: sum(q k), the accumulator, as float32.
+        total: sum(q k), the accumulator, int32.
         correction: -z sum(k), int32, broadcastable to the result.
         weight_scale: s_w, broadcastable to the result.
         weight_codes: k, as the weights lie.
     """
 
     real: Array
-    total: Float[Array, "..."]
+    total: Int[Array, "..."]
     correction: Int[Array, "..."]
     weight_scale: Float[Array, "..."]
     weight_codes: Int8[Array, "..."]
@@ -245,7 +245,7 @@ def _multiply_forward(how, x, codes, grid, weights):
         correction = -grid.zero_point * sums
     channels = [1 if a in how.product.channel_axes else n for a, n in enumerate(weights.shape)]
     per_channel = how.product.over_output(jnp.broadcast_to(weight_scale, channels))
-    sums = total + correction.astype(jnp.float32)
+    sums = (total + correction).astype(jnp.float32)
     real = (sums * (grid.scale * per_channel)).astype(how.dtype)
     # Empty arrays carry the types of the two gradients to the backward pass.
     like = (None if x is None else x[..., :0], weights[..., :0])

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int, Int8
+from jaxtyping import Array, Int, Int8
 
 
 class Product(Protocol):
@@ -42,8 +42,8 @@ class Product(Protocol):
 
     def accumulate(
         self, codes: Int8[Array, "..."], weights: Int8[Array, "..."]
-    ) -> Float[Array, "..."]:
-        """s8 x s8 -> s32 sums of code products, converted to float32."""
+    ) -> Int[Array, "..."]:
+        """s8 x s8 -> s32 sums of code products."""
         ...
 
     def zero_sums(self, shape: tuple[int, ...], weights: Int8[Array, "..."]) -> Int[Array, "..."]:
@@ -79,7 +79,9 @@ class Convolution:
         return values.reshape(shape)
 
     def accumulate(self, codes, weights):
-        return lax.platform_dependent(codes, weights, cpu=self._widened, default=self._integer)
+        return lax.platform_dependent(
+            codes, weights, cpu=self._widened, cuda=self._by_cudnn, default=self._integer
+        )
 
     def zero_sums(self, shape, weights):
         borders = any(low or high for low, high in self.params["padding"])
@@ -88,10 +90,17 @@ class Convolution:
             return self.over_output(sums)
         batch = self.params["dimension_numbers"].lhs_spec[0]
         ones = jnp.ones((*shape[:batch], 1, *shape[batch + 1 :]), jnp.int8)
-        return self.accumulate(ones, weights).astype(jnp.int32)
+        return self.accumulate(ones, weights)
+
+    def _by_cudnn(self, codes, weights):
+        """Through float32, since cuDNN has no s8 convolution with s32 output: exact below 2**24.
+
+        The bounds keep XLA from taking the two conversions for none.
+        """
+        sums = self._integer(codes, weights).astype(jnp.float32)
+        return jnp.clip(sums, -(2.0**30), 2.0**30).astype(jnp.int32)
 
     def _integer(self, codes, weights):
-        # The s32 result is converted at once: cuDNN has no s8 convolution with s32 output.
         return lax.conv_general_dilated(
             codes,
             weights,
@@ -103,7 +112,7 @@ class Convolution:
             feature_group_count=self.params["feature_group_count"],
             precision=lax.Precision.DEFAULT,
             preferred_element_type=jnp.int32,
-        ).astype(jnp.float32)
+        )
 
     def _widened(self, codes, weights):
         """The same sums in channel counts for which XLA's CPU backend has a fast kernel.
@@ -176,7 +185,7 @@ class Dot:
             self.params["dimension_numbers"],
             precision=lax.Precision.DEFAULT,
             preferred_element_type=jnp.int32,
-        ).astype(jnp.float32)
+        )
 
     def real(self, x, weights):
         return self.primitive.bind(*self._ordered(x, weights), **self.params)

@@ -8,8 +8,8 @@ them.
 
 import dataclasses
 import enum
-from collections.abc import Callable, Mapping
-from typing import Any, Self
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -202,6 +202,20 @@ def _form_inside(jaxpr: Any, operands: list[derive.Operand]) -> forms.Form | Non
     return read(inner.outputs[0]).form
 
 
+def split_arrays(tree: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
+    """The array leaves of a tree, and what makes the tree from them: all other leaves are static.
+
+    Such leaves stand among parameters too, as the functions that an Equinox module holds.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+
+    def rebuild(arrays: Sequence[Any]) -> Any:
+        rest = iter(arrays)
+        return jax.tree.unflatten(structure, [next(rest) if _is_array(x) else x for x in leaves])
+
+    return [leaf for leaf in leaves if _is_array(leaf)], rebuild
+
+
 def _is_array(leaf: Any) -> bool:
     return isinstance(leaf, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct))
 
@@ -246,6 +260,26 @@ def _path(path: tuple[Any, ...]) -> Key:
     ) or ("parameters",)
 
 
+@runtime_checkable
+class Quantized(Protocol):
+    """What `jaxqat.quantize` returns: a Linen module, an NNX module or a function.
+
+    Attributes:
+        state_arguments: How many arguments of its methods come before the inputs: variables, or
+            parameters and ranges, or none for a module that holds them itself.
+    """
+
+    state_arguments: ClassVar[int]
+
+    def record(self, *arguments: Any, **kwargs: Any) -> Evaluator:
+        """The finished evaluation with frozen ranges: codes, forms, results."""
+        ...
+
+    def observe(self, *arguments: Any, **kwargs: Any) -> Evaluator:
+        """The finished evaluation in float: the tensors that would be quantized, results."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class QuantizedFunction:
     """A function of (parameters, *inputs) with quantized products.
@@ -257,6 +291,8 @@ class QuantizedFunction:
 
     function: Callable[..., Any]
     recipe: Recipe
+
+    state_arguments: ClassVar[int] = 2
 
     def __call__(self, parameters: Any, state: Any, *inputs: Any, update: bool = False) -> Any:
         """The function on integers.

@@ -17,8 +17,7 @@ from jaxqat.benchmark import command as module
 from jaxqat.benchmark.networks import make_images, random_network
 from jaxqat.benchmark.table import print_benchmark
 
-compiled_once, small_network = tiny_run.compiled_once, tiny_run.small_network
-console, finished = tiny_run.console, tiny_run.finished
+compiled_once, console = tiny_run.compiled_once, tiny_run.console
 
 
 def run_command(*arguments):
@@ -117,27 +116,6 @@ def test_the_table_fits_a_narrow_terminal(measured):
     (row,) = [line for line in table if "JAX FP32" in line][:1]
     # Engine, images/s, ms, spread and the ratio to itself; it has no error.
     assert len([cell for cell in row.split("│") if cell.strip()]) >= 5
-
-
-def test_a_run_s_network_is_measured_on_its_images(finished, console):
-    result = benchmark(finished, batch_sizes=[1, 2], rounds=1, console=console)
-    assert result["run"] == str(finished)
-    assert result["images"] == "test images of the run"
-    assert result["network"]["name"] == "tiny"
-    assert [batch["batch_size"] for batch in result["batches"]] == [1, 2]
-    assert "tiny: batch 1" in console.file.getvalue()
-    assert "tiny: batch 2" in console.file.getvalue()
-
-
-def test_training_of_a_run_s_network_is_measured(finished, small_network, console, tmp_path):
-    path = tmp_path / "speed.json"
-    benchmark(finished, what="train", batch_sizes=[8], rounds=1, json=path, console=console)
-    result = json.loads(path.read_text())
-    assert result["what"] == "train"
-    assert result["batch_size"] == 8
-    assert result["image_shape"] == [8, 8, 1]
-    assert [row["key"] for row in result["precisions"]] == ["fp32", "bf16", "qat"]
-    assert "QAT int8" in console.file.getvalue()
 
 
 @pytest.mark.parametrize(

@@ -32,12 +32,12 @@ def clock(monkeypatch):
     return Clock(monkeypatch)
 
 
-def test_engines_take_turns_and_each_round_begins_one_further(clock):
+def test_engines_take_turns_forth_and_back_and_then_one_further(clock):
     calls = {name: clock.call(name, 1.0) for name in "abc"}
     seconds = timing.alternate(calls, rounds=4, turn_seconds=0.5, rest_seconds=0.25)
     names = [entry for entry in clock.log if isinstance(entry, str)]
     # One call of each tells how long it takes.
-    assert "".join(names) == "abc" + "abc" + "bca" + "cab" + "abc"
+    assert "".join(names) == "abc" + "abc" + "cba" + "bca" + "acb"
     assert seconds == {name: [1.0] * 4 for name in "abc"}
 
 

@@ -53,6 +53,7 @@ def test_the_batch_size_makes_no_difference(name, batch):
     assert_same(model(images), integer_graph.run(graph, images), every=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_resnet18_s_codes_and_logits_are_those_of_the_training_graph(recipe):
     images = inputs(5, (16, 16, 3))

@@ -91,6 +91,7 @@ def test_the_batch_size_makes_no_difference(lowering):
         assert_same(run(graph, lowering, images[:batch]), expected)
 
 
+@pytest.mark.slow
 def test_resnet18_on_the_cpu_gives_the_references_codes():
     images = inputs(5, (16, 16, 3))
     graph = trained(models.resnet18(), "int8_symmetric", images=images).convert((16, 16, 3))

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from flax.traverse_util import flatten_dict
 from references.network import LAYERS, SITES, IntegerResidual, Residual, randomized
 
@@ -268,29 +267,6 @@ def test_a_plain_function_is_quantized_with_its_state_beside_it():
     assert int(moved["in"]["input"]["count"]) == 2
 
 
-class NnxClassifier(nnx.Module):
-    def __init__(self, rngs):
-        self.conv = nnx.Conv(3, 20, (3, 3), rngs=rngs)
-        self.head = nnx.Linear(20, 5, rngs=rngs)
-
-    def __call__(self, x):
-        return self.head(nnx.relu(self.conv(x)).mean((1, 2)))
-
-
-def test_an_nnx_module_is_quantized_as_a_function_of_its_state(images):
-    model = NnxClassifier(nnx.Rngs(0))
-    with pytest.raises(jaxqat.QuantizationError, match=r"NNX module.*nnx\.split"):
-        jaxqat.quantize(model)
-    graph, params = nnx.split(model)
-    quantized = jaxqat.quantize(lambda params, x: nnx.merge(graph, params)(x))
-    table = quantized.describe(params, images)
-    assert [(info.kind, info.act_bits) for info in table] == [("conv", 8), ("dense", 8)]
-    assert "conv" in table[0].path and "head" in table[1].path
-    state = quantized.calibrate(params, quantized.init_ranges(params, images), images)
-    actual, expected = quantized(params, state, images), model(images)
-    assert np.linalg.norm(actual - expected) < 0.05 * np.linalg.norm(expected)
-
-
 def test_variables_without_ranges_are_an_error_that_says_what_to_do(images):
     quantized = jaxqat.quantize(Residual())
     variables = plain_variables()
@@ -301,5 +277,5 @@ def test_variables_without_ranges_are_an_error_that_says_what_to_do(images):
 
 
 def test_what_is_neither_module_nor_function_is_refused():
-    with pytest.raises(jaxqat.QuantizationError, match=r"Linen module or a function .* got int"):
+    with pytest.raises(jaxqat.QuantizationError, match=r"Flax module .* or a function .* got int"):
         jaxqat.quantize(3)  # pyright: ignore

@@ -242,7 +242,7 @@ class Platform:
     def codes(self, name: str, stored: Array) -> Int[Array, "..."]:
         """The int8 codes of a stored tensor."""
         offset = self.offset(self.graph.tensors[name])
-        return (stored.astype(jnp.int32) - offset).astype(jnp.int8) if offset else stored
+        return (stored.astype(jnp.int32) - offset).astype(jnp.int8)
 
     def result(self, values: dict[str, Array]) -> Array:
         """The network's real result."""

@@ -1,0 +1,114 @@
+"""The face that NNX users see: a quantized module that is a module itself."""
+
+from typing import Any, ClassVar
+
+import jax
+from flax import nnx
+
+from jaxqat.quant.recipe import Recipe
+from jaxqat.quant.trace import LayerInfo, Plan, QuantizationError
+from jaxqat.quant.transform import Call, Evaluator, Mode, QuantizedFunction, nest
+
+
+class QuantRanges(nnx.Variable):
+    """Activation ranges: what jaxqat adds to a module's state."""
+
+
+class QuantizedNNX(nnx.Module):
+    """An NNX module whose convolutions and dense layers multiply integers.
+
+    It holds a copy of the module, and the ranges as one variable more. Ranges move in training as
+    batch norm's statistics do: after `train()`, and not after `eval()`.
+
+        model = jaxqat.quantize(module, "int8")
+        model.calibrate(images)  # Once a batch, a few batches.
+        optimizer = nnx.Optimizer(model, optax.sgd(1e-3), wrt=nnx.Param)
+        logits = model(images)
+
+    Attributes:
+        module: A copy of the module that was given.
+        recipe: How to quantize.
+        ranges: Activation ranges, as nested dictionaries; empty before calibration.
+        use_running_average: Whether ranges are frozen; `train` and `eval` set it.
+    """
+
+    state_arguments: ClassVar[int] = 0
+
+    def __init__(self, module: nnx.Module, recipe: Recipe):
+        self.module = nnx.clone(module)
+        self.recipe = recipe
+        self.ranges = QuantRanges({})
+        self.use_running_average = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's result, computed on integers.
+
+        Raises:
+            QuantizationError: There are no ranges yet.
+        """
+        if not self.ranges.get_value():
+            raise QuantizationError(
+                "The module has no activation ranges yet: make them with `calibrate` on a few "
+                "batches."
+            )
+        mode = Mode.FROZEN if self.use_running_average else Mode.TRAIN
+        (result, state), evaluator = self._evaluate(args, kwargs, mode, keep=True)
+        nnx.update(self.module, state)
+        if mode is Mode.TRAIN:
+            self.ranges.set_value(nest(evaluator.new_ranges))
+        return result
+
+    def init_ranges(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Ranges that have seen nothing yet; the module is not changed."""
+        return QuantizedFunction.empty_ranges(self._plan(args, kwargs))
+
+    def calibrate(self, *args: Any, **kwargs: Any) -> None:
+        """Observe one more batch of the module in float; only `ranges` changes."""
+        if not self.ranges.get_value():
+            self.ranges.set_value(self.init_ranges(*args, **kwargs))
+        evaluator = self.observe(*args, **kwargs)
+        self.ranges.set_value(nest(evaluator.new_ranges))
+
+    def describe(self, *args: Any, **kwargs: Any) -> tuple[LayerInfo, ...]:
+        """Every product of the module: its bits, or why it stays in float."""
+        return self._plan(args, kwargs).table
+
+    def codes(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Codes (int8) of every quantized tensor, by the path of its range, ranges frozen."""
+        evaluator = self.record(*args, **kwargs)
+        return {"/".join(key): tensor.codes for key, tensor in evaluator.codes.items()}
+
+    def record(self, *args: Any, **kwargs: Any) -> Evaluator:
+        """The finished evaluation with frozen ranges: codes, forms, results."""
+        return self._evaluate(args, kwargs, Mode.FROZEN)[1]
+
+    def observe(self, *args: Any, **kwargs: Any) -> Evaluator:
+        """The finished evaluation in float: the tensors that would be quantized, results."""
+        return self._evaluate(args, kwargs, Mode.CALIBRATE)[1]
+
+    def _plan(self, args: Any, kwargs: Any) -> Plan:
+        function, parameters, others = self._function(keep=False)
+        return function.checked_plan(Call.of(parameters, others, (args, kwargs)))
+
+    def _evaluate(self, args: Any, kwargs: Any, mode: Mode, *, keep: bool = False) -> Any:
+        function, parameters, others = self._function(keep)
+        ranges = self.ranges.get_value()
+        return function.evaluate(parameters, ranges, others, (args, kwargs), mode)
+
+    def _function(self, keep: bool) -> tuple[QuantizedFunction, Any, Any]:
+        """The module as a function of its state.
+
+        Args:
+            keep: Whether the function returns the state after the call beside the result.
+        """
+        graph, parameters, others = nnx.split(self.module, nnx.Param, ...)
+
+        def function(values: Any, others: Any, args: Any, kwargs: Any) -> Any:
+            given = jax.tree.map(lambda x: x, parameters)  # A copy: what follows changes it.
+            nnx.replace_by_pure_dict(given, values)
+            module = nnx.merge(graph, given, others)
+            result = module(*args, **kwargs)
+            return (result, nnx.state(module, nnx.Not(nnx.Param))) if keep else result
+
+        # Layers are named by the paths of plain dictionaries.
+        return QuantizedFunction(function, self.recipe), nnx.to_pure_dict(parameters), others
