@@ -13,6 +13,7 @@ from jaxqat.quant import (
     Recipe,
     RecipeError,
     Rule,
+    calibrate,
     quantize,
 )
 
@@ -34,6 +35,7 @@ __all__ = [
     "Rule",
     "Verification",
     "__version__",
+    "calibrate",
     "convert",
     "load",
     "make_executor",

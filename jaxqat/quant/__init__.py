@@ -1,5 +1,6 @@
 """The quantization core: what is quantized, with which ranges, by which integer arithmetic."""
 
+from jaxqat.quant.calibrate import calibrate
 from jaxqat.quant.flax import QuantizedModule, quantize
 from jaxqat.quant.recipe import Recipe, RecipeError, Rule
 from jaxqat.quant.trace import LayerInfo, QuantizationError
@@ -13,5 +14,6 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "Rule",
+    "calibrate",
     "quantize",
 ]

@@ -36,17 +36,14 @@ def calibrate(
         QuantizationError: There is no batch, or what it makes of a tensor is not finite.
     """
     quantized = quantize(model, recipe)
+    state = (variables,)[: quantized.state_arguments]
+    observe = _observer(quantized, state, kwargs)
     ranges: Any = None
     for batch in batches:
         inputs = batch if isinstance(batch, tuple) else (batch,)
-        if isinstance(quantized, QuantizedModule | QuantizedFunction):
-            if ranges is None:
-                ranges = _first_ranges(quantized, variables, inputs, kwargs)
-                observe = _compiled(quantized, variables, kwargs)
-            ranges = observe(ranges, inputs)
-        else:
-            quantized.calibrate(*inputs, **kwargs)
-            ranges = quantized.ranges.get_value()
+        if ranges is None:
+            ranges = quantized.init_ranges(*state, *inputs, **kwargs)
+        ranges = observe(ranges, inputs)
     if ranges is None:
         raise QuantizationError(
             "There is no batch to calibrate with: `batches` is empty; a few batches of inputs are "
@@ -55,26 +52,30 @@ def calibrate(
     _check_finite(ranges)
     if isinstance(quantized, QuantizedModule):
         return quantized, {**variables, COLLECTION: ranges}
-    return (
-        (quantized, variables, ranges) if isinstance(quantized, QuantizedFunction) else (quantized,)
-    )
+    if isinstance(quantized, QuantizedFunction):
+        return quantized, variables, ranges
+    return (quantized,)
 
 
-def _first_ranges(quantized: Any, variables: Any, inputs: Any, kwargs: Any) -> Any:
-    return quantized.init_ranges(variables, *inputs, **kwargs)
+def _observer(quantized: Any, state: tuple[Any, ...], kwargs: Any) -> Any:
+    """A function of ranges and inputs: the ranges after them."""
 
+    def in_place(ranges: Any, inputs: Any) -> Any:
+        quantized.ranges.set_value(ranges)
+        quantized.calibrate(*inputs, **kwargs)
+        return quantized.ranges.get_value()
 
-def _compiled(quantized: Any, variables: Any, kwargs: Any) -> Any:
-    """Ranges and inputs to the ranges after them."""
-    arrays, make_variables = split_arrays(variables)
+    arrays, make_state = split_arrays(state)
 
     @jax.jit
     def observe(arrays: Any, ranges: Any, inputs: Any) -> Any:
-        variables = make_variables(arrays)
+        state = make_state(arrays)
         if isinstance(quantized, QuantizedModule):
-            return quantized.calibrate({**variables, COLLECTION: ranges}, *inputs, **kwargs)
-        return quantized.calibrate(variables, ranges, *inputs, **kwargs)
+            return quantized.calibrate({**state[0], COLLECTION: ranges}, *inputs, **kwargs)
+        return quantized.calibrate(*state, ranges, *inputs, **kwargs)
 
+    if not state:  # A module that holds its state itself.
+        return in_place
     return lambda ranges, inputs: observe(arrays, ranges, inputs)
 
 

@@ -1,0 +1,104 @@
+"""Post-training quantization: what is observed, and what comes out of it."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jaxqat
+
+
+class Perceptron(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(5, name="out")(nn.relu(nn.Dense(16, name="in")(x)))
+
+
+@pytest.fixture(scope="module")
+def batches():
+    rng = np.random.default_rng(0)
+    return [rng.normal(scale=1 + i, size=(16, 12)).astype(np.float32) for i in range(3)]
+
+
+@pytest.fixture(scope="module")
+def variables():
+    return Perceptron().init(jax.random.key(0), jnp.zeros((1, 12)))
+
+
+def test_ranges_are_the_means_of_the_batches_extremes(variables, batches):
+    _, calibrated = jaxqat.calibrate(Perceptron(), variables, batches)
+    layer = variables["params"]["in"]
+    hidden = [np.maximum(x @ layer["kernel"] + layer["bias"], 0) for x in batches]
+    for name, tensors in (("in", batches), ("out", hidden)):
+        found = calibrated["quant"][name]["input"]
+        # Matrix products of 12 terms, and three steps of a float32 mean.
+        np.testing.assert_allclose(found["min"], np.mean([x.min() for x in tensors]), rtol=2**-20)
+        np.testing.assert_allclose(found["max"], np.mean([x.max() for x in tensors]), rtol=2**-20)
+        assert int(found["count"]) == 3
+    assert "quant" not in variables
+    assert calibrated["params"] is variables["params"]
+
+
+def test_without_training_the_integer_network_is_close_to_the_float_one(variables, batches):
+    model, calibrated = jaxqat.calibrate(Perceptron(), variables, batches)
+    graph = jaxqat.convert(model, calibrated, batches[0])
+    check = jaxqat.verify(model, calibrated, graph=graph, batches=batches)
+    assert check.failures == ()
+    expected = Perceptron().apply(variables, batches[0])
+    actual = jaxqat.make_executor(graph)(batches[0])
+    # 8 bits: a step is 1/255 of a range, its error at most half of one, in each of two layers.
+    assert np.linalg.norm(actual - expected) < 0.02 * np.linalg.norm(expected)
+
+
+def test_functions_and_nnx_modules_are_calibrated_alike(variables, batches):
+    function = lambda params, x: Perceptron().apply({"params": params}, x)  # noqa: E731
+    model, params, ranges = jaxqat.calibrate(function, variables["params"], batches)
+    _, calibrated = jaxqat.calibrate(Perceptron(), variables, batches)
+    jax.tree.map(np.testing.assert_array_equal, ranges, calibrated["quant"])
+    by_function = jaxqat.make_executor(jaxqat.convert(model, params, ranges, batches[0]))
+
+    module = nnx.Sequential(
+        nnx.Linear(12, 16, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(16, 5, rngs=nnx.Rngs(1))
+    )
+    for layer, name in ((module.layers[0], "in"), (module.layers[2], "out")):
+        layer.kernel[...], layer.bias[...] = params[name]["kernel"], params[name]["bias"]
+    (quantized,) = jaxqat.calibrate(module, None, batches)
+    by_module = jaxqat.make_executor(jaxqat.convert(quantized, batches[0]))
+    np.testing.assert_array_equal(by_module(batches[1]), by_function(batches[1]))
+
+
+def test_several_inputs_are_given_as_a_tuple(batches):
+    def function(params, x, y):
+        return x @ params["a"]["kernel"] + y @ params["b"]["kernel"]
+
+    rng = np.random.default_rng(1)
+    params = {name: {"kernel": jnp.asarray(rng.normal(size=(12, 4)))} for name in "ab"}
+    _, _, ranges = jaxqat.calibrate(function, params, [(batches[0], batches[1])])
+    assert float(ranges["a"]["input"]["max"]) == batches[0].max()
+    assert float(ranges["b"]["input"]["max"]) == batches[1].max()
+
+
+def test_no_batch_is_an_error_that_says_what_is_needed(variables):
+    with pytest.raises(jaxqat.QuantizationError, match=r"`batches` is empty; a few batches"):
+        jaxqat.calibrate(Perceptron(), variables, [])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_values_that_are_not_finite_are_named_by_their_tensor(variables, batches, value):
+    bad = batches[0].copy()
+    bad[3, 4] = value
+    with pytest.raises(jaxqat.QuantizationError, match=r"in/input.* not finite"):
+        jaxqat.calibrate(Perceptron(), variables, [batches[0], bad])
+
+
+def test_a_constant_zero_tensor_quantizes_to_zeros(variables):
+    zeros = np.zeros((4, 12), np.float32)
+    model, calibrated = jaxqat.calibrate(Perceptron(), variables, [zeros])
+    codes = model.codes(calibrated, zeros)
+    np.testing.assert_array_equal(codes["in/input"], np.full((4, 12), -128, np.int8))
+    logits = model.apply(calibrated, zeros)
+    expected = Perceptron().apply(variables, zeros)
+    # Biases of a few tenths, rounded to accumulator units far below that.
+    np.testing.assert_allclose(logits, expected, atol=0.02)
