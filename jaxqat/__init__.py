@@ -1,6 +1,7 @@
 """jaxqat: int8 quantization-aware training for JAX, by transforming a model's computation."""
 
 from jaxqat.integer.convert import ConversionError, convert
+from jaxqat.integer.describe import Description, describe
 from jaxqat.integer.execute import ExecutionError, Executor, make_executor
 from jaxqat.integer.graph import GraphError, IntegerGraph
 from jaxqat.integer.store import ArtifactError, load, save
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ArtifactError",
     "ConversionError",
+    "Description",
     "ExecutionError",
     "Executor",
     "GraphError",
@@ -37,6 +39,7 @@ __all__ = [
     "__version__",
     "calibrate",
     "convert",
+    "describe",
     "load",
     "make_executor",
     "quantize",

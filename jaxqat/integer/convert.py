@@ -6,7 +6,7 @@ bias and multiplier. Nothing is computed a second time, so nothing can come out 
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -22,7 +22,15 @@ from jaxqat.quant.transform import Evaluator, Quantized, split_arrays
 
 
 class ConversionError(ValueError):
-    """A model cannot become an integer network; the message names every place and the reason."""
+    """A model cannot become an integer network; the message names every place and the reason.
+
+    Attributes:
+        reasons: A line for each place, where it is the model that stands in the way.
+    """
+
+    def __init__(self, message: str, reasons: Sequence[str] = ()):
+        super().__init__(message)
+        self.reasons = tuple(reasons)
 
 
 def convert(
@@ -71,8 +79,8 @@ def convert(
         raise ConversionError(
             f"requantization must be one of {', '.join(requantizations)}, got {requantization!r}."
         )
-    state, inputs = arguments[: model.state_arguments], arguments[model.state_arguments :]
-    emitter, arrays = _harvest(model, state, inputs, kwargs)
+    harvest = _Harvest(model, arguments, kwargs)
+    emitter, arrays = harvest.run()
     values = [np.asarray(a) for a in arrays]
     emitter.check([reason for index, reason in emitter.requirements if not values[index].all()])
     nodes = [cls(**_finish_node(fields, values)) for cls, fields in emitter.nodes]
@@ -94,6 +102,23 @@ def convert(
         )
     except g.GraphError as error:
         raise ConversionError(f"The model cannot be converted: {error}") from error
+
+
+def obstacles(model: Quantized, *arguments: Any, **kwargs: Any) -> tuple[str, ...]:
+    """What keeps a model from being an integer network: every part without an integer form.
+
+    Nothing is computed: shapes and types of the arguments are enough, and ranges may be empty.
+
+    Args:
+        model: What `jaxqat.quantize` returned.
+        *arguments: As for `convert`.
+        **kwargs: As for the model's `apply`.
+    """
+    try:
+        _Harvest(model, arguments, kwargs).trace()
+    except ConversionError as error:
+        return error.reasons
+    return ()
 
 
 class _Harvester(Emitter):
@@ -123,7 +148,8 @@ class _Harvester(Emitter):
         """Raises what stands in the way."""
         if problems:
             raise ConversionError(
-                "The model cannot become an integer network:\n  " + "\n  ".join(problems)
+                "The model cannot become an integer network:\n  " + "\n  ".join(problems),
+                problems,
             )
 
     def _try(self, where: str, emit: Callable[[], None]) -> None:
@@ -157,25 +183,34 @@ class _Harvester(Emitter):
         )
 
 
-def _harvest(
-    model: Any, state: tuple[Any, ...], inputs: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[_Harvester, list[jax.Array]]:
-    """Traces the model and runs what the graph's arrays are made of."""
-    found: list[_Harvester] = []
-    shapes, make_inputs = split_arrays((inputs, kwargs))
-    examples = [jnp.zeros(x.shape, x.dtype) for x in shapes]
-    parameters, make_state = split_arrays(state)
+class _Harvest:
+    """A traced model, and what the arrays of its graph are made of."""
 
-    def run(parameters: list[jax.Array], examples: list[jax.Array]) -> list[jax.Array]:
-        state, (inputs, kwargs) = make_state(parameters), make_inputs(examples)
+    def __init__(self, model: Quantized, arguments: tuple[Any, ...], kwargs: dict[str, Any]):
+        state, inputs = arguments[: model.state_arguments], arguments[model.state_arguments :]
+        shapes, self._make_inputs = split_arrays((inputs, kwargs))
+        self._examples = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in shapes]
+        self._parameters, self._make_state = split_arrays(state)
+        self._model = model
+        self._found: list[_Harvester] = []
+
+    def trace(self) -> None:
+        """Raises ConversionError if a part of the model has no integer form."""
+        jax.eval_shape(self._function, self._parameters, self._examples)
+
+    def run(self) -> tuple[_Harvester, list[jax.Array]]:
+        """The nodes, and the arrays that they are to be finished with."""
+        examples = [jnp.zeros(x.shape, x.dtype) for x in self._examples]
+        arrays = jax.jit(self._function)(self._parameters, examples)
+        return self._found[-1], arrays
+
+    def _function(self, parameters: list[Any], examples: list[Any]) -> list[jax.Array]:
+        state, (inputs, kwargs) = self._make_state(parameters), self._make_inputs(examples)
         harvester = _Harvester()
-        harvester.model(model.record(*state, *inputs, **kwargs))
-        found.append(harvester)
+        harvester.model(self._model.record(*state, *inputs, **kwargs))
+        self._found.append(harvester)
         harvester.check(harvester.problems)
         return harvester.arrays
-
-    made = jax.jit(run)(parameters, examples)
-    return found[-1], made
 
 
 def _finish(fields: dict[str, Any], values: list[np.ndarray]) -> dict[str, Any]:

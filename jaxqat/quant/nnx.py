@@ -62,6 +62,12 @@ class QuantizedNNX(nnx.Module):
         """Ranges that have seen nothing yet; the module is not changed."""
         return QuantizedFunction.empty_ranges(self._plan(args, kwargs))
 
+    def with_ranges(self, ranges: dict[str, Any]) -> "QuantizedNNX":
+        """A copy that has these ranges."""
+        copy = nnx.clone(self)
+        copy.ranges.set_value(ranges)
+        return copy
+
     def calibrate(self, *args: Any, **kwargs: Any) -> None:
         """Observe one more batch of the module in float; only `ranges` changes."""
         if not self.ranges.get_value():

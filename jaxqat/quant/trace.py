@@ -39,6 +39,7 @@ _SOURCE_MOVES = MOVES - {"reduce_window_max"} | {"pad"}
 
 
 LEFT_BY_RECIPE = "the recipe leaves it in float"
+NO_WEIGHTS = "both operands depend on the data"
 
 
 class QuantizationError(ValueError):
@@ -187,9 +188,9 @@ class _Planner:
         depends = [PARAMETERS if isinstance(a, Constant) else self.level[a] for a in node.inputs]
         kind = "conv" if node.name == "conv_general_dilated" else "dense"
         if min(depends) != PARAMETERS or max(depends) == PARAMETERS:
-            on = "the data" if max(depends) != PARAMETERS else "parameters only"
-            name = (f"{node.name}{len(self.table)}",)
-            return self._leave(node, kind, 1, name, f"both operands depend on {on}")
+            constant = max(depends) == PARAMETERS
+            reason = "both operands depend on parameters only" if constant else NO_WEIGHTS
+            return self._leave(node, kind, 1, (f"{node.name}{len(self.table)}",), reason)
         side = depends.index(PARAMETERS)
         weights = node.inputs[side]
         name = self.names.get(weights) if isinstance(weights, int) else None

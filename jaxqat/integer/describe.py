@@ -1,0 +1,141 @@
+"""What quantization makes of a model: a table of its products, and what stays in float between."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxqat.integer.convert import obstacles
+from jaxqat.quant.flax import COLLECTION, QuantizedModule, quantize
+from jaxqat.quant.trace import NO_WEIGHTS, LayerInfo
+from jaxqat.quant.transform import Quantized, QuantizedFunction, flatten
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerDescription:
+    """A product of the model.
+
+    Attributes:
+        layer: Path, kind, shape of the weights, bits, and why it stays in float, if it does.
+        granularity: 'per_channel' or 'per_tensor': what has a scale of its own in the weights.
+        input_range: Smallest and largest real value that its input's codes cover; None if the
+            input stays in float or was never observed.
+        weight_bytes: Of its weights as they are deployed, without scales and bias.
+    """
+
+    layer: LayerInfo
+    granularity: str
+    input_range: tuple[float, float] | None
+    weight_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """A model's products and obstacles; `str` makes a table of them.
+
+    Attributes:
+        layers: In the order of computation.
+        obstacles: What keeps the model from being an integer network, a line each; empty if it
+            can be one.
+    """
+
+    layers: tuple[LayerDescription, ...]
+    obstacles: tuple[str, ...]
+
+    def __str__(self) -> str:
+        rows = [("path", "kind", "weights", "bits", "scales", "input range", "MACs", "bytes")]
+        rows += [_cells(layer) for layer in self.layers]
+        macs = sum(row.layer.macs for row in self.layers)
+        size = sum(row.weight_bytes for row in self.layers)
+        rows.append(("total", "", "", "", "", "", f"{macs:,}", f"{size:,}"))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = []
+        for row in rows:
+            text = [cell.ljust(width) for cell, width in zip(row[:6], widths, strict=False)]
+            numbers = [cell.rjust(width) for cell, width in zip(row[6:], widths[6:], strict=True)]
+            lines.append("  ".join([*text, *numbers]).rstrip())
+        for row in self.layers:
+            if row.layer.float_reason is not None:
+                lines.append(f"in float: {row.layer.path}: {row.layer.float_reason}")
+        lines += [f"no integer form: {reason}" for reason in self.obstacles]
+        return "\n".join(lines)
+
+
+def describe(model: Any, *arguments: Any, **kwargs: Any) -> Description:
+    """Prints what quantization makes of a model, and returns it.
+
+        jaxqat.describe(model, variables, images, train=False)
+
+    Args:
+        model: What `jaxqat.quantize` returned; or a model, to be quantized by the recipe 'int8'.
+        *arguments: As for the model's `apply` (variables, *inputs); for a quantized function
+            (parameters, ranges, *inputs), for another one (parameters, *inputs), for an NNX module
+            (*inputs). Only shapes and types of the inputs matter.
+        **kwargs: As for the model's `apply`.
+
+    Raises:
+        QuantizationError: The model is none that can be quantized.
+    """
+    quantized = model if isinstance(model, Quantized) else quantize(model)
+    if isinstance(quantized, QuantizedFunction) and quantized is not model:
+        arguments = (arguments[0], None, *arguments[1:])  # It comes without ranges.
+    state, inputs = arguments[: quantized.state_arguments], arguments[quantized.state_arguments :]
+    before = state[:1]  # Variables or parameters, if the model does not hold them.
+    table = quantized.describe(*before, *inputs, **kwargs)
+    seen = _ranges(quantized, state)
+    empty = quantized.init_ranges(*before, *inputs, **kwargs)
+    found = _obstacles(quantized, state, inputs, kwargs, empty)
+    told = tuple(f"{layer.path} ({layer.kind}): " for layer in table if layer.float_reason)
+    description = Description(
+        tuple(_described(layer, quantized.recipe.weight_granularity, seen) for layer in table),
+        tuple(reason for reason in found if not reason.startswith(told)),
+    )
+    print(description)
+    return description
+
+
+def _ranges(quantized: Any, state: tuple[Any, ...]) -> Mapping[Any, Any]:
+    if isinstance(quantized, QuantizedModule):
+        return flatten(state[0].get(COLLECTION, {}))
+    return flatten((state[1] or {}) if state else quantized.ranges.get_value())
+
+
+def _obstacles(
+    quantized: Any, state: tuple[Any, ...], inputs: Any, kwargs: Any, ranges: Any
+) -> tuple[str, ...]:
+    """With ranges that have seen nothing: obstacles do not depend on them."""
+    if isinstance(quantized, QuantizedModule):
+        return obstacles(quantized, {**state[0], COLLECTION: ranges}, *inputs, **kwargs)
+    if isinstance(quantized, QuantizedFunction):
+        return obstacles(quantized, state[0], ranges, *inputs, **kwargs)
+    return obstacles(quantized.with_ranges(ranges), *inputs, **kwargs)
+
+
+def _described(layer: LayerInfo, granularity: str, seen: Mapping[Any, Any]) -> LayerDescription:
+    bits = 32 if layer.weight_bits is None else layer.weight_bits
+    weights = 0 if layer.float_reason == NO_WEIGHTS else math.prod(layer.weight_shape)
+    size = math.ceil(weights * bits / 8)
+    state = seen.get(layer.range_key)
+    observed = None
+    if state is not None and np.asarray(state["count"]) > 0:
+        observed = (float(state["min"]), float(state["max"]))
+    return LayerDescription(layer, granularity, observed, size)
+
+
+def _cells(row: LayerDescription) -> tuple[str, ...]:
+    layer, shape = row.layer, "x".join(map(str, row.layer.weight_shape))
+    bits = "float" if layer.weight_bits is None else f"{layer.weight_bits}/{layer.act_bits}"
+    extent = "" if row.input_range is None else "{:.3g} .. {:.3g}".format(*row.input_range)
+    scales = "" if layer.weight_bits is None else row.granularity.removeprefix("per_")
+    return (
+        layer.path,
+        layer.kind,
+        shape,
+        bits,
+        scales,
+        extent,
+        f"{layer.macs:,}",
+        f"{row.weight_bytes:,}",
+    )
