@@ -168,7 +168,7 @@ def quantize(model: Any, recipe: Recipe | str = "int8") -> Any:
     Args:
         model: A Flax module (Linen or NNX), an Equinox module, or a function of (parameters,
             *inputs).
-        recipe: A `Recipe`, or the name of a preset ('int8', 'int8_symmetric').
+        recipe: A `Recipe`, or the name of a preset (`Recipe.preset`).
 
     Returns:
         For a Linen module, an object with Linen's `init` and `apply`. For an NNX module, an NNX

@@ -98,8 +98,22 @@ class Recipe:
 
     @classmethod
     def preset(cls, name: str) -> Self:
-        """The named recipe: 'int8' (affine activations) or 'int8_symmetric' (zero point 0)."""
-        presets = {"int8": cls(), "int8_symmetric": cls(activations="symmetric")}
+        """The named recipe.
+
+        'int8' has affine activations, 'int8_symmetric' the zero point 0. By where the network is
+        to run: 'onnxruntime_x86' is 'int8', whose codes are uint8 in the exported file;
+        'tensorrt', whose activations have no zero points, is 'int8_symmetric'. 'w4a8' and 'w4a4'
+        have 4 bits of weights, and 8 or 4 of activations.
+        """
+        symmetric = cls(activations="symmetric")
+        presets = {
+            "int8": cls(),
+            "int8_symmetric": symmetric,
+            "onnxruntime_x86": cls(),
+            "tensorrt": symmetric,
+            "w4a8": cls(weight_bits=4),
+            "w4a4": cls(weight_bits=4, act_bits=4),
+        }
         if name not in presets:
             near = difflib.get_close_matches(str(name), presets, 1)
             hint = f" Did you mean {near[0]!r}?" if near else ""

@@ -30,6 +30,23 @@ def test_a_path_that_is_no_regular_expression_is_refused():
         Rule(path="stage[")
 
 
+@pytest.mark.parametrize(
+    ("name", "weight_bits", "act_bits", "activations"),
+    [
+        ("int8", 8, 8, "affine"),
+        ("int8_symmetric", 8, 8, "symmetric"),
+        ("onnxruntime_x86", 8, 8, "affine"),
+        ("tensorrt", 8, 8, "symmetric"),
+        ("w4a8", 4, 8, "affine"),
+        ("w4a4", 4, 4, "affine"),
+    ],
+)
+def test_presets_are_what_their_names_say(name, weight_bits, act_bits, activations):
+    recipe = Recipe.preset(name)
+    assert (recipe.weight_bits, recipe.act_bits) == (weight_bits, act_bits)
+    assert (recipe.activations, recipe.weight_granularity) == (activations, "per_channel")
+
+
 def test_the_nearest_preset_is_named():
     with pytest.raises(RecipeError, match="Did you mean 'int8_symmetric'"):
         Recipe.preset("int8_symetric")
