@@ -176,14 +176,3 @@ def test_an_equinox_module_that_cannot_be_converted_is_told_where(perceptron):
     module, model, ranges, x = perceptron
     with pytest.raises(jaxqat.ConversionError, match=r"'add' in vmap\(eqx\.nn\.Linear\)"):
         jaxqat.convert(model, module, ranges, x[:1])
-
-
-def test_an_equinox_module_without_biases_becomes_an_integer_network():
-    module = eqx.nn.Linear(12, 5, use_bias=False, key=jax.random.key(0))
-    x = IMAGES.reshape(-1, 12)[:64]
-    model = jaxqat.quantize(module)
-    ranges = model.calibrate(module, model.init_ranges(module, x), x)
-    graph = jaxqat.convert(model, module, ranges, x[:1])
-    check = jaxqat.verify(model, module, ranges, graph=graph, batches=[x])
-    assert check.failures == ()
-    assert (check.differing, check.codes) == (0, 64 * 12)
