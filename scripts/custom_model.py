@@ -9,6 +9,7 @@ converted, verified code by code, exported. It takes less than a minute on a CPU
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -68,7 +69,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=30, help="In float; a third on integers.")
     options = parser.parse_args()
 
-    digits = load_digits()
+    digits: Any = load_digits()
     images = np.asarray(digits.images * (255 / 16), np.uint8)[..., None]
     labels = np.asarray(digits.target)
     (x, test_x), (y, test_y) = np.split(images, [1400]), np.split(labels, [1400])
@@ -77,7 +78,7 @@ def main() -> None:
     variables = network.init(jax.random.key(0), normalize(x[:1]), train=False)
     float_apply = lambda v, x: network.apply(v, x, train=True, mutable=["batch_stats"])  # noqa: E731
     variables = train(float_apply, variables, x, y, epochs=options.epochs, learning_rate=0.1)
-    logits = network.apply(variables, normalize(test_x), train=False)
+    logits: Any = network.apply(variables, normalize(test_x), train=False)
     print(f"FP32: {np.mean(np.argmax(logits, -1) == test_y):.2%} of {len(test_y)} test images")
 
     batches = [normalize(x[i : i + 64]) for i in range(0, 512, 64)]

@@ -78,7 +78,7 @@ def describe(model: Any, *arguments: Any, **kwargs: Any) -> Description:
     Raises:
         QuantizationError: The model is none that can be quantized.
     """
-    quantized = model if isinstance(model, Quantized) else quantize(model)
+    quantized: Any = model if isinstance(model, Quantized) else quantize(model)
     if isinstance(quantized, QuantizedFunction) and quantized is not model:
         arguments = (arguments[0], None, *arguments[1:])  # It comes without ranges.
     state, inputs = arguments[: quantized.state_arguments], arguments[quantized.state_arguments :]

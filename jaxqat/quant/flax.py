@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, overload
+from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 import flax.linen as nn
 import jax
@@ -12,6 +12,11 @@ from flax.core.scope import in_filter
 from jaxqat.quant.recipe import Recipe
 from jaxqat.quant.trace import LayerInfo, Plan, QuantizationError
 from jaxqat.quant.transform import Call, Evaluator, Mode, QuantizedFunction, nest
+
+if TYPE_CHECKING:  # Importing flax.nnx imports optax.
+    from flax import nnx
+
+    from jaxqat.quant.nnx import QuantizedNNX
 
 COLLECTION = "quant"
 
@@ -157,6 +162,8 @@ def _split(variables: Any) -> tuple[Any, dict[str, Any], Any]:
 
 @overload
 def quantize(model: nn.Module, recipe: Recipe | str = ...) -> QuantizedModule: ...
+@overload
+def quantize(model: "nnx.Module", recipe: Recipe | str = ...) -> "QuantizedNNX": ...
 @overload
 def quantize(model: Callable[..., Any], recipe: Recipe | str = ...) -> QuantizedFunction: ...
 def quantize(model: Any, recipe: Recipe | str = "int8") -> Any:

@@ -1,5 +1,7 @@
 """Post-training quantization: what is observed, and what comes out of it."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -46,7 +48,7 @@ def test_without_training_the_integer_network_is_close_to_the_float_one(variable
     graph = jaxqat.convert(model, calibrated, batches[0])
     check = jaxqat.verify(model, calibrated, graph=graph, batches=batches)
     assert check.failures == ()
-    expected = Perceptron().apply(variables, batches[0])
+    expected: Any = Perceptron().apply(variables, batches[0])
     actual = jaxqat.make_executor(graph)(batches[0])
     # 8 bits: a step is 1/255 of a range, its error at most half of one, in each of two layers.
     assert np.linalg.norm(actual - expected) < 0.02 * np.linalg.norm(expected)
@@ -99,6 +101,6 @@ def test_a_constant_zero_tensor_quantizes_to_zeros(variables):
     codes = model.codes(calibrated, zeros)
     np.testing.assert_array_equal(codes["in/input"], np.full((4, 12), -128, np.int8))
     logits = model.apply(calibrated, zeros)
-    expected = Perceptron().apply(variables, zeros)
+    expected: Any = Perceptron().apply(variables, zeros)
     # Biases of a few tenths, rounded to accumulator units far below that.
     np.testing.assert_allclose(logits, expected, atol=0.02)

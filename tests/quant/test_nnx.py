@@ -1,5 +1,7 @@
 """NNX modules and Equinox modules, quantized as they are."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -122,7 +124,7 @@ class Perceptron(eqx.Module):
     """Functions among the parameters, as Equinox modules have them."""
 
     layers: list
-    activation: object
+    activation: Any
 
     def __init__(self, key):
         first, second = jax.random.split(key)
@@ -161,7 +163,7 @@ def test_an_equinox_module_is_mapped_over_its_batch_and_gets_gradients(perceptro
 
 def test_an_equinox_convolution_gets_gradients(perceptron):
     module = eqx.nn.Conv2d(3, 6, 3, padding=1, key=jax.random.key(0))
-    x = IMAGES.transpose(0, 3, 1, 2)
+    x = jnp.asarray(IMAGES.transpose(0, 3, 1, 2))
     model = jaxqat.quantize(module)
     ranges = model.calibrate(module, model.init_ranges(module, x), x)
     expected = jax.vmap(module)(x)
