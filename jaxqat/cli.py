@@ -180,7 +180,9 @@ def add_lowering_arguments(parser: Parser) -> None:
         default=None,
         help="A way to run on it; by default, the way that is taken on such a device.",
     )
-    parser.add_argument("--width", type=PositiveInt, default=64, help="Of the random ResNet-18.")
+    parser.add_argument(
+        "--width", type=PositiveInt | None, default=None, help="Of the random ResNet-18; 64."
+    )
     parser.add_argument("--batch_size", type=PositiveInt, default=256, help="Images at a time.")
 
 
@@ -222,7 +224,9 @@ def add_benchmark_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--rounds", type=PositiveInt, default=10, help="How often each engine has its turn."
     )
-    parser.add_argument("--width", type=PositiveInt, default=64, help="Of the random ResNet-18.")
+    parser.add_argument(
+        "--width", type=PositiveInt | None, default=None, help="Of the random ResNet-18; 64."
+    )
     parser.add_argument("--json", type=Path | None, default=None, help="File to write as well.")
 
 

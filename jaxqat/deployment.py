@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from jaxqat.benchmark.networks import random_network
+from jaxqat.benchmark.networks import WIDTH, random_network
 from jaxqat.conversion import check_network_data, in_batches, load_network, verify_network
 from jaxqat.data import Split, load_dataset
 from jaxqat.display import print_verification
@@ -123,14 +123,16 @@ def verify(
         "of": f"the integer network and {against}, {split} split",
         **verification.to_dict(),
     }
-    folder.write_evaluation("_".join(filter(None, ("verify", format, split))), result)
     print_verification(result, console or Console())
+    folder.write_evaluation("_".join(filter(None, ("verify", format, split))), result)
     return verification
 
 
 def _against_export(graph: IntegerGraph, images: Split, format: str) -> Verification:
     from jaxqat.export.onnx import onnx_model
+    from jaxqat.export.onnx_builder import library
 
+    library("onnxruntime" if format == "onnx" else "openvino")  # Before minutes of work.
     model = onnx_model(graph, input="uint8")
     exported = _in_onnx_runtime(model) if format == "onnx" else _in_openvino(model)
     deployed = integer_network(make_executor(graph))
@@ -162,7 +164,7 @@ def lowering(
     target: str,
     executor: str | None = None,
     batch_size: int = 256,
-    width: int = 64,
+    width: int | None = None,
     console: Console | None = None,
 ) -> Compiled:
     """Compile an integer network for a device that need not be there, and show its kernels.
@@ -173,7 +175,7 @@ def lowering(
         executor: A way to run on it, of `jaxqat.integer.execute.LOWERINGS`; None for what
             `make_executor` would take on such a device.
         batch_size: Images at a time.
-        width: Of the ResNet-18, where no run is given.
+        width: Of the ResNet-18, where no run is given; None for 64.
         console: Where the table is shown; None for standard output.
 
     Raises:
@@ -182,7 +184,11 @@ def lowering(
         LoweringError: The target cannot run so, its compiler is not installed, or refuses.
     """
     name = _executor_for(get_target(target), executor)
-    graph = random_network(width) if workdir is None else load_run_network(workdir)
+    if workdir is not None and width is not None:
+        raise LoweringError(
+            f"width is of the random ResNet-18; {workdir} has a network of its own."
+        )
+    graph = random_network(width or WIDTH) if workdir is None else load_run_network(workdir)
     runner = make_executor(graph, platform=name)
     images = jax.ShapeDtypeStruct((batch_size, *graph.input_shape), jnp.uint8)
     compiled = compile_for(

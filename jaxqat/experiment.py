@@ -125,8 +125,8 @@ def evaluate(
         "evaluate_images_per_s": speed,
         "metrics": metrics,
     }
+    print_evaluation(result, console)  # First: the folder may be one that cannot be written.
     folder.write_evaluation(f"{stage}_{split}", result)
-    print_evaluation(result, console)
     return result
 
 

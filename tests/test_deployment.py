@@ -9,7 +9,8 @@ import pytest
 import tiny_run
 from tiny_run import files, tiny
 
-from jaxqat import cli, deployment, load, make_executor, save
+from jaxqat import cli, deployment, experiment, load, make_executor, save
+from jaxqat.benchmark import BenchmarkError, benchmark
 from jaxqat.data import load_dataset
 from jaxqat.export import ExportError
 from jaxqat.integer.store import ArtifactError
@@ -167,3 +168,20 @@ def test_lowering_shows_every_product_of_a_run_with_its_integers(finished, conso
 def test_an_executor_of_another_device_is_refused(finished, console):
     with pytest.raises(LoweringError, match=r"executor must be one of cpu for cpu, got 'tpu'"):
         deployment.lowering(finished, target="cpu", executor="tpu", console=console)
+
+
+def test_a_width_is_refused_where_a_run_has_its_own_network(finished, console):
+    with pytest.raises(LoweringError, match="width is of the random ResNet-18"):
+        deployment.lowering(finished, target="cpu", width=8, console=console)
+    with pytest.raises(BenchmarkError, match="width is of the random ResNet-18"):
+        benchmark(finished, width=8, console=console)
+
+
+def test_what_cannot_be_written_is_shown_all_the_same(run, console, monkeypatch):
+    def refuse(*arguments):
+        raise RunFolderError("cannot be written")
+
+    monkeypatch.setattr("jaxqat.runfolder.RunFolder.write_evaluation", refuse)
+    with pytest.raises(RunFolderError, match="cannot be written"):
+        experiment.evaluate(run, console=console)
+    assert "accuracy" in console.file.getvalue()

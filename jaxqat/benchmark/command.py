@@ -11,7 +11,7 @@ from rich.console import Console
 from jaxqat.benchmark.checks import BenchmarkError
 from jaxqat.benchmark.engines import engines_of, platform
 from jaxqat.benchmark.inference import benchmark_inference
-from jaxqat.benchmark.networks import CLASSES, IMAGE_SHAPE, random_network, run_pixels
+from jaxqat.benchmark.networks import CLASSES, IMAGE_SHAPE, WIDTH, random_network, run_pixels
 from jaxqat.benchmark.table import print_benchmark
 from jaxqat.benchmark.training import benchmark_training
 from jaxqat.config import Experiment
@@ -29,7 +29,7 @@ def benchmark(
     what: Literal["inference", "train"] = "inference",
     batch_sizes: Sequence[int] | None = None,
     rounds: int = 10,
-    width: int = 64,
+    width: int | None = None,
     json: Path | None = None,
     command: str | None = None,
     console: Console | None = None,
@@ -43,7 +43,7 @@ def benchmark(
         batch_sizes: Images of a call; None for 1, 32, 256 (and 1024 on an accelerator), and for
             training for the run's. Training takes one.
         rounds: How often each engine has its turn.
-        width: Of the ResNet-18, where no run is given.
+        width: Of the ResNet-18, where no run is given; None for 64.
         json: File to write.
         command: What was typed, for the record.
         console: Where it is shown; None for standard output.
@@ -57,6 +57,9 @@ def benchmark(
         ArtifactError: The integer network is damaged.
     """
     console = console or Console()
+    if run is not None and width is not None:
+        raise BenchmarkError(f"width is of the random ResNet-18; {run} has its own network.")
+    width = WIDTH if width is None else width
     _check(what, batch_sizes, rounds, width, json)
     load = _load_average()
 

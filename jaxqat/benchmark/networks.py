@@ -18,6 +18,7 @@ from jaxqat.models import ModelConfig, build_model
 from jaxqat.quant import quantize
 from jaxqat.report.samples import read_samples
 
+WIDTH = 64  # The paper's network.
 IMAGE_SHAPE, CLASSES = (32, 32, 3), 10
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 

@@ -18,7 +18,9 @@ def check_target(path: Path, overwrite: bool) -> None:
         if not path.parent.is_dir():
             raise ExportError(f"{path}: there is no folder {path.parent}.")
         if path.exists() and not overwrite:
-            raise ExportError(f"{path}: exists already; give another name, or allow overwriting.")
+            raise ExportError(
+                f"{path}: exists already; give another name, or pass overwrite=True (--overwrite)."
+            )
     except OSError as error:  # Such as a name that is too long.
         raise ExportError(f"{path}: cannot be written: {error.strerror or error}.") from error
 

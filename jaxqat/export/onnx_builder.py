@@ -29,7 +29,7 @@ def library(name: str) -> ModuleType:
     except ImportError as error:
         raise ImportError(
             f"The package {name!r} is not installed; ONNX export and checks need "
-            f"`pip install 'jaxqat[{'openvino' if name == 'openvino' else 'onnx'}]'`."
+            f"`pip install 'jaxqat[{'onnx,openvino' if name == 'openvino' else 'onnx'}]'`."
         ) from error
 
 

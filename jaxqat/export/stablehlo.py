@@ -109,14 +109,23 @@ def export_stablehlo(
 
 @contextlib.contextmanager
 def _without_tracebacks() -> Iterator[None]:
-    """Keeps the paths of this machine's source files out of the exported program."""
-    name = "jax_include_full_tracebacks_in_locations"
-    before = getattr(jax.config, name)
-    jax.config.update(name, False)
+    """Keeps the paths of this machine's source files out of the exported program.
+
+    What is left is the name of the file that an operation comes from: the bytes do not depend on
+    where the package lies.
+    """
+    settings: dict[str, Any] = {
+        "jax_include_full_tracebacks_in_locations": False,
+        "jax_hlo_source_file_canonicalization_regex": r"^.*[/\\]",  # What is taken away.
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
     try:
+        for name, value in settings.items():
+            jax.config.update(name, value)
         yield
     finally:
-        jax.config.update(name, before)
+        for name, value in before.items():
+            jax.config.update(name, value)
 
 
 def _program(graph: IntegerGraph, platforms: tuple[str, ...]) -> Any:

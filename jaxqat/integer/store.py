@@ -96,7 +96,7 @@ def _check_target(folder: Path, overwrite: bool) -> None:
     if not os.path.lexists(folder):
         return
     if not overwrite:
-        raise ArtifactError(f"{folder}: exists already; give another name, or allow overwriting.")
+        raise ArtifactError(f"{folder}: exists already; give another name, or pass overwrite=True.")
     # Whatever else lies there is not ours to delete.
     foreign = not folder.is_dir() or {path.name for path in folder.iterdir()} - _FILES
     if folder.is_symlink() or foreign:

@@ -46,11 +46,6 @@ class QuantizedNNX(nnx.Module):
         Raises:
             QuantizationError: There are no ranges yet.
         """
-        if not self.ranges.get_value():
-            raise QuantizationError(
-                "The module has no activation ranges yet: make them with `calibrate` on a few "
-                "batches."
-            )
         mode = Mode.FROZEN if self.use_running_average else Mode.TRAIN
         (result, state), evaluator = self._evaluate(args, kwargs, mode, keep=True)
         nnx.update(self.module, state)
@@ -99,6 +94,11 @@ class QuantizedNNX(nnx.Module):
     def _evaluate(self, args: Any, kwargs: Any, mode: Mode, *, keep: bool = False) -> Any:
         function, parameters, others = self._function(keep)
         ranges = self.ranges.get_value()
+        if not ranges and mode is not Mode.CALIBRATE:
+            raise QuantizationError(
+                "The module has no activation ranges yet: make them with `calibrate` on a few "
+                "batches."
+            )
         return function.evaluate(parameters, ranges, others, (args, kwargs), mode)
 
     def _function(self, keep: bool) -> tuple[QuantizedFunction, Any, Any]:

@@ -1,5 +1,6 @@
 """StableHLO files: the same integers, without the source, on every platform in one file."""
 
+import re
 import subprocess
 import sys
 
@@ -120,7 +121,17 @@ def test_an_existing_or_impossible_path_is_refused(network, file, tmp_path):
 
 
 def test_the_configuration_of_jax_is_left_as_it_was(network, tmp_path):
-    before = jax.config.jax_include_full_tracebacks_in_locations  # pyright: ignore[reportAttributeAccessIssue]
+    names = (
+        "jax_include_full_tracebacks_in_locations",
+        "jax_hlo_source_file_canonicalization_regex",
+    )
+    before = [getattr(jax.config, name) for name in names]
     export_stablehlo(network, tmp_path / "network")
-    after = jax.config.jax_include_full_tracebacks_in_locations  # pyright: ignore[reportAttributeAccessIssue]
-    assert before == after
+    assert [getattr(jax.config, name) for name in names] == before
+
+
+def test_a_file_holds_no_path_of_the_machine_that_made_it(file):
+    content = file.read_bytes()
+    sources = set(re.findall(rb"[ -~]*\.py\b", content))
+    assert b"base.py" in sources  # Names of source files are there to be found.
+    assert not [name for name in sources if b"/" in name or b"\\" in name]
