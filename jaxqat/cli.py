@@ -181,7 +181,7 @@ def add_lowering_arguments(parser: Parser) -> None:
         help="A way to run on it; by default, the way that is taken on such a device.",
     )
     parser.add_argument(
-        "--width", type=PositiveInt | None, default=None, help="Of the random ResNet-18; 64."
+        "--width", type=PositiveInt, default=None, help="Of the random ResNet-18; 64."
     )
     parser.add_argument("--batch_size", type=PositiveInt, default=256, help="Images at a time.")
 
@@ -225,7 +225,7 @@ def add_benchmark_arguments(parser: Parser) -> None:
         "--rounds", type=PositiveInt, default=10, help="How often each engine has its turn."
     )
     parser.add_argument(
-        "--width", type=PositiveInt | None, default=None, help="Of the random ResNet-18; 64."
+        "--width", type=PositiveInt, default=None, help="Of the random ResNet-18; 64."
     )
     parser.add_argument("--json", type=Path | None, default=None, help="File to write as well.")
 
