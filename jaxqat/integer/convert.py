@@ -18,6 +18,7 @@ from jaxqat.integer.emit import OUTPUT, Emitter, Pending
 from jaxqat.integer.moves import UnconvertibleError
 from jaxqat.quant import forms
 from jaxqat.quant.derive import Operand
+from jaxqat.quant.trace import STATISTICS
 from jaxqat.quant.transform import Evaluator, Quantized, split_arrays
 
 
@@ -143,6 +144,11 @@ class _Harvester(Emitter):
             )
             self._try("/".join(key), lambda k=key, c=codes: self.site(k, evaluator.made_from[k], c))
         self._try("the model's output", lambda: self._result(evaluator.outputs))
+        if self.problems and STATISTICS in evaluator.plan.level:
+            self.problems.append(
+                "it computes statistics of the batch: if that is batch norm in training, convert "
+                "it as in inference (train=False, or `eval()` of an NNX module)"
+            )
 
     def check(self, problems: list[str]) -> None:
         """Raises what stands in the way."""

@@ -115,9 +115,18 @@ def test_an_nnx_module_becomes_the_integer_network_that_it_was_trained_as(quanti
     assert np.linalg.norm(logits - float_logits) < 0.05 * np.linalg.norm(float_logits)
 
 
+def test_a_module_in_training_mode_is_told_to_be_converted_as_in_inference(quantized):
+    with pytest.raises(jaxqat.ConversionError, match=r"statistics of the batch.*`eval\(\)`"):
+        jaxqat.convert(quantized, IMAGES)
+    quantized.eval()
+    assert jaxqat.convert(quantized, IMAGES).output_shape == (5,)
+
+
 def test_an_nnx_module_without_ranges_says_how_to_get_them():
     with pytest.raises(jaxqat.QuantizationError, match=r"no activation ranges yet.*`calibrate`"):
         jaxqat.quantize(Classifier(nnx.Rngs(0)))(IMAGES)
+    with pytest.raises(jaxqat.QuantizationError, match=r"no activation ranges yet.*`calibrate`"):
+        jaxqat.convert(jaxqat.quantize(Classifier(nnx.Rngs(0))), IMAGES)
 
 
 class Perceptron(eqx.Module):
