@@ -147,10 +147,10 @@ def test_bounds_that_uint8_does_not_have_are_kept():
         assert_exact(graph, np.arange(-300, 300, dtype=F)[:, None])
 
 
-def test_a_border_of_zeros_is_kept_within_bounds_that_leave_zero_out():
+def test_a_border_of_zeros_is_kept_around_a_tensor_whose_bounds_leave_zero_out():
     x = tensor("x", (3, 1), 1, 0)
     high = tensor("high", (3, 1), 1, -30, low=10, high=100)
-    wide = tensor("wide", (5, 1), 1, -30, low=10, high=100)
+    wide = tensor("wide", (5, 1), 1, -30, low=-30, high=100)
     nodes = [
         QUANTIZE,
         g.Add(name="shift", inputs=("x",), output="high", multipliers=(F(1),)),
