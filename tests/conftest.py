@@ -1,5 +1,21 @@
 """Tests run on the CPU, whatever else the machine has, and never touch a user's cache."""
 
+import gc
 import os
 
+import pytest
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs_are_given_back():
+    """Each compiled program holds some memory maps, of which Linux lets a process have 65,530.
+
+    All that the tests compile together are more, and the process would crash.
+    """
+    yield
+    import jax  # Not before the platform is set.
+
+    jax.clear_caches()
+    gc.collect()
