@@ -17,9 +17,11 @@ from jaxqat.integer import graph as g
 from jaxqat.integer.emit import OUTPUT, Emitter, Pending
 from jaxqat.integer.moves import UnconvertibleError
 from jaxqat.quant import forms
+from jaxqat.quant.call import split_arrays
 from jaxqat.quant.derive import Operand
-from jaxqat.quant.trace import STATISTICS
-from jaxqat.quant.transform import Evaluator, Quantized, split_arrays
+from jaxqat.quant.evaluate import Evaluator
+from jaxqat.quant.plan import STATISTICS
+from jaxqat.quant.transform import Quantized
 
 
 class ConversionError(ValueError):

@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxqat.integer.convert import obstacles
 from jaxqat.quant.flax import COLLECTION, QuantizedModule, quantize
-from jaxqat.quant.trace import NO_WEIGHTS, LayerInfo
+from jaxqat.quant.plan import NO_WEIGHTS, LayerInfo
 from jaxqat.quant.transform import Quantized, QuantizedFunction, flatten
 
 

@@ -15,7 +15,8 @@ import numpy as np
 
 from jaxqat.integer.execute import Executor, make_executor
 from jaxqat.integer.graph import IntegerGraph
-from jaxqat.quant.transform import Quantized, split_arrays
+from jaxqat.quant.call import split_arrays
+from jaxqat.quant.transform import Quantized
 
 MOST_DIFFERING = 1e-5
 LARGEST_DIFFERENCE = 1

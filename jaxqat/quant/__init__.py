@@ -2,8 +2,8 @@
 
 from jaxqat.quant.calibrate import calibrate
 from jaxqat.quant.flax import QuantizedModule, quantize
+from jaxqat.quant.plan import LayerInfo, QuantizationError
 from jaxqat.quant.recipe import Recipe, RecipeError, Rule
-from jaxqat.quant.trace import LayerInfo, QuantizationError
 from jaxqat.quant.transform import QuantizedFunction
 
 __all__ = [

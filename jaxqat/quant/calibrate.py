@@ -6,10 +6,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxqat.quant.call import split_arrays
 from jaxqat.quant.flax import COLLECTION, QuantizedModule, quantize
+from jaxqat.quant.plan import QuantizationError
 from jaxqat.quant.recipe import Recipe
-from jaxqat.quant.trace import QuantizationError
-from jaxqat.quant.transform import QuantizedFunction, flatten, split_arrays
+from jaxqat.quant.transform import QuantizedFunction, flatten
 
 
 def calibrate(

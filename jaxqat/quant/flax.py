@@ -9,9 +9,11 @@ import jax
 from flax.core import DenyList, unfreeze
 from flax.core.scope import in_filter
 
+from jaxqat.quant.call import Call
+from jaxqat.quant.evaluate import Evaluator, Mode
+from jaxqat.quant.plan import LayerInfo, Plan, QuantizationError
 from jaxqat.quant.recipe import Recipe
-from jaxqat.quant.trace import LayerInfo, Plan, QuantizationError
-from jaxqat.quant.transform import Call, Evaluator, Mode, QuantizedFunction, nest
+from jaxqat.quant.transform import QuantizedFunction, nest
 
 if TYPE_CHECKING:  # Importing flax.nnx imports optax.
     from flax import nnx

@@ -5,9 +5,11 @@ from typing import Any, ClassVar
 import jax
 from flax import nnx
 
+from jaxqat.quant.call import Call
+from jaxqat.quant.evaluate import Evaluator, Mode
+from jaxqat.quant.plan import LayerInfo, Plan, QuantizationError
 from jaxqat.quant.recipe import Recipe
-from jaxqat.quant.trace import LayerInfo, Plan, QuantizationError
-from jaxqat.quant.transform import Call, Evaluator, Mode, QuantizedFunction, nest
+from jaxqat.quant.transform import QuantizedFunction, nest
 
 
 class QuantRanges(nnx.Variable):
