@@ -15,7 +15,9 @@ from jaxqat.quant import (
     RecipeError,
     Rule,
     calibrate,
+    join_learned,
     quantize,
+    split_learned,
 )
 
 __version__ = "0.1.0"
@@ -40,9 +42,11 @@ __all__ = [
     "calibrate",
     "convert",
     "describe",
+    "join_learned",
     "load",
     "make_executor",
     "quantize",
     "save",
+    "split_learned",
     "verify",
 ]

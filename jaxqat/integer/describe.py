@@ -89,7 +89,7 @@ def describe(model: Any, *arguments: Any, **kwargs: Any) -> Description:
     found = _obstacles(quantized, state, inputs, kwargs, empty)
     told = tuple(f"{layer.path} ({layer.kind}): " for layer in table if layer.float_reason)
     description = Description(
-        tuple(_described(layer, quantized.recipe.weight_granularity, seen) for layer in table),
+        tuple(_described(layer, seen) for layer in table),
         tuple(reason for reason in found if not reason.startswith(told)),
     )
     print(description)
@@ -113,7 +113,7 @@ def _obstacles(
     return obstacles(quantized.with_ranges(ranges), *inputs, **kwargs)
 
 
-def _described(layer: LayerInfo, granularity: str, seen: Mapping[Any, Any]) -> LayerDescription:
+def _described(layer: LayerInfo, seen: Mapping[Any, Any]) -> LayerDescription:
     bits = 32 if layer.weight_bits is None else layer.weight_bits
     weights = 0 if layer.float_reason == NO_WEIGHTS else math.prod(layer.weight_shape)
     size = math.ceil(weights * bits / 8)
@@ -121,6 +121,7 @@ def _described(layer: LayerInfo, granularity: str, seen: Mapping[Any, Any]) -> L
     observed = None
     if state is not None and np.asarray(state["count"]) > 0:
         observed = (float(state["min"]), float(state["max"]))
+    granularity = layer.settings.weight_granularity if layer.settings else ""
     return LayerDescription(layer, granularity, observed, size)
 
 

@@ -4,7 +4,7 @@ from jaxqat.quant.calibrate import calibrate
 from jaxqat.quant.flax import QuantizedModule, quantize
 from jaxqat.quant.plan import LayerInfo, QuantizationError
 from jaxqat.quant.recipe import Recipe, RecipeError, Rule
-from jaxqat.quant.transform import QuantizedFunction
+from jaxqat.quant.transform import QuantizedFunction, join_learned, split_learned
 
 __all__ = [
     "LayerInfo",
@@ -15,5 +15,7 @@ __all__ = [
     "RecipeError",
     "Rule",
     "calibrate",
+    "join_learned",
     "quantize",
+    "split_learned",
 ]

@@ -84,7 +84,7 @@ def _check_finite(ranges: Any) -> None:
     wrong = [
         "/".join(key)
         for key, state in flatten(ranges).items()
-        if not np.isfinite([float(state["min"]), float(state["max"])]).all()
+        if not all(np.isfinite(np.asarray(value)).all() for value in state.values())
     ]
     if wrong:
         raise QuantizationError(

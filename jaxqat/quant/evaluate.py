@@ -13,8 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jex_core
 
-from jaxqat.quant import derive, forms, ops, ranges
-from jaxqat.quant.plan import PARAMETERS, Key, Layer, Plan, QuantizationError, Site
+from jaxqat.quant import derive, estimate, forms, ops, ranges
+from jaxqat.quant.plan import (
+    PARAMETERS,
+    Key,
+    Layer,
+    Lookup,
+    Pair,
+    Plan,
+    QuantizationError,
+    Site,
+)
 from jaxqat.quant.program import Atom, Constant, Node, Program, inner_jaxprs
 from jaxqat.quant.recipe import Recipe
 
@@ -48,6 +57,7 @@ class Evaluator:
         self.outputs: list[derive.Operand] = []
         self.results: list[Any] = []
         self._known: dict[int, derive.Operand] = {}
+        self._seen: dict[Key, tuple[Any, ...]] = {}
 
     def run(self, arguments: list[Any]) -> list[Any]:
         """The results of the program."""
@@ -59,10 +69,12 @@ class Evaluator:
             self._write(number, value, None, None)
         for node in program.nodes:
             layer = self.plan.layers.get(node)
+            if layer is not None:
+                self._see_weights(layer)
             if layer is not None and self.mode is not Mode.CALIBRATE:
                 with jax.named_scope(layer.path):  # Kernels carry the layer's name.
-                    values, form = self._multiply(layer)
-                self._write(node.outputs[0], values, form, None)
+                    values, form, blame = self._quantized(node, layer)
+                self._write(node.outputs[0], values, form, blame)
                 continue
             operands = [self._read(a) for a in node.inputs]
             results = node.bind(*(o.values for o in operands))
@@ -105,11 +117,11 @@ class Evaluator:
         self._known[number] = derive.Operand(values, form, constant, blame if not form else None)
 
     def _quantize(self, site: Site, values: Any, form: forms.Form):
-        state = self._state(site)
+        state = self._state(site.key)
         low, high = state["min"], state["max"]
+        seen = None
         if self.mode is not Mode.FROZEN:
-            seen = ranges.extent(values)
-            self.new_ranges[site.key] = ranges.observe(state, *seen, self.recipe.range_decay)
+            seen = self._observe(site, state, values)
             if self.mode is Mode.CALIBRATE:
                 self.observed[site.key] = values
                 return values, None
@@ -117,37 +129,138 @@ class Evaluator:
             # observes it; before the first observation there is only the batch itself.
             low, high = (
                 jnp.where(state["count"] > 0, old, new)
-                for old, new in zip((low, high), seen, strict=True)
+                for old, new in zip((low, high), seen[:2], strict=True)
             )
-        symmetric = self.recipe.activations == "symmetric"
+        symmetric = site.settings.activations == "symmetric"
         grid = ranges.grid(low, high, bits=site.bits, symmetric=symmetric)
+        if site.learned:
+            leaf = LEARNED[site.learned]
+            value = state[leaf] if seen is None else _first(state, state[leaf], seen[2])
+            grid = ranges.with_scale(grid, value if leaf == "step" else value / grid.top)
         self.made_from[site.key] = form
-        values, codes = ops.quantize(values, form.steps(grid), grid)
-        self.codes[site.key] = forms.Codes(codes, grid, site.key)
+        values, codes = ops.quantize(
+            values, form.steps(_constant(grid)), grid, learned=site.learned
+        )
+        self.codes[site.key] = forms.Codes(codes, _constant(grid), site.key)
         return values, self.codes[site.key]
 
-    def _state(self, site: Site) -> ranges.Range:
+    def _observe(self, site: Site, state: ranges.Range, values: Any) -> tuple[Any, ...]:
+        """Takes a tensor into its range; returns what this batch alone would make of it.
+
+        A tensor of several turns of a loop has the widest range of them.
+        """
+        low, high = estimate.activation_extent(values, site.settings)
+        grid = ranges.grid(
+            low, high, bits=site.bits, symmetric=site.settings.activations == "symmetric"
+        )
+        start: Any = None
+        if site.learned == "pact":
+            start = grid.scale * grid.top
+        elif site.learned == "lsq":
+            magnitude = jnp.mean(jnp.abs(jax.lax.stop_gradient(values).astype(jnp.float32)))
+            start = estimate.first_step(magnitude, grid.top)
+        if site.key in self._seen:
+            before = self._seen[site.key]
+            low, high = jnp.minimum(low, before[0]), jnp.maximum(high, before[1])
+            start = before[2]
+        self._seen[site.key] = (low, high, start)
+        decay = None if site.settings.act_range == "minmax" else self.recipe.range_decay
+        new = ranges.observe(state, low, high, decay)
+        if site.learned:
+            # The zero point does not move any more while the scale is learned.
+            leaf, moving = LEARNED[site.learned], self.mode is Mode.CALIBRATE
+            new = (
+                new
+                if moving
+                else jax.tree.map(lambda a, b: jnp.where(state["count"] > 0, a, b), state, new)
+            )
+            new[leaf] = (
+                ranges.averaged(state, leaf, start) if moving else _first(state, state[leaf], start)
+            )
+        self.new_ranges[site.key] = new
+        return low, high, start
+
+    def _state(self, key: Key) -> ranges.Range:
         try:
-            return self.state[site.key]
+            return self.state[key]
         except KeyError:
             raise QuantizationError(
-                f"The ranges hold nothing for {'/'.join(site.key)!r}; they hold "
+                f"The ranges hold nothing for {'/'.join(key)!r}; they hold "
                 f"{', '.join('/'.join(k) for k in self.state) or 'nothing'}. Make them with "
                 "`init_ranges` for this model, this recipe and these inputs."
             ) from None
 
-    def _multiply(self, layer: Layer) -> tuple[Any, forms.Form]:
+    def _see_weights(self, layer: Layer | Lookup | Pair) -> None:
+        """The step sizes that learning starts from, where there are none yet."""
+        if isinstance(layer, Pair) or layer.step_key is None or self.mode is Mode.FROZEN:
+            return
+        state = self._state(layer.step_key)
+        step = _first(state, state["step"], self._first_step(layer))
+        self.new_ranges[layer.step_key] = {"step": step, "count": state["count"] + 1}
+
+    def _first_step(self, layer: Layer | Lookup) -> Any:
+        weights: Any = jax.lax.stop_gradient(self._read(layer.weights).values)
+        magnitude = jnp.mean(
+            jnp.abs(weights.astype(jnp.float32)), axis=layer.how.axes, keepdims=True
+        )
+        return estimate.first_step(magnitude, 2 ** (layer.how.bits - 1) - 1)
+
+    def _step(self, layer: Layer | Lookup) -> Any:
+        """The learned step sizes of a layer's weights; None if they are not learned."""
+        if layer.step_key is None:
+            return None
+        state = self._state(layer.step_key)
+        return ranges.positive(_first(state, state["step"], self._first_step(layer)))
+
+    def _quantized(self, node: Node, layer: Layer | Lookup | Pair) -> tuple[Any, Any, str | None]:
+        """A layer's result, its form, and why it has none."""
+        if isinstance(layer, Pair):
+            operands: list[Any] = [self._read(layer.left), self._read(layer.right)]
+            pairs = [ops.Quantized(o.values, o.form.codes, o.form.grid) for o in operands]
+            values = ops.multiply_pair(layer.dot, layer.dtype, *pairs)
+            return values, None, f"a product of two activations ({layer.path})"
+        if isinstance(layer, Lookup):
+            table = ops.look_up_weights(
+                layer.how, self._read(layer.weights).values, self._step(layer)
+            )
+            rest = [self._read(a).values for a in node.inputs[1:]]
+            return node.bind(table, *rest)[0], None, f"a look-up in {layer.path}"
+        return self._multiply(layer)
+
+    def _multiply(self, layer: Layer) -> tuple[Any, forms.Form | None, str | None]:
         data, weights = self._read(layer.data), self._read(layer.weights)
+        assert data.values is not None and weights.values is not None
+        step = self._step(layer)
+        if layer.dynamic:
+            grid = ranges.dynamic_grid(
+                data.values, layer.how.product.data_axes, layer.how.settings.act_bits or 8
+            )
+            values, codes = ops.quantize(data.values, ops.in_steps(data.values, grid), grid)
+            result = ops.multiply(layer.how, values, codes, grid, weights.values, step)
+            return result.real, None, f"the dynamic range of the input of {layer.path}"
         form = data.form
         assert isinstance(form, forms.Codes)  # The plan quantizes what a layer reads.
-        assert data.values is not None and weights.values is not None
-        result = ops.multiply(layer.how, data.values, form.codes, form.grid, weights.values)
+        result = ops.multiply(layer.how, data.values, form.codes, form.grid, weights.values, step)
         total, correction, weight_scale, weight_codes = jax.lax.stop_gradient(result[1:])
         source = forms.Multiplied(layer.path, layer.how.product, form, weight_codes)
         accumulator = forms.Accumulator(
             total, correction, form.grid.scale, weight_scale, jnp.float32(0), source
         )
-        return result.real, accumulator
+        return result.real, accumulator, None
+
+
+# The leaf of the state that is learned, by how.
+LEARNED = {"lsq": "step", "pact": "bound"}
+
+
+def _first(state: ranges.Range, old: Any, new: Any) -> Any:
+    """What was kept, or, if nothing was seen yet, what is new."""
+    return jnp.where(state["count"] > 0, old, new)
+
+
+def _constant(grid: ranges.Grid) -> ranges.Grid:
+    """The grid without the gradient of a learned scale, which flows through `ops.quantize`."""
+    return jax.tree.map(jax.lax.stop_gradient, grid)
 
 
 def _form_of(node: Node, operands: list[derive.Operand], results: list[Any]) -> forms.Form | None:

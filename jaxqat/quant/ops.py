@@ -9,27 +9,24 @@ since AQT's convolution has no gradient and multiplies in floating point.
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+import math
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from aqt.jax.v2 import aqt_quantizer
-from aqt.jax.v2 import calibration as aqt_calibration
 from aqt.jax.v2 import utils as aqt_utils
-from aqt.jax.v2.numerics import int_numerics
 from aqt.jax.v2.numerics import numerics as aqt_numerics
 from jaxtyping import Array, Float, Int, Int8
 
-from jaxqat.quant.products import Product, backward
+from jaxqat.quant import estimate
+from jaxqat.quant.products import Dot, Product, backward
 from jaxqat.quant.ranges import Grid, GridCalibration
+from jaxqat.quant.recipe import Settings
 
 # AQT builds its dataclasses with a decorator of its own, which type checkers do not see through.
 _aqt_dataclass: Any = aqt_utils.flax_slots_kw_only_dataclass
-_Context: Any = aqt_utils.Context
 _Quantizer: Any = aqt_quantizer.Quantizer
-_IntSymmetric: Any = int_numerics.IntSymmetric
-
-_CONTEXT = _Context(key=None, train_step=None)
 
 
 @_aqt_dataclass
@@ -73,7 +70,7 @@ def in_steps(x: Float[Array, "..."], grid: Grid) -> Float[Array, "..."]:
         calib_shared_axes="per_tensor",
         scale_stop_grad=True,
         calibration=functools.partial(GridCalibration, scale=grid.scale),
-        context=_CONTEXT,
+        context=estimate.CONTEXT,
     )
     quantizer.init_calibration()
     tensor: Any = quantizer.calibrate(x, calibration_axes=None).quant(x)
@@ -87,36 +84,59 @@ def dequantize(codes: Int8[Array, "..."], grid: Grid, dtype: Any) -> Float[Array
 
 
 def quantize(
-    x: Float[Array, "..."], steps: Float[Array, "..."], grid: Grid
+    x: Float[Array, "..."],
+    steps: Float[Array, "..."],
+    grid: Grid,
+    *,
+    learned: Literal["lsq", "pact"] | None = None,
 ) -> tuple[Float[Array, "..."], Int8[Array, "..."]]:
     """A tensor on a grid: its dequantized value, which carries the gradient, and its codes.
 
     code = clip(round(u) + z, low, high); the gradient with respect to x is that of the
-    dequantized value where low <= round(u) + z <= high, and 0 elsewhere.
+    dequantized value where low <= round(u) + z <= high, and 0 elsewhere. A learned scale s has
+    one too: of a value that was clipped, code - z; of another, code - z - u with 'lsq' (Esser et
+    al. 2020, arXiv:1902.08153, equation 3), all of it times 1 / sqrt(N Q_P) with N values an
+    example and Q_P codes above zero (section 2.2), and 0 with 'pact' (Choi et al. 2018,
+    arXiv:1805.06085, equation 3, for the bound s Q_P in the place of s).
 
     Args:
-        x: The real tensor; only its gradient path and its type are used.
+        x: The real tensor; only its gradient path and its type are used, and, for a learned
+            scale, its values.
         steps: u, the same tensor in units of the grid's scale (`in_steps`, or the integer form
-            of the operations that made it).
+            of the operations that made it), rounded or not.
         grid: Where to put it.
+        learned: How the grid's scale is learned; None if it is not.
     """
-    return _straight_through(x, jax.lax.stop_gradient(steps), grid)
+    scale = grid.scale if learned else None
+    return _straight_through(learned, x, jax.lax.stop_gradient(steps), grid, scale)
 
 
-@jax.custom_vjp
-def _straight_through(x, steps, grid):
-    return _straight_through_forward(x, steps, grid)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _straight_through(learned, x, steps, grid, scale):
+    return _straight_through_forward(learned, x, steps, grid, scale)[0]
 
 
-def _straight_through_forward(x, steps, grid):
-    codes, kept = _numerics(grid).vjp_fwd(steps, _CONTEXT)
-    return (dequantize(codes, grid, x.dtype), codes), (kept, grid)
+def _straight_through_forward(learned, x, steps, grid, scale):
+    del scale  # It is the grid's.
+    codes, kept = _numerics(grid).vjp_fwd(steps, estimate.CONTEXT)
+    values = x if learned else None
+    return (dequantize(codes, grid, x.dtype), codes), (kept, grid, values, codes)
 
 
-def _straight_through_backward(residuals, gradients):
-    kept, grid = residuals
+def _straight_through_backward(learned, residuals, gradients):
+    kept, grid, x, codes = residuals
     gradient, _ = _numerics(grid).vjp_bwd(kept, gradients[0])
-    return gradient, None, None
+    if not learned:
+        return gradient, None, None, None
+    moved = codes.astype(jnp.float32) - grid.zero
+    top = grid.high - grid.zero
+    if learned == "lsq":
+        share = jax.lax.rsqrt(x.size / max(x.shape[0], 1) * top) if x.ndim else 1.0
+        slope = jnp.where(kept, moved - x.astype(jnp.float32) * grid.inverse, moved) * share
+    else:
+        slope = jnp.where(kept, 0.0, moved)
+    of_scale = jnp.sum(gradients[0].astype(jnp.float32) * slope)
+    return gradient, None, None, of_scale
 
 
 _straight_through.defvjp(_straight_through_forward, _straight_through_backward)
@@ -135,56 +155,90 @@ in_place_of.defvjp(
 
 
 def quantize_weights(
-    weights: Float[Array, "..."], *, bits: int, axes: tuple[int, ...]
+    weights: Float[Array, "..."],
+    settings: Settings,
+    axes: tuple[int, ...],
+    step: Float[Array, "..."] | None = None,
 ) -> tuple[Int8[Array, "..."], Float[Array, "..."]]:
-    """Codes and scales of weights: symmetric, scale = max|w| / (2**(bits-1) - 1).
+    """Codes and scales of weights: code = clip(round(w / scale), -top, top), top = 2**(bits-1) - 1.
+
+    By `Settings.weight_range` the scale is max|w| / top ('absmax'), less
+    (`estimate.weight_scale`), or a learned step size.
 
     Args:
         weights: Any float tensor.
-        bits: Width of the codes, 2 to 8.
+        settings: Bits and estimator.
         axes: Axes that share one scale.
+        step: The learned scales, under 'lsq'.
 
     Returns:
         int8 codes, and float32 scales of the weights' rank with `axes` reduced to 1. All-zero
         weights get a positive scale and the codes 0.
     """
-    quantizer = _Quantizer(
-        numerics=_IntSymmetric(
-            bits=bits,
-            preserve_zero=True,
-            preserve_max_val=True,  # Without it, AQT divides by 127.5 and wastes half a code.
-            clip=True,
-            clip_gradient=False,  # The largest weight sets the scale: nothing is clipped.
-            round=True,
-            noise_fn=None,
-            dtype=jnp.int8,
-        ),
-        calib_shared_axes=axes,
-        scale_stop_grad=True,
-        calibration=aqt_calibration.AbsMaxCalibration,
-        context=_CONTEXT,
-    )
-    quantizer.init_calibration()
+    assert settings.weight_bits is not None
     weights = jax.lax.stop_gradient(weights).astype(jnp.float32)
-    tensor: Any = quantizer.quant(weights, calibration_axes=None)[0]
-    return tensor.qvalue, tensor.scale[0]
+    if settings.weight_range == "absmax":
+        return estimate.absmax(weights, settings.weight_bits, axes)
+    if step is not None:
+        scale = jax.lax.stop_gradient(step)
+    else:
+        scale = estimate.weight_scale(weights, settings, axes)
+    top = 2 ** (settings.weight_bits - 1) - 1
+    return jnp.clip(jnp.round(weights / scale), -top, top).astype(jnp.int8), scale
+
+
+def _weight_gradients(settings: Settings, axes, weights, codes, scale, gradient):
+    """Gradients of weights and of their learned step sizes, given that of the dequantized weights.
+
+    As for activations (`quantize`): straight-through where a weight was not clipped.
+    """
+    if settings.weight_range == "absmax":  # Nothing is clipped.
+        return gradient, None
+    top = 2 ** ((settings.weight_bits or 8) - 1) - 1
+    steps = weights.astype(jnp.float32) / scale
+    kept = jnp.abs(jnp.round(steps)) <= top
+    if settings.weight_range != "lsq":
+        return jnp.where(kept, gradient, 0), None
+    slope = jnp.where(kept, codes - steps, codes)
+    share = 1 / math.sqrt(math.prod(weights.shape[axis] for axis in axes) * top)
+    of_step = jnp.sum(gradient.astype(jnp.float32) * slope, axis=axes, keepdims=True) * share
+    return jnp.where(kept, gradient, 0), of_step
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class QuantizedProduct:
-    """A product and how its weights are quantized.
+class QuantizedWeights:
+    """How weights are quantized.
 
     Attributes:
-        product: Convolution or dot.
-        bits: Width of the weight codes.
-        axes: Axes of the weights that share one scale.
+        settings: Bits and estimator.
+        axes: Axes that share one scale.
         dtype: Type of the result.
     """
 
-    product: Product
-    bits: int
+    settings: Settings
     axes: tuple[int, ...]
     dtype: Any
+
+    @property
+    def bits(self) -> int:
+        """Width of the weight codes."""
+        assert self.settings.weight_bits is not None
+        return self.settings.weight_bits
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class QuantizedProduct(QuantizedWeights):
+    """A product, convolution or dot, and how its weights are quantized."""
+
+    product: Product
+
+
+class Quantized(NamedTuple):
+    """A quantized tensor: its dequantized values, which carry the gradient, codes and grid."""
+
+    values: Any
+    codes: Any
+    grid: Any
 
 
 class ProductResult(NamedTuple):
@@ -211,6 +265,7 @@ def multiply(
     codes: Int8[Array, "..."],
     grid: Grid,
     weights: Float[Array, "..."],
+    step: Float[Array, "..."] | None = None,
 ) -> ProductResult:
     """An integer product with straight-through gradients.
 
@@ -222,21 +277,22 @@ def multiply(
         how: The product and the quantization of its weights.
         x: Dequantized activations: the path of the gradient, not read in the forward pass.
         codes: Codes of the activations.
-        grid: Their grid.
+        grid: Their grid; its scale may be one an example.
         weights: Float weights; quantized here.
+        step: Their learned scales, if the settings say so.
     """
-    result: Any = _multiply(how, x, codes, grid, weights)
+    result: Any = _multiply(how, x, codes, grid, weights, step)
     return ProductResult(*result)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _multiply(how, x, codes, grid, weights):
+def _multiply(how, x, codes, grid, weights, step):
     del x
-    return _multiply_forward(how, None, codes, grid, weights)[0]
+    return _multiply_forward(how, None, codes, grid, weights, step)[0]
 
 
-def _multiply_forward(how, x, codes, grid, weights):
-    weight_codes, weight_scale = quantize_weights(weights, bits=how.bits, axes=how.axes)
+def _multiply_forward(how, x, codes, grid, weights, step):
+    weight_codes, weight_scale = quantize_weights(weights, how.settings, how.axes, step)
     total = how.product.accumulate(codes, weight_codes)
     if grid.zero_point is None:
         correction = jnp.zeros((), jnp.int32)
@@ -246,19 +302,86 @@ def _multiply_forward(how, x, codes, grid, weights):
     channels = [1 if a in how.product.channel_axes else n for a, n in enumerate(weights.shape)]
     per_channel = how.product.over_output(jnp.broadcast_to(weight_scale, channels))
     sums = (total + correction).astype(jnp.float32)
-    real = (sums * (grid.scale * per_channel)).astype(how.dtype)
+    data_scale = how.product.data_over_output(grid.scale) if grid.scale.ndim else grid.scale
+    real = (sums * (data_scale * per_channel)).astype(how.dtype)
     # Empty arrays carry the types of the two gradients to the backward pass.
     like = (None if x is None else x[..., :0], weights[..., :0])
-    kept = (codes, grid, weight_codes, weight_scale, like)
+    clipped = None if how.settings.weight_range == "absmax" else weights
+    kept = (codes, grid, weight_codes, weight_scale, clipped, like)
     return (real, total, correction, per_channel, weight_codes), kept
 
 
 def _multiply_backward(how, kept, gradients):
-    codes, grid, weight_codes, weight_scale, (x_like, weights_like) = kept
+    codes, grid, weight_codes, weight_scale, clipped, (x_like, weights_like) = kept
     x = dequantize(codes, grid, x_like.dtype)
     weights = (weight_codes.astype(jnp.float32) * weight_scale).astype(x.dtype)
     gradient_x, gradient_weights = backward(how.product, x, weights, gradients[0])
-    return gradient_x, None, None, gradient_weights.astype(weights_like.dtype)
+    gradient_weights, gradient_step = _weight_gradients(
+        how.settings, how.axes, clipped, weight_codes, weight_scale, gradient_weights
+    )
+    return gradient_x, None, None, gradient_weights.astype(weights_like.dtype), gradient_step
 
 
 _multiply.defvjp(_multiply_forward, _multiply_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def look_up_weights(how: QuantizedWeights, weights: Array, step: Array | None) -> Array:
+    """Weights on their grid, dequantized, with straight-through gradients."""
+    return _look_up_forward(how, weights, step)[0]
+
+
+def _look_up_forward(how, weights, step):
+    codes, scale = quantize_weights(weights, how.settings, how.axes, step)
+    return (codes.astype(jnp.float32) * scale).astype(how.dtype), (weights, codes, scale)
+
+
+def _look_up_backward(how, kept, gradient):
+    weights, codes, scale = kept
+    gradient, of_step = _weight_gradients(how.settings, how.axes, weights, codes, scale, gradient)
+    return gradient.astype(weights.dtype), of_step
+
+
+look_up_weights.defvjp(_look_up_forward, _look_up_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def multiply_pair(dot: Dot, dtype: Any, left: Quantized, right: Quantized) -> Array:
+    """An integer dot of two quantized activations, with the gradients of the float dot.
+
+    y = s_1 s_2 (sum(q k) - z_1 sum(k) - z_2 sum(q) + n z_1 z_2), sums over the n pairs (Jacob et
+    al. 2018, arXiv:1712.05877, equation 7).
+
+    Args:
+        dot: The product, whose `weight_side` is 1.
+        dtype: Of the result.
+        left: Its left operand.
+        right: Its right operand.
+    """
+    return _pair_forward(dot, dtype, left, right)[0]
+
+
+def _pair_forward(dot, dtype, left, right):
+    (x, q, s), (y, k, t) = left, right
+    total = dot.accumulate(q, k)
+    sides = dot.params["dimension_numbers"][0]
+    if t.zero_point is not None:
+        sums = jnp.sum(q.astype(jnp.int32), axis=sides[0], keepdims=True)
+        total = total - t.zero_point * dot.data_over_output(sums)
+    if s.zero_point is not None:
+        total = total - s.zero_point * dot.zero_sums(q.shape, k)
+    if s.zero_point is not None and t.zero_point is not None:
+        total = total + s.zero_point * t.zero_point * math.prod(q.shape[a] for a in sides[0])
+    real = (total.astype(jnp.float32) * (s.scale * t.scale)).astype(dtype)
+    return real, (q, s, x[..., :0], k, t, y[..., :0])
+
+
+def _pair_backward(dot, dtype, kept, gradient):
+    del dtype
+    q, s, x_like, k, t, y_like = kept
+    x, y = dequantize(q, s, x_like.dtype), dequantize(k, t, y_like.dtype)
+    of_x, of_y = backward(dot, x, y, gradient)
+    return Quantized(of_x, None, None), Quantized(of_y, None, None)
+
+
+multiply_pair.defvjp(_pair_forward, _pair_backward)

@@ -1,10 +1,15 @@
 """What is to be quantized in a traced computation, as plain data; `trace` finds it."""
 
 import dataclasses
+from typing import Any, Literal
 
-from jaxqat.quant.ops import QuantizedProduct
+import jax.numpy as jnp
+
+from jaxqat.quant.ops import QuantizedProduct, QuantizedWeights
+from jaxqat.quant.products import Dot
 from jaxqat.quant.program import Atom, Node, Program
-from jaxqat.quant.recipe import Recipe
+from jaxqat.quant.ranges import empty_range
+from jaxqat.quant.recipe import Recipe, Settings
 
 Key = tuple[str, ...]
 
@@ -25,14 +30,17 @@ class LayerInfo:
 
     Attributes:
         path: Path of its parameter's module, such as 'stage1/block0/conv1'.
-        kind: 'conv' or 'dense'.
+        kind: 'conv', 'dense', 'embed' (a table of embeddings), 'attention' (a product of two
+            activations) or 'any' (products inside of something else).
         weight_shape: Shape of the weights.
         weight_bits: Width of the weight codes; None if the layer stays in float.
         act_bits: Width of its input's codes; None if the layer stays in float.
         macs: Multiply-accumulates for the traced input (all its examples).
         weight_path: Path of the parameter itself.
-        range_key: Where the state holds the range of its input; None if it stays in float.
+        range_key: Where the state holds the range of its input; None if it has none: it stays in
+            float, or its range is dynamic.
         float_reason: Why the layer stays in float; None if it does not.
+        settings: How it is quantized; None if it stays in float.
     """
 
     path: str
@@ -44,24 +52,74 @@ class LayerInfo:
     weight_path: Key
     range_key: Key | None
     float_reason: str | None
+    settings: Settings | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """A quantized product: its module's path, which operand is what, how it is multiplied."""
+    """A quantized product: its module's path, which operand is what, how it is multiplied.
+
+    Attributes:
+        path: Of the module.
+        how: The product and the quantization of its weights.
+        data: The activations that it reads.
+        weights: The weights.
+        step_key: Where the state holds the weights' learned step sizes, if they have any.
+        dynamic: Whether the activations' range is that of each example, found when it is run.
+    """
 
     path: str
     how: QuantizedProduct
     data: int
     weights: Atom
+    step_key: Key | None = None
+    dynamic: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Lookup:
+    """A table of embeddings whose rows are quantized: what is looked up are their real values."""
+
+    path: str
+    how: QuantizedWeights
+    weights: Atom
+    step_key: Key | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """A product of two quantized activations, as attention has it."""
+
+    path: str
+    dot: Dot
+    left: int
+    right: int
+    dtype: Any
 
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """A tensor to quantize: where its range is kept, and how wide its codes are."""
+    """A tensor to quantize: where its range is kept, and how wide and of which kind it is."""
 
     key: Key
-    bits: int
+    settings: Settings
+
+    @property
+    def bits(self) -> int:
+        """Width of the codes."""
+        assert self.settings.act_bits is not None
+        return self.settings.act_bits
+
+    @property
+    def learned(self) -> Literal["lsq", "pact"] | None:
+        """How its scale is learned, if it is."""
+        how = self.settings.act_range
+        return how if how in ("lsq", "pact") else None  # pyright: ignore[reportReturnType]
+
+    def empty(self) -> Any:
+        """Its state before anything was seen."""
+        leaf = {"lsq": "step", "pact": "bound"}.get(self.settings.act_range)
+        return {**empty_range(), **({leaf: jnp.ones((), jnp.float32)} if leaf else {})}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -71,16 +129,25 @@ class Plan:
     Attributes:
         program: The traced computation.
         level: What each variable depends on.
-        layers: Quantized products by node.
+        layers: Quantized products, and tables of embeddings, by node.
         sites: Tensors to quantize by variable.
+        steps: Shapes of learned step sizes of weights, by where the state holds them.
         table: Every product, quantized or not, in order.
     """
 
     program: Program
     level: list[int]
-    layers: dict[Node, Layer]
+    layers: dict[Node, Layer | Lookup | Pair]
     sites: dict[int, Site]
+    steps: dict[Key, tuple[int, ...]]
     table: tuple[LayerInfo, ...]
+
+    def empty_state(self) -> dict[Key, Any]:
+        """What is kept of activations and of learned step sizes, before anything was seen."""
+        state = {site.key: site.empty() for site in self.sites.values()}
+        for key, shape in self.steps.items():
+            state[key] = {"step": jnp.ones(shape, jnp.float32), "count": jnp.zeros((), jnp.int32)}
+        return state
 
     def check_rules(self, recipe: Recipe) -> None:
         """Refuses a rule of the recipe that decides about no layer (`Recipe.check_rules`)."""

@@ -40,6 +40,15 @@ class Product(Protocol):
         """Per-channel values, kept in the weights' rank, as they broadcast over the output."""
         ...
 
+    @property
+    def data_axes(self) -> tuple[int, ...]:
+        """Axes of the activations that are summed over."""
+        ...
+
+    def data_over_output(self, values: Array) -> Array:
+        """Values of the activations' rank, 1 along `data_axes`, as they spread over the output."""
+        ...
+
     def accumulate(
         self, codes: Int8[Array, "..."], weights: Int8[Array, "..."]
     ) -> Int[Array, "..."]:
@@ -76,6 +85,16 @@ class Convolution:
     def over_output(self, values: Array) -> Array:
         shape = [1] * self.output_rank
         shape[self.params["dimension_numbers"].out_spec[1]] = values.size
+        return values.reshape(shape)
+
+    @property
+    def data_axes(self) -> tuple[int, ...]:
+        batch = self.params["dimension_numbers"].lhs_spec[0]
+        return tuple(axis for axis in range(self.output_rank) if axis != batch)
+
+    def data_over_output(self, values: Array) -> Array:
+        shape = [1] * self.output_rank
+        shape[self.params["dimension_numbers"].out_spec[0]] = values.size
         return values.reshape(shape)
 
     def accumulate(self, codes, weights):
@@ -163,11 +182,22 @@ class Dot:
         return tuple(self.params["dimension_numbers"][0][self.weight_side])
 
     def over_output(self, values: Array) -> Array:
-        batch = self.params["dimension_numbers"][1][self.weight_side]
-        free = [a for a in range(values.ndim) if a not in batch and a not in self.channel_axes]
-        values = jnp.transpose(values, (*batch, *free, *self.channel_axes))
+        return self._spread(values, self.weight_side)
+
+    @property
+    def data_axes(self) -> tuple[int, ...]:
+        return tuple(self.params["dimension_numbers"][0][1 - self.weight_side])
+
+    def data_over_output(self, values: Array) -> Array:
+        return self._spread(values, 1 - self.weight_side)
+
+    def _spread(self, values: Array, side: int) -> Array:
+        """Values of an operand's rank, 1 along what is summed over, in the output's axes."""
+        summed, batch = (axes[side] for axes in self.params["dimension_numbers"])
+        free = [a for a in range(values.ndim) if a not in batch and a not in summed]
+        values = jnp.transpose(values, (*batch, *free, *summed))
         shape, others = values.shape, self.output_rank - len(batch) - len(free)
-        at = len(batch) if self.weight_side == 1 else len(batch) + len(free)
+        at = len(batch) if side == 1 else len(batch) + len(free)
         shape = shape[: len(batch) + len(free)]
         return values.reshape(shape[:at] + (1,) * others + shape[at:])
 

@@ -2,7 +2,8 @@
 
 JAX nests jaxprs (jit inside jit, remat). Everything the quantizer has to see, which tensor two
 products share, or where a residual addition stands, crosses those borders, so calls that hold
-products are inlined. Calls without products are kept whole: their own derivative rules stay.
+products are inlined, and short scans with products unrolled. Calls without products are kept
+whole: their own derivative rules stay.
 """
 
 import dataclasses
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import api_util
 from jax.core import Tracer
@@ -19,6 +21,8 @@ PRODUCTS = frozenset({"conv_general_dilated", "dot_general"})
 # Calls that mean no more than their body (jnp.pad and many others are such calls). Inlining
 # `checkpoint` gives up its saving of memory, so that is done only where products are inside.
 _INLINED = frozenset({"jit", "pjit", "closed_call", "core_call"})
+# A scan with products inside is unrolled up to this length; a longer one stays in float.
+MAX_TURNS = 128
 _INLINED_FOR_PRODUCTS = frozenset({"checkpoint", "remat2"})
 
 
@@ -39,12 +43,21 @@ Atom = int | Constant
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Node:
-    """One operation: reads atoms, makes variables (numbered over the whole program)."""
+    """One operation: reads atoms, makes variables (numbered over the whole program).
+
+    Attributes:
+        equation: What it does.
+        inputs: What it reads.
+        outputs: What it makes.
+        scope: The module that it stands in.
+        loop: The unrolled loops that it stands in, outermost first: the same in every turn.
+    """
 
     equation: Any
     inputs: tuple[Atom, ...]
     outputs: tuple[int, ...]
     scope: str = ""
+    loop: tuple[int, ...] = ()
 
     @property
     def where(self) -> str:
@@ -108,6 +121,8 @@ class Program:
         constants: Variables bound to arrays that the function closes over, and those arrays.
         outputs: The flat results.
         made_by: The node that makes a variable; inputs and constants have none.
+        turns: Of a variable that is one turn's part of what a loop goes over, which turn.
+        carried: What unrolled loops carry, before their first turn.
     """
 
     def __init__(self, closed_jaxpr: Any):
@@ -115,6 +130,8 @@ class Program:
         self.avals: list[Any] = []
         self.made_by: dict[int, Node] = {}
         self.constants: dict[int, Any] = {}
+        self.turns: dict[int, int] = {}
+        self.carried: set[int] = set()
         self.inputs = tuple(self._variable(v.aval) for v in closed_jaxpr.jaxpr.invars)
         self.outputs = self._inline(closed_jaxpr.jaxpr, closed_jaxpr.consts, self.inputs)
 
@@ -134,7 +151,12 @@ class Program:
         return number
 
     def _inline(
-        self, jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Atom], scope: str = ""
+        self,
+        jaxpr: Any,
+        consts: Sequence[Any],
+        inputs: Sequence[Atom],
+        scope: str = "",
+        loop: tuple[int, ...] = (),
     ) -> list[Atom]:
         known: dict[Any, Atom] = dict(zip(jaxpr.invars, inputs, strict=True))
         known.update((v, self._constant(c)) for v, c in zip(jaxpr.constvars, consts, strict=True))
@@ -150,17 +172,51 @@ class Program:
             if name in _INLINED or (name in _INLINED_FOR_PRODUCTS and products_inside(inner[0])):
                 body = next(p for p in equation.params.values() if _is_jaxpr(p))
                 closed = getattr(body, "consts", ())
-                results = self._inline(inner[0], closed, operands, here)
+                results = self._inline(inner[0], closed, operands, here, loop)
+            elif name == "scan" and _is_unrolled(equation):
+                results = self._unroll(equation, operands, here, (*loop, id(equation)))
             elif name == "convert_element_type" and isinstance(operands[0], Constant):
                 dtype = equation.params["new_dtype"]
                 results = [Constant(np.asarray(operands[0].value).astype(dtype)[()])]
             else:
                 results = [self._variable(v.aval) for v in equation.outvars]
-                node = Node(equation, operands, tuple(results), here)
+                node = Node(equation, operands, tuple(results), here, loop)
                 self.nodes.append(node)
                 self.made_by.update((number, node) for number in results)
             known.update(zip(equation.outvars, results, strict=True))
         return [atom(v) for v in jaxpr.outvars]
+
+    def _unroll(
+        self, equation: Any, operands: tuple[Atom, ...], scope: str, loop: tuple[int, ...]
+    ) -> list[Atom]:
+        """The turns of a scan one after the other: its results, carried and stacked."""
+        params = equation.params
+        body, constants, carried = params["jaxpr"], params["num_consts"], params["num_carry"]
+        shared, carry = operands[:constants], list(operands[constants : constants + carried])
+        over = operands[constants + carried :]
+        start = jax.make_jaxpr(lambda *xs: [jnp.copy(x) for x in xs])(*map(self.aval, carry))
+        carry = self._inline(start.jaxpr, start.consts, carry, scope)
+        self.carried.update(a for a in carry if isinstance(a, int))
+        avals = [self.aval(a) for a in over]
+        made: dict[int, list[Atom]] = {}
+        turns = range(params["length"])
+        for turn in reversed(turns) if params["reverse"] else turns:
+            take = jax.make_jaxpr(lambda *xs, turn=turn: [x[turn] for x in xs])(*avals)
+            parts = self._inline(take.jaxpr, take.consts, over, scope)
+            self.turns.update((a, turn) for a in parts if isinstance(a, int))
+            results = self._inline(body.jaxpr, body.consts, (*shared, *carry, *parts), scope, loop)
+            carry, made[turn] = results[:carried], results[carried:]
+        stacked = []
+        for column in zip(*(made[turn] for turn in turns), strict=True):
+            join = jax.make_jaxpr(lambda *xs: jnp.stack(xs))(*(self.aval(a) for a in column))
+            stacked += self._inline(join.jaxpr, join.consts, column, scope)
+        return [*carry, *stacked]
+
+
+def _is_unrolled(equation: Any) -> bool:
+    """Whether a scan is taken apart: it holds products, and is short."""
+    inner = next(inner_jaxprs(equation))
+    return equation.params["length"] <= MAX_TURNS and products_inside(inner) > 0
 
 
 def _is_jaxpr(value: Any) -> bool:

@@ -32,13 +32,9 @@ def empty_range() -> Range:
     return {"min": zero, "max": zero, "count": jnp.zeros((), jnp.int32)}
 
 
-def extent(x: Float[Array, "..."]) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Smallest and largest value of a tensor, in float32, outside of differentiation."""
-    x = jax.lax.stop_gradient(x).astype(jnp.float32)
-    return jnp.min(x), jnp.max(x)
-
-
-def observe(state: Range, low: Float[Array, ""], high: Float[Array, ""], decay: float) -> Range:
+def observe(
+    state: Range, low: Float[Array, ""], high: Float[Array, ""], decay: float | None
+) -> Range:
     """The range after one more batch.
 
     m <- m + k (m_batch - m) with k = max(1 / (count + 1), 1 - decay): the mean of what was seen
@@ -49,14 +45,28 @@ def observe(state: Range, low: Float[Array, ""], high: Float[Array, ""], decay: 
         state: The range so far.
         low: Minimum of the batch.
         high: Maximum of the batch.
-        decay: Share of the old value kept by a batch, 0 up to 1.
+        decay: Share of the old value kept by a batch, 0 up to 1; None keeps the extremes instead.
     """
+    if decay is None:
+        seen = state["count"] > 0
+        return {
+            **state,
+            "min": jnp.where(seen, jnp.minimum(state["min"], low), low),
+            "max": jnp.where(seen, jnp.maximum(state["max"], high), high),
+            "count": state["count"] + 1,
+        }
     share = jnp.maximum(1.0 / (state["count"] + 1), 1.0 - decay).astype(jnp.float32)
     return {
+        **state,
         "min": state["min"] + share * (low - state["min"]),
         "max": state["max"] + share * (high - state["max"]),
         "count": state["count"] + 1,
     }
+
+
+def averaged(state: Range, leaf: str, new: Float[Array, ""]) -> Float[Array, ""]:
+    """The mean of a leaf of the state over the batches seen, with one more."""
+    return state[leaf] + (new - state[leaf]) / (state["count"] + 1)
 
 
 @functools.partial(
@@ -91,6 +101,11 @@ class Grid:
     def zero(self) -> Float[Array, ""]:
         """The zero point as float32, to shift rounded steps with."""
         return jnp.asarray(0 if self.zero_point is None else self.zero_point, jnp.float32)
+
+    @property
+    def top(self) -> Float[Array, ""]:
+        """Codes above zero, Q_P, as float32."""
+        return self.high - self.zero
 
     @property
     def branch_steps(self) -> int:
@@ -144,6 +159,32 @@ def grid(low: Float[Array, ""], high: Float[Array, ""], *, bits: int, symmetric:
     return Grid(scale, inverse, zero_point, bottom, top)
 
 
+def with_scale(grid: Grid, scale: Float[Array, ""]) -> Grid:
+    """The grid with a learned scale in the place of its own; codes and zero point stay."""
+    scale = positive(scale)
+    return dataclasses.replace(grid, scale=scale, inverse=1.0 / scale)
+
+
+def positive(scale: Float[Array, "..."]) -> Float[Array, "..."]:
+    """A learned scale as it counts: by its magnitude, and never 0."""
+    return jnp.maximum(jnp.abs(scale), 1e-8)
+
+
+def dynamic_grid(x: Float[Array, "..."], axes: tuple[int, ...], bits: int) -> Grid:
+    """Symmetric grids of a tensor's own magnitudes: scale = max|x| / (2**(bits-1) - 1).
+
+    Args:
+        x: The tensor.
+        axes: Axes that share one scale; the others have one each.
+        bits: Width of the codes.
+    """
+    top = 2 ** (bits - 1) - 1
+    magnitudes = jnp.abs(jax.lax.stop_gradient(x).astype(jnp.float32))
+    scale = jnp.max(magnitudes, axis=axes, keepdims=True) * np.float32(1 / top)
+    scale = jnp.where(scale <= np.finfo(np.float32).tiny, jnp.float32(1), scale)
+    return Grid(scale, 1.0 / scale, None, -top, top)
+
+
 @_aqt_dataclass
 class GridCalibration(aqt_calibration.Calibration):
     """AQT calibration that answers with the scale of a static grid, whatever the tensor holds."""
@@ -153,4 +194,5 @@ class GridCalibration(aqt_calibration.Calibration):
     def get_scale_and_bias_and_sparsity(self, x, shared_axes, numerics_, context=None):
         """See `aqt.jax.v2.calibration.Calibration`; there is neither bias nor sparsity."""
         del shared_axes, numerics_, context
-        return [self.scale.reshape((1,) * x.ndim)], [], None
+        scale = self.scale if self.scale.ndim else self.scale.reshape((1,) * x.ndim)
+        return [scale], [], None

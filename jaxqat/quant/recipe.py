@@ -4,18 +4,33 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Sequence
-from typing import Literal, Self
+from typing import Any, Literal, Self, get_args
 
-KINDS = ("any", "conv", "dense")
+KINDS = ("any", "conv", "dense", "embed", "attention")
+INHERIT = "inherit"
+
+Kind = Literal["any", "conv", "dense", "embed", "attention"]
+Granularity = Literal["per_channel", "per_tensor", "per_group"]
+WeightRange = Literal["absmax", "percentile", "mse", "snr", "lsq"]
+Activations = Literal["affine", "symmetric"]
+ActRange = Literal["ema", "minmax", "percentile", "mse", "snr", "lsq", "pact", "dynamic"]
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "weight_granularity": get_args(Granularity),
+    "weight_range": get_args(WeightRange),
+    "activations": get_args(Activations),
+    "act_range": get_args(ActRange),
+}
 
 
 class RecipeError(ValueError):
     """A recipe, or one of its rules, cannot be applied."""
 
 
-def _check_bits(key: str, weight_bits: int | None, act_bits: int | None) -> None:
+def _check_bits(key: str, weight_bits: object, act_bits: object) -> None:
     for name, bits in (("weight_bits", weight_bits), ("act_bits", act_bits)):
-        if bits is not None and (type(bits) is not int or not 2 <= bits <= 8):
+        allowed = bits is None or (bits == INHERIT and key == "quant.rules")
+        if not allowed and (type(bits) is not int or not 2 <= bits <= 8):
             raise RecipeError(f"{key}.{name} must be an integer in 2..8 or null, got {bits!r}.")
     if (weight_bits is None) != (act_bits is None):
         raise RecipeError(
@@ -29,26 +44,101 @@ def _check_choice(key: str, value: object, choices: Sequence[str]) -> None:
         raise RecipeError(f"{key} must be one of {', '.join(choices)}, got {value!r}.")
 
 
+def _check_numbers(key: str, settings: Any) -> None:
+    percentile, group_size = settings.percentile, settings.group_size
+    if percentile is not None and not 50 < percentile <= 100:
+        raise RecipeError(f"{key}.percentile must be in (50, 100], got {percentile!r}.")
+    if group_size is not None and (type(group_size) is not int or group_size < 1):
+        raise RecipeError(f"{key}.group_size must be a whole number from 1, got {group_size!r}.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How one layer is quantized; `Recipe` has the defaults, a `Rule` what departs from them.
+
+    Attributes:
+        weight_bits: Width of the weight codes, 2 to 8; null leaves the layer in float.
+        act_bits: Width of the codes of the layer's input, 2 to 8; null leaves it in float.
+        weight_granularity: What has a scale of its own: 'per_channel' (each output channel),
+            'per_tensor', or 'per_group' (each `group_size` inputs of each output; dense layers).
+        group_size: Inputs that share a scale under 'per_group'.
+        weight_range: Largest weight that a code stands for: 'absmax', the largest there is;
+            'percentile' of the magnitudes; 'mse', the one of least squared error among fractions
+            of the largest; 'snr', that search as AQT does it; 'lsq', learned step sizes (Esser
+            et al. 2020, arXiv:1902.08153).
+        activations: 'affine' (an integer zero point, all 2**bits codes) or 'symmetric' (zero
+            point 0, the weights' codes).
+        act_range: Range of real values that the input's codes cover: 'ema', moving averages of
+            each batch's minimum and maximum; 'minmax', the extremes ever seen; moving averages of
+            each batch's 'percentile', 'mse' or 'snr' range; 'lsq', a learned step size; 'pact', a
+            learned clipping bound (Choi et al. 2018, arXiv:1805.06085); 'dynamic', the largest
+            magnitude of each example, as AQT does by default (needs 'symmetric').
+        percentile: Of the values to cover by 'percentile' ranges, in percent; what is left out
+            is left out at each end.
+    """
+
+    weight_bits: int | None = 8
+    act_bits: int | None = 8
+    weight_granularity: Granularity = "per_channel"
+    group_size: int = 64
+    weight_range: WeightRange = "absmax"
+    activations: Activations = "affine"
+    act_range: ActRange = "ema"
+    percentile: float = 99.9
+
+    def __post_init__(self):
+        _check_bits("quant", self.weight_bits, self.act_bits)
+        for name, choices in _CHOICES.items():
+            _check_choice(f"quant.{name}", getattr(self, name), choices)
+        _check_numbers("quant", self)
+        if self.act_range == "dynamic" and self.activations != "symmetric":
+            raise RecipeError(
+                "quant.act_range 'dynamic' needs quant.activations 'symmetric': a zero point of "
+                f"its own for each example has no integer product here, got {self.activations!r}."
+            )
+        if self.weight_granularity == "per_group" and self.weight_range == "lsq":
+            raise RecipeError(
+                "quant.weight_range 'lsq' learns one step size per channel or per tensor, and "
+                "quant.weight_granularity is 'per_group'."
+            )
+
+
+SETTINGS = tuple(field.name for field in dataclasses.fields(Settings))
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rule:
     """How the layers whose path and kind match are quantized; the first matching rule wins.
 
+    What a rule does not set ('inherit', or null where null says nothing else) is as the recipe
+    has it; see `Settings` for the meaning of all but the first two.
+
     Attributes:
         path: Regular expression, matched in full against a module path such as
             'stage2/block0/conv1'.
-        kind: 'conv', 'dense' or 'any'.
-        weight_bits: Width of the weight codes, 2 to 8; null leaves the layer in float.
-        act_bits: Width of the codes of the layer's input, 2 to 8; null leaves it in float.
+        kind: 'conv', 'dense', 'embed' (a table of embeddings), 'attention' (a product of two
+            activations, which is quantized only where a rule of this kind says so) or 'any' (the
+            first three).
     """
 
     path: str = ".*"
-    kind: Literal["any", "conv", "dense"] = "any"
-    weight_bits: int | None = 8
-    act_bits: int | None = 8
+    kind: Kind = "any"
+    weight_bits: int | Literal["inherit"] | None = INHERIT
+    act_bits: int | Literal["inherit"] | None = INHERIT
+    weight_granularity: Granularity | None = None
+    group_size: int | None = None
+    weight_range: WeightRange | None = None
+    activations: Activations | None = None
+    act_range: ActRange | None = None
+    percentile: float | None = None
 
     def __post_init__(self):
         _check_bits("quant.rules", self.weight_bits, self.act_bits)
         _check_choice("quant.rules.kind", self.kind, KINDS)
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) is not None:
+                _check_choice(f"quant.rules.{name}", getattr(self, name), choices)
+        _check_numbers("quant.rules", self)
         try:
             re.compile(self.path)
         except re.error as error:
@@ -58,61 +148,83 @@ class Rule:
 
     def matches(self, path: str, kind: str) -> bool:
         """Whether the layer of this path and kind is this rule's."""
-        return self.kind in ("any", kind) and re.fullmatch(self.path, path) is not None
+        named = kind == self.kind or (self.kind == "any" and kind != "attention")
+        return named and re.fullmatch(self.path, path) is not None
+
+    def over(self, default: Settings) -> Settings:
+        """The settings of a layer that this rule decides about.
+
+        Raises:
+            RecipeError: The rule does not go with what it inherits; names the rule.
+        """
+        values = {name: getattr(default, name) for name in SETTINGS}
+        for name in SETTINGS:
+            value, bits = getattr(self, name), name in ("weight_bits", "act_bits")
+            if value != INHERIT and (bits or value is not None):
+                values[name] = value
+        try:
+            return Settings(**values)
+        except RecipeError as error:
+            raise RecipeError(f"the rule path={self.path!r}, kind={self.kind!r}: {error}") from None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Recipe:
+class Recipe(Settings):
     """How a model is quantized; the defaults are the preset `int8`.
 
     Weights are symmetric, with codes -(2**(bits-1)-1) .. 2**(bits-1)-1. Activations have one
-    static scale per tensor (Krishnamoorthi 2018, arXiv:1806.08342, section 3.1): affine, with an
-    integer zero point and all 2**bits codes, or symmetric, with the weights' codes.
+    scale per tensor (Krishnamoorthi 2018, arXiv:1806.08342, section 3.1): affine, with an
+    integer zero point and all 2**bits codes, or symmetric, with the weights' codes. The fields of
+    `Settings` are what holds where no rule says otherwise.
 
     Attributes:
-        weight_bits: Width of the weight codes, 2 to 8, where no rule says otherwise.
-        act_bits: Width of the activation codes, 2 to 8, where no rule says otherwise.
-        weight_granularity: 'per_channel' (one scale per output channel) or 'per_tensor'.
-        activations: 'affine' or 'symmetric'.
-        range_decay: Decay per training step of the moving average of an activation's minimum
-            and maximum, 0 up to (not including) 1.
+        range_decay: Decay per training step of the moving averages of activation ranges, 0 up to
+            (not including) 1.
+        first_last_bits: Width of weights and activations in the first and in the last layer where
+            no rule decides about them; null for that of the others.
         rules: Exceptions, in order.
     """
 
-    weight_bits: int | None = 8
-    act_bits: int | None = 8
-    weight_granularity: Literal["per_channel", "per_tensor"] = "per_channel"
-    activations: Literal["affine", "symmetric"] = "affine"
     range_decay: float = 0.99
+    first_last_bits: int | None = None
     rules: tuple[Rule, ...] = ()
 
     def __post_init__(self):
-        _check_bits("quant", self.weight_bits, self.act_bits)
-        _check_choice(
-            "quant.weight_granularity", self.weight_granularity, ("per_channel", "per_tensor")
-        )
-        _check_choice("quant.activations", self.activations, ("affine", "symmetric"))
+        super().__post_init__()
         if not 0 <= self.range_decay < 1:
             raise RecipeError(f"quant.range_decay must be in [0, 1), got {self.range_decay!r}.")
+        edge = self.first_last_bits
+        if edge is not None and (type(edge) is not int or not 2 <= edge <= 8):
+            raise RecipeError(
+                f"quant.first_last_bits must be an integer in 2..8 or null, got {edge!r}."
+            )
         object.__setattr__(self, "rules", tuple(self.rules))
+        for rule in self.rules:
+            rule.over(self)
 
     @classmethod
     def preset(cls, name: str) -> Self:
         """The named recipe.
 
-        'int8' has affine activations, 'int8_symmetric' the zero point 0. By where the network is
-        to run: 'onnxruntime_x86' is 'int8', whose codes are uint8 in the exported file;
-        'tensorrt', whose activations have no zero points, is 'int8_symmetric'. 'w4a8' and 'w4a4'
-        have 4 bits of weights, and 8 or 4 of activations.
+        'int8' has affine activations, 'int8_symmetric' the zero point 0, 'int8_dynamic' ranges of
+        each example (AQT's default). By where the network is to run: 'onnxruntime_x86' is 'int8',
+        whose codes are uint8 in the exported file; 'tensorrt', whose activations have no zero
+        points, is 'int8_symmetric'. 'w4a8' and 'w4a4' have 4 bits of weights, and 8 or 4 of
+        activations; 'w4a4_lsq' and 'w2a2_lsq' learn their step sizes, and keep 8 bits in the
+        first and in the last layer.
         """
         symmetric = cls(activations="symmetric")
+        lsq = cls(weight_range="lsq", act_range="lsq", first_last_bits=8)
         presets = {
             "int8": cls(),
             "int8_symmetric": symmetric,
+            "int8_dynamic": cls(activations="symmetric", act_range="dynamic"),
             "onnxruntime_x86": cls(),
             "tensorrt": symmetric,
             "w4a8": cls(weight_bits=4),
             "w4a4": cls(weight_bits=4, act_bits=4),
+            "w4a4_lsq": dataclasses.replace(lsq, weight_bits=4, act_bits=4),
+            "w2a2_lsq": dataclasses.replace(lsq, weight_bits=2, act_bits=2),
         }
         if name not in presets:
             near = difflib.get_close_matches(str(name), presets, 1)
@@ -120,12 +232,22 @@ class Recipe:
             raise RecipeError(f"Recipe must be one of {', '.join(presets)}, got {name!r}.{hint}")
         return presets[name]
 
-    def bits(self, path: str, kind: str) -> tuple[int | None, int | None]:
-        """Weight bits and activation bits of the layer of this path and kind."""
-        for rule in self.rules:
-            if rule.matches(path, kind):
-                return rule.weight_bits, rule.act_bits
-        return self.weight_bits, self.act_bits
+    def settings(self, path: str, kind: str, *, at_edge: bool = False) -> Settings | None:
+        """How the layer of this path and kind is quantized; None leaves it in float.
+
+        Args:
+            path: Of its module.
+            kind: 'conv', 'dense', 'embed' or 'attention'.
+            at_edge: Whether it is the first or the last layer of the model.
+        """
+        rule = next((rule for rule in self.rules if rule.matches(path, kind)), None)
+        if rule is None and kind == "attention":
+            return None
+        edge = self.first_last_bits if rule is None and at_edge else None
+        if edge is not None and self.weight_bits is not None:
+            rule = Rule(weight_bits=edge, act_bits=edge)
+        settings = (rule or Rule()).over(self)
+        return None if settings.weight_bits is None else settings
 
     def check_rules(self, layers: Sequence[tuple[str, str]]) -> None:
         """Refuses a rule that decides about no layer.

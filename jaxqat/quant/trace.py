@@ -12,10 +12,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import jax.numpy as jnp
-
-from jaxqat.quant.derive import MOVES, is_channelwise, is_number
-from jaxqat.quant.ops import QuantizedProduct
+from jaxqat.quant.ops import QuantizedProduct, QuantizedWeights
+from jaxqat.quant.origins import Origins, is_float
 from jaxqat.quant.plan import (
     DATA,
     LEFT_BY_RECIPE,
@@ -25,25 +23,26 @@ from jaxqat.quant.plan import (
     Key,
     Layer,
     LayerInfo,
+    Lookup,
+    Pair,
     Plan,
     Site,
 )
 from jaxqat.quant.products import Convolution, Dot, Product
 from jaxqat.quant.program import (
     PRODUCTS,
-    Atom,
     Constant,
     Node,
     Program,
     inner_jaxprs,
     products_inside,
 )
-from jaxqat.quant.recipe import Recipe
+from jaxqat.quant.recipe import Recipe, RecipeError, Settings
 
 _REDUCTIONS = ("reduce_sum", "reduce_max", "reduce_min", "reduce_prod")
-_AFFINE = ("add", "sub", "mul", "div", "neg")
 _OTHER_PRODUCTS = ("ragged_dot", "ragged_dot_general", "scaled_dot", "scaled_matmul")
-_SOURCE_MOVES = MOVES - {"reduce_window_max"} | {"pad"}
+# What two readers of a tensor must agree on; of different widths the larger one serves both.
+_SHARED = ("activations", "act_range", "percentile")
 
 
 def make_plan(
@@ -60,13 +59,16 @@ def make_plan(
         is_data: For each flat argument, whether it varies from call to call.
         recipe: Bits and exceptions.
 
+    Raises:
+        RecipeError: Two layers that read the same tensor want it quantized in different ways.
     """
     level, names = _dependence(program, paths, is_data)
     planner = _Planner(program, level, names, recipe)
     for node in program.nodes:
         planner.visit(node)
     planner.add_sites_behind()
-    return Plan(program, level, planner.layers, planner.sites, planner.finished_table())
+    table = planner.finished_table()
+    return Plan(program, level, planner.layers, planner.sites, planner.steps, table)
 
 
 def _dependence(program, paths, is_data) -> tuple[list[int], dict[int, Key]]:
@@ -81,11 +83,14 @@ def _dependence(program, paths, is_data) -> tuple[list[int], dict[int, Key]]:
         depends = max((level[a] for a in reads), default=PARAMETERS)
         if node.name in _REDUCTIONS and _is_statistic(node, program):
             depends = min(depends, STATISTICS)
+        if any(a in program.carried and is_float(program.avals[a]) for a in node.outputs):
+            depends = DATA  # From the second turn on, if not before.
         name = next((names[a] for a in reads if a in names), None)
         for number in node.outputs:
             level[number] = depends
             if depends == PARAMETERS and name is not None:
-                names[number] = name
+                turn = program.turns.get(number)
+                names[number] = name if turn is None else (*name[:-1], str(turn), name[-1])
     return level, names
 
 
@@ -100,46 +105,112 @@ class _Planner:
 
     def __init__(self, program: Program, level: list[int], names: dict[int, Key], recipe: Recipe):
         self.program, self.level, self.names, self.recipe = program, level, names, recipe
-        self.layers: dict[Node, Layer] = {}
+        self.layers: dict[Node, Layer | Lookup | Pair] = {}
         self.sites: dict[int, Site] = {}
+        self.steps: dict[Key, tuple[int, ...]] = {}
         self.table: list[LayerInfo] = []
+        self._origins = Origins(program, level)
         self._keys: dict[Key, int] = {}
         self._sources: dict[int, int] = {}  # Row of the table -> the tensor the layer reads.
+        self._repeats: dict[Any, tuple[Key, int]] = {}  # Turns of a loop share range and row.
+        weighted = [n for n in program.nodes if n.name in PRODUCTS and self._side(n) is not None]
+        self._edges = {weighted[0], weighted[-1]} if weighted else set()
 
     def visit(self, node: Node) -> None:
         """Takes a node into the table, and plans it if it is a layer to quantize."""
         if node.name in _OTHER_PRODUCTS:
             self._leave_inner(node, f"'{node.name}' has no integer form here")
+        if node.name == "gather":
+            return self._visit_gather(node)
         if node.name not in PRODUCTS:
             for jaxpr in inner_jaxprs(node.equation):
                 if count := products_inside(jaxpr):
                     reason = f"{count} product(s) inside a '{node.name}', which is not taken apart"
                     self._leave_inner(node, reason)
             return
-        depends = [PARAMETERS if isinstance(a, Constant) else self.level[a] for a in node.inputs]
         kind = "conv" if node.name == "conv_general_dilated" else "dense"
-        if min(depends) != PARAMETERS or max(depends) == PARAMETERS:
-            constant = max(depends) == PARAMETERS
-            reason = "both operands depend on parameters only" if constant else NO_WEIGHTS
-            return self._leave(node, kind, 1, (f"{node.name}{len(self.table)}",), reason)
-        side = depends.index(PARAMETERS)
+        side = self._side(node)
+        if side is None:
+            return self._visit_pair(node, kind)
         weights = node.inputs[side]
         name = self.names.get(weights) if isinstance(weights, int) else None
         name = name or (f"{node.name}{len(self.table)}",)
-        weight_bits, act_bits = self.recipe.bits("/".join(_module(name)), kind)
-        reason = self._why_not(node, kind, side, weight_bits)
-        if reason is not None or weight_bits is None or act_bits is None:
+        edge = node in self._edges
+        settings = self.recipe.settings("/".join(_module(name)), kind, at_edge=edge)
+        reason = self._why_not(node, kind, side, settings)
+        if reason is not None or settings is None:
             return self._leave(node, kind, side, name, reason)
-        self._plan(node, side, name, weight_bits, act_bits)
+        self._plan(node, kind, side, name, settings)
 
-    def _why_not(self, node: Node, kind: str, side: int, bits: int | None) -> str | None:
+    def _depends(self, node: Node) -> list[int]:
+        return [PARAMETERS if isinstance(a, Constant) else self.level[a] for a in node.inputs]
+
+    def _side(self, node: Node) -> int | None:
+        """Which operand of a product depends on parameters only, if one does."""
+        depends = self._depends(node)
+        one = min(depends) == PARAMETERS < max(depends)
+        return depends.index(PARAMETERS) if one else None
+
+    def _visit_gather(self, node: Node) -> None:
+        """A look-up in a table of parameters, as embeddings are."""
+        table, depends = node.inputs[0], self._depends(node)
+        name = self.names.get(table) if isinstance(table, int) else None
+        if name is None or depends[0] != PARAMETERS or max(depends[1:]) != DATA:
+            return
+        aval = self.program.aval(table)
+        if not is_float(aval) or len(aval.shape) != 2:
+            return
+        path = "/".join(_module(name))
+        settings = self.recipe.settings(path, "embed")
+        if settings is None:
+            row = LayerInfo(
+                path, "embed", tuple(aval.shape), None, None, 0, name, None, LEFT_BY_RECIPE
+            )
+            return self.table.append(row)
+        axes = (0, 1) if settings.weight_granularity == "per_tensor" else (1,)
+        how = QuantizedWeights(settings, axes, aval.dtype)
+        step_key = self._step_key(name, settings, axes, aval.shape)
+        self.layers[node] = Lookup(path, how, table, step_key)
+        self.table.append(
+            LayerInfo(
+                path, "embed", aval.shape, settings.weight_bits, None, 0, name, None, None, settings
+            )
+        )
+
+    def _visit_pair(self, node: Node, kind: str) -> None:
+        """A product without weights: quantized only if a rule of the kind 'attention' says so."""
+        path = "/".join(p for p in (node.scope, f"{node.name}{len(self.table)}") if p)
+        if max(self._depends(node)) == PARAMETERS:
+            reason = "both operands depend on parameters only"
+            return self._leave(node, kind, 1, (path, ""), reason)
+        settings = None if kind == "conv" else self.recipe.settings(path, "attention")
+        avals = [self.program.aval(a) for a in node.inputs]
+        if settings is None or not all(map(is_float, avals)):
+            return self._leave(node, kind, 1, (path, ""), NO_WEIGHTS)
+        if settings.act_range == "dynamic":
+            raise RecipeError(f"quant.rules: {path}: an 'attention' product has no dynamic ranges.")
+        left, right = node.inputs
+        assert isinstance(left, int) and isinstance(right, int)
+        dot: Any = self._product(node, kind, 1)
+        shape, out = self._shapes(node, 1)
+        self._add_site(left, (path, "left"), settings, path)
+        self._add_site(right, (path, "right"), settings, path)
+        dtype = self.program.avals[node.outputs[0]].dtype
+        self.layers[node] = Pair(path, dot, left, right, dtype)
+        self._sources[len(self.table)] = self._origins.source(left)
+        bits, macs = settings.act_bits, dot.macs(shape, out)
+        self.table.append(
+            LayerInfo(path, "attention", shape, bits, bits, macs, (path,), None, None, settings)
+        )
+
+    def _why_not(self, node: Node, kind: str, side: int, settings: Settings | None) -> str | None:
         data, weights = (
             self.program.aval(node.inputs[1 - side]),
             self.program.aval(node.inputs[side]),
         )
-        if bits is None:
+        if settings is None:
             return LEFT_BY_RECIPE
-        if not all(jnp.issubdtype(a.dtype, jnp.floating) for a in (data, weights)):
+        if not all(map(is_float, (data, weights))):
             return f"its operands are {data.dtype.name} and {weights.dtype.name}, not real numbers"
         if kind == "conv" and side == 0:
             return "the weights are the left operand of a convolution"
@@ -159,28 +230,59 @@ class _Planner:
         name = (f"{node.name}{len(self.table)}",)
         self.table.append(LayerInfo(name[0], "any", (), None, None, 0, name, None, reason))
 
-    def _plan(self, node: Node, side: int, name: Key, weight_bits: int, act_bits: int) -> None:
-        kind = "conv" if node.name == "conv_general_dilated" else "dense"
+    def _plan(self, node: Node, kind: str, side: int, name: Key, settings: Settings) -> None:
         product = self._product(node, kind, side)
         shape, out = self._shapes(node, side)
-        per_tensor = self.recipe.weight_granularity == "per_tensor"
+        per_tensor = settings.weight_granularity == "per_tensor"
         axes = tuple(range(len(shape))) if per_tensor else product.channel_axes
         dtype = self.program.avals[node.outputs[0]].dtype
         data = node.inputs[1 - side]
         assert isinstance(data, int)  # A constant would depend on parameters only.
-        source = self._source(data)
+        path, macs = "/".join(_module(name)), product.macs(shape, out)
+        dynamic = settings.act_range == "dynamic"
+        turn = (node.loop, id(node.equation), name)
+        key, row = self._repeats.get(turn, (None, len(self.table)))
+        if not dynamic:
+            key = self._add_site(data, key or (*_module(name), "input"), settings, path, key)
+        if node.loop:
+            self._repeats[turn] = (key or (), row)
+        step_key = self._step_key(name, settings, axes, shape)
+        how = QuantizedProduct(settings, axes, dtype, product)
+        weights = self._origins.unconverted(node.inputs[side])
+        self.layers[node] = Layer(path, how, data, weights, step_key, dynamic)
+        if row < len(self.table):
+            before = self.table[row]
+            self.table[row] = dataclasses.replace(before, macs=before.macs + macs)
+            return
+        if not dynamic:
+            self._sources[row] = self._origins.source(data)
+        bits = (settings.weight_bits, settings.act_bits)
+        self.table.append(LayerInfo(path, kind, shape, *bits, macs, name, None, None, settings))
+
+    def _add_site(
+        self, data: int, key: Key, settings: Settings, path: str, known: Key | None = None
+    ) -> Key:
+        """Plans to quantize what a layer reads, at its source; returns where its range is kept."""
+        source = self._origins.source(data)
         site = self.sites.get(source)
         if site is None:
-            self.sites[source] = Site(self._key((*_module(name), "input")), act_bits)
-        elif site.bits < act_bits:
-            self.sites[source] = dataclasses.replace(site, bits=act_bits)
-        how = QuantizedProduct(product, weight_bits, axes, dtype)
-        path, macs = "/".join(_module(name)), product.macs(shape, out)
-        self.layers[node] = Layer(path, how, data, self._unconverted(node.inputs[side]))
-        self._sources[len(self.table)] = source
-        self.table.append(
-            LayerInfo(path, kind, shape, weight_bits, act_bits, macs, name, None, None)
-        )
+            self.sites[source] = Site(known or self._key(key), settings)
+            return self.sites[source].key
+        for field in _SHARED:
+            old, new = getattr(site.settings, field), getattr(settings, field)
+            if old != new:
+                raise RecipeError(
+                    f"quant.rules: {path} and {'/'.join(site.key[:-1])} read the same tensor, "
+                    f"which cannot have {field} {new!r} and {old!r} at once."
+                )
+        self.sites[source] = _widened(site, settings)
+        return site.key
+
+    def _step_key(self, name: Key, settings: Settings, axes: Any, shape: Any) -> Key | None:
+        if settings.weight_range != "lsq":
+            return None
+        self.steps[name] = tuple(1 if axis in axes else n for axis, n in enumerate(shape))
+        return name
 
     def _product(self, node: Node, kind: str, side: int) -> Product:
         primitive, params = node.equation.primitive, node.equation.params
@@ -193,28 +295,6 @@ class _Planner:
         weights, output = self.program.aval(node.inputs[side]), self.program.avals[node.outputs[0]]
         return tuple(weights.shape), tuple(output.shape)
 
-    def _unconverted(self, weights: Atom) -> Atom:
-        """The weights before a cast to the compute type: codes come from the parameter itself."""
-        node = self.program.made_by.get(weights) if isinstance(weights, int) else None
-        if node is not None and node.name == "convert_element_type":
-            before = node.inputs[0]
-            return self._unconverted(before) if _is_float(self.program.aval(before)) else weights
-        return weights
-
-    def _source(self, number: int) -> int:
-        """The tensor that reshaping, casting and zero padding made this one from."""
-        node = self.program.made_by.get(number)
-        if node is None or node.name not in _SOURCE_MOVES:
-            return number
-        if node.name == "pad" and not (
-            isinstance(node.inputs[1], Constant) and is_number(node.inputs[1].value, 0.0)
-        ):
-            return number
-        before = node.inputs[0]
-        if not isinstance(before, int) or not _is_float(self.program.avals[before]):
-            return number
-        return self._source(before)
-
     def _key(self, key: Key) -> Key:
         """A key of its own for each tensor: a weight used twice meets two tensors."""
         uses = self._keys[key] = self._keys.get(key, 0) + 1
@@ -226,87 +306,34 @@ class _Planner:
         for row, source in self._sources.items():
             site = self.sites.get(source)
             if site is None:
-                site = self.sites[self._quantized_before(source) or source]
+                before = self._origins.quantized_before(source, self.sites)
+                site = self.sites[before or source]
             table[row] = dataclasses.replace(table[row], range_key=site.key, act_bits=site.bits)
         return tuple(table)
 
     def add_sites_behind(self) -> None:
         """Finding (c), and maxima of windows: of a quantized tensor they are quantized already."""
         for number in sorted(self.sites, reverse=True):
-            before = self._quantized_before(number)
+            before = self._origins.quantized_before(number, self.sites)
             if before is not None:
-                bits = max(self.sites.pop(number).bits, self.sites[before].bits)
-                self.sites[before] = dataclasses.replace(self.sites[before], bits=bits)
+                self.sites[before] = _widened(self.sites[before], self.sites.pop(number).settings)
         waiting = sorted(self.sites)
         while waiting:
             number = waiting.pop()
-            found = self._behind(number)
+            found = self._origins.behind(number, self.sites)
             if found is not None and found[0] not in self.sites:
                 behind, label = found
                 site = self.sites[number]
-                self.sites[behind] = Site(self._key((*site.key[:-1], label)), site.bits)
+                self.sites[behind] = Site(self._key((*site.key[:-1], label)), site.settings)
                 waiting.append(behind)
 
-    def _quantized_before(self, number: int) -> int | None:
-        """The quantized tensor that this one is maxima of windows of, if it is."""
-        pooled = False
-        while (node := self.program.made_by.get(number)) is not None:
-            pooled |= node.name == "reduce_window_max"
-            before = node.inputs[0]
-            if node.name not in _SOURCE_MOVES | {"reduce_window_max"} or not isinstance(
-                before, int
-            ):
-                return None
-            number = before
-            if number in self.sites:
-                return number if pooled else None
-        return None
 
-    def _behind(self, number: int) -> tuple[int, str] | None:
-        affine = False
-        while (node := self.program.made_by.get(number)) is not None:
-            big = [a for a in node.inputs if isinstance(a, int) and not self._small(a, node)]
-            if node.name == "select_n":  # Dropout: a mask, the tensor, and zeros.
-                big = [a for a in big if self.level[a] == DATA and _is_float(self.program.avals[a])]
-            if node.name in ("reduce_sum", "reduce_window_sum"):
-                if self.level[number] != DATA or not isinstance(node.inputs[0], int):
-                    return None
-                return self._source(node.inputs[0]), "pool"
-            if len(big) == 2 and node.name == "add":
-                return (number, "add") if affine else None
-            passes = node.name in _SOURCE_MOVES or node.name in ("max", "min", "reduce_window_max")
-            passes = passes or node.name in (*_AFFINE, "select_n") or _is_clamp_call(node)
-            if not passes or len(big) != 1:
-                return None
-            affine |= node.name in _AFFINE
-            number = big[0]
-            if number in self.sites:
-                return None
-        return None
-
-    def _small(self, number: int, node: Node) -> bool:
-        """Whether an operand is coefficients: one per channel, not depending on single examples."""
-        shape, out = self.program.avals[number].shape, self.program.avals[node.outputs[0]].shape
-        return self.level[number] < DATA and is_channelwise(shape, out)
+def _widened(site: Site, settings: Settings) -> Site:
+    """The site with codes wide enough for another reader too."""
+    bits = max(site.bits, settings.act_bits or 0)
+    return dataclasses.replace(site, settings=dataclasses.replace(site.settings, act_bits=bits))
 
 
 def _module(name: Key) -> Key:
     """Path of the module that holds a parameter; a parameter at the top is its own module."""
     return name[:-1] if len(name) > 1 else name
-
-
-def _is_float(aval: Any) -> bool:
-    return jnp.issubdtype(aval.dtype, jnp.floating)
-
-
-def _is_clamp_call(node: Node) -> bool:
-    """Whether a call that is kept whole only clips, as `jax.nn.relu` and `relu6` do."""
-    jaxprs = list(inner_jaxprs(node.equation))
-
-    def clips(jaxpr: Any) -> bool:
-        return all(
-            e.primitive.name in ("max", "min") or any(map(clips, inner_jaxprs(e)))
-            for e in jaxpr.eqns
-        )
-
-    return node.name in ("custom_jvp_call", "jit") and any(map(clips, jaxprs))

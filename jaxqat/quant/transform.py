@@ -15,7 +15,7 @@ from flax import traverse_util
 
 from jaxqat.quant import ranges
 from jaxqat.quant.call import Call
-from jaxqat.quant.evaluate import Evaluator, Mode
+from jaxqat.quant.evaluate import LEARNED, Evaluator, Mode
 from jaxqat.quant.plan import Key, LayerInfo, Plan
 from jaxqat.quant.program import trace
 from jaxqat.quant.recipe import Recipe
@@ -135,7 +135,7 @@ class QuantizedFunction:
     @staticmethod
     def empty_ranges(plan: Plan) -> Any:
         """Empty ranges for every site of a plan."""
-        return nest({site.key: ranges.empty_range() for site in plan.sites.values()})
+        return nest(plan.empty_state())
 
 
 def nest(state: Mapping[Key, ranges.Range]) -> dict[str, Any]:
@@ -149,3 +149,27 @@ def flatten(state: Any) -> dict[Key, ranges.Range]:
     for key, value in traverse_util.flatten_dict(dict(state)).items():
         flat.setdefault(key[:-1], {})[key[-1]] = value
     return flat
+
+
+def split_learned(state: Any) -> tuple[Any, Any]:
+    """Ranges taken apart into what gradients train, step sizes and bounds, and all else.
+
+        learned, rest = jaxqat.split_learned(variables["quant"])
+        def loss(trained):
+            parameters, learned = trained
+            variables = {"params": parameters, "quant": jaxqat.join_learned(learned, rest)}
+            ...
+
+    Without learned ranges ('lsq', 'pact') the first part is empty.
+    """
+    flat, leaves = traverse_util.flatten_dict(dict(state)), set(LEARNED.values())
+    parts = [
+        {k: v for k, v in flat.items() if (k[-1] in leaves) == learned} for learned in (True, False)
+    ]
+    return traverse_util.unflatten_dict(parts[0]), traverse_util.unflatten_dict(parts[1])
+
+
+def join_learned(learned: Any, rest: Any) -> Any:
+    """The opposite of `split_learned`."""
+    flat = {**traverse_util.flatten_dict(dict(rest)), **traverse_util.flatten_dict(dict(learned))}
+    return traverse_util.unflatten_dict(flat)

@@ -63,7 +63,7 @@ REFUSED = {
     ),
     "a loop": (
         lambda p, x: head(
-            p, jax.lax.fori_loop(0, 2, lambda _, c: relu(conv(c, p["b"])), features(p, x))
+            p, jax.lax.fori_loop(0, 129, lambda _, c: relu(conv(c, p["b"])), features(p, x))
         ),
         r"scan1 \(any\): 1 product\(s\) inside a 'scan', which is not taken apart",
     ),

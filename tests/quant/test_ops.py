@@ -9,6 +9,7 @@ from references import integers
 
 from jaxqat.quant import ops, ranges
 from jaxqat.quant.products import Convolution
+from jaxqat.quant.recipe import Settings
 
 
 def grid(low, high, *, bits=8, symmetric=False):
@@ -19,7 +20,7 @@ def grid(low, high, *, bits=8, symmetric=False):
 @pytest.mark.parametrize("axes", [(0, 1, 2), (0, 1, 2, 3)], ids=["per_channel", "per_tensor"])
 def test_weight_codes_are_the_nearest_on_the_grid_of_the_largest_weight(axes, bits):
     w = np.random.default_rng(0).normal(size=(3, 3, 5, 7)).astype(np.float32)
-    codes, scale = ops.quantize_weights(jnp.asarray(w), bits=bits, axes=axes)
+    codes, scale = ops.quantize_weights(jnp.asarray(w), Settings(weight_bits=bits), axes)
     top = 2 ** (bits - 1) - 1
     exact = np.abs(w.astype(np.float64)).max(axes, keepdims=True) / top
     # XLA may divide by a constant as a product with its reciprocal: two float32 roundings.
@@ -31,7 +32,7 @@ def test_weight_codes_are_the_nearest_on_the_grid_of_the_largest_weight(axes, bi
 
 
 def test_all_zero_weights_quantize_to_zeros_with_a_positive_scale():
-    codes, scale = ops.quantize_weights(jnp.zeros((3, 4)), bits=8, axes=(0,))
+    codes, scale = ops.quantize_weights(jnp.zeros((3, 4)), Settings(), (0,))
     assert not np.asarray(codes).any()
     assert (np.asarray(scale) > 0).all() and np.isfinite(scale).all()
 
@@ -71,7 +72,7 @@ def setup(symmetric):
     x = rng.normal(size=(2, 6, 6, 4)).astype(np.float32)
     w = rng.normal(size=(3, 3, 4, 8)).astype(np.float32)
     product, float_convolution = product_of(x, w)
-    how = ops.QuantizedProduct(product, 8, (0, 1, 2), jnp.float32)
+    how = ops.QuantizedProduct(Settings(), (0, 1, 2), jnp.float32, product)
     return x, w, grid(-1.5, 2.0, symmetric=symmetric), how, float_convolution
 
 
@@ -139,7 +140,7 @@ def test_without_a_straight_through_estimator_a_kernel_would_get_no_gradient():
     codes = ops.quantize(jnp.asarray(x), ops.in_steps(jnp.asarray(x), g), g)[1]
 
     def through_the_codes(w):
-        weight_codes, scale = ops.quantize_weights(w, bits=8, axes=(0, 1, 2))
+        weight_codes, scale = ops.quantize_weights(w, Settings(), (0, 1, 2))
         return jnp.sum(how.product.accumulate(codes, weight_codes) * scale)
 
     def straight_through(w):
@@ -152,7 +153,7 @@ def test_without_a_straight_through_estimator_a_kernel_would_get_no_gradient():
 def test_bfloat16_models_multiply_codes_of_their_float32_weights():
     x, w, g, _, _ = setup(True)
     product, _ = product_of(x.astype(jnp.bfloat16), w.astype(jnp.bfloat16))
-    how = ops.QuantizedProduct(product, 8, (0, 1, 2), jnp.bfloat16)
+    how = ops.QuantizedProduct(Settings(), (0, 1, 2), jnp.bfloat16, product)
 
     def quantized(x, w):
         values, codes = ops.quantize(x, ops.in_steps(x, g), g)

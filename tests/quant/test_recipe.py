@@ -59,10 +59,14 @@ def test_the_first_matching_rule_wins_and_paths_match_in_full():
             Rule(path=".*conv", kind="conv", weight_bits=4, act_bits=6),
         )
     )
-    assert recipe.bits("stem_conv", "conv") == (None, None)
-    assert recipe.bits("block/conv", "conv") == (4, 6)
-    assert recipe.bits("block/conv", "dense") == (8, 8)
-    assert recipe.bits("block/conv1", "conv") == (8, 8)
+    assert recipe.settings("stem_conv", "conv") is None
+    assert _bits(recipe.settings("block/conv", "conv")) == (4, 6)
+    assert _bits(recipe.settings("block/conv", "dense")) == (8, 8)
+    assert _bits(recipe.settings("block/conv1", "conv")) == (8, 8)
+
+
+def _bits(settings):
+    return settings.weight_bits, settings.act_bits
 
 
 def test_a_rule_that_matches_no_layer_is_an_error_with_the_nearest_paths():
