@@ -13,8 +13,8 @@ import numpy as np
 from jaxqat.config import Experiment
 from jaxqat.data import Dataset, augment, epoch_permutation, normalize
 from jaxqat.models import build_model
-from jaxqat.quant import LayerInfo, QuantizedModule, quantize
-from jaxqat.training import Collections, Forward
+from jaxqat.quant import LayerInfo, QuantizedModule, join_learned, quantize, split_learned
+from jaxqat.training import PARAMETERS, Collections, Forward, Trained
 
 # What a stage's random keys are folded with. The numbers are part of what a seed means.
 STAGE_STREAMS = {"init": 0, "fp32": 1, "qat": 2}
@@ -86,6 +86,22 @@ class Networks:
         params, collections = self.shapes("fp32")
         variables = {"params": params, **collections}
         return self.quantized.describe(variables, self.one_image(), train=False)
+
+    def trained(self, stage: str) -> Trained:
+        """What gradients train in a stage: parameters, and step sizes if the recipe learns them."""
+        _, collections = self.shapes(stage)
+        if stage == "fp32" or not split_learned(collections["quant"])[0]:
+            return PARAMETERS
+
+        def split(params, collections):
+            learned, rest = split_learned(collections["quant"])
+            return (params, learned), {**collections, "quant": rest}
+
+        def join(values, rest):
+            params, learned = values
+            return params, {**rest, "quant": join_learned(learned, rest["quant"])}
+
+        return Trained(split, join)
 
     def forward(self, stage: str, *, frozen: bool = False) -> Forward:
         """The network in training mode, or with all its collections frozen."""

@@ -1,6 +1,7 @@
 """A stage of an experiment in its run folder: what to train, from where, and where it is kept."""
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable
 from functools import partial
@@ -28,12 +29,14 @@ from jaxqat.snapshots import (
     split_state,
 )
 from jaxqat.training import (
+    PARAMETERS,
     Data,
     DivergedError,
     QatConfig,
     Stage,
     StageConfig,
     StopRequest,
+    Trained,
     TrainState,
     init_state,
     make_optimizer,
@@ -100,7 +103,7 @@ class StageRun:
 
     def state_shapes(self) -> TrainState:
         """The training state as shapes and dtypes."""
-        init = partial(init_state, optimizer=self._optimizer())
+        init = partial(init_state, optimizer=self._optimizer(), trained=self._trained)
         return jax.eval_shape(init, *self.networks.shapes(self.name))
 
     def train(
@@ -124,8 +127,8 @@ class StageRun:
             restored = store.restore_newest_good(split_state(self.state_shapes()))
             if restored is None:
                 model, seconds = start(), 0.0
-                init = jax.jit(partial(init_state, optimizer=self._optimizer()))
-                state = init(model.params, model.collections)
+                init = partial(init_state, optimizer=self._optimizer(), trained=self._trained)
+                state = jax.jit(init)(model.params, model.collections)
             else:
                 check_data(restored, self.dataset.fingerprint)
                 state, seconds = join_state(restored), restored.info["epoch_seconds"]
@@ -186,7 +189,12 @@ class StageRun:
             self.config.optimizer,
             total_steps=self.total_steps,
             steps_per_epoch=self.steps_per_epoch,
+            pair=self._trained is not PARAMETERS,
         )
+
+    @functools.cached_property
+    def _trained(self) -> Trained:
+        return self.networks.trained(self.name)
 
     def _stage(self) -> Stage:
         config, dataset, seed = self.config, self.dataset, self.networks.experiment.seed
@@ -224,6 +232,7 @@ class StageRun:
             batch_size=self.config.batch_size,
             steps_per_epoch=self.steps_per_epoch,
             label_smoothing=self.config.label_smoothing,
+            trained=self._trained,
         )
 
     def _validate(self, state: TrainState) -> dict[str, float]:

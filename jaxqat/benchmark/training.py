@@ -14,7 +14,14 @@ from jaxqat.benchmark.timing import Call, add_ratios, alternate, summarize
 from jaxqat.config import Experiment
 from jaxqat.data import Dataset, Split
 from jaxqat.networks import Networks, matmul_precision, stage_key
-from jaxqat.training import Data, TrainState, init_state, make_optimizer, make_step
+from jaxqat.training import (
+    PARAMETERS,
+    Data,
+    TrainState,
+    init_state,
+    make_optimizer,
+    make_step,
+)
 from jaxqat.training.step import make_dispatch
 
 # As in training: a CPU runs one step a call, and a call of one step leaves an accelerator idle.
@@ -129,7 +136,13 @@ class Trainer:
             config = experiment.fp32
             # Both stages take the same steps, and without a warm-up the first of them moves.
             settings = dataclasses.replace(config.optimizer, warmup_epochs=0.0)
-            optimizer = make_optimizer(settings, total_steps=10**6, steps_per_epoch=STEPS_PER_EPOCH)
+            self._trained = self.networks.trained(variant.stage)
+            optimizer = make_optimizer(
+                settings,
+                total_steps=10**6,
+                steps_per_epoch=STEPS_PER_EPOCH,
+                pair=self._trained is not PARAMETERS,
+            )
             step = make_step(
                 forward=self.networks.forward(variant.stage),
                 prepare=self.networks.prepare,
@@ -137,6 +150,7 @@ class Trainer:
                 batch_size=batch,
                 steps_per_epoch=STEPS_PER_EPOCH,
                 label_smoothing=config.label_smoothing,
+                trained=self._trained,
             )
             self._data = Data(*jax.device_put((dataset.train.images, dataset.train.labels)))
             self._order = jnp.arange(len(dataset.train), dtype=jnp.int32)
@@ -159,7 +173,7 @@ class Trainer:
             # Ranges that have seen nothing are those of the first batch.
             empty = self.networks.quantized.init_ranges(variables, image, train=False)
             collections = {**collections, "quant": empty}
-        return jax.tree.map(jnp.array, init_state(params, collections, optimizer))
+        return jax.tree.map(jnp.array, init_state(params, collections, optimizer, self._trained))
 
     def first_update(self) -> list[np.ndarray]:
         """What the first step adds to the parameters."""

@@ -111,6 +111,7 @@ class _Planner:
         self.table: list[LayerInfo] = []
         self._origins = Origins(program, level)
         self._keys: dict[Key, int] = {}
+        self._step_keys: dict[tuple[Key, Any], Key] = {}
         self._sources: dict[int, int] = {}  # Row of the table -> the tensor the layer reads.
         self._repeats: dict[Any, tuple[Key, int]] = {}  # Turns of a loop share range and row.
         weighted = [n for n in program.nodes if n.name in PRODUCTS and self._side(n) is not None]
@@ -281,8 +282,13 @@ class _Planner:
     def _step_key(self, name: Key, settings: Settings, axes: Any, shape: Any) -> Key | None:
         if settings.weight_range != "lsq":
             return None
-        self.steps[name] = tuple(1 if axis in axes else n for axis, n in enumerate(shape))
-        return name
+        if (name, axes) not in self._step_keys:
+            # Named by the parameter; one at the top is its own module.
+            key = name if len(name) > 1 else (*name, "weights")
+            self._step_keys[name, axes] = self._key(key)
+        key = self._step_keys[name, axes]
+        self.steps[key] = tuple(1 if axis in axes else n for axis, n in enumerate(shape))
+        return key
 
     def _product(self, node: Node, kind: str, side: int) -> Product:
         primitive, params = node.equation.primitive, node.equation.params

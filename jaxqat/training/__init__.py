@@ -4,9 +4,11 @@ from jaxqat.training.config import QatConfig, StageConfig
 from jaxqat.training.loop import DivergedError, Record, Reporter, Stage, run_stage
 from jaxqat.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from jaxqat.training.step import (
+    PARAMETERS,
     Collections,
     Data,
     Forward,
+    Trained,
     TrainState,
     cross_entropy,
     init_state,
@@ -15,6 +17,7 @@ from jaxqat.training.step import (
 from jaxqat.training.stop import Stopped, StopRequest, stop_on_signals
 
 __all__ = [
+    "PARAMETERS",
     "Collections",
     "Data",
     "DivergedError",
@@ -28,6 +31,7 @@ __all__ = [
     "StopRequest",
     "Stopped",
     "TrainState",
+    "Trained",
     "cross_entropy",
     "init_state",
     "make_optimizer",

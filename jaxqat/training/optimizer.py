@@ -9,6 +9,7 @@ added to the gradient before the momentum and is scaled by the learning rate wit
 """
 
 import dataclasses
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -91,7 +92,7 @@ def decays(params: Any) -> Any:
 
 
 def make_optimizer(
-    config: OptimizerConfig, *, total_steps: int, steps_per_epoch: int
+    config: OptimizerConfig, *, total_steps: int, steps_per_epoch: int, pair: bool = False
 ) -> optax.GradientTransformation:
     """The update rule of the module's docstring.
 
@@ -99,9 +100,14 @@ def make_optimizer(
         config: Step size, momentum and decay.
         total_steps: Updates in the whole stage, where the cosine reaches 0.
         steps_per_epoch: Updates in an epoch, the unit of the warm-up.
+        pair: Whether it gets a pair of the parameters and of what else is trained, which does not
+            decay.
     """
     schedule = make_schedule(config, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
     mask = None if config.decay_norm_and_bias else decays
+    if pair:
+        of_params = mask or partial(jax.tree.map, lambda _: True)
+        mask = lambda both: (of_params(both[0]), jax.tree.map(lambda _: False, both[1]))  # noqa: E731
     return optax.chain(
         optax.add_decayed_weights(config.weight_decay, mask),
         optax.sgd(schedule, momentum=config.momentum or None, nesterov=config.nesterov),

@@ -45,15 +45,30 @@ class Data(NamedTuple):
     labels: Int[Array, " n"]
 
 
+class Trained(NamedTuple):
+    """What gradients train: the parameters, or a pair of them and some of the collections."""
+
+    split: Callable[[Any, Collections], tuple[Any, Collections]]
+    """(params, collections) -> (what is trained, the rest of the collections)."""
+    join: Callable[[Any, Collections], tuple[Any, Collections]]
+    """The opposite."""
+
+
+PARAMETERS = Trained(lambda params, rest: (params, rest), lambda params, rest: (params, rest))
+
+
 def init_state(
-    params: Any, collections: Collections, optimizer: optax.GradientTransformation
+    params: Any,
+    collections: Collections,
+    optimizer: optax.GradientTransformation,
+    trained: Trained = PARAMETERS,
 ) -> TrainState:
     """The state before the first step."""
     return TrainState(
         step=jnp.int32(0),
         params=params,
         collections=collections,
-        opt_state=optimizer.init(params),
+        opt_state=optimizer.init(trained.split(params, collections)[0]),
         loss_sum=jnp.float32(0),
         correct=jnp.int32(0),
     )
@@ -79,6 +94,7 @@ def make_step(
     batch_size: int,
     steps_per_epoch: int,
     label_smoothing: float,
+    trained: Trained = PARAMETERS,
 ) -> Callable[[TrainState, Data, Array, Array], tuple[TrainState, Array]]:
     """One update as a function (state, data, order, key) -> (state, loss of the batch).
 
@@ -89,6 +105,7 @@ def make_step(
         batch_size: Images a step.
         steps_per_epoch: Whole batches in an epoch; order[steps_per_epoch * batch_size:] is unused.
         label_smoothing: See `cross_entropy`.
+        trained: What is trained, and so what the optimizer gets.
     """
 
     def step(
@@ -99,18 +116,22 @@ def make_step(
         labels = data.labels[indices]
         images = prepare(jax.random.fold_in(key, state.step), data.images[indices])
 
-        def loss_of(params):
-            logits, collections = forward(params, state.collections, images)
+        values, rest = trained.split(state.params, state.collections)
+
+        def loss_of(values):
+            logits, collections = forward(*trained.join(values, rest), images)
             return cross_entropy(logits, labels, label_smoothing), (logits, collections)
 
         gradient = jax.value_and_grad(loss_of, has_aux=True)
-        (loss, (logits, collections)), grads = gradient(state.params)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        (loss, (logits, collections)), grads = gradient(values)
+        updates, opt_state = optimizer.update(grads, state.opt_state, values)
+        _, rest = trained.split(state.params, collections)
+        params, collections = trained.join(optax.apply_updates(values, updates), rest)
         is_first = position == 0
         correct = jnp.sum(jnp.argmax(logits, axis=-1) == labels, dtype=jnp.int32)
         new_state = TrainState(
             step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
+            params=params,
             collections=collections,
             opt_state=opt_state,
             loss_sum=jnp.where(is_first, 0.0, state.loss_sum) + loss,

@@ -1,0 +1,184 @@
+"""Dynamic ranges, embeddings, attention products, transposed convolutions."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxqat
+from jaxqat import Recipe, RecipeError, Rule
+
+RNG = np.random.default_rng(0)
+ROWS = RNG.normal(size=(6, 12)).astype(np.float32) * np.logspace(-2, 2, 6)[:, None]
+ROWS = ROWS.astype(np.float32)
+IMAGES = RNG.normal(size=(2, 6, 6, 3)).astype(np.float32)
+WEIGHTS = RNG.normal(size=(12, 5)).astype(np.float32)
+
+
+def codes(x, axes, bits=8):
+    """Symmetric codes and scales in float64, as the recipes have them."""
+    top = 2 ** (bits - 1) - 1
+    scale = np.abs(x.astype(np.float64)).max(axis=axes, keepdims=True) / top
+    return np.round(x / scale), scale
+
+
+def test_a_dynamic_range_is_that_of_each_row_and_needs_no_calibration():
+    model = jaxqat.quantize(lambda w, x: x @ w, "int8_dynamic")
+    assert model.init_ranges(WEIGHTS, ROWS) == {}
+    q, s = codes(ROWS, (1,))
+    k, t = codes(WEIGHTS, (0,))
+    # Three float32 roundings of the result.
+    np.testing.assert_allclose(model(WEIGHTS, {}, ROWS), (q @ k) * s * t, rtol=4 * 2**-24)
+
+
+def test_a_row_of_a_dynamic_network_does_not_depend_on_the_other_rows():
+    model = jaxqat.quantize(lambda w, x: x @ w, "int8_dynamic")
+    np.testing.assert_array_equal(model(WEIGHTS, {}, ROWS)[2:3], model(WEIGHTS, {}, ROWS[2:3]))
+
+
+def test_a_dynamic_convolution_has_a_range_for_each_image():
+    w = RNG.normal(size=(3, 3, 3, 4)).astype(np.float32)
+
+    def conv(w, x):
+        return jax.lax.conv_general_dilated(
+            x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    x = IMAGES * np.float32([1, 100])[:, None, None, None]
+    model = jaxqat.quantize(conv, "int8_dynamic")
+    q, s = codes(x, (1, 2, 3))
+    k, t = codes(w, (0, 1, 2))
+    expected = np.asarray(conv(k.astype(np.float32), q.astype(np.float32)), np.float64) * s * t
+    np.testing.assert_allclose(model(w, {}, x), expected, rtol=4 * 2**-24, atol=1e-30)
+
+
+def test_a_dynamic_network_trains_and_is_refused_by_convert_with_the_reason():
+    model = jaxqat.quantize(lambda w, x: x @ w, "int8_dynamic")
+    gradient = jax.grad(lambda w: jnp.sum(model(w, {}, ROWS)))(WEIGHTS)
+    q, s = codes(ROWS, (1,))
+    np.testing.assert_allclose(gradient, np.tile((q * s).sum(0)[:, None], 5), rtol=2**-18)
+    with pytest.raises(jaxqat.ConversionError, match="dynamic range of the input of parameters"):
+        jaxqat.convert(model, WEIGHTS, {}, ROWS[:1])
+
+
+def test_dynamic_ranges_without_a_symmetric_grid_are_refused():
+    with pytest.raises(RecipeError, match=r"'dynamic' needs quant.activations"):
+        Recipe(act_range="dynamic")
+    with pytest.raises(RecipeError, match=r"rule path='a'.*'dynamic' needs"):
+        Recipe(rules=(Rule(path="a", act_range="dynamic"),))
+
+
+class Tagger(nn.Module):
+    @nn.compact
+    def __call__(self, tokens):
+        return nn.Dense(3, name="head")(nn.Embed(10, 8, name="words")(tokens))
+
+
+TOKENS = RNG.integers(0, 10, size=(4, 6))
+
+
+def test_an_embedding_is_codes_and_one_scale_a_row():
+    model, variables = jaxqat.calibrate(
+        Tagger(), Tagger().init(jax.random.key(0), TOKENS), [TOKENS]
+    )
+    table = model.describe(variables, TOKENS)
+    assert [(row.path, row.kind, row.weight_bits) for row in table] == [
+        ("words", "embed", 8),
+        ("head", "dense", 8),
+    ]
+    weights = np.asarray(variables["params"]["words"]["embedding"])
+    q, s = codes(weights, (1,))
+    seen = model.observe(variables, TOKENS)  # Calibration is in float.
+    np.testing.assert_array_equal(seen.observed["head", "input"], weights[TOKENS])
+    frozen = model.record(variables, TOKENS).made_from["head", "input"].values
+    np.testing.assert_allclose(frozen, (q * s)[TOKENS], rtol=2 * 2**-23)
+
+
+def test_an_embedding_gets_gradients_of_the_rows_that_were_looked_up():
+    module = Tagger()
+    model, variables = jaxqat.calibrate(module, module.init(jax.random.key(0), TOKENS), [TOKENS])
+    tokens = TOKENS % 5
+
+    def loss(params):
+        return jnp.sum(model.apply({**variables, "params": params}, tokens) ** 2)
+
+    gradient = jax.grad(loss)(variables["params"])["words"]["embedding"]
+    used = np.isin(np.arange(10), tokens)
+    assert (np.abs(gradient).sum(1) > 0).tolist() == used.tolist()
+
+
+def test_a_rule_leaves_an_embedding_in_float():
+    rules = (Rule(kind="embed", weight_bits=None, act_bits=None),)
+    model = jaxqat.quantize(Tagger(), Recipe(rules=rules))
+    row = model.describe(Tagger().init(jax.random.key(0), TOKENS), TOKENS)[0]
+    assert (row.kind, row.weight_bits) == ("embed", None)
+    assert row.float_reason == "the recipe leaves it in float"
+
+
+def scores(params, x):
+    return jnp.einsum("bqd,bkd->bqk", x @ params["q"], x @ params["k"])
+
+
+SEQUENCES = RNG.normal(size=(2, 5, 12)).astype(np.float32)
+HEADS = {name: RNG.normal(size=(12, 4)).astype(np.float32) for name in "qk"}
+
+
+def test_attention_products_stay_in_float_unless_a_rule_says_otherwise():
+    row = jaxqat.quantize(scores).describe(HEADS, SEQUENCES)[2]
+    assert (row.weight_bits, row.float_reason) == (None, "both operands depend on the data")
+    recipe = Recipe(rules=(Rule(kind="attention"),))
+    row = jaxqat.quantize(scores, recipe).describe(HEADS, SEQUENCES)[2]
+    assert (row.kind, row.weight_bits, row.act_bits) == ("attention", 8, 8)
+
+
+@pytest.mark.parametrize("activations", ["affine", "symmetric"])
+def test_an_attention_product_multiplies_the_codes_of_both_sides(activations):
+    recipe = Recipe(activations=activations, rules=(Rule(kind="attention"),))
+    model, _, state = jaxqat.calibrate(scores, HEADS, [SEQUENCES], recipe)
+    record = model.record(HEADS, state, SEQUENCES)
+    left, right = (
+        next(t for key, t in record.codes.items() if key[-1] == side) for side in ("left", "right")
+    )
+    real = [
+        (np.asarray(t.codes, np.int64) - int(t.grid.zero_point or 0), float(t.grid.scale))
+        for t in (left, right)
+    ]
+    (q, s), (k, t) = real
+    expected = np.einsum("bqd,bkd->bqk", q, k) * (np.float32(s) * np.float32(t))
+    # One rounding of the scales' product and one of the result.
+    np.testing.assert_allclose(record.results[0], expected, rtol=4 * 2**-24)
+
+
+def test_gradients_reach_both_sides_of_an_attention_product():
+    recipe = Recipe(rules=(Rule(kind="attention"),))
+    model, _, state = jaxqat.calibrate(scores, HEADS, [SEQUENCES], recipe)
+    found = jax.grad(lambda p: jnp.sum(model(p, state, SEQUENCES) ** 2))(HEADS)
+    exact = jax.grad(lambda p: jnp.sum(scores(p, SEQUENCES) ** 2))(HEADS)
+    for name in "qk":
+        cosine = np.vdot(found[name], exact[name]) / np.linalg.norm(found[name])
+        assert cosine > 0.99 * np.linalg.norm(exact[name])  # Behind three products of 8 bits.
+
+
+class Upsample(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.ConvTranspose(4, (3, 3), strides=(2, 2), name="up")(x)
+
+
+def test_a_transposed_convolution_multiplies_integers_and_is_refused_by_name():
+    module = Upsample()
+    model, variables = jaxqat.calibrate(module, module.init(jax.random.key(0), IMAGES), [IMAGES])
+    found, exact = model.apply(variables, IMAGES), module.apply(variables, IMAGES)
+    error = np.linalg.norm(found - exact) / np.linalg.norm(exact)
+    assert 0 < error < 0.02  # Of 8 bits; a wrong border or zero point would show.
+    with pytest.raises(jaxqat.ConversionError, match=r"up: .*dilat"):
+        jaxqat.convert(model, variables, IMAGES[:1])
+
+
+def test_a_quantized_function_can_be_mapped():
+    model, _, state = jaxqat.calibrate(lambda w, x: x @ w, WEIGHTS, [ROWS])
+    stacked = np.stack([WEIGHTS, 2 * WEIGHTS])
+    found = jax.vmap(lambda w: model(w, state, ROWS))(stacked)
+    for w, each in zip(stacked, found, strict=True):
+        np.testing.assert_array_equal(each, model(w, state, ROWS))
