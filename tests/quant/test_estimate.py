@@ -95,11 +95,10 @@ def test_a_percentile_of_weights_is_of_their_magnitudes():
 def test_minmax_keeps_the_extremes_where_ema_averages():
     params = {"w": np.eye(12, dtype=np.float32)}
     batches = [ROWS, 3 * ROWS, ROWS]
-    for act_range, high in (
-        ("minmax", 3 * ROWS.max()),
-        ("ema", (ROWS.max() + 3 * ROWS.max() + ROWS.max()) / 3),
+    for recipe, high in (
+        (Recipe(act_range="minmax"), 3 * ROWS.max()),
+        (Recipe(act_range="ema"), (ROWS.max() + 3 * ROWS.max() + ROWS.max()) / 3),
     ):
-        recipe = Recipe(act_range=act_range)
         _, _, ranges = jaxqat.calibrate(lambda p, x: x @ p["w"], params, batches, recipe)
         np.testing.assert_allclose(ranges["w"]["input"]["max"], high, rtol=2**-20)
 

@@ -1,5 +1,7 @@
 """Dynamic ranges, embeddings, attention products, transposed convolutions."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -45,7 +47,7 @@ def test_a_dynamic_convolution_has_a_range_for_each_image():
             x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
 
-    x = IMAGES * np.float32([1, 100])[:, None, None, None]
+    x = IMAGES * np.asarray([1, 100], np.float32)[:, None, None, None]
     model = jaxqat.quantize(conv, "int8_dynamic")
     q, s = codes(x, (1, 2, 3))
     k, t = codes(w, (0, 1, 2))
@@ -169,7 +171,8 @@ class Upsample(nn.Module):
 def test_a_transposed_convolution_multiplies_integers_and_is_refused_by_name():
     module = Upsample()
     model, variables = jaxqat.calibrate(module, module.init(jax.random.key(0), IMAGES), [IMAGES])
-    found, exact = model.apply(variables, IMAGES), module.apply(variables, IMAGES)
+    found: Any = model.apply(variables, IMAGES)
+    exact: Any = module.apply(variables, IMAGES)
     error = np.linalg.norm(found - exact) / np.linalg.norm(exact)
     assert 0 < error < 0.02  # Of 8 bits; a wrong border or zero point would show.
     with pytest.raises(jaxqat.ConversionError, match=r"up: .*dilat"):

@@ -1,5 +1,7 @@
 """Learned step sizes and bounds: their gradients against the formulas, and what learning brings."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,18 +41,18 @@ def slope(u, low, high, zero, learned):
 @pytest.mark.parametrize("learned", ["lsq", "pact"])
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_the_gradient_of_a_step_size_is_the_formula_of_its_paper(learned, symmetric):
-    x = RNG.normal(0, 2, size=(8, 10)).astype(np.float32)
+    x = jnp.asarray(RNG.normal(0, 2, size=(8, 10)), jnp.float32)
     g = RNG.normal(size=x.shape).astype(np.float32)
     base = ranges.grid(jnp.float32(-1), jnp.float32(3), bits=4, symmetric=symmetric)
 
     def loss(scale):
         grid = ranges.with_scale(base, scale)
-        values, _ = ops.quantize(jnp.asarray(x), ops.in_steps(x, grid), grid, learned=learned)
+        values, _ = ops.quantize(x, ops.in_steps(x, grid), grid, learned=learned)
         return jnp.sum(values * g)
 
     s = 0.25
-    zero = 0 if symmetric else int(base.zero_point)
-    expected = np.sum(g * slope(x.astype(np.float64) / s, base.low, base.high, zero, learned))
+    zero = int(base.zero)
+    expected = np.sum(g * slope(np.asarray(x, np.float64) / s, base.low, base.high, zero, learned))
     if learned == "lsq":  # 10 values an example.
         expected /= np.sqrt(10 * (base.high - zero))
     # 80 terms of magnitudes below 64, summed in float32.
@@ -62,9 +64,12 @@ def test_the_gradient_of_weight_steps_is_the_formula_in_each_channel():
     step = np.full((1, 5), 0.2, np.float32)
     g = RNG.normal(size=w.shape).astype(np.float32)
     how = ops.QuantizedWeights(Settings(weight_bits=4, weight_range="lsq"), (0,), jnp.float32)
-    of_weights, of_step = jax.grad(
-        lambda w, step: jnp.sum(ops.look_up_weights(how, w, step) * g), argnums=(0, 1)
-    )(w, step)
+
+    def loss(w, step):
+        values: Any = ops.look_up_weights(how, w, step)
+        return jnp.sum(values * g)
+
+    of_weights, of_step = jax.grad(loss, argnums=(0, 1))(w, step)
     u = w.astype(np.float64) / step
     kept = np.abs(np.round(u)) <= 7
     assert not kept.all()
