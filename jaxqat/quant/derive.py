@@ -1,6 +1,9 @@
 """Which integer form an operation's result has, given the forms of what it reads."""
 
 import dataclasses
+import functools
+from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +14,7 @@ from jaxqat.quant.forms import (
     Accumulator,
     Clamp,
     Codes,
+    Either,
     Form,
     Joined,
     Moved,
@@ -30,17 +34,29 @@ class Operand:
         form: Its integer form, if it has one.
         constant: Whether it depends on parameters and constants only, never on the data.
         blame: The operation before it that has no integer form, for messages.
+        holds: Whether the form is that of the values: where layers are switched (`Evaluator`), a
+            boolean known when the program runs; else True.
     """
 
     values: Array | None
     form: Form | None
     constant: bool
     blame: str | None = None
+    holds: Any = True
 
     @property
     def any_form(self) -> Form | None:
         """The form, or the float tensor as one."""
-        return self.form or (None if self.values is None else Real(self.values, self.blame))
+        real = None if self.values is None else Real(self.values, self.blame)
+        if self.form is None or self.holds is True or real is None:
+            return self.form or real
+        return Either(self.holds, self.form, real)
+
+
+def any_of(flags: Iterable[Any]) -> Any:
+    """Whether one of the flags is set: True where that is known already, else an array."""
+    flags = list(flags)
+    return True if any(f is True for f in flags) else functools.reduce(jnp.logical_or, flags)
 
 
 def is_channelwise(shape: tuple[int, ...], output_shape: tuple[int, ...]) -> bool:

@@ -5,7 +5,7 @@ Each operation is computed in floating point as the model wrote it, and beside i
 """
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -27,24 +27,44 @@ class Mode(enum.Enum):
     FROZEN = enum.auto()
 
 
+# Whether each layer is quantized, by its path: booleans, known only when the program runs.
+Switches = Mapping[str, Any]
+
+
 class Evaluator:
     """Evaluates one plan.
+
+    With `switches`, one compiled program stands for every choice of layers. A layer that is off
+    multiplies in float. A tensor is quantized if one of the layers that read it is on, and a sum or
+    pooling behind it with it; then all its readers see that. All this is as with a recipe's rule
+    that leaves the other layers in float, but that a tensor which is not quantized is not rounded
+    as a term of a sum either.
 
     Attributes:
         new_ranges: All ranges after evaluation; those that it did not meet are as they were.
         codes: Codes and grid of each quantized tensor, by key, after evaluation.
         made_from: The form that each of them was quantized from.
         observed: The float tensors in their places, after calibration.
+        products: Layer, weights and result of each planned product, real values, in order.
         outputs: The results with their forms.
         results: The results.
     """
 
-    def __init__(self, plan: Plan, recipe: Recipe, state: Mapping[Key, ranges.Range], mode: Mode):
+    def __init__(
+        self,
+        plan: Plan,
+        recipe: Recipe,
+        state: Mapping[Key, ranges.Range],
+        mode: Mode,
+        switches: Switches | None = None,
+    ):
         self.plan, self.recipe, self.state, self.mode = plan, recipe, state, mode
+        self.switches = switches
         self.new_ranges: dict[Key, ranges.Range] = dict(state)
         self.codes: dict[Key, forms.Codes] = {}
         self.made_from: dict[Key, forms.Form] = {}
         self.observed: dict[Key, jax.Array] = {}
+        self.products: list[tuple[Layer, Any, Any]] = []
         self.outputs: list[derive.Operand] = []
         self.results: list[Any] = []
         self._known: dict[int, derive.Operand] = {}
@@ -61,15 +81,21 @@ class Evaluator:
             layer = self.plan.layers.get(node)
             if layer is not None and self.mode is not Mode.CALIBRATE:
                 with jax.named_scope(layer.path):  # Kernels carry the layer's name.
-                    values, form = self._multiply(layer)
-                self._write(node.outputs[0], values, form, None)
+                    values, form = self._multiply(node, layer)
+                self._write(node.outputs[0], values, form, None, self._switch(layer.path))
+                self.products.append((layer, self._read(layer.weights).values, values))
                 continue
             operands = [self._read(a) for a in node.inputs]
             results = node.bind(*(o.values for o in operands))
             form = _form_of(node, operands, results) if len(results) == 1 else None
             blame = None if form is not None else self._blame(node, operands)
+            holds = True
+            if form is not None:
+                holds = derive.any_of(o.holds for o in operands if o.form is not None)
             for number, values in zip(node.outputs, results, strict=True):
-                self._write(number, self._fenced(node, number, values), form, blame)
+                self._write(number, self._fenced(node, number, values), form, blame, holds)
+            if layer is not None:
+                self.products.append((layer, self._read(layer.weights).values, results[0]))
         self.outputs = [self._read(a) for a in program.outputs]
         self.results = [self._result(output) for output in self.outputs]
         return self.results
@@ -79,7 +105,10 @@ class Evaluator:
         if self.mode is not Mode.FROZEN or not isinstance(output.form, forms.Accumulator):
             return output.values
         assert output.values is not None
-        return ops.in_place_of(output.values, jax.lax.stop_gradient(output.form.real()))
+        real = output.form.real()
+        if output.holds is not True:
+            real = jnp.where(output.holds, real, output.values)
+        return ops.in_place_of(output.values, jax.lax.stop_gradient(real))
 
     def _fenced(self, node: Node, number: int, values: Any) -> Any:
         """Products of parameters, kept from being contracted (`forms.uncontracted`)."""
@@ -97,12 +126,36 @@ class Evaluator:
             return derive.Operand(atom.value, None, True)
         return self._known[atom]
 
-    def _write(self, number: int, values: Any, form: forms.Form | None, blame: str | None) -> None:
+    def _write(
+        self,
+        number: int,
+        values: Any,
+        form: forms.Form | None,
+        blame: str | None,
+        holds: Any = True,
+    ) -> None:
         site = self.plan.sites.get(number)
-        if site is not None:
-            values, form = self._quantize(site, values, form or forms.Real(values, blame))
         constant = self.plan.level[number] == PARAMETERS
-        self._known[number] = derive.Operand(values, form, constant, blame if not form else None)
+        if site is not None:
+            real, holds_before, holds = values, holds, self._switch_of(site)
+            before = derive.Operand(values, form, constant, blame, holds_before).any_form
+            values, form = self._quantize(site, values, before or forms.Real(values, blame))
+            if holds is not True:
+                values = jnp.where(holds, values, real)
+        blame = blame if not form else None
+        self._known[number] = derive.Operand(values, form, constant, blame, holds)
+
+    def _switch(self, path: str) -> Any:
+        return True if self.switches is None else self.switches[path]
+
+    def _switch_of(self, site: Site) -> Any:
+        """Whether a layer is on that reads the tensor, or the tensor that it stands behind."""
+        if self.switches is None:
+            return True
+        rows = [row for row in self.plan.table if row.range_key is not None]
+        readers = [r for r in rows if r.range_key == site.key]
+        readers = readers or [r for r in rows if r.range_key and r.range_key[:-1] == site.key[:-1]]
+        return derive.any_of(self.switches[row.path] for row in readers)
 
     def _quantize(self, site: Site, values: Any, form: forms.Form):
         state = self._state(site)
@@ -136,18 +189,31 @@ class Evaluator:
                 "`init_ranges` for this model, this recipe and these inputs."
             ) from None
 
-    def _multiply(self, layer: Layer) -> tuple[Any, forms.Form]:
+    def _multiply(self, node: Node, layer: Layer) -> tuple[Any, forms.Form]:
         data, weights = self._read(layer.data), self._read(layer.weights)
         form = data.form
         assert isinstance(form, forms.Codes)  # The plan quantizes what a layer reads.
         assert data.values is not None and weights.values is not None
-        result = ops.multiply(layer.how, data.values, form.codes, form.grid, weights.values)
+        operands = (layer.how, data.values, form.codes, form.grid, weights.values)
+        result = self._product(node, layer, lambda: ops.multiply(*operands))
         total, correction, weight_scale, weight_codes = jax.lax.stop_gradient(result[1:])
         source = forms.Multiplied(layer.path, layer.how.product, form, weight_codes)
         accumulator = forms.Accumulator(
             total, correction, form.grid.scale, weight_scale, jnp.float32(0), source
         )
         return result.real, accumulator
+
+    def _product(self, node: Node, layer: Layer, quantized: Callable[[], Any]) -> Any:
+        """The integer product; of a layer that is off, the float one in its place."""
+        on = self._switch(layer.path)
+        if on is True:
+            return quantized()
+
+        def real() -> Any:
+            nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(quantized))
+            return nothing._replace(real=node.bind(*(self._read(a).values for a in node.inputs))[0])
+
+        return jax.lax.cond(on, quantized, real)
 
 
 def _form_of(node: Node, operands: list[derive.Operand], results: list[Any]) -> forms.Form | None:
