@@ -1,0 +1,159 @@
+"""What is summed over batches, on the device and on the host.
+
+On the device, sums run over one example each, in float32; over examples they run in float64.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxqat.analysis.result import Effect
+from jaxqat.quant import QuantizationError, ops
+from jaxqat.quant.evaluate import Evaluator
+from jaxqat.quant.ranges import Grid
+
+BINS_INSIDE = 64  # Of a histogram: between the ends of the grid.
+BINS_BESIDE = 16  # Below it, and as many above.
+
+
+class Noise(NamedTuple):
+    """Sums of squares, one an example: of a tensor, and of what quantization makes of it less it.
+
+    A sum of n squares in float32 is off by at most n * 2**-24 of itself.
+    """
+
+    signal: Float[Array, "n"]
+    noise: Float[Array, "n"]
+
+    @classmethod
+    def of(cls, real: Float[Array, "n ..."], value: Float[Array, "n ..."]) -> "Noise":
+        """The noise of a value that stands for a real one."""
+        real, value = (x.astype(jnp.float32) for x in (real, value))
+        axes = tuple(range(1, real.ndim))
+        return cls(jnp.sum(real**2, axes), jnp.sum((real - value) ** 2, axes))
+
+
+class Spread(NamedTuple):
+    """How the values of a tensor lie on its grid; the first axis is there to be summed over."""
+
+    clipped: Int[Array, "1"]
+    counts: Int[Array, "1 bins"]
+
+
+class Measured(NamedTuple):
+    """What one batch says; all but `extremes` and `edges` adds up over batches.
+
+    Attributes:
+        weights: Of each layer, in order.
+        outputs: Of each layer, in order.
+        tensors: By name.
+        spreads: By name.
+        extremes: Smallest value and the largest negated, by name: of both the minimum counts.
+        edges: Of the histograms, by name; the same for all batches.
+    """
+
+    weights: list[Noise]
+    outputs: list[Noise]
+    tensors: dict[str, Noise]
+    spreads: dict[str, Spread]
+    extremes: dict[str, Float[Array, "2"]]
+    edges: dict[str, Float[Array, "bins+1"]]
+
+    def plus(self, other: "Measured") -> "Measured":
+        """Both batches, on the host."""
+        added = jax.tree.map(np.add, self[:4], other[:4])
+        return Measured(*added, jax.tree.map(np.minimum, self[4], other[4]), self[5])
+
+    def on_host(self) -> "Measured":
+        """With sums over the examples."""
+        summed = jax.tree.map(lambda x: _wide(x).sum(0), self[:4])
+        return Measured(*summed, *jax.tree.map(_wide, self[4:]))
+
+
+def _wide(x: Any) -> np.ndarray:
+    x = np.asarray(x)
+    return x.astype(np.int64 if np.issubdtype(x.dtype, np.integer) else np.float64)
+
+
+def measure(real: Evaluator, quantized: Evaluator) -> Measured:
+    """Compares an evaluation in float with one on integers, of the same batch."""
+    outputs = [
+        Noise.of(left[2], right[2])
+        for left, right in zip(real.products, quantized.products, strict=True)
+    ]
+    tensors, spreads, extremes, edges = {}, {}, {}, {}
+    for key, codes in quantized.codes.items():
+        name, values = "/".join(key), real.observed[key]
+        tensors[name] = Noise.of(values, ops.dequantize(codes.codes, codes.grid, jnp.float32))
+        edges[name] = _edges(codes.grid)
+        spreads[name] = _spread(values, codes.grid, edges[name])
+        extremes[name] = jnp.stack([values.min(), -values.max()])
+    weights = [_weight_noise(layer.how, values) for layer, values, _ in real.products]
+    return Measured(weights, outputs, tensors, spreads, extremes, edges)
+
+
+def _weight_noise(how: ops.QuantizedProduct, weights: Float[Array, "..."]) -> Noise:
+    codes, scale = ops.quantize_weights(weights, bits=how.bits, axes=how.axes)
+    return Noise.of(weights, codes.astype(jnp.float32) * scale)
+
+
+def _edges(grid: Grid) -> Float[Array, "bins+1"]:
+    low = grid.scale * (grid.low - grid.zero)
+    width = grid.scale * ((grid.high - grid.low) / BINS_INSIDE)
+    return low + width * jnp.arange(-BINS_BESIDE, BINS_INSIDE + BINS_BESIDE + 1)
+
+
+def _spread(values: Float[Array, "..."], grid: Grid, edges: Float[Array, "bins+1"]) -> Spread:
+    codes = jnp.round(ops.in_steps(values, grid)) + grid.zero
+    clipped = jnp.sum((codes < grid.low) | (codes > grid.high))
+    bins = len(edges) - 1
+    # Inner edges alone: what is beyond the outer ones falls into the first and the last bin.
+    chosen = jnp.searchsorted(edges[1:-1], values.reshape(-1).astype(jnp.float32), side="right")
+    return Spread(clipped[None], jnp.bincount(chosen, length=bins)[None])
+
+
+def in_decibels(signal: float, noise: float) -> float | None:
+    """10 log10(signal / noise); None if one of them is 0."""
+    return float(10 * np.log10(signal / noise)) if signal > 0 and noise > 0 else None
+
+
+@dataclasses.dataclass
+class Score:
+    """One choice of quantized layers, summed up over batches."""
+
+    examples: int = 0
+    classified: int = 0
+    signal: float = 0.0
+    noise: float = 0.0
+    agreeing: int = 0
+    correct: int = 0
+    labelled: bool = False
+
+    def add(self, result: np.ndarray, real: np.ndarray, labels: np.ndarray | None) -> None:
+        """Counts a batch: its result, the float network's, and the labels if there are any."""
+        wide, exact = result.astype(np.float64), real.astype(np.float64)
+        self.examples += len(exact)
+        self.signal += float((exact**2).sum())
+        self.noise += float(((exact - wide) ** 2).sum())
+        if not np.isfinite([self.signal, self.noise]).all():
+            raise QuantizationError(
+                "The network's result is not finite on these batches (NaN or infinite); no noise "
+                "can be told from it."
+            )
+        if real.ndim > 1 and real.shape[-1] > 1:
+            classes = result.argmax(-1)
+            self.classified += classes.size
+            self.agreeing += int((classes == real.argmax(-1)).sum())
+            if labels is not None:
+                self.labelled = True
+                self.correct += int((classes == labels).sum())
+
+    def effect(self) -> Effect:
+        """What came of it."""
+        agreement = self.agreeing / self.classified if self.classified else None
+        accuracy = self.correct / self.classified if self.labelled else None
+        return Effect(in_decibels(self.signal, self.noise), agreement, accuracy)
