@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxqat.analysis.measure import BINS_BESIDE, Measured, Score, in_decibels, measure
+from jaxqat.analysis.measure import BINS_BESIDE, Measured, Score, Sums, in_decibels, measure
 from jaxqat.analysis.result import Analysis, LayerAnalysis, Sensitivity, TensorAnalysis
 from jaxqat.quant import LayerInfo, QuantizationError
 from jaxqat.quant.call import split_arrays
@@ -151,15 +151,15 @@ class _Runner:
             examples=self.scores[0].examples,
             real=real,
             quantized=quantized,
-            layers=_layers(self.rows, self.total),
-            tensors=tuple(_tensor(name, self.total) for name in self.total.tensors),
+            layers=_layers(self.rows, self.total.sums),
+            tensors=tuple(_tensor(name, self.total) for name in self.total.sums.tensors),
             sensitivity=tuple(sensitivity),
         )
 
 
-def _layers(rows: list[LayerInfo], total: Measured) -> tuple[LayerAnalysis, ...]:
+def _layers(rows: list[LayerInfo], sums: Sums) -> tuple[LayerAnalysis, ...]:
     found = []
-    for row, weights, output in zip(rows, total.weights, total.outputs, strict=True):
+    for row, weights, output in zip(rows, sums.weights, sums.outputs, strict=True):
         assert row.range_key and row.weight_bits and row.act_bits  # It is quantized.
         ratios = (in_decibels(float(n.signal), float(n.noise)) for n in (weights, output))
         name = "/".join(row.range_key)
@@ -170,7 +170,7 @@ def _layers(rows: list[LayerInfo], total: Measured) -> tuple[LayerAnalysis, ...]
 
 
 def _tensor(name: str, total: Measured) -> TensorAnalysis:
-    spread, noise, edges = total.spreads[name], total.tensors[name], total.edges[name]
+    spread, noise, edges = total.sums.spreads[name], total.sums.tensors[name], total.edges[name]
     smallest, negated = total.extremes[name]
     values = int(np.sum(spread.counts))
     return TensorAnalysis(

@@ -44,34 +44,46 @@ class Spread(NamedTuple):
     counts: Int[Array, "1 bins"]
 
 
-class Measured(NamedTuple):
-    """What one batch says; all but `extremes` and `edges` adds up over batches.
+class Sums(NamedTuple):
+    """What adds up over batches.
 
     Attributes:
         weights: Of each layer, in order.
         outputs: Of each layer, in order.
         tensors: By name.
         spreads: By name.
-        extremes: Smallest value and the largest negated, by name: of both the minimum counts.
-        edges: Of the histograms, by name; the same for all batches.
     """
 
     weights: list[Noise]
     outputs: list[Noise]
     tensors: dict[str, Noise]
     spreads: dict[str, Spread]
+
+
+class Measured(NamedTuple):
+    """What batches say.
+
+    Attributes:
+        sums: What adds up.
+        extremes: Smallest value and the largest negated, by name: of both the minimum counts.
+        edges: Of the histograms, by name; the same for all batches.
+    """
+
+    sums: Sums
     extremes: dict[str, Float[Array, "2"]]
     edges: dict[str, Float[Array, "bins+1"]]
 
     def plus(self, other: "Measured") -> "Measured":
         """Both batches, on the host."""
-        added = jax.tree.map(np.add, self[:4], other[:4])
-        return Measured(*added, jax.tree.map(np.minimum, self[4], other[4]), self[5])
+        sums = jax.tree.map(np.add, self.sums, other.sums)
+        extremes = jax.tree.map(np.minimum, self.extremes, other.extremes)
+        return Measured(sums, extremes, self.edges)
 
     def on_host(self) -> "Measured":
         """With sums over the examples."""
-        summed = jax.tree.map(lambda x: _wide(x).sum(0), self[:4])
-        return Measured(*summed, *jax.tree.map(_wide, self[4:]))
+        sums = jax.tree.map(lambda x: _wide(x).sum(0), self.sums)
+        extremes, edges = jax.tree.map(_wide, (self.extremes, self.edges))
+        return Measured(sums, extremes, edges)
 
 
 def _wide(x: Any) -> np.ndarray:
@@ -93,7 +105,7 @@ def measure(real: Evaluator, quantized: Evaluator) -> Measured:
         spreads[name] = _spread(values, codes.grid, edges[name])
         extremes[name] = jnp.stack([values.min(), -values.max()])
     weights = [_weight_noise(layer.how, values) for layer, values, _ in real.products]
-    return Measured(weights, outputs, tensors, spreads, extremes, edges)
+    return Measured(Sums(weights, outputs, tensors, spreads), extremes, edges)
 
 
 def _weight_noise(how: ops.QuantizedProduct, weights: Float[Array, "..."]) -> Noise:
