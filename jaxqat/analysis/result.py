@@ -115,7 +115,7 @@ class Analysis:
 
     def rows(self) -> list[tuple[str, ...]]:
         """The table as text, its head first, the most sensitive layer next."""
-        head = ("layer", "bits", "weights dB", "input dB", "output dB", "clipped")
+        head = ("layer", "bits", "weights dB", "output dB", "clipped %")
         tensors = {tensor.name: tensor for tensor in self.tensors}
         more = [f"{c} {way}" for way in ("alone", "without") for c in self._columns()]
         rows: list[tuple[str, ...]] = [(*head, *more)]
@@ -129,12 +129,13 @@ class Analysis:
 
     def summary(self) -> str:
         """The two networks as wholes, in one line."""
-        cells = dict(zip(self._columns(), self._cells(self.quantized), strict=True))
-        text = f"quantized against float, {self.examples:,} examples: SQNR {cells['dB']} dB"
-        if self.quantized.agreement is not None:
-            text += f", {cells['agree']} of the classes agree"
+        ratio, agreement = decibels(self.quantized.sqnr_db), self.quantized.agreement
+        text = f"quantized against float, {self.examples:,} examples: SQNR {ratio} dB"
+        if agreement is not None:
+            text += f", {percent(agreement)} % of the classes agree"
         if self.quantized.accuracy is not None:
-            text += f", accuracy {percent(self.real.accuracy)} in float and {cells['accuracy']}"
+            accuracies = (percent(effect.accuracy) for effect in (self.real, self.quantized))
+            text += ", accuracy {} % in float and {} % quantized".format(*accuracies)
         return text
 
     def __str__(self) -> str:
@@ -147,18 +148,18 @@ class Analysis:
         return "\n".join([*lines, self.summary()])
 
     def _columns(self) -> tuple[str, ...]:
-        columns = ["dB"]
-        columns += ["agree"] if self.quantized.agreement is not None else []
-        columns += ["accuracy"] if self.quantized.accuracy is not None else []
-        return tuple(columns)
+        """Of the shares, accuracy says more than agreement; one of them is enough for a table."""
+        if self.quantized.accuracy is not None:
+            return ("dB", "top-1 %")
+        return ("dB",) if self.quantized.agreement is None else ("dB", "agree %")
 
     def _cells(self, effect: Effect) -> list[str]:
-        shares = (effect.agreement, effect.accuracy)
-        return [decibels(effect.sqnr_db), *(percent(s) for s in shares if s is not None)]
+        share = effect.agreement if effect.accuracy is None else effect.accuracy
+        return [decibels(effect.sqnr_db), *([] if share is None else [percent(share)])]
 
 
 def _layer_cells(layer: LayerAnalysis, read: TensorAnalysis) -> tuple[str, ...]:
-    ratios = (layer.weight_sqnr_db, read.sqnr_db, layer.output_sqnr_db)
+    ratios = (layer.weight_sqnr_db, layer.output_sqnr_db)
     bits = f"{layer.weight_bits}/{layer.act_bits}"
     return (layer.path, bits, *map(decibels, ratios), percent(read.clipped))
 
@@ -170,4 +171,4 @@ def decibels(ratio: float | None) -> str:
 
 def percent(share: float | None) -> str:
     """A share of 1 in percent, as text."""
-    return "–" if share is None else f"{100 * share:.2f} %"
+    return "–" if share is None else f"{100 * share:.2f}"
