@@ -44,10 +44,10 @@ def print_analysis(title: str, rows: list[tuple[str, ...]], summary: str, consol
     """Show which layers cost what: the rows of an `Analysis`, its head first, and its summary."""
     head, *layers = rows
     caption = "The most sensitive layer first; dB: SQNR, higher is better."
-    table = Table(title=title, caption=caption, box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title, caption=caption, box=SIMPLE_HEAD, padding=0)
     table.add_column(head[0], overflow="fold")
     for column in head[1:]:
-        table.add_column(column, justify="right", min_width=max(map(len, column.split())))
+        table.add_column(column.replace(" ", "\n"), justify="right")
     for first, *cells in layers:
         table.add_row(Text(first), *cells)
     console.print(table)

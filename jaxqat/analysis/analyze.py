@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxqat.analysis.measure import BINS_BESIDE, Measured, Score, Sums, in_decibels, measure
+from jaxqat.analysis.measure import Measured, Score, Sums, in_decibels, measure
 from jaxqat.analysis.result import Analysis, LayerAnalysis, Sensitivity, TensorAnalysis
 from jaxqat.quant import LayerInfo, QuantizationError
 from jaxqat.quant.call import split_arrays
@@ -171,12 +171,12 @@ def _layers(rows: list[LayerInfo], sums: Sums) -> tuple[LayerAnalysis, ...]:
 
 def _tensor(name: str, total: Measured) -> TensorAnalysis:
     spread, noise, edges = total.sums.spreads[name], total.sums.tensors[name], total.edges[name]
-    smallest, negated = total.extremes[name]
+    (smallest, negated), (low, high) = total.extremes[name], total.ends[name]
     values = int(np.sum(spread.counts))
     return TensorAnalysis(
         name=name,
-        low=float(edges[BINS_BESIDE]),
-        high=float(edges[-1 - BINS_BESIDE]),
+        low=float(low),
+        high=float(high),
         smallest=float(smallest),
         largest=float(-negated),
         values=values,

@@ -16,8 +16,8 @@ from jaxqat.quant import QuantizationError, ops
 from jaxqat.quant.evaluate import Evaluator
 from jaxqat.quant.ranges import Grid
 
-BINS_INSIDE = 64  # Of a histogram: between the ends of the grid.
-BINS_BESIDE = 16  # Below it, and as many above.
+BINS_INSIDE = 64  # Of a histogram: what is not clipped.
+BINS_BESIDE = 16  # Below that, and as many above.
 
 
 class Noise(NamedTuple):
@@ -66,24 +66,26 @@ class Measured(NamedTuple):
     Attributes:
         sums: What adds up.
         extremes: Smallest value and the largest negated, by name: of both the minimum counts.
+        ends: Real values of the first code and of the last, by name; the same for all batches.
         edges: Of the histograms, by name; the same for all batches.
     """
 
     sums: Sums
     extremes: dict[str, Float[Array, "2"]]
+    ends: dict[str, Float[Array, "2"]]
     edges: dict[str, Float[Array, "bins+1"]]
 
     def plus(self, other: "Measured") -> "Measured":
         """Both batches, on the host."""
         sums = jax.tree.map(np.add, self.sums, other.sums)
         extremes = jax.tree.map(np.minimum, self.extremes, other.extremes)
-        return Measured(sums, extremes, self.edges)
+        return self._replace(sums=sums, extremes=extremes)
 
     def on_host(self) -> "Measured":
         """With sums over the examples."""
         sums = jax.tree.map(lambda x: _wide(x).sum(0), self.sums)
-        extremes, edges = jax.tree.map(_wide, (self.extremes, self.edges))
-        return Measured(sums, extremes, edges)
+        rest = (jax.tree.map(_wide, x) for x in (self.extremes, self.ends, self.edges))
+        return Measured(sums, *rest)
 
 
 def _wide(x: Any) -> np.ndarray:
@@ -97,15 +99,16 @@ def measure(real: Evaluator, quantized: Evaluator) -> Measured:
         Noise.of(left[2], right[2])
         for left, right in zip(real.products, quantized.products, strict=True)
     ]
-    tensors, spreads, extremes, edges = {}, {}, {}, {}
+    tensors, spreads, extremes, ends, edges = {}, {}, {}, {}, {}
     for key, codes in quantized.codes.items():
         name, values = "/".join(key), real.observed[key]
         tensors[name] = Noise.of(values, ops.dequantize(codes.codes, codes.grid, jnp.float32))
+        ends[name] = codes.grid.scale * (_code_ends(codes.grid) - codes.grid.zero)
         edges[name] = _edges(codes.grid)
         spreads[name] = _spread(values, codes.grid, edges[name])
         extremes[name] = jnp.stack([values.min(), -values.max()])
     weights = [_weight_noise(layer.how, values) for layer, values, _ in real.products]
-    return Measured(Sums(weights, outputs, tensors, spreads), extremes, edges)
+    return Measured(Sums(weights, outputs, tensors, spreads), extremes, ends, edges)
 
 
 def _weight_noise(how: ops.QuantizedProduct, weights: Float[Array, "..."]) -> Noise:
@@ -113,10 +116,15 @@ def _weight_noise(how: ops.QuantizedProduct, weights: Float[Array, "..."]) -> No
     return Noise.of(weights, codes.astype(jnp.float32) * scale)
 
 
+def _code_ends(grid: Grid) -> np.ndarray:
+    return np.array([grid.low, grid.high], np.float32)
+
+
 def _edges(grid: Grid) -> Float[Array, "bins+1"]:
-    low = grid.scale * (grid.low - grid.zero)
-    width = grid.scale * ((grid.high - grid.low) / BINS_INSIDE)
-    return low + width * jnp.arange(-BINS_BESIDE, BINS_INSIDE + BINS_BESIDE + 1)
+    """Half a step beside the ends of the grid, where clipping begins, is an edge."""
+    low, high = _code_ends(grid) + np.array([-0.5, 0.5], np.float32)
+    bins = np.arange(-BINS_BESIDE, BINS_INSIDE + BINS_BESIDE + 1, dtype=np.float32)
+    return grid.scale * (low + (high - low) / BINS_INSIDE * bins - grid.zero)
 
 
 def _spread(values: Float[Array, "..."], grid: Grid, edges: Float[Array, "bins+1"]) -> Spread:

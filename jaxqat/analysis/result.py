@@ -76,8 +76,8 @@ class TensorAnalysis:
         clipped: Share of them whose nearest code is outside of the grid: more than half a step
             below `low` or above `high`.
         sqnr_db: Signal to quantization noise in the quantized network.
-        edges: Borders of the histogram's bins, of equal width, ascending; `low` and `high` are
-            among them.
+        edges: Borders of the histogram's bins, of equal width, ascending. Where clipping begins is
+            one of them.
         counts: Values in each bin; those beyond the edges are in the first and the last.
     """
 
@@ -150,8 +150,8 @@ class Analysis:
     def _columns(self) -> tuple[str, ...]:
         """Of the shares, accuracy says more than agreement; one of them is enough for a table."""
         if self.quantized.accuracy is not None:
-            return ("dB", "top-1 %")
-        return ("dB",) if self.quantized.agreement is None else ("dB", "agree %")
+            return ("dB", "top-1")
+        return ("dB",) if self.quantized.agreement is None else ("dB", "agree")
 
     def _cells(self, effect: Effect) -> list[str]:
         share = effect.agreement if effect.accuracy is None else effect.accuracy

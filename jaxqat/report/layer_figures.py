@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from jaxqat.report.figures import WIDTH, shorten
 from jaxqat.report.theme import Theme, themed, to_png
@@ -77,12 +77,14 @@ def _draw_histogram(axes: Axes, tensor: Mapping[str, Any], theme: Theme) -> None
     counts, edges = np.asarray(tensor["counts"]), np.asarray(tensor["edges"])
     used = np.flatnonzero(counts)
     ends = [tensor["low"], tensor["high"]]
-    inside = (edges[:-1] >= ends[0]) & (edges[1:] <= ends[1])
+    middles = (edges[:-1] + edges[1:]) / 2
+    inside = (middles > ends[0]) & (middles < ends[1])
     for where, color in ((inside, theme.train), (~inside, theme.validation)):
         axes.stairs(np.where(where, counts, 0), edges, fill=True, color=color)
     for end in ends:
         axes.axvline(end, color=theme.ink, linewidth=0.9, linestyle="--")
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(EngFormatter(sep=""))  # Without formulas, as the theme has it.
     axes.set_ylim(bottom=0.5)
     first = float(min(edges[used[0]], ends[0]))
     last = float(max(edges[used[-1] + 1], ends[1]))

@@ -116,12 +116,14 @@ def test_clipping_and_histograms_count_every_value():
         # Two float32 roundings of each, and those of the activations.
         ends = (tensor.low, tensor.high, tensor.smallest, tensor.largest)
         np.testing.assert_allclose(ends, (low, high, x.min(), x.max()), rtol=1e-5, atol=1e-6)
-        assert {tensor.low, tensor.high} <= set(tensor.edges)
-        inner = np.asarray(tensor.edges[1:-1])
-        # Away from borders, where roundings decide.
-        assert np.abs(x[x != 0][:, None] - inner).min() > 1e-6
-        expected = np.bincount(np.searchsorted(inner - 1e-9, x.ravel()), minlength=len(inner) + 1)
+        edges, step = np.asarray(tensor.edges), (high - low) / 255
+        width = 256 * step / 64
+        first = low - step / 2 - 16 * width
+        np.testing.assert_allclose(edges, first + width * np.arange(97), rtol=1e-5, atol=1e-5)
+        assert np.abs(x[..., None] - edges).min() > 1e-6  # Where roundings would decide.
+        expected, _ = np.histogram(np.clip(x, edges[0], edges[-1]), edges)
         np.testing.assert_array_equal(tensor.counts, expected)
+        assert sum(tensor.counts[:16]) + sum(tensor.counts[-16:]) == clipped
 
 
 def test_sensitivity_is_what_numpy_computes_with_layers_on_and_off():
