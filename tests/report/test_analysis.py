@@ -10,6 +10,8 @@ from report.page import Page
 from jaxqat.report import ReportError, layer_figures, theme, write_analysis
 from jaxqat.report.analysis import worst_tensors
 
+LINKS = ("src", "srcset", "href")
+
 
 def effect(sqnr_db, accuracy=0.5):
     return {"sqnr_db": sqnr_db, "agreement": 0.9, "accuracy": accuracy}
@@ -54,7 +56,7 @@ def test_the_page_needs_nothing_else_and_holds_the_figures_in_both_colours(tmp_p
     path = write_analysis(tmp_path, made_up())
     page = Page(path.read_text())
     assert path == tmp_path / "analysis.html" and list(tmp_path.iterdir()) == [path]
-    links = [a.get(key) for _, a in page.tags for key in ("src", "srcset", "href") if a.get(key)]
+    links = [a.get(key) or "" for _, a in page.tags for key in a if key in LINKS]
     assert not page.open and all(link.startswith("data:") for link in links)
     assert "url(" not in path.read_text() and "<script" not in path.read_text()
     pictures = {base64.b64decode(image.partition("base64,")[2]) for image in page.images}
