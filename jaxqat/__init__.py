@@ -1,5 +1,6 @@
 """jaxqat: int8 quantization-aware training for JAX, by transforming a model's computation."""
 
+from jaxqat.analysis import Analysis, analyze
 from jaxqat.integer.convert import ConversionError, convert
 from jaxqat.integer.describe import Description, describe
 from jaxqat.integer.execute import ExecutionError, Executor, make_executor
@@ -23,6 +24,7 @@ from jaxqat.quant import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "Analysis",
     "ArtifactError",
     "ConversionError",
     "Description",
@@ -39,6 +41,7 @@ __all__ = [
     "Rule",
     "Verification",
     "__version__",
+    "analyze",
     "calibrate",
     "convert",
     "describe",

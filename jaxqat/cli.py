@@ -18,7 +18,7 @@ from rich.logging import RichHandler
 
 from jaxqat import benchmark as benchmarks
 from jaxqat import config as configs
-from jaxqat import deployment, experiment
+from jaxqat import deployment, diagnosis, experiment
 from jaxqat.checkpoint import CheckpointError
 from jaxqat.config import ConfigError, Experiment
 from jaxqat.data import DataError
@@ -107,6 +107,37 @@ def evaluate(options: Namespace, console: Console, argv: list[str]) -> int:
     """Run the command `evaluate`."""
     del argv
     experiment.evaluate(options.run, stage=options.stage, split=options.split, console=console)
+    return DONE
+
+
+def add_analyze_arguments(parser: Parser) -> None:
+    """Find the layers at which the quantized network loses accuracy.
+
+    Writes RUN/analysis.json and RUN/analysis.html. The network is run twice for each of its layers.
+    """
+    parser.add_argument("run", type=Path, help="The run folder.")
+    parser.add_argument(
+        "--stage",
+        choices=diagnosis.STAGES,
+        default="qat",
+        help="Which weights: of QAT, or those of FP32, calibrated as QAT begins.",
+    )
+    parser.add_argument("--split", choices=SPLITS, default="test", help="Which images.")
+    parser.add_argument(
+        "--images", type=PositiveInt, default=1000, help="How many of them, from the first on."
+    )
+
+
+def analyze(options: Namespace, console: Console, argv: list[str]) -> int:
+    """Run the command `analyze`."""
+    del argv
+    diagnosis.analyze(
+        options.run,
+        stage=options.stage,
+        split=options.split,
+        images=options.images,
+        console=console,
+    )
     return DONE
 
 
@@ -261,6 +292,7 @@ def report(options: Namespace, console: Console, argv: list[str]) -> int:
 COMMANDS = {
     "train": (add_train_arguments, train),
     "evaluate": (add_evaluate_arguments, evaluate),
+    "analyze": (add_analyze_arguments, analyze),
     "verify": (add_verify_arguments, verify),
     "export": (add_export_arguments, export),
     "benchmark": (add_benchmark_arguments, benchmark),

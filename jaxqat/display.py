@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -37,6 +38,20 @@ def print_verification(check: dict[str, Any], console: Console) -> None:
     console.print(_verdict(check), highlight=False, soft_wrap=True)
     for failure in check["failures"]:
         warn(failure, console)
+
+
+def print_analysis(title: str, rows: list[tuple[str, ...]], summary: str, console: Console) -> None:
+    """Show which layers cost what: the rows of an `Analysis`, its head first, and its summary."""
+    head, *layers = rows
+    caption = "The most sensitive layer first; dB: SQNR, higher is better."
+    table = Table(title=title, caption=caption, box=SIMPLE_HEAD, padding=0)
+    table.add_column(head[0], overflow="fold")
+    for column in head[1:]:
+        table.add_column(column.replace(" ", "\n"), justify="right")
+    for first, *cells in layers:
+        table.add_row(Text(first), *cells)
+    console.print(table)
+    console.print(summary, highlight=False, soft_wrap=True)
 
 
 def _verdict(check: dict[str, Any]) -> str:

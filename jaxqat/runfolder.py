@@ -1,7 +1,7 @@
 """The run folder: whose it is, what lies where, and how it is written.
 
     config.yaml, checkpoints/{fp32,qat}/STEP/, int8/, metrics.jsonl, results.json,
-    report_data.npz, report.html, figures/, evaluations/
+    report_data.npz, report.html, figures/, analysis.json, analysis.html, evaluations/
 
 One process trains in a folder at a time, and a folder belongs to one experiment.
 """
@@ -48,6 +48,11 @@ class RunFolder:
     def report(self) -> Path:
         """The page of the run."""
         return self.path / "report.html"
+
+    @property
+    def analysis(self) -> Path:
+        """What `analyze` found of its layers; the page of it lies beside."""
+        return self.path / "analysis.json"
 
     @property
     def network(self) -> Path:

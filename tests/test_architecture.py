@@ -22,6 +22,7 @@ PARTS: dict[str, set[str]] = {
     "lowering": set(),
     "integer": {"quant"},
     "export": {"integer"},
+    "analysis": {"quant"},
 }
 # Third-party packages that only the named parts import.
 OWNERS = {
@@ -40,7 +41,8 @@ OWNERS = {
 }
 # What composes the parts; each knows all parts and what stands before it. `cli` is on top.
 LAYERS = ("config", "runfolder", "networks", "evaluation", "results", "snapshots", "stages")
-LAYERS = (*LAYERS, "display", "conversion", "benchmark", "deployment", "experiment", "cli")
+LAYERS = (*LAYERS, "display", "conversion", "benchmark", "deployment", "diagnosis")
+LAYERS = (*LAYERS, "experiment", "cli")
 # Loaded by what needs them, when it needs them, and never by `import jaxqat`.
 HEAVY = ("optax", "orbax", "tensorflow_datasets", "matplotlib", "jsonargparse", "sklearn")
 OPTIONAL = ("onnx", "onnxruntime", "openvino", "torch")
@@ -89,7 +91,7 @@ def test_the_rules_are_about_modules_that_exist():
 def test_imports_go_down_only(path):
     module, used = module_of(path), of_jaxqat(path)
     if module == "__init__":
-        assert used <= {"quant", "integer"}
+        assert used <= {"quant", "integer", "analysis"}
     elif module in PARTS:
         assert used <= {module} | PARTS[module]
     else:

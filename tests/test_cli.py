@@ -219,6 +219,8 @@ def test_bad_config_files_are_named_and_leave_nothing(tmp_path, capsys, text, me
         ["evaluate", "{tmp}/none"],
         ["evaluate", "{tmp}/none", "--stage", "int9"],
         ["report", "{tmp}/none"],
+        ["analyze", "{tmp}/none"],
+        ["analyze", "{tmp}/none", "--images", "0"],
         ["export", "{tmp}/none", "--format", "onnx", "--output", "{tmp}/file"],
         ["export", "{tmp}/none", "--format", "tflite", "--output", "{tmp}/file"],
         ["lowering", "{tmp}/none", "--target", "cpu"],
@@ -238,8 +240,9 @@ def test_what_is_missing_or_unknown_exits_with_2(tmp_path, capsys, arguments):
 def test_a_missing_checkpoint_exits_with_2(tmp_path, finished, capsys):
     run = tmp_path / "run"
     shutil.copytree(finished, run, ignore=shutil.ignore_patterns("checkpoints"))
-    assert run_command("evaluate", run, "--stage", "qat") == 2
-    assert "there are no checkpoints of qat" in capsys.readouterr().err
+    for command in (("evaluate", run, "--stage", "qat"), ("analyze", run)):
+        assert run_command(*command) == 2
+        assert "there are no checkpoints of qat" in capsys.readouterr().err
 
 
 def test_a_read_only_workdir_exits_with_2_at_once(open_tmp, capsys):

@@ -1,16 +1,22 @@
 """Which integer form an operation's result has, given the forms of what it reads."""
 
 import dataclasses
+import functools
+from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
+from jax.extend import core as jex_core
 from jaxtyping import Array
 
 from jaxqat.quant.forms import (
     Accumulator,
     Clamp,
     Codes,
+    Either,
     Form,
     Joined,
     Moved,
@@ -19,6 +25,7 @@ from jaxqat.quant.forms import (
     Sum,
     Summed,
 )
+from jaxqat.quant.program import Atom, Constant, Node, Program, inner_jaxprs
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -30,17 +37,29 @@ class Operand:
         form: Its integer form, if it has one.
         constant: Whether it depends on parameters and constants only, never on the data.
         blame: The operation before it that has no integer form, for messages.
+        holds: Whether the form is that of the values: where layers are switched (`Evaluator`), a
+            boolean known when the program runs; else True.
     """
 
     values: Array | None
     form: Form | None
     constant: bool
     blame: str | None = None
+    holds: Any = True
 
     @property
     def any_form(self) -> Form | None:
         """The form, or the float tensor as one."""
-        return self.form or (None if self.values is None else Real(self.values, self.blame))
+        real = None if self.values is None else Real(self.values, self.blame)
+        if self.form is None or self.holds is True or real is None:
+            return self.form or real
+        return Either(self.holds, self.form, real)
+
+
+def any_of(flags: Iterable[Any]) -> Any:
+    """Whether one of the flags is set: True where that is known already, else an array."""
+    flags = list(flags)
+    return True if any(f is True for f in flags) else functools.reduce(jnp.logical_or, flags)
 
 
 def is_channelwise(shape: tuple[int, ...], output_shape: tuple[int, ...]) -> bool:
@@ -164,3 +183,43 @@ def is_number(values, equal_to: float | None = None) -> bool:
     if values is None or isinstance(values, Tracer) or jnp.ndim(values) != 0:
         return False
     return equal_to is None or float(values) == equal_to
+
+
+def form_of(node: Node, operands: list[Operand], results: list[Any]) -> Form | None:
+    """The integer form of what a node made of its operands, or None."""
+    if not jnp.issubdtype(results[0].dtype, jnp.floating):
+        return None
+    if node.name == "custom_jvp_call":
+        return _form_inside(next(inner_jaxprs(node.equation)), operands)
+    return derive(_operation(node), operands, np.shape(results[0]))
+
+
+def _operation(node: Node) -> Operation:
+    return Operation(node.name, node.equation.params, lambda *x: node.bind(*x)[0])
+
+
+def _form_inside(jaxpr: Any, operands: list[Operand]) -> Form | None:
+    """The form of a call's result, from the operations in its body (as in `jax.nn.relu`)."""
+    if jaxpr.constvars or len(jaxpr.outvars) != 1:
+        return None
+    inner = Program(jex_core.ClosedJaxpr(jaxpr, ()))
+    known = dict(zip(inner.inputs, operands, strict=True))
+
+    def read(atom: Atom) -> Operand:
+        return Operand(atom.value, None, True) if isinstance(atom, Constant) else known[atom]
+
+    for node in inner.nodes:
+        reads = [read(a) for a in node.inputs]
+        constant = all(r.constant for r in reads)
+        form = None
+        if len(node.outputs) == 1 and jnp.issubdtype(
+            inner.avals[node.outputs[0]].dtype, jnp.floating
+        ):
+            shape = inner.avals[node.outputs[0]].shape
+            form = (
+                _form_inside(next(inner_jaxprs(node.equation)), reads)
+                if node.name == "custom_jvp_call"
+                else derive(_operation(node), reads, shape)
+            )
+        known.update((number, Operand(None, form, constant)) for number in node.outputs)
+    return read(inner.outputs[0]).form

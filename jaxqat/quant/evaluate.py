@@ -5,13 +5,11 @@ Each operation is computed in floating point as the model wrote it, and beside i
 """
 
 import enum
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.extend import core as jex_core
 
 from jaxqat.quant import derive, estimate, forms, ops, ranges
 from jaxqat.quant.plan import (
@@ -24,7 +22,7 @@ from jaxqat.quant.plan import (
     QuantizationError,
     Site,
 )
-from jaxqat.quant.program import Atom, Constant, Node, Program, inner_jaxprs
+from jaxqat.quant.program import Atom, Constant, Node
 from jaxqat.quant.recipe import Recipe
 
 
@@ -36,24 +34,61 @@ class Mode(enum.Enum):
     FROZEN = enum.auto()
 
 
+# Whether each layer is quantized, by its path: booleans, known only when the program runs.
+Switches = Mapping[str, Any]
+
+
+class Evaluated(NamedTuple):
+    """A layer of the plan after evaluation.
+
+    Attributes:
+        layer: Which.
+        weights: Its float weights, if it has any.
+        step: Their learned step sizes, if they have any.
+        result: Its result, real values.
+    """
+
+    layer: Layer | Lookup | Pair
+    weights: Any
+    step: Any
+    result: Any
+
+
 class Evaluator:
     """Evaluates one plan.
+
+    With `switches`, one compiled program stands for every choice of layers. A layer that is off
+    multiplies in float. A tensor is quantized if one of the layers that read it is on, and a sum or
+    pooling behind it with it; then all its readers see that. All this is as with a recipe's rule
+    that leaves the other layers in float, but that a tensor which is not quantized is not rounded
+    as a term of a sum either.
 
     Attributes:
         new_ranges: All ranges after evaluation; those that it did not meet are as they were.
         codes: Codes and grid of each quantized tensor, by key, after evaluation.
         made_from: The form that each of them was quantized from.
         observed: The float tensors in their places, after calibration.
+        products: What came of each planned product or look-up, by row of the plan's table; of a
+            loop, in its last turn.
         outputs: The results with their forms.
         results: The results.
     """
 
-    def __init__(self, plan: Plan, recipe: Recipe, state: Mapping[Key, ranges.Range], mode: Mode):
+    def __init__(
+        self,
+        plan: Plan,
+        recipe: Recipe,
+        state: Mapping[Key, ranges.Range],
+        mode: Mode,
+        switches: Switches | None = None,
+    ):
         self.plan, self.recipe, self.state, self.mode = plan, recipe, state, mode
+        self.switches = switches
         self.new_ranges: dict[Key, ranges.Range] = dict(state)
         self.codes: dict[Key, forms.Codes] = {}
         self.made_from: dict[Key, forms.Form] = {}
         self.observed: dict[Key, jax.Array] = {}
+        self.products: dict[int, Evaluated] = {}
         self.outputs: list[derive.Operand] = []
         self.results: list[Any] = []
         self._known: dict[int, derive.Operand] = {}
@@ -74,14 +109,20 @@ class Evaluator:
             if layer is not None and self.mode is not Mode.CALIBRATE:
                 with jax.named_scope(layer.path):  # Kernels carry the layer's name.
                     values, form, blame = self._quantized(node, layer)
-                self._write(node.outputs[0], values, form, blame)
+                self._write(node.outputs[0], values, form, blame, self._switch(layer.path))
+                self._keep(layer, values)
                 continue
             operands = [self._read(a) for a in node.inputs]
             results = node.bind(*(o.values for o in operands))
-            form = _form_of(node, operands, results) if len(results) == 1 else None
+            form = derive.form_of(node, operands, results) if len(results) == 1 else None
             blame = None if form is not None else self._blame(node, operands)
+            holds = True
+            if form is not None:
+                holds = derive.any_of(o.holds for o in operands if o.form is not None)
             for number, values in zip(node.outputs, results, strict=True):
-                self._write(number, self._fenced(node, number, values), form, blame)
+                self._write(number, self._fenced(node, number, values), form, blame, holds)
+            if layer is not None:
+                self._keep(layer, results[0])
         self.outputs = [self._read(a) for a in program.outputs]
         self.results = [self._result(output) for output in self.outputs]
         return self.results
@@ -91,7 +132,10 @@ class Evaluator:
         if self.mode is not Mode.FROZEN or not isinstance(output.form, forms.Accumulator):
             return output.values
         assert output.values is not None
-        return ops.in_place_of(output.values, jax.lax.stop_gradient(output.form.real()))
+        real = output.form.real()
+        if output.holds is not True:
+            real = jnp.where(output.holds, real, output.values)
+        return ops.in_place_of(output.values, jax.lax.stop_gradient(real))
 
     def _fenced(self, node: Node, number: int, values: Any) -> Any:
         """Products of parameters, kept from being contracted (`forms.uncontracted`)."""
@@ -109,12 +153,36 @@ class Evaluator:
             return derive.Operand(atom.value, None, True)
         return self._known[atom]
 
-    def _write(self, number: int, values: Any, form: forms.Form | None, blame: str | None) -> None:
+    def _write(
+        self,
+        number: int,
+        values: Any,
+        form: forms.Form | None,
+        blame: str | None,
+        holds: Any = True,
+    ) -> None:
         site = self.plan.sites.get(number)
-        if site is not None:
-            values, form = self._quantize(site, values, form or forms.Real(values, blame))
         constant = self.plan.level[number] == PARAMETERS
-        self._known[number] = derive.Operand(values, form, constant, blame if not form else None)
+        if site is not None:
+            real, holds_before, holds = values, holds, self._switch_of(site)
+            before = derive.Operand(values, form, constant, blame, holds_before).any_form
+            values, form = self._quantize(site, values, before or forms.Real(values, blame))
+            if holds is not True:
+                values = jnp.where(holds, values, real)
+        blame = blame if not form else None
+        self._known[number] = derive.Operand(values, form, constant, blame, holds)
+
+    def _switch(self, path: str) -> Any:
+        return True if self.switches is None else self.switches[path]
+
+    def _switch_of(self, site: Site) -> Any:
+        """Whether a layer is on that reads the tensor, or the tensor that it stands behind."""
+        if self.switches is None:
+            return True
+        rows = [row for row in self.plan.table if row.range_key is not None]
+        readers = [r for r in rows if r.range_key == site.key]
+        readers = readers or [r for r in rows if r.range_key and r.range_key[:-1] == site.key[:-1]]
+        return derive.any_of(self.switches[row.path] for row in readers)
 
     def _quantize(self, site: Site, values: Any, form: forms.Form):
         state = self._state(site.key)
@@ -212,41 +280,74 @@ class Evaluator:
         state = self._state(layer.step_key)
         return ranges.positive(_first(state, state["step"], self._first_step(layer)))
 
+    def _keep(self, layer: Layer | Lookup | Pair, result: Any) -> None:
+        if isinstance(layer, Pair):
+            self.products[layer.row] = Evaluated(layer, None, None, result)
+        else:
+            weights = self._read(layer.weights).values
+            self.products[layer.row] = Evaluated(layer, weights, self._step(layer), result)
+
     def _quantized(self, node: Node, layer: Layer | Lookup | Pair) -> tuple[Any, Any, str | None]:
         """A layer's result, its form, and why it has none."""
         if isinstance(layer, Pair):
             operands: list[Any] = [self._read(layer.left), self._read(layer.right)]
             pairs = [ops.Quantized(o.values, o.form.codes, o.form.grid) for o in operands]
-            values = ops.multiply_pair(layer.dot, layer.dtype, *pairs)
+            values = self._either(
+                node, layer, lambda: ops.multiply_pair(layer.dot, layer.dtype, *pairs)
+            )
             return values, None, f"a product of two activations ({layer.path})"
         if isinstance(layer, Lookup):
-            table = ops.look_up_weights(
-                layer.how, self._read(layer.weights).values, self._step(layer)
-            )
-            rest = [self._read(a).values for a in node.inputs[1:]]
-            return node.bind(table, *rest)[0], None, f"a look-up in {layer.path}"
-        return self._multiply(layer)
+            weights, rest = self._read(layer.weights).values, node.inputs[1:]
 
-    def _multiply(self, layer: Layer) -> tuple[Any, forms.Form | None, str | None]:
-        data, weights = self._read(layer.data), self._read(layer.weights)
-        assert data.values is not None and weights.values is not None
-        step = self._step(layer)
+            def look_up() -> Any:
+                table = ops.look_up_weights(layer.how, weights, self._step(layer))
+                return node.bind(table, *(self._read(a).values for a in rest))[0]
+
+            return self._either(node, layer, look_up), None, f"a look-up in {layer.path}"
         if layer.dynamic:
-            grid = ranges.dynamic_grid(
-                data.values, layer.how.product.data_axes, layer.how.settings.act_bits or 8
-            )
-            values, codes = ops.quantize(data.values, ops.in_steps(data.values, grid), grid)
-            result = ops.multiply(layer.how, values, codes, grid, weights.values, step)
-            return result.real, None, f"the dynamic range of the input of {layer.path}"
+            values = self._either(node, layer, lambda: self._multiply_dynamic(layer))
+            return values, None, f"the dynamic range of the input of {layer.path}"
+        return *self._multiply(node, layer), None
+
+    def _multiply_dynamic(self, layer: Layer) -> Any:
+        x, weights = self._read(layer.data).values, self._read(layer.weights).values
+        assert x is not None and weights is not None
+        axes, bits = layer.how.product.data_axes, layer.how.settings.act_bits or 8
+        grid = ranges.dynamic_grid(x, axes, bits)
+        values, codes = ops.quantize(x, ops.in_steps(x, grid), grid)
+        return ops.multiply(layer.how, values, codes, grid, weights, self._step(layer)).real
+
+    def _multiply(self, node: Node, layer: Layer) -> tuple[Any, forms.Form]:
+        data, weights = self._read(layer.data), self._read(layer.weights)
         form = data.form
         assert isinstance(form, forms.Codes)  # The plan quantizes what a layer reads.
-        result = ops.multiply(layer.how, data.values, form.codes, form.grid, weights.values, step)
+        assert data.values is not None and weights.values is not None
+        operands = (data.values, form.codes, form.grid, weights.values, self._step(layer))
+        result = self._either(node, layer, lambda: ops.multiply(layer.how, *operands))
         total, correction, weight_scale, weight_codes = jax.lax.stop_gradient(result[1:])
         source = forms.Multiplied(layer.path, layer.how.product, form, weight_codes)
         accumulator = forms.Accumulator(
             total, correction, form.grid.scale, weight_scale, jnp.float32(0), source
         )
-        return result.real, accumulator, None
+        return result.real, accumulator
+
+    def _either(
+        self, node: Node, layer: Layer | Lookup | Pair, quantized: Callable[[], Any]
+    ) -> Any:
+        """A layer's quantized result; of a layer that is off, the float one in its place."""
+        on = self._switch(layer.path)
+        if on is True:
+            return quantized()
+
+        def real() -> Any:
+            value = node.bind(*(self._read(a).values for a in node.inputs))[0]
+            like = jax.eval_shape(quantized)
+            if not isinstance(like, ops.ProductResult):
+                return value
+            nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+            return nothing._replace(real=value)
+
+        return jax.lax.cond(on, quantized, real)
 
 
 # The leaf of the state that is learned, by how.
@@ -261,42 +362,3 @@ def _first(state: ranges.Range, old: Any, new: Any) -> Any:
 def _constant(grid: ranges.Grid) -> ranges.Grid:
     """The grid without the gradient of a learned scale, which flows through `ops.quantize`."""
     return jax.tree.map(jax.lax.stop_gradient, grid)
-
-
-def _form_of(node: Node, operands: list[derive.Operand], results: list[Any]) -> forms.Form | None:
-    if not jnp.issubdtype(results[0].dtype, jnp.floating):
-        return None
-    if node.name == "custom_jvp_call":
-        return _form_inside(next(inner_jaxprs(node.equation)), operands)
-    return derive.derive(_operation(node), operands, np.shape(results[0]))
-
-
-def _operation(node: Node) -> forms.Operation:
-    return forms.Operation(node.name, node.equation.params, lambda *x: node.bind(*x)[0])
-
-
-def _form_inside(jaxpr: Any, operands: list[derive.Operand]) -> forms.Form | None:
-    """The form of a call's result, from the operations in its body (as in `jax.nn.relu`)."""
-    if jaxpr.constvars or len(jaxpr.outvars) != 1:
-        return None
-    inner = Program(jex_core.ClosedJaxpr(jaxpr, ()))
-    known = dict(zip(inner.inputs, operands, strict=True))
-
-    def read(atom: Atom) -> derive.Operand:
-        return derive.Operand(atom.value, None, True) if isinstance(atom, Constant) else known[atom]
-
-    for node in inner.nodes:
-        reads = [read(a) for a in node.inputs]
-        constant = all(r.constant for r in reads)
-        form = None
-        if len(node.outputs) == 1 and jnp.issubdtype(
-            inner.avals[node.outputs[0]].dtype, jnp.floating
-        ):
-            shape = inner.avals[node.outputs[0]].shape
-            form = (
-                _form_inside(next(inner_jaxprs(node.equation)), reads)
-                if node.name == "custom_jvp_call"
-                else derive.derive(_operation(node), reads, shape)
-            )
-        known.update((number, derive.Operand(None, form, constant)) for number in node.outputs)
-    return read(inner.outputs[0]).form

@@ -10,7 +10,7 @@ from flax.core import DenyList, unfreeze
 from flax.core.scope import in_filter
 
 from jaxqat.quant.call import Call
-from jaxqat.quant.evaluate import Evaluator, Mode
+from jaxqat.quant.evaluate import Evaluator, Mode, Switches
 from jaxqat.quant.plan import LayerInfo, Plan, QuantizationError
 from jaxqat.quant.recipe import Recipe
 from jaxqat.quant.transform import QuantizedFunction, nest
@@ -136,15 +136,22 @@ class QuantizedModule:
         """The finished evaluation in float: the tensors that would be quantized, results."""
         return self._evaluate(variables, args, kwargs, rngs, [], Mode.CALIBRATE)[1]
 
+    def switched(
+        self, switches: Switches, variables: Any, *args: Any, rngs: Any = None, **kwargs: Any
+    ) -> Evaluator:
+        """As `record`, with some layers in float (see `Evaluator`)."""
+        return self._evaluate(variables, args, kwargs, rngs, [], Mode.FROZEN, switches)[1]
+
     def _plan(self, variables: Any, args: Any, kwargs: Any, rngs: Any) -> Plan:
         parameters, others, _ = _split(variables)
         call = Call.of(parameters, others, (args, kwargs, rngs))
         return self._function(list(others)).checked_plan(call)
 
-    def _evaluate(self, variables, args, kwargs, rngs, mutable, mode):
+    def _evaluate(self, variables, args, kwargs, rngs, mutable, mode, switches=None):
         parameters, others, state = _split(variables)
         inputs = (args, kwargs, rngs)
-        return self._function(mutable).evaluate(parameters, state, others, inputs, mode)
+        function = self._function(mutable)
+        return function.evaluate(parameters, state, others, inputs, mode, switches)
 
     def _function(self, mutable: Any) -> QuantizedFunction:
         def function(parameters, others, args, kwargs, rngs):

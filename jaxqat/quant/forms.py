@@ -24,7 +24,7 @@ from typing import Any, Protocol, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Int8
+from jaxtyping import Array, Bool, Float, Int, Int8
 
 from jaxqat.quant import ops
 from jaxqat.quant.products import Product
@@ -66,6 +66,24 @@ class Real:
 
     def steps(self, grid: Grid) -> Float[Array, "..."]:
         return jnp.round(ops.in_steps(self.values, grid))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Either:
+    """A tensor that follows from integers only if the layers behind it are switched on.
+
+    Attributes:
+        holds: Whether it does; a boolean that is known when the program runs.
+        form: How it then follows.
+        real: What it is otherwise.
+    """
+
+    holds: Bool[Array, ""]
+    form: Form
+    real: Real
+
+    def steps(self, grid: Grid) -> Float[Array, "..."]:
+        return jnp.where(self.holds, self.form.steps(grid), self.real.steps(grid))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -214,6 +232,9 @@ class Sum:
 
     @staticmethod
     def _term(form: Form, grid: Grid) -> Float[Array, "..."]:
+        if isinstance(form, Either):
+            terms = (Sum._term(f, grid) for f in (form.form, form.real))
+            return jnp.where(form.holds, *terms)
         if isinstance(form, Codes):
             return form.steps(grid)
         branch = grid.branch

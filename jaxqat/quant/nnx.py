@@ -6,7 +6,7 @@ import jax
 from flax import nnx
 
 from jaxqat.quant.call import Call
-from jaxqat.quant.evaluate import Evaluator, Mode
+from jaxqat.quant.evaluate import Evaluator, Mode, Switches
 from jaxqat.quant.plan import LayerInfo, Plan, QuantizationError
 from jaxqat.quant.recipe import Recipe
 from jaxqat.quant.transform import QuantizedFunction, nest
@@ -89,11 +89,23 @@ class QuantizedNNX(nnx.Module):
         """The finished evaluation in float: the tensors that would be quantized, results."""
         return self._evaluate(args, kwargs, Mode.CALIBRATE)[1]
 
+    def switched(self, switches: Switches, *args: Any, **kwargs: Any) -> Evaluator:
+        """As `record`, with some layers in float (see `Evaluator`)."""
+        return self._evaluate(args, kwargs, Mode.FROZEN, switches=switches)[1]
+
     def _plan(self, args: Any, kwargs: Any) -> Plan:
         function, parameters, others = self._function(keep=False)
         return function.checked_plan(Call.of(parameters, others, (args, kwargs)))
 
-    def _evaluate(self, args: Any, kwargs: Any, mode: Mode, *, keep: bool = False) -> Any:
+    def _evaluate(
+        self,
+        args: Any,
+        kwargs: Any,
+        mode: Mode,
+        *,
+        keep: bool = False,
+        switches: Switches | None = None,
+    ) -> Any:
         function, parameters, others = self._function(keep)
         ranges = self.ranges.get_value()
         if not ranges and mode is not Mode.CALIBRATE:
@@ -101,7 +113,7 @@ class QuantizedNNX(nnx.Module):
                 "The module has no activation ranges yet: make them with `calibrate` on a few "
                 "batches."
             )
-        return function.evaluate(parameters, ranges, others, (args, kwargs), mode)
+        return function.evaluate(parameters, ranges, others, (args, kwargs), mode, switches)
 
     def _function(self, keep: bool) -> tuple[QuantizedFunction, Any, Any]:
         """The module as a function of its state.

@@ -60,6 +60,7 @@ class Layer:
     """A quantized product: its module's path, which operand is what, how it is multiplied.
 
     Attributes:
+        row: Of the plan's table.
         path: Of the module.
         how: The product and the quantization of its weights.
         data: The activations that it reads.
@@ -68,6 +69,7 @@ class Layer:
         dynamic: Whether the activations' range is that of each example, found when it is run.
     """
 
+    row: int
     path: str
     how: QuantizedProduct
     data: int
@@ -80,6 +82,7 @@ class Layer:
 class Lookup:
     """A table of embeddings whose rows are quantized: what is looked up are their real values."""
 
+    row: int
     path: str
     how: QuantizedWeights
     weights: Atom
@@ -90,6 +93,7 @@ class Lookup:
 class Pair:
     """A product of two quantized activations, as attention has it."""
 
+    row: int
     path: str
     dot: Dot
     left: int

@@ -171,7 +171,7 @@ class _Planner:
         axes = (0, 1) if settings.weight_granularity == "per_tensor" else (1,)
         how = QuantizedWeights(settings, axes, aval.dtype)
         step_key = self._step_key(name, settings, axes, aval.shape)
-        self.layers[node] = Lookup(path, how, table, step_key)
+        self.layers[node] = Lookup(len(self.table), path, how, table, step_key)
         self.table.append(
             LayerInfo(
                 path, "embed", aval.shape, settings.weight_bits, None, 0, name, None, None, settings
@@ -197,7 +197,7 @@ class _Planner:
         self._add_site(left, (path, "left"), settings, path)
         self._add_site(right, (path, "right"), settings, path)
         dtype = self.program.avals[node.outputs[0]].dtype
-        self.layers[node] = Pair(path, dot, left, right, dtype)
+        self.layers[node] = Pair(len(self.table), path, dot, left, right, dtype)
         self._sources[len(self.table)] = self._origins.source(left)
         bits, macs = settings.act_bits, dot.macs(shape, out)
         self.table.append(
@@ -250,7 +250,7 @@ class _Planner:
         step_key = self._step_key(name, settings, axes, shape)
         how = QuantizedProduct(settings, axes, dtype, product)
         weights = self._origins.unconverted(node.inputs[side])
-        self.layers[node] = Layer(path, how, data, weights, step_key, dynamic)
+        self.layers[node] = Layer(row, path, how, data, weights, step_key, dynamic)
         if row < len(self.table):
             before = self.table[row]
             self.table[row] = dataclasses.replace(before, macs=before.macs + macs)

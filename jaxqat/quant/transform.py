@@ -15,7 +15,7 @@ from flax import traverse_util
 
 from jaxqat.quant import ranges
 from jaxqat.quant.call import Call
-from jaxqat.quant.evaluate import LEARNED, Evaluator, Mode
+from jaxqat.quant.evaluate import LEARNED, Evaluator, Mode, Switches
 from jaxqat.quant.plan import Key, LayerInfo, Plan
 from jaxqat.quant.program import trace
 from jaxqat.quant.recipe import Recipe
@@ -39,6 +39,10 @@ class Quantized(Protocol):
 
     def observe(self, *arguments: Any, **kwargs: Any) -> Evaluator:
         """The finished evaluation in float: the tensors that would be quantized, results."""
+        ...
+
+    def switched(self, switches: Switches, *arguments: Any, **kwargs: Any) -> Evaluator:
+        """As `record`, with some layers in float (see `Evaluator`)."""
         ...
 
 
@@ -101,6 +105,10 @@ class QuantizedFunction:
         """The finished evaluation in float: the tensors that would be quantized, results."""
         return self.evaluate(parameters, state, None, inputs, Mode.CALIBRATE)[1]
 
+    def switched(self, switches: Switches, parameters: Any, state: Any, *inputs: Any) -> Evaluator:
+        """As `record`, with some layers in float (see `Evaluator`)."""
+        return self.evaluate(parameters, state, None, inputs, Mode.FROZEN, switches)[1]
+
     def plan(self, call: Call) -> tuple[Plan, Any]:
         """The plan for a call, and the structure of its result."""
 
@@ -123,12 +131,18 @@ class QuantizedFunction:
         return plan
 
     def evaluate(
-        self, parameters: Any, state: Any, constants: Any, inputs: Any, mode: Mode
+        self,
+        parameters: Any,
+        state: Any,
+        constants: Any,
+        inputs: Any,
+        mode: Mode,
+        switches: Switches | None = None,
     ) -> tuple[Any, Evaluator]:
         """Runs the function in a mode; the evaluator holds ranges and codes afterwards."""
         call = Call.of(parameters, constants, inputs)
         plan, structure = self.plan(call)
-        evaluator = Evaluator(plan, self.recipe, flatten(state), mode)
+        evaluator = Evaluator(plan, self.recipe, flatten(state), mode, switches)
         results = evaluator.run(call.flat)
         return jax.tree.unflatten(structure, results), evaluator
 

@@ -38,7 +38,7 @@ def draw_samples(samples: Samples, theme: Theme) -> bytes:
         for axes, image, label in zip(grid.flat, samples.images, samples.labels, strict=False):
             pixels = image if image.shape[-1] == 3 else image[..., 0]
             axes.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-            name = _shorten(samples.class_names[int(label)])
+            name = shorten(samples.class_names[int(label)])
             axes.set_title(name, fontsize=8, fontweight="normal", pad=3)
         return to_png(figure)
 
@@ -139,7 +139,7 @@ def draw_confusion(
 def _name_classes(axes: Axes, class_names: Sequence[str]) -> None:
     k = len(class_names)
     if k <= MAX_NAMED_CLASSES:
-        names = [_shorten(name) for name in class_names]
+        names = [shorten(name) for name in class_names]
         size = min(8.0, 130 / k)
         axes.set_xticks(range(k), names, rotation=90, fontsize=size)
         axes.set_yticks(range(k), names, fontsize=size)
@@ -188,7 +188,7 @@ def draw_ranges(layers: Sequence[Mapping[str, Any]], theme: Theme) -> bytes:
             axes.grid(axis="y", visible=False)
             axes.xaxis.set_major_locator(MaxNLocator(4))
             axes.tick_params(axis="y", length=0)
-        names = [_shorten(str(layer["path"]), 28) for layer in layers]
+        names = [shorten(str(layer["path"]), 28) for layer in layers]
         panels[0].set_yticks(range(len(layers)), names, fontsize=7)
         panels[0].set_ylim(len(layers) - 0.5, -0.5)
         return to_png(figure)
@@ -207,7 +207,7 @@ def draw_errors(tensors: Sequence[Mapping[str, Any]], theme: Theme) -> bytes:
         axes.set_xlim(left=min(0, *values))
         axes.grid(axis="y", visible=False)
         axes.tick_params(axis="y", length=0)
-        names = [_shorten(str(tensor["name"]), 28) for tensor in tensors]
+        names = [shorten(str(tensor["name"]), 28) for tensor in tensors]
         axes.set_yticks(range(len(tensors)), names, fontsize=7)
         axes.set_ylim(len(tensors) - 0.5, -0.5)
         return to_png(figure)
@@ -219,5 +219,6 @@ def layer_range(layer: Mapping[str, Any], kind: str) -> tuple[float, float] | No
     return None if low is None or high is None else (low, high)
 
 
-def _shorten(name: str, length: int = 13) -> str:
+def shorten(name: str, length: int = 13) -> str:
+    """A name that fits its place, its end left out where it must be."""
     return name if len(name) <= length else f"{name[: length - 1]}…"

@@ -1,7 +1,7 @@
 """The page itself: what is shown of a run, in which order, and with which figures."""
 
 import base64
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,8 @@ def write_report(workdir: Path) -> Path:
     """
     workdir = Path(workdir)
     run = read_run(workdir)
-    drawings = _drawings(run)
-    light = {name: draw(theme=theme.LIGHT) for name, draw in drawings.items()}
-    dark = {name: draw(theme=theme.DARK) for name, draw in drawings.items()}
-    page = _render(run, {name: (_embed(light[name]), _embed(dark[name])) for name in drawings})
+    light, images = draw_all(_drawings(run))
+    page = _render(run, images)
     path = workdir / REPORT_FILE
     folder = workdir / FIGURES_FOLDER
     try:
@@ -81,11 +79,21 @@ def _drawings(run: Run) -> dict[str, Callable[..., bytes]]:
     return drawings
 
 
+def draw_all(
+    drawings: Mapping[str, Callable[..., bytes]],
+) -> tuple[dict[str, bytes], dict[str, tuple[str, str]]]:
+    """Figures by name: in light colours as PNG, and in both as the page embeds them."""
+    light = {name: draw(theme=theme.LIGHT) for name, draw in drawings.items()}
+    dark = {name: draw(theme=theme.DARK) for name, draw in drawings.items()}
+    return light, {name: (_embed(light[name]), _embed(dark[name])) for name in drawings}
+
+
 def _embed(png: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
-def _render(run: Run, images: dict[str, tuple[str, str]]) -> str:
+def template(name: str) -> jinja2.Template:
+    """A page's template, which lies beside this file."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("jaxqat.report", "."),
         autoescape=True,
@@ -93,8 +101,11 @@ def _render(run: Run, images: dict[str, tuple[str, str]]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    template = environment.get_template("report.html.j2")
-    return template.render(
+    return environment.get_template(name)
+
+
+def _render(run: Run, images: dict[str, tuple[str, str]]) -> str:
+    return template("report.html.j2").render(
         run=run,
         results=run.results,
         images=images,
