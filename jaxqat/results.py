@@ -67,8 +67,8 @@ def describe_network(
     """Size, arithmetic and layers of the quantized network.
 
     The bytes of FP32 are those of all parameters, four each; the bytes of int8 are those of the
-    integer network's arrays: a code for each weight, an int32 bias and a float32 multiplier for
-    each output channel.
+    integer network's arrays as they are saved: a byte for each weight (two codes of 3 or 4 bits
+    share one, or four of 2 bits), an int32 bias and a float32 multiplier for each output channel.
 
     Args:
         networks: Which.

@@ -143,7 +143,8 @@ class Evaluator:
         assert data.values is not None and weights.values is not None
         result = ops.multiply(layer.how, data.values, form.codes, form.grid, weights.values)
         total, correction, weight_scale, weight_codes = jax.lax.stop_gradient(result[1:])
-        source = forms.Multiplied(layer.path, layer.how.product, form, weight_codes)
+        how = layer.how
+        source = forms.Multiplied(layer.path, how.product, form, weight_codes, how.bits)
         accumulator = forms.Accumulator(
             total, correction, form.grid.scale, weight_scale, jnp.float32(0), source
         )
