@@ -40,7 +40,8 @@ OWNERS = {
 }
 # What composes the parts; each knows all parts and what stands before it. `cli` is on top.
 LAYERS = ("config", "runfolder", "networks", "evaluation", "results", "snapshots", "stages")
-LAYERS = (*LAYERS, "display", "conversion", "benchmark", "deployment", "experiment", "cli")
+LAYERS = (*LAYERS, "display", "conversion", "post_training", "benchmark", "deployment")
+LAYERS = (*LAYERS, "experiment", "cli")
 # Loaded by what needs them, when it needs them, and never by `import jaxqat`.
 HEAVY = ("optax", "orbax", "tensorflow_datasets", "matplotlib", "jsonargparse", "sklearn")
 OPTIONAL = ("onnx", "onnxruntime", "openvino", "torch")
