@@ -103,7 +103,7 @@ def add_quantize_arguments(parser: Parser) -> None:
     )
     parser.add_argument(
         "--batches",
-        type=PositiveInt | None,
+        type=PositiveInt,
         default=None,
         help="Training batches to calibrate on; by default, the run's qat.calibration_batches.",
     )

@@ -49,6 +49,7 @@ def test_a_run_leaves_what_the_contract_says(finished):
         "figures",
         "int8",
         "metrics.jsonl",
+        "ptq",
         "report.html",
         "report_data.npz",
         "results.json",

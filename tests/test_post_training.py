@@ -17,11 +17,12 @@ from jaxqat import cli, deployment, experiment, post_training
 from jaxqat.data import epoch_permutation, load_dataset, normalize
 from jaxqat.metrics import classification_metrics
 from jaxqat.networks import Networks
+from jaxqat.results import summary_rows
 from jaxqat.runfolder import RunFolder
 from jaxqat.snapshots import restore_model
 
 compiled_once, small_network = tiny_run.compiled_once, tiny_run.small_network
-console, finished, no_report = tiny_run.console, tiny_run.finished, tiny_run.no_report
+console, finished = tiny_run.console, tiny_run.finished
 
 
 def results_of(run: Path) -> dict:
@@ -99,7 +100,7 @@ def test_a_finished_run_tested_the_network_of_calibration_alone(finished, small_
 
 
 def test_the_command_needs_fp32_alone_and_train_goes_on_from_there(
-    finished, float_run, small_network, console, capsys
+    finished, float_run, small_network, console, capsys, monkeypatch
 ):
     checkpoints = files(float_run / "checkpoints")
     assert run_command("quantize", float_run) == 0
@@ -114,9 +115,13 @@ def test_the_command_needs_fp32_alone_and_train_goes_on_from_there(
     assert "PTQ int8" in page and "QAT int8" not in page
     assert (float_run / "figures/confusion_ptq.png").is_file()
     assert files(float_run / "checkpoints") == checkpoints
-    network = files(float_run / "ptq")
+    with monkeypatch.context() as patch:
+        patch.setattr(post_training, "write_report", lambda path: path)  # Spares seconds.
+        post_training.quantize(float_run, batches=1, console=console)
+    asked_for, network = results_of(float_run)["ptq"], files(float_run / "ptq")
+    assert asked_for != whole["ptq"]
     results = experiment.train(tiny(), float_run, console=console)
-    assert results["int8"] == whole["int8"] and results["ptq"] == whole["ptq"]
+    assert results["int8"] == whole["int8"] and results["ptq"] == asked_for
     assert files(float_run / "ptq") == network
     page = (float_run / "report.html").read_text()
     assert "PTQ int8" in page and "QAT int8" in page
@@ -155,11 +160,20 @@ def test_another_recipe_and_other_batches_replace_what_was_there_and_are_recorde
     assert np.array_equal(load_stablehlo(output)(images), logits)
 
 
-def test_the_same_command_gives_the_same_network_and_scores(run, small_network, no_report):
+def test_the_same_command_gives_the_same_network_and_scores(run, small_network, monkeypatch):
+    monkeypatch.setattr(post_training, "write_report", lambda path: path)  # Spares seconds.
     before, network = results_of(run), files(run / "ptq")
     post_training.quantize(run)
     assert files(run / "ptq") == network
     assert results_of(run)["ptq"] == before["ptq"]
+
+
+def test_an_older_result_of_calibration_is_shown_unless_there_is_a_newer_one():
+    test: dict = {"test": {"accuracy": 0.5}}
+    results = {"fp32": test, "qat": {**test, "calibrated": test}}
+    assert [n for n, _ in summary_rows(results)] == ["fp32", "qat, calibrated only", "qat"]
+    results = {**results, "ptq": test, "int8": test}
+    assert [n for n, _ in summary_rows(results)] == ["fp32", "ptq", "qat", "int8"]
 
 
 @pytest.mark.parametrize(
