@@ -24,7 +24,6 @@ from jaxqat.integer.verify import Verification, verify
 from jaxqat.networks import Networks
 from jaxqat.runfolder import RunFolder, RunFolderError
 from jaxqat.snapshots import Model, check_same_data
-from jaxqat.training import StopRequest
 
 # Images whose codes, and real values, of all tensors are held at a time: a few MB each.
 VERIFIED_AT_A_TIME = 100
@@ -88,26 +87,21 @@ def _metadata(networks: Networks, step: int) -> dict[str, Any]:
     return json.loads(json.dumps(described))
 
 
-def examine_network(
-    networks: Networks, model: Model, graph: IntegerGraph, stop: StopRequest, console: Console
-) -> tuple[dict[str, Any], float, Verification]:
-    """Test an integer network on the test split, and compare it with what it was made from.
-
-    Returns:
-        Its metrics, images/s, and the comparison, which is warned of where it fails.
-
-    Raises:
-        Stopped: A signal came.
-    """
-    stop.raise_if_set()
+def measure_network(networks: Networks, graph: IntegerGraph) -> tuple[dict[str, Any], float]:
+    """Metrics of an integer network on the test split, and images/s."""
     dataset, batch_size = networks.dataset, networks.experiment.evaluation_batch_size
     logits = IntegerEvaluator(graph, batch_size).logits
-    metrics, images_per_s = measure(logits, dataset.test, dataset.class_names)
-    stop.raise_if_set()
-    verification = verify_network(networks, model, graph, dataset.test)
+    return measure(logits, dataset.test, dataset.class_names)
+
+
+def check_network(
+    networks: Networks, model: Model, graph: IntegerGraph, console: Console
+) -> Verification:
+    """Compare an integer network, on the test split, with its origin; warn of failures."""
+    verification = verify_network(networks, model, graph, networks.dataset.test)
     for failure in verification.failures:
         warn(f"the integer network is not the trained one: {failure}.", console)
-    return metrics, images_per_s, verification
+    return verification
 
 
 def verify_network(

@@ -16,11 +16,12 @@ from rich.console import Console
 from jaxqat.config import Experiment, to_yaml
 from jaxqat.conversion import (
     NETWORKS,
+    check_network,
     check_network_data,
-    examine_network,
     is_finished,
     load_network,
     make_network,
+    measure_network,
 )
 from jaxqat.data import DataError, Dataset, load_dataset
 from jaxqat.display import print_evaluation, print_results, warn
@@ -230,7 +231,10 @@ def _deploy(
     except ConversionError as error:
         warn(f"this run has no integer network. {error}", console)
         return None, {"int8": {"error": str(error)}, "speed": {}}
-    metrics, images_per_s, verification = examine_network(networks, qat, graph, stop, console)
+    stop.raise_if_set()
+    metrics, images_per_s = measure_network(networks, graph)
+    stop.raise_if_set()
+    verification = check_network(networks, qat, graph, console)
     return graph, {
         "int8": {"test": metrics, "requantization": graph.requantization, "step": qat.step},
         "verify": verification.to_dict(),
@@ -252,7 +256,7 @@ def _untrained(
     if not networks.experiment.qat.test_calibrated:
         return {"speed": {}}
     try:
-        graph, tested = examine(networks, start(), stop, console)
+        graph, tested = examine(networks, start(), stop)
     except ConversionError as error:
         warn(f"this run has no integer network without training. {error}", console)
         return {"speed": {}}

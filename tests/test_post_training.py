@@ -89,7 +89,7 @@ def test_a_finished_run_tested_the_network_of_calibration_alone(finished, small_
     entry = results_of(finished)["ptq"]
     assert (entry["calibration_batches"], entry["calibration_images"]) == (2, 32)
     assert (entry["step"], entry["preset"]) == (STEPS, None)
-    assert entry["verify"]["differing"] == 0 and entry["verify"]["images"] == 40
+    assert "verify" not in entry  # `quantize` takes the time.
     assert entry["size_bytes"] == jaxqat.load(finished / "ptq").size_bytes()
     metadata = jaxqat.load(finished / "ptq").metadata
     assert (metadata["stage"], metadata["step"], metadata["calibration_batches"]) == (
@@ -108,6 +108,8 @@ def test_the_command_needs_fp32_alone_and_train_goes_on_from_there(
     assert_is(float_run, *recomputed(float_run))
     found, whole = results_of(float_run), results_of(finished)
     assert "qat" not in found and "int8" not in found
+    verification = found["ptq"].pop("verify")
+    assert verification["differing"] == 0 and verification["images"] == 40
     assert found["fp32"] == whole["fp32"] and found["ptq"] == whole["ptq"]
     assert found["parameters"] == whole["parameters"]
     assert found["command"] == f"jaxqat quantize {float_run}"
@@ -119,7 +121,7 @@ def test_the_command_needs_fp32_alone_and_train_goes_on_from_there(
         patch.setattr(post_training, "write_report", lambda path: path)  # Spares seconds.
         post_training.quantize(float_run, batches=1, console=console)
     asked_for, network = results_of(float_run)["ptq"], files(float_run / "ptq")
-    assert asked_for != whole["ptq"]
+    assert asked_for["calibration_batches"] == 1
     results = experiment.train(tiny(), float_run, console=console)
     assert results["int8"] == whole["int8"] and results["ptq"] == asked_for
     assert files(float_run / "ptq") == network
@@ -165,7 +167,7 @@ def test_the_same_command_gives_the_same_network_and_scores(run, small_network, 
     before, network = results_of(run), files(run / "ptq")
     post_training.quantize(run)
     assert files(run / "ptq") == network
-    assert results_of(run)["ptq"] == before["ptq"]
+    assert results_of(run)["ptq"].items() > before["ptq"].items()
 
 
 def test_an_older_result_of_calibration_is_shown_unless_there_is_a_newer_one():
