@@ -18,9 +18,10 @@ from rich.logging import RichHandler
 
 from jaxqat import benchmark as benchmarks
 from jaxqat import config as configs
-from jaxqat import deployment, diagnosis, experiment
+from jaxqat import deployment, diagnosis, experiment, post_training
 from jaxqat.checkpoint import CheckpointError
 from jaxqat.config import ConfigError, Experiment
+from jaxqat.conversion import NETWORKS
 from jaxqat.data import DataError
 from jaxqat.evaluation import SPLITS
 from jaxqat.export import ExportError
@@ -91,14 +92,57 @@ def train(options: Namespace, console: Console, argv: list[str]) -> int:
     return DONE
 
 
+def add_quantize_arguments(parser: Parser) -> None:
+    """Quantize a run's FP32 network without training; writes RUN/ptq, results and report."""
+    parser.add_argument("run", type=Path, help="The run folder; its FP32 stage is finished.")
+    parser.add_argument(
+        "--method",
+        choices=("ptq",),
+        default="ptq",
+        help="Post-training quantization: activation ranges of a few training batches.",
+    )
+    parser.add_argument(
+        "--batches",
+        type=PositiveInt,
+        default=None,
+        help="Training batches to calibrate on; by default, the run's qat.calibration_batches.",
+    )
+    parser.add_argument(
+        "--recipe",
+        type=str | None,
+        default=None,
+        help="Preset such as int8_symmetric or w4a8; by default, the run's own recipe.",
+    )
+
+
+def quantize(options: Namespace, console: Console, argv: list[str]) -> int:
+    """Run the command `quantize`."""
+    command, chosen = shlex.join(["jaxqat", *argv]), _chosen(options, "batches", "recipe")
+    post_training.quantize(options.run, **chosen, command=command, console=console)
+    return DONE
+
+
+def _chosen(options: Namespace, *names: str) -> dict[str, Any]:
+    return {name: options[name] for name in names}
+
+
+def _add_network(parser: Parser) -> None:
+    parser.add_argument(
+        "--network",
+        choices=NETWORKS,
+        default="int8",
+        help="That of QAT, in RUN/int8, or that of post-training quantization, in RUN/ptq.",
+    )
+
+
 def add_evaluate_arguments(parser: Parser) -> None:
     """Evaluate a run from its folder alone; writes RUN/evaluations/ only."""
     parser.add_argument("run", type=Path, help="The run folder.")
     parser.add_argument(
         "--stage",
-        choices=("fp32", "qat", "int8"),
+        choices=("fp32", "qat", *NETWORKS),
         default="int8",
-        help="Which network: of the two checkpoints, or the integer network in RUN/int8.",
+        help="Which network: of the two checkpoints, or an integer network, RUN/int8 or RUN/ptq.",
     )
     parser.add_argument("--split", choices=SPLITS, default="test", help="Which images.")
 
@@ -131,19 +175,15 @@ def add_analyze_arguments(parser: Parser) -> None:
 def analyze(options: Namespace, console: Console, argv: list[str]) -> int:
     """Run the command `analyze`."""
     del argv
-    diagnosis.analyze(
-        options.run,
-        stage=options.stage,
-        split=options.split,
-        images=options.images,
-        console=console,
-    )
+    chosen = _chosen(options, "stage", "split", "images")
+    diagnosis.analyze(options.run, **chosen, console=console)
     return DONE
 
 
 def add_export_arguments(parser: Parser) -> None:
     """Write the integer network of a run as a file for another runtime."""
     parser.add_argument("run", type=Path, help="The run folder.")
+    _add_network(parser)
     parser.add_argument("--format", choices=deployment.FORMATS, required=True, help="Of the file.")
     parser.add_argument("--output", type=Path, required=True, help="The file to write.")
     parser.add_argument(
@@ -158,14 +198,8 @@ def add_export_arguments(parser: Parser) -> None:
 def export(options: Namespace, console: Console, argv: list[str]) -> int:
     """Run the command `export`."""
     del argv
-    deployment.export(
-        options.run,
-        options.output,
-        format=options.format,
-        input=options.input,
-        overwrite=options.overwrite,
-        console=console,
-    )
+    chosen = _chosen(options, "network", "format", "input", "overwrite")
+    deployment.export(options.run, options.output, **chosen, console=console)
     return DONE
 
 
@@ -176,6 +210,7 @@ def add_verify_arguments(parser: Parser) -> None:
     changes its class.
     """
     parser.add_argument("run", type=Path, help="The run folder.")
+    _add_network(parser)
     parser.add_argument(
         "--format",
         choices=("onnx", "openvino"),
@@ -189,9 +224,8 @@ def add_verify_arguments(parser: Parser) -> None:
 def verify(options: Namespace, console: Console, argv: list[str]) -> int:
     """Run the command `verify`."""
     del argv
-    verification = deployment.verify(
-        options.run, format=options.format, split=options.split, console=console
-    )
+    chosen = _chosen(options, "network", "format", "split")
+    verification = deployment.verify(options.run, **chosen, console=console)
     return FAILED if verification.failures else DONE
 
 
@@ -291,6 +325,7 @@ def report(options: Namespace, console: Console, argv: list[str]) -> int:
 # By name: what adds its options, and what runs it.
 COMMANDS = {
     "train": (add_train_arguments, train),
+    "quantize": (add_quantize_arguments, quantize),
     "evaluate": (add_evaluate_arguments, evaluate),
     "analyze": (add_analyze_arguments, analyze),
     "verify": (add_verify_arguments, verify),

@@ -1,4 +1,7 @@
-"""The integer network of a run: made from the trained one, compared with it, kept in RUN/int8."""
+"""The integer networks of a run: made from the trained ones, tested, compared with them.
+
+That of QAT is kept in RUN/int8, that of post-training quantization in RUN/ptq.
+"""
 
 import dataclasses
 import json
@@ -7,10 +10,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from rich.console import Console
 
 import jaxqat
 from jaxqat import config as configs
 from jaxqat.data import Dataset, Split
+from jaxqat.display import warn
+from jaxqat.evaluation import IntegerEvaluator, measure
 from jaxqat.integer.convert import convert
 from jaxqat.integer.graph import IntegerGraph
 from jaxqat.integer.store import ArtifactError, load, save
@@ -21,6 +27,7 @@ from jaxqat.snapshots import Model, check_same_data
 
 # Images whose codes, and real values, of all tensors are held at a time: a few MB each.
 VERIFIED_AT_A_TIME = 100
+NETWORKS = ("int8", "ptq")
 
 
 def make_network(networks: Networks, folder: RunFolder, model: Model) -> IntegerGraph:
@@ -38,15 +45,29 @@ def make_network(networks: Networks, folder: RunFolder, model: Model) -> Integer
         ConversionError: Names every part of the network that has no integer form, and why.
         ArtifactError: It cannot be written.
     """
-    graph = convert(
+    return load(save(convert_network(networks, model, stage="qat"), folder.network, overwrite=True))
+
+
+def convert_network(networks: Networks, model: Model, *, stage: str, **more: Any) -> IntegerGraph:
+    """The integer network of a trained or calibrated one, which it names in its metadata.
+
+    Args:
+        networks: Of the experiment.
+        model: Parameters, statistics and ranges.
+        stage: 'qat', or 'ptq'.
+        **more: What its metadata say besides.
+
+    Raises:
+        ConversionError: Names every part of the network that has no integer form, and why.
+    """
+    return convert(
         networks.quantized,
         model.tree(),
         networks.one_image(),
         preprocess=networks.normalize,
-        metadata=_metadata(networks, model.step),
+        metadata={**_metadata(networks, model.step), "stage": stage, **more},
         train=False,
     )
-    return load(save(graph, folder.network, overwrite=True))
 
 
 def _metadata(networks: Networks, step: int) -> dict[str, Any]:
@@ -57,7 +78,6 @@ def _metadata(networks: Networks, step: int) -> dict[str, Any]:
         "labels": dataset.class_names,
         "normalization": {"mean": dataset.mean, "std": dataset.std, "of": "pixels in 0..1"},
         "recipe": dataclasses.asdict(experiment.quant),
-        "stage": "qat",
         "step": step,
         "seed": experiment.seed,
         "config_hash": configs.config_hash(experiment),
@@ -65,6 +85,23 @@ def _metadata(networks: Networks, step: int) -> dict[str, Any]:
         "made_with": {"jaxqat": jaxqat.__version__, "jax": jax.__version__},
     }
     return json.loads(json.dumps(described))
+
+
+def measure_network(networks: Networks, graph: IntegerGraph) -> tuple[dict[str, Any], float]:
+    """Metrics of an integer network on the test split, and images/s."""
+    dataset, batch_size = networks.dataset, networks.experiment.evaluation_batch_size
+    logits = IntegerEvaluator(graph, batch_size).logits
+    return measure(logits, dataset.test, dataset.class_names)
+
+
+def check_network(
+    networks: Networks, model: Model, graph: IntegerGraph, console: Console
+) -> Verification:
+    """Compare an integer network, on the test split, with its origin; warn of failures."""
+    verification = verify_network(networks, model, graph, networks.dataset.test)
+    for failure in verification.failures:
+        warn(f"the integer network is not the trained one: {failure}.", console)
+    return verification
 
 
 def verify_network(
@@ -94,32 +131,37 @@ def in_batches(split: Split) -> Iterator[np.ndarray]:
         yield split.images[start : start + VERIFIED_AT_A_TIME]
 
 
-def load_network(folder: RunFolder) -> IntegerGraph:
-    """The integer network of a run, from RUN/int8 alone.
+def load_network(folder: RunFolder, name: str = "int8") -> IntegerGraph:
+    """An integer network of a run, from RUN/int8 or RUN/ptq alone.
 
     Raises:
         RunFolderError: The run has none; says why.
         ArtifactError: It is damaged.
     """
-    if not folder.network.is_dir():
-        raise RunFolderError(f"{folder.path}: holds no integer network (int8/): {_reason(folder)}")
+    path, again = folder.path / name, "the same `jaxqat train`"
+    if name == "ptq":
+        again = f"`jaxqat quantize {folder.path}`"
+    if not path.is_dir():
+        reason = f"{again} makes it." if name == "ptq" else _reason(folder)
+        raise RunFolderError(f"{folder.path}: holds no integer network ({name}/): {reason}")
     try:
-        return load(folder.network)
+        return load(path)
     except ArtifactError as error:
         raise ArtifactError(
-            f"{error} To make the network again from the run's checkpoint, delete {folder.network} "
-            "and run the same `jaxqat train` again."
+            f"{error} To make the network again from the run's checkpoint, delete {path} and run "
+            f"{again} again."
         ) from error
 
 
 def check_network_data(folder: RunFolder, graph: IntegerGraph, dataset: Dataset) -> None:
-    """Refuse data other than that the integer network of a run was trained on.
+    """Refuse data other than that an integer network of a run was trained on.
 
     Raises:
         RunFolderError: Names what differs.
     """
     origin: Any = graph.metadata
-    check_same_data(str(folder.network), origin["data"], dataset.fingerprint)
+    path = folder.ptq if origin["stage"] == "ptq" else folder.network
+    check_same_data(str(path), origin["data"], dataset.fingerprint)
 
 
 def _reason(folder: RunFolder) -> str:
@@ -141,7 +183,8 @@ def is_finished(folder: RunFolder) -> bool:
     The run of an older version, which knew no integer networks, lacks one: it is gone on with as
     long as it has the checkpoint that the network is made from.
     """
-    if not folder.results.exists():
+    results = folder.read_results() if folder.results.exists() else {}
+    if "qat" not in results:  # Post-training quantization leaves results of FP32 alone.
         return False
-    answered = "error" in folder.read_results().get("int8", {}) or folder.network.is_dir()
+    answered = "error" in results.get("int8", {}) or folder.network.is_dir()
     return answered or not folder.has_checkpoints("qat")

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from jaxqat.benchmark.networks import WIDTH, random_network
 from jaxqat.conversion import check_network_data, in_batches, load_network, verify_network
-from jaxqat.data import Split, load_dataset
+from jaxqat.data import Dataset, Split, load_dataset
 from jaxqat.display import print_verification
 from jaxqat.evaluation import find_split
 from jaxqat.integer.execute import LOWERINGS, make_executor
@@ -24,6 +24,7 @@ from jaxqat.integer.verify import Network, Observation, Verification, compare, i
 from jaxqat.lowering import Compiled, LoweringError, Target, compile_for, print_lowering
 from jaxqat.lowering.targets import get_target
 from jaxqat.networks import Networks, matmul_precision
+from jaxqat.post_training import calibrated, experiment_of
 from jaxqat.results import describe_run
 from jaxqat.runfolder import RunFolder
 from jaxqat.snapshots import restore_model
@@ -39,6 +40,7 @@ def export(
     output: Path,
     *,
     format: Literal["onnx", "stablehlo"],
+    network: str = "int8",
     input: Literal["uint8", "float"] = "uint8",
     overwrite: bool = False,
     console: Console | None = None,
@@ -49,6 +51,7 @@ def export(
         workdir: The run folder.
         output: File to write.
         format: 'onnx' or 'stablehlo'.
+        network: 'int8', that of QAT, or 'ptq', that of post-training quantization.
         input: What the file takes: 'uint8', images as they are, or 'float', images normalized as
             in training.
         overwrite: Whether a file of that name may be replaced.
@@ -61,7 +64,7 @@ def export(
         ImportError: A package is not installed.
     """
     console = console or Console()
-    graph = load_run_network(workdir)
+    graph = load_run_network(workdir, network)
     if format == "onnx":
         from jaxqat.export.onnx import export_onnx as write
     else:
@@ -76,20 +79,23 @@ def verify(
     workdir: Path,
     *,
     format: Literal["onnx", "openvino"] | None = None,
+    network: str = "int8",
     split: str = "test",
     console: Console | None = None,
 ) -> Verification:
     """Compare every code of the integer network of a run with another form of it, on images.
 
-    Without a format that is the trained network in inference mode, from the checkpoint of QAT, and
-    real values are those of the same weights in float; with 'onnx' it is the exported file in ONNX
+    Without a format that is the trained network in inference mode, from the checkpoint of QAT (of
+    'ptq', from that of FP32, calibrated again), and real values are those of the same weights in
+    float; with 'onnx' it is the exported file in ONNX
     Runtime; with 'openvino' that file in OpenVINO, which fuses what it would otherwise show, so
-    that only the classes are compared. Writes RUN/evaluations/verify_SPLIT.json or
-    verify_FORMAT_SPLIT.json and nothing else.
+    that only the classes are compared. Writes RUN/evaluations/verify_SPLIT.json, or with 'ptq' and
+    the format before SPLIT, and nothing else.
 
     Args:
         workdir: The run folder.
         format: What to compare with.
+        network: 'int8', that of QAT, or 'ptq', that of post-training quantization.
         split: 'test', 'train' or 'validation'.
         console: Where the comparison is shown; None for standard output.
 
@@ -106,26 +112,38 @@ def verify(
     """
     folder = RunFolder(Path(workdir))
     experiment = folder.load_config()
-    graph = load_network(folder)
+    graph = load_network(folder, network)
     dataset = load_dataset(experiment.data)
     images = find_split(dataset, split)
     check_network_data(folder, graph, dataset)
     if format is not None:
         verification = _against_export(graph, images, format)
     else:
-        with matmul_precision(experiment):
-            networks = Networks.build(experiment, dataset)
-            model = restore_model(networks, folder, "qat")
-            verification = verify_network(networks, model, graph, images)
-    against = AGAINST[format]
+        verification = _against_training(folder, graph, dataset, images, network)
+    of = "ptq" if network == "ptq" else None
+    compared = "the integer network" + (" of post-training quantization" if of else "")
     result = {
         **describe_run(experiment, dataset, None),
-        "of": f"the integer network and {against}, {split} split",
+        "of": f"{compared} and {AGAINST[format]}, {split} split",
         **verification.to_dict(),
     }
     print_verification(result, console or Console())
-    folder.write_evaluation("_".join(filter(None, ("verify", format, split))), result)
+    folder.write_evaluation("_".join(filter(None, ("verify", of, format, split))), result)
     return verification
+
+
+def _against_training(
+    folder: RunFolder, graph: IntegerGraph, dataset: Dataset, images: Split, network: str
+) -> Verification:
+    experiment = folder.load_config()
+    with matmul_precision(experiment):
+        if network == "ptq":
+            networks = Networks.build(experiment_of(experiment, graph), dataset)
+            model = calibrated(networks, restore_model(networks, folder, "fp32"))
+        else:
+            networks = Networks.build(experiment, dataset)
+            model = restore_model(networks, folder, "qat")
+        return verify_network(networks, model, graph, images)
 
 
 def _against_export(graph: IntegerGraph, images: Split, format: str) -> Verification:
@@ -210,8 +228,8 @@ def _executor_for(target: Target, executor: str | None) -> str:
     return executor
 
 
-def load_run_network(workdir: Path) -> IntegerGraph:
-    """The integer network of a run folder.
+def load_run_network(workdir: Path, network: str = "int8") -> IntegerGraph:
+    """The integer network of a run folder, or that of post-training quantization, 'ptq'.
 
     Raises:
         RunFolderError: It is no run folder, or has no integer network.
@@ -219,4 +237,4 @@ def load_run_network(workdir: Path) -> IntegerGraph:
     """
     folder = RunFolder(Path(workdir))
     folder.load_config()
-    return load_network(folder)
+    return load_network(folder, network)

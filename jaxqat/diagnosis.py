@@ -17,7 +17,7 @@ from jaxqat.results import describe_run
 from jaxqat.runfolder import RunFolder, write_json
 from jaxqat.snapshots import Model, restore_model
 
-STAGES = ("qat", "calibrated")
+STAGES = ("qat", "ptq")
 # Images whose real values of all tensors are held at a time: a few MB each.
 ANALYZED_AT_A_TIME = 100
 
@@ -25,7 +25,7 @@ ANALYZED_AT_A_TIME = 100
 def analyze(
     workdir: Path,
     *,
-    stage: Literal["qat", "calibrated"] = "qat",
+    stage: Literal["qat", "ptq"] = "qat",
     split: str = "test",
     images: int = 1000,
     console: Console | None = None,
@@ -37,7 +37,7 @@ def analyze(
     Args:
         workdir: The run folder.
         stage: 'qat', the network that was fine-tuned, against the same weights in float; or
-            'calibrated', that of FP32 with the ranges that QAT begins with.
+            'ptq', post-training quantization: that of FP32 with the ranges that QAT begins with.
         split: 'test', 'train' or 'validation'.
         images: How many of the split, from its first on.
         console: Where the table is shown; None for standard output.

@@ -19,8 +19,10 @@ def print_results(results: dict[str, Any], console: Console) -> None:
     for name, metrics in summary_rows(results):
         table.add_row(name, *_scores(metrics))
     console.print(table)
-    if "verify" in results:
-        console.print(_verdict(results["verify"]), highlight=False, soft_wrap=True)
+    ptq = results.get("ptq", {})
+    for name, check in (("ptq, ", ptq.get("verify")), ("", results.get("verify"))):
+        if check is not None:
+            console.print(name + _verdict(check), highlight=False, soft_wrap=True)
 
 
 def print_verification(check: dict[str, Any], console: Console) -> None:

@@ -2,10 +2,11 @@
 
 The three functions are what the command line and the scripts call. `train` reads the test split
 after both stages only; until then nothing but training and validation images is looked at. What is
-called int8 is the integer network in RUN/int8.
+called int8 is the integer network in RUN/int8; ptq, that of RUN/ptq, was never fine-tuned.
 """
 
 import functools
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,20 +15,24 @@ from rich.console import Console
 
 from jaxqat.config import Experiment, to_yaml
 from jaxqat.conversion import (
+    NETWORKS,
+    check_network,
     check_network_data,
     is_finished,
     load_network,
     make_network,
-    verify_network,
+    measure_network,
 )
 from jaxqat.data import DataError, Dataset, load_dataset
 from jaxqat.display import print_evaluation, print_results, warn
 from jaxqat.evaluation import Evaluator, IntegerEvaluator, Logits, find_split, measure
 from jaxqat.integer.convert import ConversionError
 from jaxqat.integer.graph import IntegerGraph
+from jaxqat.integer.store import save
 from jaxqat.networks import Networks, matmul_precision
-from jaxqat.report import write_report, write_samples
-from jaxqat.results import describe_network, describe_run, describe_tests
+from jaxqat.post_training import calibrated, examine
+from jaxqat.report import write_report
+from jaxqat.results import describe_network, describe_run, describe_tests, write_test_samples
 from jaxqat.runfolder import (
     RunFolder,
     check_config,
@@ -38,8 +43,6 @@ from jaxqat.runfolder import (
 from jaxqat.snapshots import Model, restore_model
 from jaxqat.stages import STAGES, StageRun
 from jaxqat.training import StopRequest, stop_on_signals
-
-SAMPLE_COUNT = 32
 
 
 def train(
@@ -99,7 +102,8 @@ def evaluate(
 
     Args:
         workdir: The run folder.
-        stage: 'fp32' or 'qat', from their checkpoints, or 'int8', from RUN/int8 alone.
+        stage: 'fp32' or 'qat', from their checkpoints, or 'int8' or 'ptq', from RUN/int8 or RUN/ptq
+            alone.
         split: 'test', 'train' or 'validation'.
         console: Where the metrics are shown; None for standard output.
 
@@ -115,8 +119,8 @@ def evaluate(
     console = console or Console()
     folder = RunFolder(Path(workdir))
     experiment = folder.load_config()
-    measured = _evaluate_int8 if stage == "int8" else partial(_evaluate_stage, stage=stage)
-    dataset, step, metrics, speed = measured(folder, experiment, split)
+    measured = _evaluate_integer if stage in NETWORKS else _evaluate_stage
+    dataset, step, metrics, speed = measured(folder, experiment, split, stage)
     result = {
         **describe_run(experiment, dataset, None),
         "stage": stage,
@@ -131,7 +135,7 @@ def evaluate(
 
 
 def _evaluate_stage(
-    folder: RunFolder, experiment: Experiment, split: str, *, stage: str
+    folder: RunFolder, experiment: Experiment, split: str, stage: str
 ) -> tuple[Dataset, int, dict[str, Any], float]:
     dataset = load_dataset(experiment.data)
     images = find_split(dataset, split)
@@ -142,10 +146,10 @@ def _evaluate_stage(
         return dataset, model.step, *measure(logits, images, dataset.class_names)
 
 
-def _evaluate_int8(
-    folder: RunFolder, experiment: Experiment, split: str
+def _evaluate_integer(
+    folder: RunFolder, experiment: Experiment, split: str, name: str
 ) -> tuple[Dataset, int, dict[str, Any], float]:
-    graph = load_network(folder)
+    graph = load_network(folder, name)
     dataset = load_dataset(experiment.data)
     images = find_split(dataset, split)
     check_network_data(folder, graph, dataset)
@@ -191,35 +195,31 @@ def _run(
     runs = {name: StageRun(name, networks, folder, Evaluator(networks, name)) for name in STAGES}
     fp32 = runs["fp32"].train(lambda: Model(*networks.init()), stop=stop, console=console)
     stop.raise_if_set()
-    calibrated = functools.cache(partial(_calibrated, networks, fp32))
-    qat = runs["qat"].train(calibrated, stop=stop, console=console)
+    start = functools.cache(partial(calibrated, networks, fp32))
+    qat = runs["qat"].train(start, stop=stop, console=console)
     stop.raise_if_set()
     tests = {"fp32": _logits(runs["fp32"], fp32), "qat": _logits(runs["qat"], qat)}
-    if networks.experiment.qat.test_calibrated:
-        tests["calibrated"] = _logits(runs["qat"], calibrated())
     test, names = networks.dataset.test, networks.dataset.class_names
     measured = {name: measure(logits, test, names) for name, logits in tests.items()}
     stop.raise_if_set()
     graph, deployed = _deploy(networks, folder, qat, stop, console)
     stop.raise_if_set()
+    untrained = (
+        {"speed": {}} if graph is None else _untrained(networks, folder, start, stop, console)
+    )
     tested = describe_tests(measured, folder.read_metrics())
     results = {
         **describe_run(networks.experiment, networks.dataset, command),
         **tested,
+        **untrained,
         **deployed,
-        "speed": {**tested["speed"], **deployed["speed"]},
+        "speed": {**tested["speed"], **untrained["speed"], **deployed["speed"]},
         **describe_network(networks, qat.params, qat.collections["quant"], graph),
     }
-    write_samples(folder.path, test.images[:SAMPLE_COUNT], test.labels[:SAMPLE_COUNT], names)
+    write_test_samples(folder, networks.dataset)
     write_json(folder.results, results)
     write_report(folder.path)
     return results
-
-
-def _calibrated(networks: Networks, fp32: Model) -> Model:
-    """The trained float network with activation ranges: where QAT starts."""
-    ranges = networks.calibrate(fp32.params, fp32.collections)
-    return Model(fp32.params, {**fp32.collections, "quant": ranges})
 
 
 def _deploy(
@@ -232,18 +232,36 @@ def _deploy(
         warn(f"this run has no integer network. {error}", console)
         return None, {"int8": {"error": str(error)}, "speed": {}}
     stop.raise_if_set()
-    dataset, batch_size = networks.dataset, networks.experiment.evaluation_batch_size
-    logits = IntegerEvaluator(graph, batch_size).logits
-    metrics, images_per_s = measure(logits, dataset.test, dataset.class_names)
+    metrics, images_per_s = measure_network(networks, graph)
     stop.raise_if_set()
-    verification = verify_network(networks, qat, graph, dataset.test)
-    for failure in verification.failures:
-        warn(f"the integer network is not the trained one: {failure}.", console)
+    verification = check_network(networks, qat, graph, console)
     return graph, {
         "int8": {"test": metrics, "requantization": graph.requantization, "step": qat.step},
         "verify": verification.to_dict(),
         "speed": {"int8": {"evaluate_images_per_s": images_per_s}},
     }
+
+
+def _untrained(
+    networks: Networks,
+    folder: RunFolder,
+    start: Callable[[], Model],
+    stop: StopRequest,
+    console: Console,
+) -> dict[str, Any]:
+    """What results say of post-training quantization; a network of `quantize` stays as it is."""
+    before = folder.read_results() if folder.results.exists() else {}
+    if "ptq" in before and folder.ptq.is_dir():
+        return {"ptq": before["ptq"], "speed": {"ptq": before["speed"]["ptq"]}}
+    if not networks.experiment.qat.test_calibrated:
+        return {"speed": {}}
+    try:
+        graph, tested = examine(networks, start(), stop)
+    except ConversionError as error:
+        warn(f"this run has no integer network without training. {error}", console)
+        return {"speed": {}}
+    save(graph, folder.ptq, overwrite=True)
+    return tested
 
 
 def _logits(run: StageRun, model: Model) -> Logits:

@@ -102,9 +102,9 @@ def _check_predictions(labels: np.ndarray, logits: np.ndarray, class_names: Sequ
 def weight_bytes(params: Mapping[str, Any], bits: Mapping[str, int | None]) -> dict[str, int]:
     """Bytes that the weights take in float32, and with the named kernels as int8 codes.
 
-    A quantized kernel costs one byte a code, whatever its bits (codes of fewer than eight
-    bits are not packed), and one float32 scale per output channel, its last axis. Biases
-    of quantized layers become int32; all else (batch norm, layers left in float) stays
+    A quantized kernel costs one byte a code, whatever its bits (as in memory; a saved
+    network packs codes of few bits), and one float32 scale per output channel, its last axis.
+    Biases of quantized layers become int32; all else (batch norm, layers left in float) stays
     float32: both take the four bytes they took before. Batch-norm statistics are state,
     not weights, and count on neither side.
 

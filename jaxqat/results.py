@@ -17,7 +17,10 @@ from jaxqat.data import Dataset
 from jaxqat.integer.graph import IntegerGraph
 from jaxqat.metrics import weight_bytes
 from jaxqat.networks import Networks
+from jaxqat.report import write_samples
+from jaxqat.runfolder import RunFolder
 
+SAMPLE_COUNT = 32
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "aqtp", "orbax-checkpoint", "numpy")
 
 
@@ -67,8 +70,8 @@ def describe_network(
     """Size, arithmetic and layers of the quantized network.
 
     The bytes of FP32 are those of all parameters, four each; the bytes of int8 are those of the
-    integer network's arrays: a code for each weight, an int32 bias and a float32 multiplier for
-    each output channel.
+    integer network's arrays as they are saved: a byte for each weight (two codes of 3 or 4 bits
+    share one, or four of 2 bits), an int32 bias and a float32 multiplier for each output channel.
 
     Args:
         networks: Which.
@@ -117,22 +120,18 @@ def describe_tests(
     """Scores on the test split, time and speed of the trained networks.
 
     Args:
-        measured: Metrics and images/s of 'fp32', 'qat' and, if it was tested, of 'calibrated', the
-            network that QAT started from.
+        measured: Metrics and images/s of 'fp32' and, once it is trained, of 'qat'.
         records: Lines of metrics.jsonl.
     """
     results: dict[str, Any] = {}
     speed = {}
-    for name in ("fp32", "qat"):
-        metrics, images_per_s = measured[name]
+    for name, (metrics, images_per_s) in measured.items():
         timing = stage_seconds(records, name)
         speed[name] = {
             "train_images_per_s": timing.pop("train_images_per_s"),
             "evaluate_images_per_s": images_per_s,
         }
         results[name] = {"test": metrics, **timing}
-    if "calibrated" in measured:
-        results["qat"]["calibrated"] = {"test": measured["calibrated"][0]}
     return {**results, "speed": speed}
 
 
@@ -146,12 +145,21 @@ def stage_seconds(records: list[dict[str, Any]], stage: str) -> dict[str, Any]:
     }
 
 
+def write_test_samples(folder: RunFolder, dataset: Dataset) -> None:
+    """Keep the test images that the report shows."""
+    shown = dataset.test.take(np.arange(min(SAMPLE_COUNT, len(dataset.test))))
+    write_samples(folder.path, shown.images, shown.labels, dataset.class_names)
+
+
 def summary_rows(results: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """The tested networks and their metrics, in the order in which they were made."""
     if "fp32" in results:
         yield "fp32", results["fp32"]["test"]
+    if "ptq" in results:
+        yield "ptq", results["ptq"]["test"]
     if "qat" in results:
-        if "calibrated" in results["qat"]:
+        # Runs of before 'ptq' tested the calibrated network as QAT computes it.
+        if "calibrated" in results["qat"] and "ptq" not in results:
             yield "qat, calibrated only", results["qat"]["calibrated"]["test"]
         yield "qat", results["qat"]["test"]
     if "test" in results.get("int8", {}):

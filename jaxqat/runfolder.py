@@ -1,6 +1,6 @@
 """The run folder: whose it is, what lies where, and how it is written.
 
-    config.yaml, checkpoints/{fp32,qat}/STEP/, int8/, metrics.jsonl, results.json,
+    config.yaml, checkpoints/{fp32,qat}/STEP/, int8/, ptq/, metrics.jsonl, results.json,
     report_data.npz, report.html, figures/, analysis.json, analysis.html, evaluations/
 
 One process trains in a folder at a time, and a folder belongs to one experiment.
@@ -41,7 +41,7 @@ class RunFolder:
 
     @property
     def results(self) -> Path:
-        """What came of it; its presence says that the run is finished."""
+        """What came of it; the run is finished once it holds the stage QAT."""
         return self.path / "results.json"
 
     @property
@@ -58,6 +58,11 @@ class RunFolder:
     def network(self) -> Path:
         """The integer network."""
         return self.path / "int8"
+
+    @property
+    def ptq(self) -> Path:
+        """The integer network of post-training quantization."""
+        return self.path / "ptq"
 
     def checkpoints(self, stage: str) -> Path:
         """Folder of a stage's checkpoints."""

@@ -95,7 +95,7 @@ def finished(tmp_path_factory, config_file) -> Path:
     run = tmp_path_factory.mktemp("finished") / "run"
     status, out, err = finish(start("train", "--config", config_file, "--workdir", run))
     assert status == 0, err
-    assert "qat, calibrated only" in out
+    assert "ptq" in out
     assert "int8" in out
     return run
 
@@ -140,7 +140,7 @@ def test_evaluate_and_report_work_on_the_folder_alone(tmp_path, finished):
     run = tmp_path / "moved"
     shutil.copytree(finished, run)
     (run / "report.html").unlink()
-    for stage, arguments in (("fp32", ("--stage", "fp32")), ("int8", ())):
+    for stage, arguments in (("ptq", ("--stage", "ptq")), ("int8", ())):
         status, out, err = finish(start("evaluate", run, *arguments))
         assert status == 0, err
         accuracy = json.loads((run / "results.json").read_text())[stage]["test"]["accuracy"]
@@ -221,6 +221,9 @@ def test_bad_config_files_are_named_and_leave_nothing(tmp_path, capsys, text, me
         ["report", "{tmp}/none"],
         ["analyze", "{tmp}/none"],
         ["analyze", "{tmp}/none", "--images", "0"],
+        ["quantize", "{tmp}/none"],
+        ["quantize", "{tmp}/none", "--method", "qat"],
+        ["quantize", "{tmp}/none", "--batches", "0"],
         ["export", "{tmp}/none", "--format", "onnx", "--output", "{tmp}/file"],
         ["export", "{tmp}/none", "--format", "tflite", "--output", "{tmp}/file"],
         ["lowering", "{tmp}/none", "--target", "cpu"],

@@ -173,7 +173,8 @@ def test_a_network_that_cannot_be_converted_costs_nothing_but_itself(
     assert results == results_of(tmp_path)
     assert results["qat"]["test"]["n"] == 40
     assert "int8" not in results["size_bytes"]
-    assert not (tmp_path / "int8").exists()
+    assert "ptq" not in results
+    assert not (tmp_path / "int8").exists() and not (tmp_path / "ptq").exists()
     shown = console.file.getvalue()
     assert "warning: this run has no integer network." in shown and reason in shown
     page = (tmp_path / "report.html").read_text()

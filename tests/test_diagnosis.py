@@ -56,14 +56,13 @@ def test_the_command_writes_data_and_page_and_nothing_else(
     assert set(sensitive) == set(LAYERS)
 
 
-def test_the_calibrated_network_is_that_of_fp32_before_fine_tuning(
+def test_the_post_training_network_is_that_of_fp32_before_fine_tuning(
     run, small_network, console, unpainted
 ):
-    found = diagnosis.analyze(run, stage="calibrated", console=console)
+    found = diagnosis.analyze(run, stage="ptq", console=console)
     results = json.loads((run / "results.json").read_text())
     assert found["real"]["accuracy"] == results["fp32"]["test"]["accuracy"]
-    calibrated = results["qat"]["calibrated"]["test"]
-    assert found["quantized"]["accuracy"] == calibrated["accuracy"]
+    assert found["quantized"]["accuracy"] == results["ptq"]["test"]["accuracy"]
     assert json.loads(json.dumps(found)) == json.loads((run / "analysis.json").read_text())
 
 

@@ -49,6 +49,7 @@ def test_a_run_leaves_what_the_contract_says(finished):
         "figures",
         "int8",
         "metrics.jsonl",
+        "ptq",
         "report.html",
         "report_data.npz",
         "results.json",
@@ -72,7 +73,7 @@ def test_a_run_leaves_what_the_contract_says(finished):
     for metrics in (
         results["fp32"]["test"],
         results["qat"]["test"],
-        results["qat"]["calibrated"]["test"],
+        results["ptq"]["test"],
         results["int8"]["test"],
     ):
         assert metrics["n"] == 40
@@ -345,7 +346,8 @@ def test_a_checkpoint_is_due_every_so_many_epochs_and_at_the_end(
     results = experiment.train(settings, tmp_path, console=console)
     steps = sorted(map(int, os.listdir(tmp_path / "checkpoints" / "fp32")))
     assert steps == [2 * STEPS_PER_EPOCH, 3 * STEPS_PER_EPOCH]
-    assert "calibrated" not in results["qat"]
+    assert "ptq" not in results
+    assert not (tmp_path / "ptq").exists()
 
 
 def test_a_stop_at_the_end_of_an_epoch_is_saved_though_no_checkpoint_is_due(

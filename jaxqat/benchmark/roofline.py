@@ -79,7 +79,11 @@ def traffic(graph: g.IntegerGraph, batch: int) -> int:
             n for n in (*node.inputs, node.output) if n in graph.tensors and n not in unstored
         ]
         example += sum(math.prod(graph.tensors[name].shape) for name in stored)
-    return graph.size_bytes() + batch * example
+    # In memory a weight code is a byte, whatever its bits.
+    constants = sum(
+        p.weights.nbytes + p.bias.nbytes + p.multiplier.nbytes for p in graph.products()
+    )
+    return constants + batch * example
 
 
 def _unstored(graph: g.IntegerGraph) -> set[str]:

@@ -1,8 +1,10 @@
 """An integer graph as JSON text and arrays, and back: every field checked against its declaration.
 
 A float32 scalar is written in hexadecimal ('0x1.8p-5'), which is exact; an array by its name among
-the arrays, with its dtype and shape. What is read must have exactly the fields that the data model
-declares, with values of the declared types; then the graph checks its own invariants.
+the arrays, with its dtype and shape. Weights of 2 to 4 bits are packed (`packing`): dtype and shape
+are the codes', and `packed` says how many bits each takes in the array. What is read must have
+exactly the fields that the data model declares, with values of the declared types; then the graph
+checks its own invariants. Format 1, of before `weight_bits`, has no packed weights.
 """
 
 import dataclasses
@@ -15,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from jaxqat.integer import graph as g
+from jaxqat.integer.packing import pack, stored_bits, unpack
 
-FORMAT = 1
+FORMAT = 2
 NODES = (g.Quantize, g.Product, g.Add, g.MaxPool, g.SumPool, g.Move, g.Concat)
 
 _CLASSES = {cls.__name__: cls for cls in NODES}
@@ -52,10 +55,19 @@ def decode(text: str, arrays: Mapping[str, np.ndarray]) -> g.IntegerGraph:
     if not isinstance(content, dict) or "format" not in content:
         raise CodecError("holds no 'format'.")
     version = content.pop("format")
-    if version != FORMAT or isinstance(version, bool):
-        raise CodecError(f"format is {version!r}; this version of jaxqat reads {FORMAT}.")
+    if version not in (1, FORMAT) or isinstance(version, bool):
+        raise CodecError(f"format is {version!r}; this version of jaxqat reads 1 and {FORMAT}.")
+    if version == 1:
+        _to_format_2(content)
     fields = _decode_fields(g.IntegerGraph, content, "", arrays)
     return g.IntegerGraph(**fields)
+
+
+def _to_format_2(content: dict[str, Any]) -> None:
+    nodes = content.get("nodes")
+    for node in nodes if isinstance(nodes, list) else ():
+        if isinstance(node, dict) and node.get("node") == g.Product.__name__:
+            node.setdefault("weight_bits", 8)
 
 
 def _encode_fields(value: Any, where: str, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -111,7 +123,12 @@ def _encode(value: Any, hint: Any, where: str, arrays: dict[str, np.ndarray]) ->
 def _encode_node(node: g.Node, where: str, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
     if type(node) not in NODES:
         raise CodecError(f"{where}: {type(node).__name__} is no node of the data model.")
-    return {"node": type(node).__name__, **_encode_fields(node, where, arrays)}
+    fields = _encode_fields(node, where, arrays)
+    if isinstance(node, g.Product) and stored_bits(node.weight_bits) < 8:
+        name = fields["weights"]["array"]
+        arrays[name] = pack(arrays[name], node.weight_bits)
+        fields["weights"]["packed"] = stored_bits(node.weight_bits)
+    return {"node": type(node).__name__, **fields}
 
 
 def _decode(value: Any, hint: Any, where: str, arrays: Mapping[str, np.ndarray]) -> Any:
@@ -159,21 +176,45 @@ def _decode_node(value: Any, where: str, arrays: Mapping[str, np.ndarray]) -> g.
     if kind not in _CLASSES:
         raise CodecError(f"{where}.node is {kind!r}; known are {', '.join(_CLASSES)}.")
     content = {name: field for name, field in value.items() if name != "node"}
-    return _CLASSES[kind](**_decode_fields(_CLASSES[kind], content, where, arrays))
+    fields = _decode_fields(_CLASSES[kind], content, where, arrays)
+    if kind == g.Product.__name__:
+        _check_packed(content["weights"], fields["weight_bits"], _at(where, "weights"))
+    return _CLASSES[kind](**fields)
+
+
+def _check_packed(weights: Mapping[str, Any], bits: int, where: str) -> None:
+    width = stored_bits(bits)
+    if weights.get("packed", 8) != width:
+        right = f"packed to {width} bits each" if width < 8 else "a byte each"
+        raise CodecError(f"{where}: codes of weight_bits {bits} must be {right}.")
 
 
 def _decode_array(value: Any, where: str, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
-    if not isinstance(value, dict) or value.keys() != {"array", "dtype", "shape"}:
+    if not isinstance(value, dict) or value.keys() - {"packed"} != {"array", "dtype", "shape"}:
         raise _wrong(where, value, "an object with array, dtype and shape")
     array = arrays.get(value["array"]) if isinstance(value["array"], str) else None
     if array is None:
         raise CodecError(f"{where}: there is no array {value['array']!r}.")
+    if "packed" in value:
+        array = _unpack(array, value, where)
     if [array.dtype.name, list(array.shape)] != [value["dtype"], value["shape"]]:
         raise CodecError(
             f"{where}: the array is {array.dtype.name}{list(array.shape)}, "
             f"described as {value['dtype']}{value['shape']}."
         )
     return array
+
+
+def _unpack(packed: np.ndarray, value: dict[str, Any], where: str) -> np.ndarray:
+    bits, shape = value["packed"], value["shape"]
+    if type(bits) is not int or bits not in (2, 4):
+        raise _wrong(f"{where}.packed", bits, "2 or 4")
+    if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
+        raise _wrong(f"{where}.shape", shape, "a list of extents")
+    try:
+        return unpack(packed, tuple(shape), bits)
+    except ValueError as error:
+        raise CodecError(f"{where}: {error}") from error
 
 
 def _decode_float32(value: Any, where: str) -> np.float32:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from jaxqat.integer.convert import obstacles
+from jaxqat.integer.packing import packed_size
 from jaxqat.quant.flax import COLLECTION, QuantizedModule, quantize
 from jaxqat.quant.plan import NO_WEIGHTS, LayerInfo
 from jaxqat.quant.transform import Quantized, QuantizedFunction, flatten
@@ -22,7 +23,7 @@ class LayerDescription:
         granularity: 'per_channel' or 'per_tensor': what has a scale of its own in the weights.
         input_range: Smallest and largest real value that its input's codes cover; None if the
             input stays in float or was never observed.
-        weight_bytes: Of its weights as they are deployed, without scales and bias.
+        weight_bytes: Of its weights as they are saved, without scales and bias.
     """
 
     layer: LayerInfo
@@ -114,9 +115,9 @@ def _obstacles(
 
 
 def _described(layer: LayerInfo, seen: Mapping[Any, Any]) -> LayerDescription:
-    bits = 32 if layer.weight_bits is None else layer.weight_bits
     weights = 0 if layer.float_reason == NO_WEIGHTS else math.prod(layer.weight_shape)
-    size = math.ceil(weights * bits / 8)
+    bits = layer.weight_bits
+    size = 4 * weights if bits is None else packed_size(weights, bits)
     state = seen.get(layer.range_key)
     observed = None
     if state is not None and np.asarray(state["count"]) > 0:

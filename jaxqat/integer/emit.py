@@ -168,6 +168,7 @@ class Emitter:
         keep = jnp.where(alive, sign, 0)
         fields = {
             "weights": self.pend(weights, arrange),
+            "weight_bits": source.weight_bits,
             "bias": self.pend(jnp.where(nothing, 0, bias * sign), _as(np.int32)),
             "multiplier": self.pend(jnp.where(nothing, unit, multiplier * sign), _as(np.float32)),
             "weight_scale": self.pend(jnp.where(nothing, 1, scale * sign), _as(np.float32)),

@@ -19,6 +19,8 @@ from typing import Literal
 
 import numpy as np
 
+from jaxqat.integer.packing import packed_size
+
 Requantization = Literal["float", "fixed_point"]
 
 CODE_MIN, CODE_MAX = -128, 127
@@ -96,6 +98,8 @@ class Product(Node):
         kind: 'conv' or 'dense'.
         weights: int8. Convolution: (*window, inputs / groups, outputs); dense: (inputs, outputs).
             Their sign is such that every multiplier is positive.
+        weight_bits: Width of their codes, 2 to 8: -(2**(bits-1)-1) .. 2**(bits-1)-1. In memory a
+            code is a byte; saved, codes of up to 4 bits are packed (`packing`).
         bias: int32 (outputs,), in accumulator units.
         multiplier: float32 (outputs,): (scale_in * weight_scale) / scale_out, or
             scale_in * weight_scale for the network's output; each product and quotient rounded to
@@ -113,6 +117,7 @@ class Product(Node):
     bias: np.ndarray
     multiplier: np.ndarray
     weight_scale: np.ndarray
+    weight_bits: int = 8
     strides: tuple[int, ...] = ()
     padding: tuple[tuple[int, int], ...] = ()
     dilation: tuple[int, ...] = ()
@@ -260,8 +265,11 @@ class IntegerGraph:
         return [node for node in self.nodes if tensor in node.inputs]
 
     def size_bytes(self) -> int:
-        """Bytes of all arrays that the network needs: weights, biases, multipliers."""
-        return sum(p.weights.nbytes + p.bias.nbytes + p.multiplier.nbytes for p in self.products())
+        """Bytes of what the network needs, as saved: packed weights, biases, multipliers."""
+        return sum(
+            packed_size(p.weights.size, p.weight_bits) + p.bias.nbytes + p.multiplier.nbytes
+            for p in self.products()
+        )
 
     def accumulator_bound(self, node: Product) -> int:
         """The largest magnitude that acc + bias of a product can have, whatever the codes."""
@@ -367,6 +375,12 @@ def _check_product(graph: IntegerGraph, node: Product, where: str) -> None:
                 f"{where}: {field} is {array.dtype.name} of shape {array.shape}; right would be "
                 f"{np.dtype(dtype).name}" + ("." if field == "weights" else f" ({node.channels},).")
             )
+    bits, largest = node.weight_bits, np.abs(node.weights.astype(int)).max(initial=0)
+    if bits not in range(2, 9) or largest > 2 ** (bits - 1) - 1:
+        raise GraphError(
+            f"{where}: weight_bits is {bits!r} and the largest weight code ±{largest}; right would "
+            "be 2 to 8 bits, and codes up to ±(2**(bits - 1) - 1)."
+        )
     inputs, channels = node.weights.shape[-2] * node.groups, graph.tensors[node.inputs[0]].shape[-1]
     if inputs != channels:
         raise GraphError(

@@ -325,7 +325,8 @@ class Evaluator:
         operands = (data.values, form.codes, form.grid, weights.values, self._step(layer))
         result = self._either(node, layer, lambda: ops.multiply(layer.how, *operands))
         total, correction, weight_scale, weight_codes = jax.lax.stop_gradient(result[1:])
-        source = forms.Multiplied(layer.path, layer.how.product, form, weight_codes)
+        how = layer.how
+        source = forms.Multiplied(layer.path, how.product, form, weight_codes, how.bits)
         accumulator = forms.Accumulator(
             total, correction, form.grid.scale, weight_scale, jnp.float32(0), source
         )

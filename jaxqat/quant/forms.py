@@ -117,6 +117,7 @@ class Multiplied:
     product: Product
     codes: Codes
     weight_codes: Int8[Array, "..."]
+    weight_bits: int
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

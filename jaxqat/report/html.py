@@ -123,6 +123,7 @@ def _render(run: Run, images: dict[str, tuple[str, str]]) -> str:
         frozen=any(record.get("frozen") for record in run.epochs.get("qat", [])),
         layers=tables.layers(run),
         verification=tables.verification(run),
+        post_training=tables.post_training(run),
         size=tables.size(run),
         speed=tables.speed(run),
         device=(run.results.get("environment") or {}).get("device"),

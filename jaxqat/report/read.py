@@ -16,7 +16,7 @@ import yaml
 from jaxqat.report.files import ReportError, check
 from jaxqat.report.samples import Samples, read_samples
 
-STAGES = ("fp32", "qat", "int8")
+STAGES = ("fp32", "ptq", "qat", "int8")
 SCORES = ("accuracy", "precision", "recall", "f1", "loss")
 _NUMBER = (int, float)
 
@@ -92,6 +92,9 @@ def _read_results(path: Path) -> dict[str, Any]:
     check(bool(stages), path, f"holds none of the stages {', '.join(STAGES)}")
     for stage in stages:
         _check_stage(results[stage], stage, path)
+    if "ptq" in stages:
+        failures = (results["ptq"].get("verify") or {}).get("failures", [])
+        check(isinstance(failures, list), path, "'ptq.verify.failures' must be a list")
     classes = {len(results[stage]["test"]["per_class"]) for stage in stages}
     check(len(classes) == 1, path, f"its stages know different numbers of classes, {classes}")
     for key in ("size_bytes", "speed", "data", "environment"):

@@ -7,7 +7,7 @@ from jaxqat.report import paper
 from jaxqat.report.figures import MAX_NAMED_CLASSES, layer_range
 from jaxqat.report.read import Run
 
-STAGE_NAMES = {"fp32": "FP32", "qat": "QAT", "int8": "int8"}
+STAGE_NAMES = {"fp32": "FP32", "ptq": "PTQ int8", "qat": "QAT", "int8": "QAT int8"}
 DASH = "–"
 CLASS_SCORES = ("precision", "recall", "f1")
 MANY_CONFUSIONS = 8
@@ -45,7 +45,8 @@ def scores(run: Run) -> list[dict[str, Any]]:
     rows = []
     for stage in run.stages:
         result = run.results[stage]
-        if result.get("calibrated"):
+        # Runs of before 'ptq' tested the calibrated network as QAT computes it.
+        if result.get("calibrated") and "ptq" not in run.stages:
             test = result["calibrated"]["test"]
             rows.append(_score_row("Calibrated only, before fine-tuning", "this run", test))
         rows.append(_score_row(stage_name(stage), "this run", result["test"]))
@@ -149,10 +150,24 @@ def _differences(counted: Mapping[str, Any]) -> list[str]:
     return [*counts, DASH if decibels is None else minus(f"{decibels:.1f}")]
 
 
+def post_training(run: Run) -> dict[str, Any] | None:
+    """How the network of post-training quantization was made, where there is one."""
+    ptq = run.results.get("ptq")
+    if ptq is None:
+        return None
+    return {
+        "batches": count(ptq.get("calibration_batches")),
+        "images": count(ptq.get("calibration_images")),
+        "preset": ptq.get("preset"),
+        "failures": (ptq.get("verify") or {}).get("failures", []),
+    }
+
+
 def size(run: Run) -> dict[str, str] | None:
     """Bytes of the FP32 network and of the integer network, and how many times smaller."""
     sizes = run.results.get("size_bytes") or {}
-    fp32, int8 = sizes.get("fp32"), sizes.get("int8")
+    fp32, untrained = sizes.get("fp32"), run.results.get("ptq") or {}
+    int8 = sizes.get("int8", untrained.get("size_bytes"))
     if fp32 is None:
         return None
     return {

@@ -56,8 +56,8 @@ class QatConfig(StageConfig):
     epochs, and at least one if there are two or more."""
 
     test_calibrated: bool = True
-    """Whether to test, at the end, also the network that was only calibrated (post-training
-    quantization)."""
+    """Whether to make and test, at the end, also the integer network of post-training quantization:
+    calibrated, never fine-tuned."""
 
     optimizer: OptimizerConfig = dataclasses.field(
         default_factory=lambda: OptimizerConfig(learning_rate=1e-3)

@@ -129,7 +129,7 @@ class Maker:
         ones = np.ones(outputs, F)
         node = g.Product(
             name=name, inputs=(x,), output=name, weights=weights, bias=zeros, multiplier=ones,
-            weight_scale=ones, **options,
+            weight_scale=ones, weight_bits=self.bits, **options,
         )  # fmt: skip
         total = integer_graph.step(node, self.tensors, self.codes)  # Real: the output is no tensor.
         spread = total.std() + 1e-6

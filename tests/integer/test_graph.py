@@ -257,6 +257,34 @@ def test_size_is_that_of_the_arrays():
     assert GRAPH.size_bytes() == sum(weights) + 8 * sum(channels)  # int8; int32 and float32.
 
 
+@pytest.mark.parametrize(("bits", "packed"), [(2, 4), (3, 2), (4, 2), (5, 1), (7, 1), (8, 1)])
+def test_weights_of_few_bits_count_as_they_are_packed(bits, packed):
+    quantize, product = product_of(1, 7, 0).nodes  # Seven weights leave a byte that is not full.
+    narrow = dataclasses.replace(product, weights=np.ones((7, 1), np.int8), weight_bits=bits)
+    graph = dataclasses.replace(product_of(1, 7, 0), nodes=(quantize, narrow))
+    assert graph.size_bytes() == -(-7 // packed) + 8
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_weight_code_beyond_its_bits_is_refused_by_the_layer_s_name(bits, sign):
+    weights = first(GRAPH, g.Product)[1].weights * 0
+    weights[0, 0, 0, 0] = sign * (2 ** (bits - 1) - 1)
+    with_node(GRAPH, g.Product, weights=weights, weight_bits=bits)
+    if (bits, sign) == (8, 1):
+        return  # int8 has no 128.
+    weights[0, 0, 0, 0] += sign
+    with refused(f"'stem': weight_bits is {bits} and the largest weight code .{2 ** (bits - 1)};"):
+        with_node(GRAPH, g.Product, weights=weights, weight_bits=bits)
+
+
+@pytest.mark.parametrize("bits", [-1, 0, 1, 9])
+def test_weight_bits_beyond_2_to_8_are_refused(bits):
+    weights = first(GRAPH, g.Product)[1].weights * 0
+    with refused(f"node 'stem': weight_bits is {bits} and .* right would be 2 to 8 bits"):
+        with_node(GRAPH, g.Product, weights=weights, weight_bits=bits)
+
+
 def test_readers_of_a_residual_stream_are_all_told():
     assert [n.name for n in GRAPH.readers("pool/output")] == ["block0/conv1", "block0/add"]
     assert GRAPH.readers("logits") == []

@@ -224,7 +224,7 @@ def double(graph):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (put("format", value=2), "format is 2; this version of jaxqat reads 1"),
+        (put("format", value=3), "format is 3; this version of jaxqat reads 1 and 2"),
         (put("format", value=True), "format is True"),
         (drop("format"), "holds no 'format'"),
         (put("nodes", 1, "node", value="Softmax"), r"nodes\[1\].node is 'Softmax'; known are"),
@@ -240,6 +240,10 @@ def double(graph):
         (put("nodes", 0, "inverse", value="0x1.0000001p+0"), "must be a float32 in hexadecimal"),
         (put("nodes", 0, "inverse", value="0x1p+200"), "must be a float32 in hexadecimal"),
         (put("nodes", 1, "bias", value=[0]), "must be an object with array, dtype and shape"),
+        (drop("nodes", 1, "weight_bits"), r"nodes\[1\].weight_bits: is missing"),
+        (put("nodes", 1, "weight_bits", value="8"), r"weight_bits: must be a whole number"),
+        (put("nodes", 1, "weight_bits", value=9), "node 'stem': weight_bits is 9"),
+        (put("nodes", 1, "weight_bits", value=4), "bits 4 must be packed to 4 bits each"),
         (put("nodes", 1, "bias", "array", value="x"), "there is no array 'x'"),
         (put("nodes", 1, "bias", "shape", value=[1]), r"the array is int32\[8\], described as"),
         (put("tensors", 0, "zero_point", value=-0.0), "zero_point: must be a whole number"),

@@ -140,13 +140,47 @@ def test_later_stages_and_calibration_get_their_rows_and_figures(show):
         "FP32",
         "Calibrated only, before fine-tuning",
         "QAT",
-        "int8",
+        "QAT int8",
     ]
     assert len(page.images) == 16
-    assert any(row[:3] == ["int8", "–", "9,120"] for row in page.rows)
-    assert "points, int8 − FP32" in page.text
+    assert any(row[:3] == ["QAT int8", "–", "9,120"] for row in page.rows)
+    assert "points, QAT int8 − FP32" in page.text
     assert "int8 is the integer network" in page.text
     assert "a byte for each weight" in page.text
+
+
+def test_post_training_quantization_stands_beside_fine_tuning(show):
+    def change(results):
+        ptq = {"test": results["fp32"]["test"], "calibration_batches": 8}
+        results["ptq"] = ptq | {"calibration_images": 1024, "preset": "w4a8"}
+        results["qat"]["calibrated"] = {"test": results["fp32"]["test"]}
+        results["speed"]["ptq"] = {"evaluate_images_per_s": 8110.0}
+
+    page = show(change, fp32_epochs=2, qat_epochs=1, deployed=True)
+
+    # As QAT computed it, of an older version, the same network is not shown a second time.
+    names = [row[0] for row in page.rows if row[1:2] == ["this run"]]
+    assert names == ["FP32", "PTQ int8", "QAT", "QAT int8"]
+    assert any("Confusion matrix of PTQ int8:" in a.get("alt", "") for _, a in page.tags)
+    assert any(row[:3] == ["PTQ int8", "–", "8,110"] for row in page.rows)
+    assert "ranges of 1,024 training images (8 batches), by the preset w4a8" in page.text
+    assert "points, QAT int8 − FP32" in page.text
+
+
+def test_a_run_without_fine_tuning_compares_fp32_with_ptq(show):
+    def change(results):
+        results["ptq"] = {"test": results["fp32"]["test"], "size_bytes": 11_250_000}
+        results["ptq"]["verify"] = {"failures": ["7 codes differ"]}
+        results["size_bytes"].pop("int8")
+
+    page = show(change, fp32_epochs=2, qat_epochs=0)
+
+    assert "points, PTQ int8 − FP32" in page.text
+    assert next(row for row in page.rows if row[:1] == ["All layers"])[2:4] == [
+        "11,250,000",
+        "3.97",
+    ]
+    assert "PTQ int8 is not the network it was made from: 7 codes differ." in page.text
 
 
 def test_a_run_of_before_the_integer_network_says_nothing_of_it(show):
@@ -184,7 +218,7 @@ def test_a_network_that_could_not_be_converted_is_named_with_the_reason(show):
     page = show(change, fp32_epochs=2, qat_epochs=1)
 
     assert "This run has no integer network. It cannot:\n  stem (conv): <rule>" in page.text
-    assert "int8" not in [row[0] for row in page.rows]
+    assert "QAT int8" not in [row[0] for row in page.rows]
     assert next(row for row in page.rows if row[:1] == ["All layers"])[2:4] == ["–", "–"]
     assert "points, QAT − FP32" in page.text
 

@@ -27,7 +27,7 @@ def test_missing_file_is_named(write_run, name):
     [
         ("results.json", b'{"name": "x", "fp', r"results\.json is not JSON"),
         ("results.json", b"[]", r"results\.json is broken: must hold an object"),
-        ("results.json", b'{"name": "x"}', "none of the stages fp32, qat, int8"),
+        ("results.json", b'{"name": "x"}', "none of the stages fp32, ptq, qat, int8"),
         ("results.json", b"\xff\xfe", r"results\.json cannot be read"),
         ("metrics.jsonl", b'{"stage": "fp32", "ep', r"metrics\.jsonl, line 1 is not JSON"),
         ("metrics.jsonl", b'\n{"stage": "fp32"}\n', "line 2 must hold stage, epoch"),
