@@ -115,8 +115,7 @@ def _weight_noise(each: Evaluated) -> Noise | None:
     if isinstance(each.layer, Pair):
         return None
     how = each.layer.how
-    codes, scale = ops.quantize_weights(each.weights, how.settings, how.axes, each.step)
-    return Noise.of(each.weights, codes.astype(jnp.float32) * scale)
+    return Noise.of(each.weights, how.dequantize(*how.quantize(each.weights, each.step)))
 
 
 def _code_ends(grid: Grid) -> np.ndarray:

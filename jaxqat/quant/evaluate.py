@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxqat.quant import derive, estimate, forms, ops, ranges
+from jaxqat.quant import derive, estimate, forms, ops, pairs, ranges
 from jaxqat.quant.plan import (
     PARAMETERS,
     Key,
@@ -291,9 +291,9 @@ class Evaluator:
         """A layer's result, its form, and why it has none."""
         if isinstance(layer, Pair):
             operands: list[Any] = [self._read(layer.left), self._read(layer.right)]
-            pairs = [ops.Quantized(o.values, o.form.codes, o.form.grid) for o in operands]
+            both = [pairs.Quantized(o.values, o.form.codes, o.form.grid) for o in operands]
             values = self._either(
-                node, layer, lambda: ops.multiply_pair(layer.dot, layer.dtype, *pairs)
+                node, layer, lambda: pairs.multiply(layer.dot, layer.dtype, *both)
             )
             return values, None, f"a product of two activations ({layer.path})"
         if isinstance(layer, Lookup):
@@ -307,7 +307,10 @@ class Evaluator:
         if layer.dynamic:
             values = self._either(node, layer, lambda: self._multiply_dynamic(layer))
             return values, None, f"the dynamic range of the input of {layer.path}"
-        return *self._multiply(node, layer), None
+        values, form = self._multiply(node, layer)
+        if layer.how.grouped:
+            return values, None, f"a sum of groups with scales of their own ({layer.path})"
+        return values, form, None
 
     def _multiply_dynamic(self, layer: Layer) -> Any:
         x, weights = self._read(layer.data).values, self._read(layer.weights).values

@@ -20,7 +20,8 @@ from aqt.jax.v2.numerics import numerics as aqt_numerics
 from jaxtyping import Array, Float, Int, Int8
 
 from jaxqat.quant import estimate
-from jaxqat.quant.products import Dot, Product, backward
+from jaxqat.quant.grouped import GroupedDot
+from jaxqat.quant.products import Product, backward
 from jaxqat.quant.ranges import Grid, GridCalibration
 from jaxqat.quant.recipe import Settings
 
@@ -187,18 +188,21 @@ def quantize_weights(
     return jnp.clip(jnp.round(weights / scale), -top, top).astype(jnp.int8), scale
 
 
-def _weight_gradients(settings: Settings, axes, weights, codes, scale, gradient):
+def _weight_gradients(how: "QuantizedWeights", weights, codes, scale, gradient):
     """Gradients of weights and of their learned step sizes, given that of the dequantized weights.
 
     As for activations (`quantize`): straight-through where a weight was not clipped.
     """
+    settings, axes = how.settings, how.axes
     if settings.weight_range == "absmax":  # Nothing is clipped.
         return gradient, None
+    shape = gradient.shape
+    weights, codes, gradient = map(how.split, (weights, codes, gradient))
     top = 2 ** ((settings.weight_bits or 8) - 1) - 1
     steps = weights.astype(jnp.float32) / scale
     kept = jnp.abs(jnp.round(steps)) <= top
     if settings.weight_range != "lsq":
-        return jnp.where(kept, gradient, 0), None
+        return jnp.where(kept, gradient, 0).reshape(shape), None
     slope = jnp.where(kept, codes - steps, codes)
     share = 1 / math.sqrt(math.prod(weights.shape[axis] for axis in axes) * top)
     of_step = jnp.sum(gradient.astype(jnp.float32) * slope, axis=axes, keepdims=True) * share
@@ -225,6 +229,19 @@ class QuantizedWeights:
         assert self.settings.weight_bits is not None
         return self.settings.weight_bits
 
+    def split(self, weights: Array) -> Array:
+        """The weights in the shape in which they are quantized."""
+        return weights
+
+    def quantize(self, weights: Array, step: Array | None) -> tuple[Array, Array]:
+        """Codes of the weights, as they lie, and scales for `split` weights."""
+        codes, scale = quantize_weights(self.split(weights), self.settings, self.axes, step)
+        return codes.reshape(weights.shape), scale
+
+    def dequantize(self, codes: Array, scale: Array) -> Float[Array, "..."]:
+        """The real values of codes."""
+        return (self.split(codes).astype(jnp.float32) * scale).reshape(codes.shape)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class QuantizedProduct(QuantizedWeights):
@@ -232,13 +249,22 @@ class QuantizedProduct(QuantizedWeights):
 
     product: Product
 
+    @property
+    def grouped(self) -> bool:
+        """Whether its result is a sum over groups of inputs."""
+        return isinstance(self.product, GroupedDot)
 
-class Quantized(NamedTuple):
-    """A quantized tensor: its dequantized values, which carry the gradient, codes and grid."""
+    def split(self, weights: Array) -> Array:
+        product = self.product
+        return product.split_weights(weights) if isinstance(product, GroupedDot) else weights
 
-    values: Any
-    codes: Any
-    grid: Any
+    def per_channel(self, scale: Array, shape: tuple[int, ...]) -> Float[Array, "..."]:
+        """Scales of weights of this shape, as they spread over the sums."""
+        if self.grouped:
+            return self.product.over_output(scale)
+        summed = self.product.channel_axes
+        channels = [1 if axis in summed else n for axis, n in enumerate(shape)]
+        return self.product.over_output(jnp.broadcast_to(scale, channels))
 
 
 class ProductResult(NamedTuple):
@@ -246,7 +272,7 @@ class ProductResult(NamedTuple):
 
     Attributes:
         real: The result y, which carries the gradients.
-        total: sum(q k), the accumulator, int32.
+        total: sum(q k), the accumulator, int32; with groups of inputs one for each, first axis.
         correction: -z sum(k), int32, broadcastable to the result.
         weight_scale: s_w, broadcastable to the result.
         weight_codes: k, as the weights lie.
@@ -292,18 +318,18 @@ def _multiply(how, x, codes, grid, weights, step):
 
 
 def _multiply_forward(how, x, codes, grid, weights, step):
-    weight_codes, weight_scale = quantize_weights(weights, how.settings, how.axes, step)
+    weight_codes, weight_scale = how.quantize(weights, step)
     total = how.product.accumulate(codes, weight_codes)
     if grid.zero_point is None:
         correction = jnp.zeros((), jnp.int32)
     else:
         sums = how.product.zero_sums(codes.shape, weight_codes)
         correction = -grid.zero_point * sums
-    channels = [1 if a in how.product.channel_axes else n for a, n in enumerate(weights.shape)]
-    per_channel = how.product.over_output(jnp.broadcast_to(weight_scale, channels))
+    per_channel = how.per_channel(weight_scale, weights.shape)
     sums = (total + correction).astype(jnp.float32)
     data_scale = how.product.data_over_output(grid.scale) if grid.scale.ndim else grid.scale
-    real = (sums * (data_scale * per_channel)).astype(how.dtype)
+    real = sums * (data_scale * per_channel)
+    real = (jnp.sum(real, axis=0) if how.grouped else real).astype(how.dtype)
     # Empty arrays carry the types of the two gradients to the backward pass.
     like = (None if x is None else x[..., :0], weights[..., :0])
     clipped = None if how.settings.weight_range == "absmax" else weights
@@ -314,10 +340,10 @@ def _multiply_forward(how, x, codes, grid, weights, step):
 def _multiply_backward(how, kept, gradients):
     codes, grid, weight_codes, weight_scale, clipped, (x_like, weights_like) = kept
     x = dequantize(codes, grid, x_like.dtype)
-    weights = (weight_codes.astype(jnp.float32) * weight_scale).astype(x.dtype)
+    weights = how.dequantize(weight_codes, weight_scale).astype(x.dtype)
     gradient_x, gradient_weights = backward(how.product, x, weights, gradients[0])
     gradient_weights, gradient_step = _weight_gradients(
-        how.settings, how.axes, clipped, weight_codes, weight_scale, gradient_weights
+        how, clipped, weight_codes, weight_scale, gradient_weights
     )
     return gradient_x, None, None, gradient_weights.astype(weights_like.dtype), gradient_step
 
@@ -332,56 +358,14 @@ def look_up_weights(how: QuantizedWeights, weights: Array, step: Array | None) -
 
 
 def _look_up_forward(how, weights, step):
-    codes, scale = quantize_weights(weights, how.settings, how.axes, step)
-    return (codes.astype(jnp.float32) * scale).astype(how.dtype), (weights, codes, scale)
+    codes, scale = how.quantize(weights, step)
+    return how.dequantize(codes, scale).astype(how.dtype), (weights, codes, scale)
 
 
 def _look_up_backward(how, kept, gradient):
     weights, codes, scale = kept
-    gradient, of_step = _weight_gradients(how.settings, how.axes, weights, codes, scale, gradient)
+    gradient, of_step = _weight_gradients(how, weights, codes, scale, gradient)
     return gradient.astype(weights.dtype), of_step
 
 
 look_up_weights.defvjp(_look_up_forward, _look_up_backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def multiply_pair(dot: Dot, dtype: Any, left: Quantized, right: Quantized) -> Array:
-    """An integer dot of two quantized activations, with the gradients of the float dot.
-
-    y = s_1 s_2 (sum(q k) - z_1 sum(k) - z_2 sum(q) + n z_1 z_2), sums over the n pairs (Jacob et
-    al. 2018, arXiv:1712.05877, equation 7).
-
-    Args:
-        dot: The product, whose `weight_side` is 1.
-        dtype: Of the result.
-        left: Its left operand.
-        right: Its right operand.
-    """
-    return _pair_forward(dot, dtype, left, right)[0]
-
-
-def _pair_forward(dot, dtype, left, right):
-    (x, q, s), (y, k, t) = left, right
-    total = dot.accumulate(q, k)
-    sides = dot.params["dimension_numbers"][0]
-    if t.zero_point is not None:
-        sums = jnp.sum(q.astype(jnp.int32), axis=sides[0], keepdims=True)
-        total = total - t.zero_point * dot.data_over_output(sums)
-    if s.zero_point is not None:
-        total = total - s.zero_point * dot.zero_sums(q.shape, k)
-    if s.zero_point is not None and t.zero_point is not None:
-        total = total + s.zero_point * t.zero_point * math.prod(q.shape[a] for a in sides[0])
-    real = (total.astype(jnp.float32) * (s.scale * t.scale)).astype(dtype)
-    return real, (q, s, x[..., :0], k, t, y[..., :0])
-
-
-def _pair_backward(dot, dtype, kept, gradient):
-    del dtype
-    q, s, x_like, k, t, y_like = kept
-    x, y = dequantize(q, s, x_like.dtype), dequantize(k, t, y_like.dtype)
-    of_x, of_y = backward(dot, x, y, gradient)
-    return Quantized(of_x, None, None), Quantized(of_y, None, None)
-
-
-multiply_pair.defvjp(_pair_forward, _pair_backward)

@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from jaxqat.quant.grouped import GroupedDot
 from jaxqat.quant.ops import QuantizedProduct, QuantizedWeights
 from jaxqat.quant.origins import Origins, is_float
 from jaxqat.quant.plan import (
@@ -234,12 +235,16 @@ class _Planner:
     def _plan(self, node: Node, kind: str, side: int, name: Key, settings: Settings) -> None:
         product = self._product(node, kind, side)
         shape, out = self._shapes(node, side)
-        per_tensor = settings.weight_granularity == "per_tensor"
-        axes = tuple(range(len(shape))) if per_tensor else product.channel_axes
+        path, macs = "/".join(_module(name)), product.macs(shape, out)
+        axes = product.channel_axes
+        if settings.weight_granularity == "per_tensor":
+            axes = tuple(range(len(shape)))
+        elif settings.weight_granularity == "per_group":
+            product = _grouped(product, shape, settings.group_size, path)
+            axes = product.scale_axes
         dtype = self.program.avals[node.outputs[0]].dtype
         data = node.inputs[1 - side]
         assert isinstance(data, int)  # A constant would depend on parameters only.
-        path, macs = "/".join(_module(name)), product.macs(shape, out)
         dynamic = settings.act_range == "dynamic"
         turn = (node.loop, id(node.equation), name)
         key, row = self._repeats.get(turn, (None, len(self.table)))
@@ -332,6 +337,21 @@ class _Planner:
                 site = self.sites[number]
                 self.sites[behind] = Site(self._key((*site.key[:-1], label)), site.settings)
                 waiting.append(behind)
+
+
+def _grouped(product: Product, shape: tuple[int, ...], size: int, path: str) -> GroupedDot:
+    """The product with a scale for each group of inputs."""
+    what = "quant.weight_granularity 'per_group'"
+    if not isinstance(product, Dot) or len(product.channel_axes) != 1:
+        raise RecipeError(
+            f"{what} is for dense layers that sum over one axis, and {path} is none; say it in a "
+            "rule that matches others only."
+        )
+    inputs = shape[product.channel_axes[0]]
+    if inputs % size:
+        raise RecipeError(f"{what}: quant.group_size {size} does not divide {inputs}, of {path}.")
+    values = {f.name: getattr(product, f.name) for f in dataclasses.fields(product)}
+    return GroupedDot(**values, group_size=size)
 
 
 def _widened(site: Site, settings: Settings) -> Site:
