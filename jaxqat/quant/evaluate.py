@@ -5,6 +5,7 @@ Each operation is computed in floating point as the model wrote it, and beside i
 """
 
 import enum
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -325,7 +326,8 @@ class Evaluator:
         form = data.form
         assert isinstance(form, forms.Codes)  # The plan quantizes what a layer reads.
         assert data.values is not None and weights.values is not None
-        operands = (data.values, form.codes, form.grid, weights.values, self._step(layer))
+        noise = self._noise(layer, weights.values.shape)
+        operands = (data.values, form.codes, form.grid, weights.values, self._step(layer), noise)
         result = self._either(node, layer, lambda: ops.multiply(layer.how, *operands))
         total, correction, weight_scale, weight_codes = jax.lax.stop_gradient(result[1:])
         how = layer.how
@@ -334,6 +336,16 @@ class Evaluator:
             total, correction, form.grid.scale, weight_scale, jnp.float32(0), source
         )
         return result.real, accumulator
+
+    def _noise(self, layer: Layer, shape: tuple[int, ...]) -> Any:
+        """What stochastic rounding adds to the weights of a layer in this step; None if nothing."""
+        if self.mode is not Mode.TRAIN or layer.how.settings.rounding == "nearest":
+            return None
+        key = self.plan.table[layer.row].range_key
+        assert key is not None  # Dynamic ranges are refused.
+        seed = jax.random.fold_in(jax.random.key(0), zlib.crc32(layer.path.encode()))
+        key = jax.random.fold_in(seed, self._state(key)["count"])
+        return jax.random.uniform(key, shape, jnp.float32, -0.5, 0.5)
 
     def _either(
         self, node: Node, layer: Layer | Lookup | Pair, quantized: Callable[[], Any]

@@ -160,6 +160,7 @@ def quantize_weights(
     settings: Settings,
     axes: tuple[int, ...],
     step: Float[Array, "..."] | None = None,
+    noise: Float[Array, "..."] | None = None,
 ) -> tuple[Int8[Array, "..."], Float[Array, "..."]]:
     """Codes and scales of weights: code = clip(round(w / scale), -top, top), top = 2**(bits-1) - 1.
 
@@ -171,6 +172,7 @@ def quantize_weights(
         settings: Bits and estimator.
         axes: Axes that share one scale.
         step: The learned scales, under 'lsq'.
+        noise: What stochastic rounding adds before it rounds, uniform in [-1/2, 1/2).
 
     Returns:
         int8 codes, and float32 scales of the weights' rank with `axes` reduced to 1. All-zero
@@ -179,13 +181,16 @@ def quantize_weights(
     assert settings.weight_bits is not None
     weights = jax.lax.stop_gradient(weights).astype(jnp.float32)
     if settings.weight_range == "absmax":
-        return estimate.absmax(weights, settings.weight_bits, axes)
-    if step is not None:
+        codes, scale = estimate.absmax(weights, settings.weight_bits, axes)
+        if noise is None:
+            return codes, scale
+    elif step is not None:
         scale = jax.lax.stop_gradient(step)
     else:
         scale = estimate.weight_scale(weights, settings, axes)
     top = 2 ** (settings.weight_bits - 1) - 1
-    return jnp.clip(jnp.round(weights / scale), -top, top).astype(jnp.int8), scale
+    steps = weights / scale if noise is None else weights / scale + noise
+    return jnp.clip(jnp.round(steps), -top, top).astype(jnp.int8), scale
 
 
 def _weight_gradients(how: "QuantizedWeights", weights, codes, scale, gradient):
@@ -233,9 +238,12 @@ class QuantizedWeights:
         """The weights in the shape in which they are quantized."""
         return weights
 
-    def quantize(self, weights: Array, step: Array | None) -> tuple[Array, Array]:
+    def quantize(
+        self, weights: Array, step: Array | None, noise: Array | None = None
+    ) -> tuple[Array, Array]:
         """Codes of the weights, as they lie, and scales for `split` weights."""
-        codes, scale = quantize_weights(self.split(weights), self.settings, self.axes, step)
+        noise = None if noise is None else self.split(noise)
+        codes, scale = quantize_weights(self.split(weights), self.settings, self.axes, step, noise)
         return codes.reshape(weights.shape), scale
 
     def dequantize(self, codes: Array, scale: Array) -> Float[Array, "..."]:
@@ -292,6 +300,7 @@ def multiply(
     grid: Grid,
     weights: Float[Array, "..."],
     step: Float[Array, "..."] | None = None,
+    noise: Float[Array, "..."] | None = None,
 ) -> ProductResult:
     """An integer product with straight-through gradients.
 
@@ -306,19 +315,20 @@ def multiply(
         grid: Their grid; its scale may be one an example.
         weights: Float weights; quantized here.
         step: Their learned scales, if the settings say so.
+        noise: Of their stochastic rounding, if they are rounded so.
     """
-    result: Any = _multiply(how, x, codes, grid, weights, step)
+    result: Any = _multiply(how, x, codes, grid, weights, step, noise)
     return ProductResult(*result)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _multiply(how, x, codes, grid, weights, step):
+def _multiply(how, x, codes, grid, weights, step, noise):
     del x
-    return _multiply_forward(how, None, codes, grid, weights, step)[0]
+    return _multiply_forward(how, None, codes, grid, weights, step, noise)[0]
 
 
-def _multiply_forward(how, x, codes, grid, weights, step):
-    weight_codes, weight_scale = how.quantize(weights, step)
+def _multiply_forward(how, x, codes, grid, weights, step, noise):
+    weight_codes, weight_scale = how.quantize(weights, step, noise)
     total = how.product.accumulate(codes, weight_codes)
     if grid.zero_point is None:
         correction = jnp.zeros((), jnp.int32)
@@ -345,7 +355,8 @@ def _multiply_backward(how, kept, gradients):
     gradient_weights, gradient_step = _weight_gradients(
         how, clipped, weight_codes, weight_scale, gradient_weights
     )
-    return gradient_x, None, None, gradient_weights.astype(weights_like.dtype), gradient_step
+    gradient_weights = gradient_weights.astype(weights_like.dtype)
+    return gradient_x, None, None, gradient_weights, gradient_step, None
 
 
 _multiply.defvjp(_multiply_forward, _multiply_backward)

@@ -13,6 +13,7 @@ Kind = Literal["any", "conv", "dense", "embed", "attention"]
 Granularity = Literal["per_channel", "per_tensor", "per_group"]
 WeightRange = Literal["absmax", "percentile", "mse", "snr", "lsq"]
 Activations = Literal["affine", "symmetric"]
+Rounding = Literal["nearest", "stochastic"]
 ActRange = Literal["ema", "minmax", "percentile", "mse", "snr", "lsq", "pact", "dynamic"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
@@ -20,6 +21,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "weight_range": get_args(WeightRange),
     "activations": get_args(Activations),
     "act_range": get_args(ActRange),
+    "rounding": get_args(Rounding),
 }
 
 
@@ -75,6 +77,10 @@ class Settings:
             magnitude of each example, as AQT does by default (needs 'symmetric').
         percentile: Of the values to cover by 'percentile' ranges, in percent; what is left out
             is left out at each end.
+        rounding: Of weights while ranges move in training: to the 'nearest' code, or 'stochastic',
+            up with the probability of the rest (Gupta et al. 2015, arXiv:1502.02551, section 3).
+            The count of the layer's activation range is the seed. In inference always to the
+            nearest.
     """
 
     weight_bits: int | None = 8
@@ -85,6 +91,7 @@ class Settings:
     activations: Activations = "affine"
     act_range: ActRange = "ema"
     percentile: float = 99.9
+    rounding: Rounding = "nearest"
 
     def __post_init__(self):
         _check_bits("quant", self.weight_bits, self.act_bits)
@@ -95,6 +102,11 @@ class Settings:
             raise RecipeError(
                 "quant.act_range 'dynamic' needs quant.activations 'symmetric': a zero point of "
                 f"its own for each example has no integer product here, got {self.activations!r}."
+            )
+        if self.act_range == "dynamic" and self.rounding == "stochastic":
+            raise RecipeError(
+                "quant.rounding 'stochastic' takes its seed from the count of an activation range, "
+                "and there is none where quant.act_range is 'dynamic'."
             )
         if self.weight_granularity == "per_group" and self.weight_range == "lsq":
             raise RecipeError(
@@ -131,6 +143,7 @@ class Rule:
     activations: Activations | None = None
     act_range: ActRange | None = None
     percentile: float | None = None
+    rounding: Rounding | None = None
 
     def __post_init__(self):
         _check_bits("quant.rules", self.weight_bits, self.act_bits)

@@ -165,14 +165,22 @@ def networks(draw):
 
 @st.composite
 def recipes(draw):
-    """The two recipes, mostly with 8 bits, and with other bits in one layer."""
+    """The two recipes, mostly with 8 bits, and with other bits and weights in one layer."""
     bits = st.sampled_from([8, 8, 8, 2, 3, 4, 5, 6, 7])
-    rule = Rule(path="layer0.*|head", weight_bits=draw(bits), act_bits=draw(bits))
+    weight_ranges = st.sampled_from(["absmax", "percentile", "mse", "snr", "lsq"])
+    rule = Rule(
+        path="layer0.*|head",
+        weight_bits=draw(bits),
+        act_bits=draw(bits),
+        weight_range=draw(weight_ranges),
+    )
     return Recipe(
         weight_bits=draw(bits),
         act_bits=draw(bits),
         weight_granularity=draw(st.sampled_from(["per_channel", "per_tensor"])),
         activations=draw(st.sampled_from(["affine", "symmetric"])),
+        act_range=draw(st.sampled_from(["ema", "minmax", "percentile", "mse", "lsq", "pact"])),
+        percentile=97.0,
         rules=(rule,) if draw(st.booleans()) else (),
     )
 

@@ -179,3 +179,40 @@ def test_first_and_last_layer_keep_their_own_width_unless_a_rule_decides():
     ruled = Recipe(weight_bits=2, act_bits=3, first_last_bits=8, rules=(Rule(path="c"),))
     table = jaxqat.quantize(function, ruled).describe(params, ROWS)
     assert [(row.weight_bits, row.act_bits) for row in table] == [(8, 8), (2, 3), (2, 3)]
+
+
+def test_stochastic_rounding_goes_up_as_often_as_the_rest_says_and_only_in_training():
+    w = np.tile(np.asarray([0.3, -0.75, 1.0], np.float32)[:, None], (1, 4000))
+    w = np.concatenate([w, np.full((9, 4000), 3.0, np.float32)])
+    # Of 3 bits and per tensor, one step is 1.
+    recipe = Recipe(weight_bits=3, weight_granularity="per_tensor", rounding="stochastic")
+    model, _, state = jaxqat.calibrate(
+        lambda w, x: x @ w, w, [np.eye(12, dtype=np.float32)], recipe
+    )
+    rows = np.eye(12, dtype=np.float32)
+    first, after = model(w, state, rows, update=True)
+    codes = np.round(np.asarray(first)[:3])
+    assert set(np.unique(codes[0])) == {0, 1} and set(np.unique(codes[1])) == {-1, 0}
+    # 4,000 throws of probability p: five standard deviations are 5 sqrt(p (1 - p) / 4000) < 0.04.
+    np.testing.assert_allclose(codes.mean(1), [0.3, -0.75, 1.0], atol=0.04)
+    again, _ = model(w, state, rows, update=True)
+    np.testing.assert_array_equal(first, again)  # The state is the seed,
+    assert np.any(model(w, after, rows, update=True)[0] != first)  # and moves with each step.
+    nearest = np.round(np.asarray(model(w, state, rows))[:3])
+    assert [np.unique(row).tolist() for row in nearest] == [[0], [-1], [1]]
+
+
+def test_stochastic_rounding_leaves_the_gradient_straight_through():
+    w = RNG.normal(size=(12, 4)).astype(np.float32)
+    model, _, state = jaxqat.calibrate(
+        lambda w, x: x @ w, w, [ROWS], Recipe(weight_bits=4, rounding="stochastic")
+    )
+    found = jax.grad(lambda w: jnp.sum(model(w, state, ROWS, update=True)[0]))(w)
+    codes = next(iter(model.record(w, state, ROWS).codes.values()))
+    rounded = (np.asarray(codes.codes, np.float32) - codes.grid.zero) * codes.grid.scale
+    np.testing.assert_allclose(found, np.tile(rounded.sum(0)[:, None], 4), atol=2**-17)
+
+
+def test_stochastic_rounding_without_a_range_to_count_is_refused():
+    with pytest.raises(RecipeError, match="'stochastic' takes its seed from the count"):
+        Recipe(activations="symmetric", act_range="dynamic", rounding="stochastic")
