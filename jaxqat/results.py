@@ -17,6 +17,7 @@ from jaxqat.data import Dataset
 from jaxqat.integer.graph import IntegerGraph
 from jaxqat.metrics import weight_bytes
 from jaxqat.networks import Networks
+from jaxqat.quant.transform import flatten
 from jaxqat.report import write_samples
 from jaxqat.runfolder import RunFolder
 
@@ -86,13 +87,13 @@ def describe_network(
         "size_bytes": {"fp32": size["fp32"], **int8},
         "parameters": size["parameters"],
         "macs": sum(layer.macs for layer in layers),
-        "layers": [_describe_layer(layer, params, ranges) for layer in layers],
+        "layers": [_describe_layer(layer, params, flatten(ranges)) for layer in layers],
     }
 
 
 def _describe_layer(layer: Any, params: Any, ranges: Any) -> dict[str, Any]:
     weight = np.asarray(_at(params, layer.weight_path))
-    observed = _at(ranges, layer.range_key) if layer.range_key else None
+    low, high = layer.covered(ranges) or (None, None)
     return {
         "path": layer.path,
         "kind": layer.kind,
@@ -102,8 +103,8 @@ def _describe_layer(layer: Any, params: Any, ranges: Any) -> dict[str, Any]:
         "macs": layer.macs,
         "weight_min": float(weight.min()),
         "weight_max": float(weight.max()),
-        "act_min": None if observed is None else float(observed["min"]),
-        "act_max": None if observed is None else float(observed["max"]),
+        "act_min": low,
+        "act_max": high,
         "float_reason": layer.float_reason,
     }
 

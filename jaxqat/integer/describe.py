@@ -5,8 +5,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from jaxqat.integer.convert import obstacles
 from jaxqat.integer.packing import packed_size
 from jaxqat.quant.flax import COLLECTION, QuantizedModule, quantize
@@ -115,21 +113,20 @@ def _obstacles(
 
 
 def _described(layer: LayerInfo, seen: Mapping[Any, Any]) -> LayerDescription:
-    weights = 0 if layer.float_reason == NO_WEIGHTS else math.prod(layer.weight_shape)
+    weightless = layer.kind == "attention" or layer.float_reason == NO_WEIGHTS
+    weights = 0 if weightless else math.prod(layer.weight_shape)
     bits = layer.weight_bits
     size = 4 * weights if bits is None else packed_size(weights, bits)
-    state = seen.get(layer.range_key)
-    observed = None
-    if state is not None and np.asarray(state["count"]) > 0:
-        observed = (float(state["min"]), float(state["max"]))
     granularity = layer.settings.weight_granularity if layer.settings else ""
-    return LayerDescription(layer, granularity, observed, size)
+    return LayerDescription(layer, granularity, layer.covered(seen), size)
 
 
 def _cells(row: LayerDescription) -> tuple[str, ...]:
     layer, shape = row.layer, "x".join(map(str, row.layer.weight_shape))
-    bits = "float" if layer.weight_bits is None else f"{layer.weight_bits}/{layer.act_bits}"
+    bits = f"{layer.weight_bits or 'float'}" + (f"/{layer.act_bits}" if layer.act_bits else "")
     extent = "" if row.input_range is None else "{:.3g} .. {:.3g}".format(*row.input_range)
+    if layer.settings and layer.settings.act_range == "dynamic":
+        extent = "each example's"
     scales = "" if layer.weight_bits is None else row.granularity.removeprefix("per_")
     return (
         layer.path,

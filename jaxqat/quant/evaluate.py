@@ -200,12 +200,10 @@ class Evaluator:
                 jnp.where(state["count"] > 0, old, new)
                 for old, new in zip((low, high), seen[:2], strict=True)
             )
-        symmetric = site.settings.activations == "symmetric"
-        grid = ranges.grid(low, high, bits=site.bits, symmetric=symmetric)
-        if site.learned:
-            leaf = LEARNED[site.learned]
-            value = state[leaf] if seen is None else _first(state, state[leaf], seen[2])
-            grid = ranges.with_scale(grid, value if leaf == "step" else value / grid.top)
+        value = state[site.leaf] if site.leaf else None
+        if seen is not None and site.leaf:
+            value = _first(state, value, seen[2])
+        grid = site.grid(low, high, value)
         self.made_from[site.key] = form
         values, codes = ops.quantize(
             values, form.steps(_constant(grid)), grid, learned=site.learned
@@ -219,9 +217,7 @@ class Evaluator:
         A tensor of several turns of a loop has the widest range of them.
         """
         low, high = estimate.activation_extent(values, site.settings)
-        grid = ranges.grid(
-            low, high, bits=site.bits, symmetric=site.settings.activations == "symmetric"
-        )
+        grid = site.grid(low, high)
         start: Any = None
         if site.learned == "pact":
             start = grid.scale * grid.top
@@ -235,9 +231,9 @@ class Evaluator:
         self._seen[site.key] = (low, high, start)
         decay = None if site.settings.act_range == "minmax" else self.recipe.range_decay
         new = ranges.observe(state, low, high, decay)
-        if site.learned:
+        if site.leaf:
             # The zero point does not move any more while the scale is learned.
-            leaf, moving = LEARNED[site.learned], self.mode is Mode.CALIBRATE
+            leaf, moving = site.leaf, self.mode is Mode.CALIBRATE
             new = (
                 new
                 if moving
@@ -364,10 +360,6 @@ class Evaluator:
             return nothing._replace(real=value)
 
         return jax.lax.cond(on, quantized, real)
-
-
-# The leaf of the state that is learned, by how.
-LEARNED = {"lsq": "step", "pact": "bound"}
 
 
 def _first(state: ranges.Range, old: Any, new: Any) -> Any:

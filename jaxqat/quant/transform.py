@@ -15,8 +15,8 @@ from flax import traverse_util
 
 from jaxqat.quant import ranges
 from jaxqat.quant.call import Call
-from jaxqat.quant.evaluate import LEARNED, Evaluator, Mode, Switches
-from jaxqat.quant.plan import Key, LayerInfo, Plan
+from jaxqat.quant.evaluate import Evaluator, Mode, Switches
+from jaxqat.quant.plan import LEARNED, Key, LayerInfo, Plan
 from jaxqat.quant.program import trace
 from jaxqat.quant.recipe import Recipe
 from jaxqat.quant.trace import make_plan

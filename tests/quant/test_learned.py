@@ -167,3 +167,15 @@ def test_zero_weights_and_zero_activations_stay_zero():
     recipe = Recipe(weight_bits=2, act_bits=2, weight_range="lsq", act_range="lsq")
     model, _, state = jaxqat.calibrate(function, zeros, [0 * ROWS], recipe)
     np.testing.assert_array_equal(model(zeros, state, 0 * ROWS), 0)
+
+
+@pytest.mark.parametrize("act_range", ["lsq", "pact"])
+def test_the_described_range_is_what_the_learned_scale_covers(act_range, capsys):
+    model, _, state = learning(act_range=act_range, weight_range="absmax")
+    described = jaxqat.describe(model, PARAMS, state, ROWS)
+    grids = {key[0]: codes.grid for key, codes in model.record(PARAMS, state, ROWS).codes.items()}
+    for layer in described.layers:
+        grid = grids[layer.layer.path]
+        expected = [float(grid.scale * (code - grid.zero)) for code in (grid.low, grid.high)]
+        assert layer.input_range == pytest.approx(expected, rel=2**-22)
+    assert str(described) in capsys.readouterr().out
