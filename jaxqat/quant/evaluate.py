@@ -217,33 +217,31 @@ class Evaluator:
         A tensor of several turns of a loop has the widest range of them.
         """
         low, high = estimate.activation_extent(values, site.settings)
+        before = self._seen.get(site.key)
+        if before is not None:
+            low, high = jnp.minimum(low, before[0]), jnp.maximum(high, before[1])
         grid = site.grid(low, high)
         start: Any = None
         if site.learned == "pact":
             start = grid.scale * grid.top
         elif site.learned == "lsq":
             magnitude = jnp.mean(jnp.abs(jax.lax.stop_gradient(values).astype(jnp.float32)))
-            start = estimate.first_step(magnitude, grid.top)
-        if site.key in self._seen:
-            before = self._seen[site.key]
-            low, high = jnp.minimum(low, before[0]), jnp.maximum(high, before[1])
-            start = before[2]
+            start = estimate.first_step(magnitude, grid.top) if before is None else before[2]
         self._seen[site.key] = (low, high, start)
         decay = None if site.settings.act_range == "minmax" else self.recipe.range_decay
         new = ranges.observe(state, low, high, decay)
-        if site.leaf:
-            # The zero point does not move any more while the scale is learned.
-            leaf, moving = site.leaf, self.mode is Mode.CALIBRATE
-            new = (
-                new
-                if moving
-                else jax.tree.map(lambda a, b: jnp.where(state["count"] > 0, a, b), state, new)
-            )
-            new[leaf] = (
-                ranges.averaged(state, leaf, start) if moving else _first(state, state[leaf], start)
-            )
-        self.new_ranges[site.key] = new
+        self.new_ranges[site.key] = self._held(site.leaf, state, new, start) if site.leaf else new
         return low, high, start
+
+    def _held(self, leaf: str, state: ranges.Range, new: ranges.Range, start: Any) -> ranges.Range:
+        """The new state where a scale is learned: calibration averages what learning starts from.
+
+        In training neither it nor the range, which has the zero point, moves any more.
+        """
+        if self.mode is Mode.CALIBRATE:
+            return {**new, leaf: ranges.averaged(state, leaf, start)}
+        new = {name: _first(state, state[name], x) for name, x in {**new, leaf: start}.items()}
+        return {**new, "count": state["count"] + 1}
 
     def _state(self, key: Key) -> ranges.Range:
         try:
