@@ -108,7 +108,7 @@ class QuantizedNNX(nnx.Module):
     ) -> Any:
         function, parameters, others = self._function(keep)
         ranges = self.ranges.get_value()
-        if not ranges and mode is not Mode.CALIBRATE:
+        if not ranges and mode is not Mode.CALIBRATE and self.init_ranges(*args, **kwargs):
             raise QuantizationError(
                 "The module has no activation ranges yet: make them with `calibrate` on a few "
                 "batches."

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import jaxqat
 from jaxqat import Recipe, RecipeError, Rule
@@ -69,6 +70,16 @@ def test_dynamic_ranges_without_a_symmetric_grid_are_refused():
         Recipe(act_range="dynamic")
     with pytest.raises(RecipeError, match=r"rule path='a'.*'dynamic' needs"):
         Recipe(rules=(Rule(path="a", act_range="dynamic"),))
+
+
+def test_modules_with_dynamic_ranges_alone_need_no_calibration():
+    dense = nn.Dense(5)
+    variables = dense.init(jax.random.key(0), ROWS)
+    model = jaxqat.quantize(dense, "int8_dynamic")
+    expected = model.apply({**variables, "quant": {}}, ROWS)
+    module = nnx.Linear(12, 5, rngs=nnx.Rngs(0))
+    module.kernel.set_value(variables["params"]["kernel"])
+    np.testing.assert_array_equal(jaxqat.quantize(module, "int8_dynamic")(ROWS), expected)
 
 
 class Tagger(nn.Module):
