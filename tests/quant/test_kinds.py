@@ -74,7 +74,7 @@ def test_dynamic_ranges_without_a_symmetric_grid_are_refused():
 
 def test_modules_with_dynamic_ranges_alone_need_no_calibration():
     dense = nn.Dense(5)
-    variables = dense.init(jax.random.key(0), ROWS)
+    variables: Any = dense.init(jax.random.key(0), ROWS)
     model = jaxqat.quantize(dense, "int8_dynamic")
     expected = model.apply({**variables, "quant": {}}, ROWS)
     module = nnx.Linear(12, 5, rngs=nnx.Rngs(0))
