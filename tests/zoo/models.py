@@ -262,6 +262,7 @@ class HalfResNet(nn.Module):
 
     dtype: Any = jnp.bfloat16
     param_dtype: Any = jnp.float32
+    stage_filters: Sequence[int] = (12,)
     num_classes: int = 5
 
     @nn.compact
@@ -276,7 +277,7 @@ class HalfResNet(nn.Module):
 
         x = nn.relu(norm(name="bn_init")(conv(8, (3, 3), name="conv_init")(x)))
         x = nn.max_pool(x, (2, 2), strides=(2, 2), padding="SAME")
-        for filters in (8, 12):
+        for filters in self.stage_filters:
             x = ResidualBlock(filters, conv, norm)(x)
         x = jnp.mean(x, axis=(1, 2))
         x = nn.Dense(self.num_classes, **types)(x)
