@@ -104,8 +104,9 @@ class Grid:
 
     @property
     def top(self) -> Float[Array, ""]:
-        """Codes above zero, Q_P, as float32."""
-        return self.high - self.zero
+        """Codes above zero, Q_P, as float32; of a tensor that is never positive, those below."""
+        above = self.high - self.zero
+        return jnp.where(above > 0, above, self.zero - self.low)
 
     @property
     def branch_steps(self) -> int:

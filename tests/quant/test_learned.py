@@ -167,3 +167,17 @@ def test_zero_weights_and_zero_activations_stay_zero():
     recipe = Recipe(weight_bits=2, act_bits=2, weight_range="lsq", act_range="lsq")
     model, _, state = jaxqat.calibrate(function, zeros, [0 * ROWS], recipe)
     np.testing.assert_array_equal(model(zeros, state, 0 * ROWS), 0)
+
+
+@pytest.mark.parametrize("act_range", ["lsq", "pact"])
+def test_a_tensor_that_is_never_positive_has_a_grid_as_fine_as_its_mirror_image(act_range):
+    """All codes stand below zero there, and step sizes divide by a number of codes."""
+    weights, rows = PARAMS["first"], np.abs(ROWS)
+    recipe = Recipe(weight_bits=4, act_bits=4, act_range=act_range)
+    found = []
+    for sign in (1, -1):
+        x = sign * rows
+        model, _, state = jaxqat.calibrate(lambda w, x: x @ w, weights, [x], recipe)
+        found.append(model(weights, state, x))
+    # Codes are rounded to even on a grid and its mirror image alike.
+    np.testing.assert_array_equal(found[0], -found[1])

@@ -55,6 +55,7 @@ class Quantized:
         weights: Of the parameters, or their gradients: the model's own tree.
         added: Collections or types of variables that the state has beyond the model's own.
         before: The model's own tree before it was quantized, copied.
+        module_is_unchanged: Whether the module that was given is as it was.
     """
 
     model: Any
@@ -67,6 +68,7 @@ class Quantized:
     weights: Callable[[Any], Any] = lambda parameters: parameters
     added: frozenset[str] = frozenset()
     before: Any = None
+    module_is_unchanged: Callable[[], bool] = lambda: True
 
     def in_inference(self) -> tuple[Any, tuple[Any, ...]]:
         return self.arguments(self.parameters, self.rest)
@@ -77,7 +79,7 @@ class Quantized:
 
     def describe(self) -> jaxqat.Description:
         model, before = self.in_inference()
-        return jaxqat.describe(model, *before, self.inputs, **self.kwargs)
+        return jaxqat.describe(model, *before, self.inputs[:1], **self.kwargs)
 
     def convert(self) -> jaxqat.IntegerGraph:
         model, before = self.in_inference()
@@ -142,7 +144,7 @@ def linen(
     """A Linen module; with `modes` it takes `train`."""
     kwargs = {"train": False} if modes else {}
     variables = linen_variables(module, inputs)
-    names, before = set(variables), copied(variables["params"])
+    names, before, copy = set(variables), copied(variables["params"]), module.clone()
     model, variables = jaxqat.calibrate(module, variables, [inputs], recipe, **kwargs)
     learned, ranges = jaxqat.split_learned(variables["quant"])
     mutable = [name for name in variables if name != "params"]
@@ -165,6 +167,7 @@ def linen(
     return Quantized(
         model, parameters, rest, loss, arguments, inputs, kwargs, lambda pair: pair[0],
         frozenset(set(variables) - names), before,
+        lambda: model.module is module and module == copy,  # Compared by their fields.
     )  # fmt: skip
 
 
@@ -172,7 +175,10 @@ def nnx_module(
     module: nnx.Module, inputs: np.ndarray, recipe: jaxqat.Recipe | str = "int8"
 ) -> Quantized:
     """An NNX module."""
-    before = copied(nnx.to_pure_dict(nnx.state(module, nnx.Param)))
+    whole, before = (
+        copied(nnx.to_pure_dict(nnx.state(module, only)))
+        for only in (nnx.Not(nnx.RngState), nnx.Param)
+    )
     (model,) = jaxqat.calibrate(module, None, [inputs], recipe)
     added = frozenset(_types(model) - _types(module))
     model.train()
@@ -188,9 +194,13 @@ def nnx_module(
         model.eval()
         return model, ()
 
+    def unchanged() -> bool:
+        now = nnx.to_pure_dict(nnx.state(module, nnx.Not(nnx.RngState)))
+        return bool(jax.tree.all(jax.tree.map(np.array_equal, now, whole)))
+
     weights = lambda parameters: nnx.to_pure_dict(parameters)["module"]  # noqa: E731
     return Quantized(
-        model, parameters, rest, loss, arguments, inputs, {}, weights, added, before
+        model, parameters, rest, loss, arguments, inputs, {}, weights, added, before, unchanged
     )
 
 

@@ -39,9 +39,7 @@ class DepthwiseSeparable(nn.Module):
     @nn.compact
     def __call__(self, x, train: bool):
         channels = x.shape[-1]
-        x = nn.Conv(
-            channels, (3, 3), self.strides, feature_group_count=channels, use_bias=False
-        )(x)
+        x = nn.Conv(channels, (3, 3), self.strides, feature_group_count=channels, use_bias=False)(x)
         x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
         x = nn.relu6(x)
         x = nn.Conv(self.features, (1, 1), use_bias=False)(x)
@@ -109,9 +107,7 @@ class ViT(nn.Module):
     @nn.compact
     def __call__(self, x):
         n = x.shape[0]
-        x = nn.Conv(
-            self.hidden_size, (4, 4), strides=(4, 4), padding="VALID", name="embedding"
-        )(x)
+        x = nn.Conv(self.hidden_size, (4, 4), strides=(4, 4), padding="VALID", name="embedding")(x)
         x = jnp.reshape(x, [n, -1, self.hidden_size])
         cls = self.param("cls", nn.initializers.zeros, (1, 1, self.hidden_size))
         x = jnp.concatenate([jnp.tile(cls, [n, 1, 1]), x], axis=1)
