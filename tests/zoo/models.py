@@ -135,8 +135,8 @@ class LSTMClassifier(nn.Module):
     @nn.compact
     def __call__(self, tokens):
         x = nn.Embed(self.vocab_size, self.embedding_size, name="embedder")(tokens)
-        x = nn.RNN(self.cell(self.hidden_size), name="encoder")(x)
-        return nn.Dense(self.num_classes, name="output_layer")(x[:, -1])
+        outputs: Any = nn.RNN(self.cell(self.hidden_size), name="encoder")(x)
+        return nn.Dense(self.num_classes, name="output_layer")(outputs[:, -1])
 
 
 class EncoderLayer(nn.Module):

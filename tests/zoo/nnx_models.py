@@ -1,6 +1,7 @@
 """NNX models as people write them: none knows of jaxqat, none is adapted to it."""
 
 from functools import partial
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -125,4 +126,5 @@ class LSTMClassifier(nnx.Module):
         self.head = nnx.Linear(8, 5, rngs=rngs)
 
     def __call__(self, tokens):
-        return self.head(self.rnn(self.embed(tokens))[:, -1])
+        outputs: Any = self.rnn(self.embed(tokens))
+        return self.head(outputs[:, -1])
