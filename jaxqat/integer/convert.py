@@ -197,7 +197,11 @@ class _Harvest:
     def __init__(self, model: Quantized, arguments: tuple[Any, ...], kwargs: dict[str, Any]):
         state, inputs = arguments[: model.state_arguments], arguments[model.state_arguments :]
         shapes, self._make_inputs = split_arrays((inputs, kwargs))
-        self._examples = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in shapes]
+        # JAX takes NumPy's int64 as int32 in an input, and warns of it in an array to make.
+        dtypes = [jax.dtypes.canonicalize_dtype(x.dtype, allow_extended_dtype=True) for x in shapes]
+        self._examples = [
+            jax.ShapeDtypeStruct(x.shape, dtype) for x, dtype in zip(shapes, dtypes, strict=True)
+        ]
         self._parameters, self._make_state = split_arrays(state)
         self._model = model
         self._found: list[_Harvester] = []

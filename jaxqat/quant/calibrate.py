@@ -61,9 +61,14 @@ def calibrate(
 def _observer(quantized: Any, state: tuple[Any, ...], kwargs: Any) -> Any:
     """A function of ranges and inputs: the ranges after them."""
 
+    @jax.jit
+    def observe_module(ranges: Any, inputs: Any) -> Any:
+        copy = quantized.with_ranges(ranges)
+        copy.calibrate(*inputs, **kwargs)
+        return copy.ranges.get_value()
+
     def in_place(ranges: Any, inputs: Any) -> Any:
-        quantized.ranges.set_value(ranges)
-        quantized.calibrate(*inputs, **kwargs)
+        quantized.ranges.set_value(observe_module(ranges, inputs))
         return quantized.ranges.get_value()
 
     arrays, make_state = split_arrays(state)

@@ -97,8 +97,8 @@ def quantize(
     dequantized value where low <= round(u) + z <= high, and 0 elsewhere. A learned scale s has
     one too: of a value that was clipped, code - z; of another, code - z - u with 'lsq' (Esser et
     al. 2020, arXiv:1902.08153, equation 3), all of it times 1 / sqrt(N Q_P) with N values an
-    example and Q_P codes above zero (section 2.2), and 0 with 'pact' (Choi et al. 2018,
-    arXiv:1805.06085, equation 3, for the bound s Q_P in the place of s).
+    example and Q_P codes on the longer side of zero (section 2.2), and 0 with 'pact' (Choi et al.
+    2018, arXiv:1805.06085, equation 3, for the bound s Q_P in the place of s).
 
     Args:
         x: The real tensor; only its gradient path and its type are used, and, for a learned
@@ -130,9 +130,8 @@ def _straight_through_backward(learned, residuals, gradients):
     if not learned:
         return gradient, None, None, None
     moved = codes.astype(jnp.float32) - grid.zero
-    top = grid.high - grid.zero
     if learned == "lsq":
-        share = jax.lax.rsqrt(x.size / max(x.shape[0], 1) * top) if x.ndim else 1.0
+        share = jax.lax.rsqrt(x.size / max(x.shape[0], 1) * grid.top) if x.ndim else 1.0
         slope = jnp.where(kept, moved - x.astype(jnp.float32) * grid.inverse, moved) * share
     else:
         slope = jnp.where(kept, 0.0, moved)

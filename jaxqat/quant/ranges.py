@@ -104,8 +104,8 @@ class Grid:
 
     @property
     def top(self) -> Float[Array, ""]:
-        """Codes above zero, Q_P, as float32."""
-        return self.high - self.zero
+        """Codes on the longer side of zero, as float32: Q_P, of tensors that are not negative."""
+        return jnp.maximum(self.high - self.zero, self.zero - self.low)
 
     @property
     def branch_steps(self) -> int:

@@ -104,3 +104,21 @@ def test_a_constant_zero_tensor_quantizes_to_zeros(variables):
     expected: Any = Perceptron().apply(variables, zeros)
     # Biases of a few tenths, rounded to accumulator units far below that.
     np.testing.assert_allclose(logits, expected, atol=0.02)
+
+
+@pytest.mark.parametrize("recipe", ["int8", "int8_symmetric", "int8_dynamic", "w4a4_lsq"])
+@pytest.mark.parametrize("value", [3.0, -2.0, 0.0])
+def test_a_constant_tensor_has_finite_results_and_gradients(value, recipe):
+    rng = np.random.default_rng(0)
+    weights, x = rng.normal(size=(6, 5)).astype(np.float32), np.full((4, 6), value, np.float32)
+    model, _, state = jaxqat.calibrate(lambda w, x: x @ w, weights, [x], recipe)
+    found, gradient = jax.value_and_grad(lambda w: jnp.sum(model(w, state, x) ** 2))(weights)
+    assert np.isfinite(found) and np.isfinite(gradient).all()
+    assert np.any(np.asarray(gradient)) == (value != 0)
+    if value == 0:
+        np.testing.assert_array_equal(model(weights, state, x), 0)
+    elif recipe != "w4a4_lsq":
+        # Six products: half a code of the weight (|w| < 3 of 127 codes), and of the input, which
+        # is one end of its grid up to the rounding of the zero point.
+        bound = 6 * abs(value) * (1.5 / 127 + 3 * 0.5 / 127)
+        assert np.abs(np.asarray(model(weights, state, x)) - x @ weights).max() < bound

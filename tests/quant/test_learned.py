@@ -84,7 +84,7 @@ def test_learning_starts_from_the_step_size_of_the_paper():
     expected = 2 * np.abs(PARAMS["first"]).mean(0, keepdims=True) / np.sqrt(3)
     np.testing.assert_allclose(step, expected, rtol=2**-18)  # Means of 12 float32.
     zero = -4 - np.round(ROWS.min() / ((ROWS.max() - ROWS.min()) / 7))
-    expected = 2 * np.abs(ROWS).mean() / np.sqrt(3 - zero)
+    expected = 2 * np.abs(ROWS).mean() / np.sqrt(max(3 - zero, zero + 4))
     np.testing.assert_allclose(state["first"]["input"]["step"], expected, rtol=2**-14)
 
 
@@ -179,3 +179,17 @@ def test_the_described_range_is_what_the_learned_scale_covers(act_range, capsys)
         expected = [float(grid.scale * (code - grid.zero)) for code in (grid.low, grid.high)]
         assert layer.input_range == pytest.approx(expected, rel=2**-22)
     assert str(described) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("act_range", ["lsq", "pact"])
+def test_a_tensor_that_is_never_positive_has_a_grid_as_fine_as_its_mirror_image(act_range):
+    """All codes stand below zero there, and step sizes divide by a number of codes."""
+    weights, rows = PARAMS["first"], np.abs(ROWS)
+    recipe = Recipe(weight_bits=4, act_bits=4, act_range=act_range)
+    found = []
+    for sign in (1, -1):
+        x = sign * rows
+        model, _, state = jaxqat.calibrate(lambda w, x: x @ w, weights, [x], recipe)
+        found.append(model(weights, state, x))
+    # Codes are rounded to even on a grid and its mirror image alike.
+    np.testing.assert_array_equal(found[0], -found[1])

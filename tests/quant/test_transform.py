@@ -276,6 +276,9 @@ def test_variables_without_ranges_are_an_error_that_says_what_to_do(images):
         quantized.apply({**variables, "quant": {}}, images, train=False)
 
 
-def test_what_is_neither_module_nor_function_is_refused():
-    with pytest.raises(jaxqat.QuantizationError, match=r"Flax module .* or a function .* got int"):
-        jaxqat.quantize(3)  # pyright: ignore
+@pytest.mark.parametrize("model", [3, None, "resnet", {"params": {}}, np.ones(3)], ids=str)
+def test_what_is_neither_module_nor_function_is_refused(model):
+    name = type(model).__name__
+    match = rf"Flax module .* or a function .* got {name}\."
+    with pytest.raises(jaxqat.QuantizationError, match=match):
+        jaxqat.quantize(model)

@@ -316,3 +316,21 @@ def test_a_network_that_diverged_says_nan_from_the_next_step_on():
     _, state = quantized(broken, state, ROWS, update=True)
     result, _ = quantized(params, state, ROWS, update=True)
     assert np.isnan(result).any()
+
+
+@pytest.mark.parametrize("dtype", ["int32", "bool", "complex64"])
+def test_weights_that_are_not_real_numbers_stay_as_they_are_and_are_named(dtype):
+    mixing = np.random.default_rng(0).integers(0, 3, size=(12, 6)).astype(dtype)
+    params = {"mixing": {"w": mixing}, "head": {"kernel": weights(6, 4)}}
+
+    def function(p, x):
+        return jnp.abs(x @ p["mixing"]["w"]).astype(jnp.float32) @ p["head"]["kernel"]
+
+    model, state = calibrated(function, params, ROWS)
+    mixed, head = model.describe(params, ROWS)
+    assert (mixed.path, mixed.weight_bits, head.weight_bits) == ("mixing", None, 8)
+    assert mixed.float_reason == f"its operands are float32 and {dtype}, not real numbers"
+    assert sites(state) == {"head/input"}
+    assert relative_error(function, params, ROWS) < 0.02  # Of 8 bits in the other product.
+    with pytest.raises(jaxqat.ConversionError, match=rf"mixing \(dense\): .* and {dtype}, not"):
+        jaxqat.convert(model, params, state, ROWS[:1])

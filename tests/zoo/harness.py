@@ -1,0 +1,250 @@
+"""What a user does with a model, for Linen, NNX, Equinox and functions in the same words."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+import jaxqat
+
+CLASSES, BATCH, WORDS = 5, 20, 12
+LABELS = np.arange(BATCH) % CLASSES
+
+
+def _images() -> np.ndarray:
+    """A pattern for each class, and noise of half its size."""
+    rng = np.random.default_rng(0)
+    patterns = rng.normal(size=(CLASSES, 8, 8, 1))
+    return (patterns[LABELS] + 0.5 * rng.normal(size=(BATCH, 8, 8, 1))).astype(np.float32)
+
+
+def _tokens() -> np.ndarray:
+    """Sentences whose first two words tell the class; every third ends in padding (0)."""
+    rng = np.random.default_rng(1)
+    tokens = rng.integers(1, WORDS, size=(BATCH, 6))
+    tokens[:, :2] = 1 + LABELS[:, None]
+    tokens[::3, -1] = 0
+    return tokens
+
+
+IMAGES, TOKENS = _images(), _tokens()
+
+
+def cross_entropy(logits: jax.Array) -> jax.Array:
+    return optax.softmax_cross_entropy_with_integer_labels(logits, LABELS).mean()
+
+
+@dataclasses.dataclass
+class Quantized:
+    """A model quantized and calibrated on its inputs, and how it is trained.
+
+    Attributes:
+        model: What `jaxqat.quantize` made.
+        parameters: What the optimizer changes.
+        rest: All other state.
+        loss: Of (parameters, rest, key): the loss in training and the state after it.
+        arguments: Of (parameters, rest): what stands before the inputs in inference.
+        inputs: The batch.
+        kwargs: That say that it is inference.
+        weights: Of the parameters, or their gradients: the model's own tree.
+        added: Collections or types of variables that the state has beyond the model's own.
+        before: The model's own tree before it was quantized, copied.
+        module_is_unchanged: Whether the module that was given is as it was.
+    """
+
+    model: Any
+    parameters: Any
+    rest: Any
+    loss: Callable[[Any, Any, jax.Array], tuple[jax.Array, Any]]
+    arguments: Callable[[Any, Any], tuple[Any, tuple[Any, ...]]]
+    inputs: np.ndarray
+    kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    weights: Callable[[Any], Any] = lambda parameters: parameters
+    added: frozenset[str] = frozenset()
+    before: Any = None
+    module_is_unchanged: Callable[[], bool] = lambda: True
+
+    def in_inference(self) -> tuple[Any, tuple[Any, ...]]:
+        return self.arguments(self.parameters, self.rest)
+
+    def table(self) -> tuple[jaxqat.LayerInfo, ...]:
+        model, before = self.in_inference()
+        return model.describe(*before[:1], self.inputs, **self.kwargs)
+
+    def describe(self) -> jaxqat.Description:
+        model, before = self.in_inference()
+        return jaxqat.describe(model, *before, self.inputs[:1], **self.kwargs)
+
+    def convert(self) -> jaxqat.IntegerGraph:
+        model, before = self.in_inference()
+        return jaxqat.convert(model, *before, self.inputs[:1], **self.kwargs)
+
+    def verify(self, graph: jaxqat.IntegerGraph) -> jaxqat.Verification:
+        model, before = self.in_inference()
+        return jaxqat.verify(model, *before, graph=graph, batches=[self.inputs], **self.kwargs)
+
+    def train(self, steps: int, learning_rate: float) -> tuple[list[float], Any]:
+        """Trains, and returns the losses and the gradients of the first step."""
+        optimizer = optax.adam(learning_rate)
+        first: Any = None
+
+        # Compiled for a few steps of a tiny network: optimizing takes longer than running.
+        @jax.jit(compiler_options={"xla_backend_optimization_level": 0})
+        def step(parameters, rest, state, key):
+            (loss, rest), gradients = jax.value_and_grad(self.loss, has_aux=True)(
+                parameters, rest, key
+            )
+            updates, state = optimizer.update(gradients, state, parameters)
+            return optax.apply_updates(parameters, updates), rest, state, loss, gradients
+
+        state, losses = optimizer.init(self.parameters), []
+        for key in jax.random.split(jax.random.key(0), steps):
+            self.parameters, self.rest, state, loss, gradients = step(
+                self.parameters, self.rest, state, key
+            )
+            first = gradients if first is None else first
+            losses.append(float(loss))
+        return losses, first
+
+
+def initialized(shapes: Any) -> Any:
+    """Parameters and statistics of these shapes, as Flax's default initializers have them.
+
+    In NumPy: compiling Flax's own takes longer than training these networks.
+    """
+    rng = np.random.default_rng(0)
+
+    def make(path: Any, leaf: Any) -> jax.Array:
+        name = path[-1].key
+        if name in ("kernel", "embedding"):
+            fan_in = leaf.shape[-1] if name == "embedding" else np.prod(leaf.shape[:-1])
+            values = rng.normal(size=leaf.shape) / np.sqrt(fan_in)
+        elif name in ("scale", "var"):
+            values = np.ones(leaf.shape)
+        else:
+            values = 0.02 * rng.normal(size=leaf.shape) if "pos" in name else np.zeros(leaf.shape)
+        return jnp.asarray(values, leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(make, shapes)
+
+
+def linen_variables(module: nn.Module, inputs: np.ndarray) -> Any:
+    return initialized(jax.eval_shape(module.init, jax.random.key(0), inputs))
+
+
+def linen(
+    module: nn.Module, inputs: np.ndarray, recipe: jaxqat.Recipe | str = "int8", *, modes: bool
+) -> Quantized:
+    """A Linen module; with `modes` it takes `train`."""
+    kwargs = {"train": False} if modes else {}
+    variables = linen_variables(module, inputs)
+    names, before, copy = set(variables), copied(variables["params"]), module.clone()
+    model, variables = jaxqat.calibrate(module, variables, [inputs], recipe, **kwargs)
+    learned, ranges = jaxqat.split_learned(variables["quant"])
+    mutable = [name for name in variables if name != "params"]
+
+    def together(parameters: Any, rest: Any) -> dict[str, Any]:
+        weights, learned = parameters
+        return {**rest, "params": weights, "quant": jaxqat.join_learned(learned, rest["quant"])}
+
+    def loss(parameters: Any, rest: Any, key: jax.Array) -> tuple[jax.Array, Any]:
+        logits, updates = model.apply(
+            together(parameters, rest), inputs, mutable=mutable, rngs={"dropout": key},
+            **({"train": True} if modes else {}),
+        )  # fmt: skip
+        updates = {**updates, "quant": jaxqat.split_learned(updates["quant"])[1]}
+        return cross_entropy(logits), updates
+
+    rest = {**{name: variables[name] for name in mutable}, "quant": ranges}
+    parameters = (variables["params"], learned)
+    arguments = lambda parameters, rest: (model, (together(parameters, rest),))  # noqa: E731
+    return Quantized(
+        model, parameters, rest, loss, arguments, inputs, kwargs, lambda pair: pair[0],
+        frozenset(set(variables) - names), before,
+        lambda: model.module is module and module == copy,  # Compared by their fields.
+    )  # fmt: skip
+
+
+def nnx_module(
+    module: nnx.Module, inputs: np.ndarray, recipe: jaxqat.Recipe | str = "int8"
+) -> Quantized:
+    """An NNX module."""
+    whole, before = (
+        copied(nnx.to_pure_dict(nnx.state(module, only)))
+        for only in (nnx.Not(nnx.RngState), nnx.Param)
+    )
+    (model,) = jaxqat.calibrate(module, None, [inputs], recipe)
+    added = frozenset(_types(model) - _types(module))
+    model.train()
+    graph, parameters, rest = nnx.split(model, nnx.Param, ...)
+
+    def loss(parameters: Any, rest: Any, key: jax.Array) -> tuple[jax.Array, Any]:
+        model = nnx.merge(graph, parameters, rest, copy=True)
+        value = cross_entropy(model(inputs))
+        return value, nnx.state(model, nnx.Not(nnx.Param))
+
+    def arguments(parameters: Any, rest: Any) -> tuple[Any, tuple[Any, ...]]:
+        model = nnx.merge(graph, parameters, rest, copy=True)
+        model.eval()
+        return model, ()
+
+    def unchanged() -> bool:
+        now = nnx.to_pure_dict(nnx.state(module, nnx.Not(nnx.RngState)))
+        return bool(jax.tree.all(jax.tree.map(np.array_equal, now, whole)))
+
+    weights = lambda parameters: nnx.to_pure_dict(parameters)["module"]  # noqa: E731
+    return Quantized(
+        model, parameters, rest, loss, arguments, inputs, {}, weights, added, before, unchanged
+    )
+
+
+def _types(module: nnx.Module) -> set[str]:
+    variables = jax.tree.leaves(nnx.state(module), is_leaf=lambda x: isinstance(x, nnx.Variable))
+    return {type(variable).__name__ for variable in variables}
+
+
+def copied(tree: Any) -> Any:
+    return jax.tree.map(np.array, tree)
+
+
+def function(
+    model: Any, parameters: Any, inputs: np.ndarray, recipe: jaxqat.Recipe | str = "int8"
+) -> Quantized:
+    """A function of parameters, or an Equinox module that is its own parameters."""
+    array = lambda leaf: leaf if isinstance(leaf, (jax.Array, np.ndarray)) else None  # noqa: E731
+    before = copied(jax.tree.map(array, parameters))
+    quantized, parameters, ranges = jaxqat.calibrate(model, parameters, [inputs], recipe)
+    arrays = jax.tree.map(array, parameters)
+
+    def whole(arrays: Any) -> Any:
+        """With the functions that an Equinox module holds, which no gradient is taken of."""
+        filled = iter(jax.tree.leaves(arrays))
+        leaves, structure = jax.tree.flatten(parameters)
+        return structure.unflatten(
+            [leaf if array(leaf) is None else next(filled) for leaf in leaves]
+        )
+
+    def loss(arrays: Any, ranges: Any, key: jax.Array) -> tuple[jax.Array, Any]:
+        logits, ranges = quantized(whole(arrays), ranges, inputs, update=True)
+        return cross_entropy(logits), ranges
+
+    arguments = lambda arrays, ranges: (quantized, (whole(arrays), ranges))  # noqa: E731
+    return Quantized(quantized, arrays, ranges, loss, arguments, inputs, before=before)
+
+
+def at(tree: Any, path: tuple[str, ...]) -> Any:
+    """The leaf of a parameter tree at a path of `describe`; a turn of a loop is an index."""
+    by_path = {
+        tuple(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in keys): leaf
+        for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    if path in by_path:
+        return by_path[path]
+    *module, turn, name = path
+    return by_path[*module, name][int(turn)]
