@@ -82,13 +82,16 @@ def add_train_arguments(parser: Parser) -> None:
     """Train FP32, then QAT; convert, evaluate and report. Run it again to resume."""
     parser.add_argument("--config", action="config", help="YAML file with any of the options.")
     parser.add_argument("--workdir", type=Path, required=True, help="The run folder.")
+    help_from = "Another run, whose finished FP32 stage is taken over instead of trained here."
+    parser.add_argument("--from", type=Path | None, default=None, help=help_from)
     parser.add_class_arguments(Experiment, help="The experiment")
 
 
 def train(options: Namespace, console: Console, argv: list[str]) -> int:
     """Run the command `train`."""
+    where: dict[str, Any] = {"workdir": options.workdir, "from_run": options["from"]}
     command = shlex.join(["jaxqat", *argv])
-    experiment.train(configs.build(options), options.workdir, command=command, console=console)
+    experiment.train(configs.build(options), **where, command=command, console=console)
     return DONE
 
 
@@ -373,7 +376,7 @@ def _check_config_files(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config", action="append", default=[])
     for path in parser.parse_known_args(argv)[0].config:
-        configs.read_yaml(Path(path), also=("workdir",))
+        configs.read_yaml(Path(path), also=("workdir", "from"))
 
 
 def _set_up_logging() -> None:

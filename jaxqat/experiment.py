@@ -42,6 +42,7 @@ from jaxqat.runfolder import (
 )
 from jaxqat.snapshots import Model, restore_model
 from jaxqat.stages import STAGES, StageRun
+from jaxqat.takeover import FloatStage, find_float_stage
 from jaxqat.training import StopRequest, stop_on_signals
 
 
@@ -49,6 +50,7 @@ def train(
     experiment: Experiment,
     workdir: Path,
     *,
+    from_run: Path | None = None,
     command: str | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
@@ -61,6 +63,8 @@ def train(
     Args:
         experiment: What to do.
         workdir: The run folder; made if need be.
+        from_run: Another run, whose finished FP32 stage is taken over; a folder that has
+            checkpoints of FP32 already goes on from its own.
         command: What was typed, for the record.
         console: Where progress is shown; None for standard output.
 
@@ -68,7 +72,8 @@ def train(
         The content of results.json.
 
     Raises:
-        RunFolderError: The folder cannot be used: another experiment's, read-only, taken.
+        RunFolderError: The folder cannot be used: another experiment's, read-only, taken. Or the
+            FP32 stage of the other run: not finished, of other settings or data.
         DataError: The data cannot be used.
         RecipeError: The recipe does not fit the network.
         CheckpointError: No checkpoint is whole, or none can be written.
@@ -86,7 +91,10 @@ def train(
         _check_sizes(experiment, dataset)
         with matmul_precision(experiment):
             networks = Networks.build(experiment, dataset)
+            taken = _float_stage(networks, folder, from_run, console)
             write_atomically(folder.config, to_yaml(experiment))
+            if taken is not None:
+                taken.copy_to(folder)
             results = _run(networks, folder, stop, console, command)
     print_results(results, console)
     console.print(f"report: {folder.report}", highlight=False)
@@ -189,6 +197,20 @@ def _check_sizes(experiment: Experiment, dataset: Dataset) -> None:
             )
 
 
+def _float_stage(
+    networks: Networks, folder: RunFolder, from_run: Path | None, console: Console
+) -> FloatStage | None:
+    """What is taken over from another run; None if nothing is."""
+    if from_run is None:
+        return None
+    if folder.has_checkpoints("fp32"):
+        console.print(f"fp32: {folder.path} goes on from its own checkpoints.", highlight=False)
+        return None
+    taken = find_float_stage(networks, Path(from_run))
+    console.print(f"fp32: taken over from {from_run}.", highlight=False)
+    return taken
+
+
 def _run(
     networks: Networks, folder: RunFolder, stop: StopRequest, console: Console, command: str | None
 ) -> dict[str, Any]:
@@ -207,7 +229,7 @@ def _run(
     untrained = (
         {"speed": {}} if graph is None else _untrained(networks, folder, start, stop, console)
     )
-    tested = describe_tests(measured, folder.read_metrics())
+    tested = describe_tests(measured, folder)
     results = {
         **describe_run(networks.experiment, networks.dataset, command),
         **tested,

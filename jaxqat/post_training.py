@@ -180,6 +180,6 @@ def _float_results(
     write_test_samples(folder, dataset)
     return {
         **describe_run(folder.load_config(), dataset, command),
-        **describe_tests(measured, folder.read_metrics()),
+        **describe_tests(measured, folder),
         **describe_network(networks, model.params, ranges, None),
     }

@@ -116,16 +116,17 @@ def _at(tree: Any, path: tuple[str, ...]) -> Any:
 
 
 def describe_tests(
-    measured: Mapping[str, tuple[dict[str, Any], float]], records: list[dict[str, Any]]
+    measured: Mapping[str, tuple[dict[str, Any], float]], folder: RunFolder
 ) -> dict[str, Any]:
     """Scores on the test split, time and speed of the trained networks.
 
     Args:
         measured: Metrics and images/s of 'fp32' and, once it is trained, of 'qat'.
-        records: Lines of metrics.jsonl.
+        folder: The run folder, for its metrics and for where its FP32 network came from.
     """
     results: dict[str, Any] = {}
     speed = {}
+    records, origin = folder.read_metrics(), folder.read_origin()
     for name, (metrics, images_per_s) in measured.items():
         timing = stage_seconds(records, name)
         speed[name] = {
@@ -133,6 +134,8 @@ def describe_tests(
             "evaluate_images_per_s": images_per_s,
         }
         results[name] = {"test": metrics, **timing}
+        if name == "fp32" and origin is not None:
+            results[name]["from_run"] = origin
     return {**results, "speed": speed}
 
 

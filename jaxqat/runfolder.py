@@ -68,6 +68,19 @@ class RunFolder:
         """Folder of a stage's checkpoints."""
         return self.path / "checkpoints" / stage
 
+    @property
+    def origin(self) -> Path:
+        """Which run the FP32 stage was taken over from, if it was; beside its checkpoints."""
+        return self.checkpoints("fp32") / "from_run.json"
+
+    def read_origin(self) -> dict[str, Any] | None:
+        """Name and config hash of the run that trained the FP32 stage; None for this one.
+
+        Raises:
+            RunFolderError: If they cannot be read.
+        """
+        return _read_json(self.origin) if self.origin.exists() else None
+
     def has_checkpoints(self, stage: str = "*") -> bool:
         """Whether a stage has got anywhere; by default, whether any has."""
         return any(step.name.isdigit() for step in self.path.glob(f"checkpoints/{stage}/*"))
@@ -92,10 +105,7 @@ class RunFolder:
         Raises:
             RunFolderError: If it is missing or broken.
         """
-        try:
-            return json.loads(self.results.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise RunFolderError(f"{self.results}: cannot be read: {error}") from error
+        return _read_json(self.results)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The whole lines of metrics.jsonl; one that a killed process cut short is left out."""
@@ -127,9 +137,14 @@ class RunFolder:
     def truncate_metrics(self, stage: str, last_step: int) -> None:
         """Forget the epochs of a stage that end after a step: they are about to be done again."""
         if self.metrics.exists():
-            records = self.read_metrics()
-            kept = [r for r in records if r["stage"] != stage or r["step"] <= last_step]
-            write_atomically(self.metrics, "".join(json.dumps(r) + "\n" for r in kept))
+            own = [r for r in self.read_metrics() if r["stage"] == stage]
+            self.replace_metrics(stage, [r for r in own if r["step"] <= last_step])
+
+    def replace_metrics(self, stage: str, records: Sequence[Mapping[str, Any]]) -> None:
+        """Put these epochs in the place of those of a stage."""
+        lines = [*records, *(r for r in self.read_metrics() if r["stage"] != stage)]
+        lines.sort(key=lambda record: record["stage"] != "fp32")
+        write_atomically(self.metrics, "".join(json.dumps(r) + "\n" for r in lines))
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Add an epoch."""
@@ -137,6 +152,13 @@ class RunFolder:
             file.write(json.dumps(record) + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunFolderError(f"{path}: cannot be read: {error}") from error
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -42,7 +42,7 @@ OWNERS = {
 # What composes the parts; each knows all parts and what stands before it. `cli` is on top.
 LAYERS = ("config", "runfolder", "networks", "evaluation", "results", "snapshots", "stages")
 LAYERS = (*LAYERS, "display", "conversion", "post_training", "benchmark", "deployment", "diagnosis")
-LAYERS = (*LAYERS, "experiment", "cli")
+LAYERS = (*LAYERS, "takeover", "experiment", "cli")
 # Loaded by what needs them, when it needs them, and never by `import jaxqat`.
 HEAVY = ("optax", "orbax", "tensorflow_datasets", "matplotlib", "jsonargparse", "sklearn")
 OPTIONAL = ("onnx", "onnxruntime", "openvino", "torch")

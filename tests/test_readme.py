@@ -8,7 +8,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-RESULTS = sorted((ROOT / "configs/results").glob("*/results.json"))
+ALL_RESULTS = {
+    p: json.loads(p.read_text()) for p in (ROOT / "configs/results").glob("*/results.json")
+}
+# Runs that took over the FP32 network of another one have a table of their own.
+RESULTS = sorted(p for p, results in ALL_RESULTS.items() if "from_run" not in results["fp32"])
+LOW_BITS = sorted(p for p, results in ALL_RESULTS.items() if "from_run" in results["fp32"])
 
 
 def rows(results):
@@ -52,6 +57,36 @@ def test_there_is_no_result_without_a_results_file():
     expected = {row for path in RESULTS for row in rows(json.loads(path.read_text()))}
     assert set(re.findall(r"^\| (?:FP32|QAT|int8, ).*\|$", README, re.MULTILINE)) == expected
     assert expected
+
+
+def row_of_bits(results):
+    """The row of a network in the table of bits, as the README prints it."""
+    inner = [layer for layer in results["layers"] if "stage" in layer["path"]]
+    ((weights, acts),) = {(layer["weight_bits"], layer["act_bits"]) for layer in inner}
+    # A result of before 'ptq' has the same network's accuracy beside QAT's.
+    calibrated = results["ptq"] if "ptq" in results else results["qat"]["calibrated"]
+    tests = (results["fp32"], calibrated, results["int8"])
+    scores = " | ".join(f"{100 * each['test']['accuracy']:.2f} %" for each in tests)
+    return f"| W{weights}A{acts} | {scores} | {results['size_bytes']['int8']:,} |"
+
+
+def test_every_row_of_the_table_of_bits_is_that_of_a_results_file():
+    expected = {row_of_bits(results) for results in ALL_RESULTS.values()}
+    assert set(re.findall(r"^\| W\dA\d .*\|$", README, re.MULTILINE)) == expected
+    assert len(expected) == len(ALL_RESULTS)
+
+
+@pytest.mark.parametrize("path", LOW_BITS, ids=lambda p: p.parent.name)
+def test_a_network_of_fewer_bits_is_of_the_same_float_network_and_exact(path):
+    results = ALL_RESULTS[path]
+    origin = ALL_RESULTS[path.parents[1] / results["fp32"]["from_run"]["name"] / path.name]
+    assert results["fp32"]["from_run"]["config_hash"] == origin["config_hash"]
+    for key in ("accuracy", "confusion_matrix"):
+        assert results["fp32"]["test"][key] == origin["fp32"]["test"][key]
+    assert results["verify"]["differing"] == 0
+    assert f"0 of {results['verify']['codes']:,} codes differ" in README
+    assert results["command"] in README
+    assert f"`{path.relative_to(ROOT)}`" in README
 
 
 def speed_rows(result):
