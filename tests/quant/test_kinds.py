@@ -190,6 +190,33 @@ def test_a_transposed_convolution_multiplies_integers_and_is_refused_by_name():
         jaxqat.convert(model, variables, IMAGES[:1])
 
 
+VOLUMES = RNG.normal(size=(2, 4, 4, 4, 3)).astype(np.float32)
+# The module, its input, and whether all of it has an integer form.
+OTHER_AXES = {
+    "1-D, dilated": (nn.Conv(4, (3,), strides=2, kernel_dilation=2), SEQUENCES, True),
+    "3-D, grouped": (nn.Conv(6, (3, 3, 3), feature_group_count=3), VOLUMES, True),
+    "einsum": (nn.Einsum((12, 7), "abc,cd->abd"), SEQUENCES, True),
+    # Its bias has two axes, and is no longer one for each channel.
+    "general": (nn.DenseGeneral((2, 4), axis=(-2, -1)), SEQUENCES, False),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_AXES)
+def test_products_over_other_axes_multiply_integers(name):
+    module, x, convertible = OTHER_AXES[name]
+    model, variables = jaxqat.calibrate(module, module.init(jax.random.key(0), x), [x])
+    assert [(r.weight_bits, r.act_bits) for r in model.describe(variables, x)] == [(8, 8)]
+    found: Any = model.apply(variables, x)
+    exact: Any = module.apply({"params": variables["params"]}, x)
+    assert 0 < np.linalg.norm(found - exact) < 0.02 * np.linalg.norm(exact)  # Of 8 bits.
+    if not convertible:
+        with pytest.raises(jaxqat.ConversionError, match="'add' in DenseGeneral"):
+            jaxqat.convert(model, variables, x[:1])
+        return
+    graph = jaxqat.convert(model, variables, x[:1])
+    assert jaxqat.verify(model, variables, graph=graph, batches=[x]).differing == 0
+
+
 def test_a_quantized_function_can_be_mapped():
     model, _, state = jaxqat.calibrate(lambda w, x: x @ w, WEIGHTS, [ROWS])
     stacked = np.stack([WEIGHTS, 2 * WEIGHTS])
