@@ -98,7 +98,7 @@ def describe(model: Any, *arguments: Any, **kwargs: Any) -> Description:
 def _ranges(quantized: Any, state: tuple[Any, ...]) -> Mapping[Any, Any]:
     if isinstance(quantized, QuantizedModule):
         return flatten(state[0].get(COLLECTION, {}))
-    return flatten((state[1] or {}) if state else quantized.ranges.get_value())
+    return flatten((state[1] or {}) if state else quantized.all_ranges())
 
 
 def _obstacles(

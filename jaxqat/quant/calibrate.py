@@ -65,11 +65,11 @@ def _observer(quantized: Any, state: tuple[Any, ...], kwargs: Any) -> Any:
     def observe_module(ranges: Any, inputs: Any) -> Any:
         copy = quantized.with_ranges(ranges)
         copy.calibrate(*inputs, **kwargs)
-        return copy.ranges.get_value()
+        return copy.all_ranges()
 
     def in_place(ranges: Any, inputs: Any) -> Any:
-        quantized.ranges.set_value(observe_module(ranges, inputs))
-        return quantized.ranges.get_value()
+        quantized.set_ranges(observe_module(ranges, inputs))
+        return quantized.all_ranges()
 
     arrays, make_state = split_arrays(state)
 

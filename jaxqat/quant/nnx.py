@@ -9,11 +9,15 @@ from jaxqat.quant.call import Call
 from jaxqat.quant.evaluate import Evaluator, Mode, Switches
 from jaxqat.quant.plan import LayerInfo, Plan, QuantizationError
 from jaxqat.quant.recipe import Recipe
-from jaxqat.quant.transform import QuantizedFunction, nest
+from jaxqat.quant.transform import QuantizedFunction, join_learned, nest, split_learned
 
 
 class QuantRanges(nnx.Variable):
     """Activation ranges: what jaxqat adds to a module's state."""
+
+
+class QuantSteps(nnx.Param):
+    """Learned step sizes and bounds of ranges: trained as the other parameters are."""
 
 
 class QuantizedNNX(nnx.Module):
@@ -31,6 +35,7 @@ class QuantizedNNX(nnx.Module):
         module: A copy of the module that was given.
         recipe: How to quantize.
         ranges: Activation ranges, as nested dictionaries; empty before calibration.
+        steps: What of them is learned ('lsq', 'pact'), likewise.
         use_running_average: Whether ranges are frozen; `train` and `eval` set it.
     """
 
@@ -39,7 +44,7 @@ class QuantizedNNX(nnx.Module):
     def __init__(self, module: nnx.Module, recipe: Recipe):
         self.module = nnx.clone(module)
         self.recipe = recipe
-        self.ranges = QuantRanges({})
+        self.ranges, self.steps = QuantRanges({}), QuantSteps({})
         self.use_running_average = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -51,9 +56,22 @@ class QuantizedNNX(nnx.Module):
         mode = Mode.FROZEN if self.use_running_average else Mode.TRAIN
         (result, state), evaluator = self._evaluate(args, kwargs, mode, keep=True)
         nnx.update(self.module, state)
-        if mode is Mode.TRAIN:
-            self.ranges.set_value(nest(evaluator.new_ranges))
+        if mode is Mode.TRAIN:  # Steps are the optimizer's.
+            self.ranges.set_value(split_learned(nest(evaluator.new_ranges))[1])
         return result
+
+    def all_ranges(self) -> dict[str, Any]:
+        """Ranges, with what of them is learned."""
+        steps = self.steps.get_value()
+        if isinstance(steps, nnx.State):  # So an optimizer leaves them.
+            steps = nnx.to_pure_dict(steps)
+        return join_learned(steps, self.ranges.get_value())
+
+    def set_ranges(self, ranges: dict[str, Any]) -> None:
+        """Puts other ranges, with what of them is learned, in the place of these."""
+        learned, rest = split_learned(ranges)
+        self.steps.set_value(learned)
+        self.ranges.set_value(rest)
 
     def init_ranges(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Ranges that have seen nothing yet; the module is not changed."""
@@ -62,15 +80,15 @@ class QuantizedNNX(nnx.Module):
     def with_ranges(self, ranges: dict[str, Any]) -> "QuantizedNNX":
         """A copy that has these ranges."""
         copy = nnx.clone(self)
-        copy.ranges.set_value(ranges)
+        copy.set_ranges(ranges)
         return copy
 
     def calibrate(self, *args: Any, **kwargs: Any) -> None:
-        """Observe one more batch of the module in float; only `ranges` changes."""
+        """Observe one more batch of the module in float; only ranges change."""
         if not self.ranges.get_value():
-            self.ranges.set_value(self.init_ranges(*args, **kwargs))
+            self.set_ranges(self.init_ranges(*args, **kwargs))
         evaluator = self.observe(*args, **kwargs)
-        self.ranges.set_value(nest(evaluator.new_ranges))
+        self.set_ranges(nest(evaluator.new_ranges))
 
     def describe(self, *args: Any, **kwargs: Any) -> tuple[LayerInfo, ...]:
         """Every product of the module: its bits, or why it stays in float."""
@@ -107,7 +125,7 @@ class QuantizedNNX(nnx.Module):
         switches: Switches | None = None,
     ) -> Any:
         function, parameters, others = self._function(keep)
-        ranges = self.ranges.get_value()
+        ranges = self.all_ranges()
         if not ranges and mode is not Mode.CALIBRATE and self.init_ranges(*args, **kwargs):
             raise QuantizationError(
                 "The module has no activation ranges yet: make them with `calibrate` on a few "

@@ -98,7 +98,8 @@ def quantize(
     one too: of a value that was clipped, code - z; of another, code - z - u with 'lsq' (Esser et
     al. 2020, arXiv:1902.08153, equation 3), all of it times 1 / sqrt(N Q_P) with N values an
     example and Q_P codes on the longer side of zero (section 2.2), and 0 with 'pact' (Choi et al.
-    2018, arXiv:1805.06085, equation 3, for the bound s Q_P in the place of s).
+    2018, arXiv:1805.06085, equation 3, for the bound s Q_P in the place of s). What is clipped is
+    told by the rounded value here, by the value itself in both papers.
 
     Args:
         x: The real tensor; only its gradient path and its type are used, and, for a learned

@@ -1,16 +1,58 @@
 """Where a tensor comes from: what is quantized in its place, and what stands behind it."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
 from jaxqat.quant.derive import MOVES, is_channelwise, is_number
-from jaxqat.quant.plan import DATA
+from jaxqat.quant.plan import DATA, PARAMETERS, STATISTICS, Key
 from jaxqat.quant.program import Atom, Constant, Node, Program, inner_jaxprs
 
 _AFFINE = ("add", "sub", "mul", "div", "neg")
 _SOURCE_MOVES = MOVES - {"reduce_window_max"} | {"pad"}
+
+
+_REDUCTIONS = ("reduce_sum", "reduce_max", "reduce_min", "reduce_prod")
+
+
+def dependence(
+    program: Program, paths: Sequence[Key | None], is_data: Sequence[bool]
+) -> tuple[list[int], dict[int, Key]]:
+    """What each variable depends on, and the parameter that one of parameters alone is named by.
+
+    Args:
+        program: The traced computation.
+        paths: For each flat argument, the path of the parameter it is, or None.
+        is_data: For each flat argument, whether it varies from call to call.
+    """
+    level = [PARAMETERS] * len(program.avals)
+    names: dict[int, Key] = {}
+    for number, path, data in zip(program.inputs, paths, is_data, strict=True):
+        level[number] = DATA if data else PARAMETERS
+        if path is not None:
+            names[number] = path
+    for node in program.nodes:
+        reads = [a for a in node.inputs if isinstance(a, int)]
+        depends = max((level[a] for a in reads), default=PARAMETERS)
+        if node.name in _REDUCTIONS and _is_statistic(node, program):
+            depends = min(depends, STATISTICS)
+        if any(a in program.carried and is_float(program.avals[a]) for a in node.outputs):
+            depends = DATA  # From the second turn on, if not before.
+        name = next((names[a] for a in reads if a in names), None)
+        for number in node.outputs:
+            level[number] = depends
+            if depends == PARAMETERS and name is not None:
+                turn = program.turns.get(number)
+                names[number] = name if turn is None else (*name[:-1], str(turn), name[-1])
+    return level, names
+
+
+def _is_statistic(node: Node, program: Program) -> bool:
+    """Whether a reduction leaves at most one axis, and that not the first, as batch norm's do."""
+    axes = node.equation.params["axes"]
+    return 0 in axes and len(axes) >= len(program.aval(node.inputs[0]).shape) - 1
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

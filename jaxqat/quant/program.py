@@ -216,7 +216,7 @@ class Program:
 def _is_unrolled(equation: Any) -> bool:
     """Whether a scan is taken apart: it holds products, and is short."""
     inner = next(inner_jaxprs(equation))
-    return equation.params["length"] <= MAX_TURNS and products_inside(inner) > 0
+    return 0 < equation.params["length"] <= MAX_TURNS and products_inside(inner) > 0
 
 
 def _is_jaxpr(value: Any) -> bool:

@@ -48,7 +48,8 @@ def _check_choice(key: str, value: object, choices: Sequence[str]) -> None:
 
 def _check_numbers(key: str, settings: Any) -> None:
     percentile, group_size = settings.percentile, settings.group_size
-    if percentile is not None and not 50 < percentile <= 100:
+    is_number = isinstance(percentile, int | float)
+    if percentile is not None and not (is_number and 50 < percentile <= 100):
         raise RecipeError(f"{key}.percentile must be in (50, 100], got {percentile!r}.")
     if group_size is not None and (type(group_size) is not int or group_size < 1):
         raise RecipeError(f"{key}.group_size must be a whole number from 1, got {group_size!r}.")
@@ -57,6 +58,9 @@ def _check_numbers(key: str, settings: Any) -> None:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
     """How one layer is quantized; `Recipe` has the defaults, a `Rule` what departs from them.
+
+    Of a table of embeddings the settings of weights count, with rows in the place of channels; of
+    a product of two activations those of activations, for both.
 
     Attributes:
         weight_bits: Width of the weight codes, 2 to 8; null leaves the layer in float.

@@ -10,17 +10,16 @@ a range too if the network is to run on integers throughout.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from jaxqat.quant.grouped import GroupedDot
 from jaxqat.quant.ops import QuantizedProduct, QuantizedWeights
-from jaxqat.quant.origins import Origins, is_float
+from jaxqat.quant.origins import Origins, dependence, is_float
 from jaxqat.quant.plan import (
     DATA,
     LEFT_BY_RECIPE,
     NO_WEIGHTS,
     PARAMETERS,
-    STATISTICS,
     Key,
     Layer,
     LayerInfo,
@@ -32,6 +31,7 @@ from jaxqat.quant.plan import (
 from jaxqat.quant.products import Convolution, Dot, Product
 from jaxqat.quant.program import (
     PRODUCTS,
+    Atom,
     Constant,
     Node,
     Program,
@@ -40,7 +40,6 @@ from jaxqat.quant.program import (
 )
 from jaxqat.quant.recipe import Recipe, RecipeError, Settings
 
-_REDUCTIONS = ("reduce_sum", "reduce_max", "reduce_min", "reduce_prod")
 _OTHER_PRODUCTS = ("ragged_dot", "ragged_dot_general", "scaled_dot", "scaled_matmul")
 # What two readers of a tensor must agree on; of different widths the larger one serves both.
 _SHARED = ("activations", "act_range", "percentile")
@@ -63,42 +62,13 @@ def make_plan(
     Raises:
         RecipeError: Two layers that read the same tensor want it quantized in different ways.
     """
-    level, names = _dependence(program, paths, is_data)
+    level, names = dependence(program, paths, is_data)
     planner = _Planner(program, level, names, recipe)
     for node in program.nodes:
         planner.visit(node)
     planner.add_sites_behind()
     table = planner.finished_table()
     return Plan(program, level, planner.layers, planner.sites, planner.steps, table)
-
-
-def _dependence(program, paths, is_data) -> tuple[list[int], dict[int, Key]]:
-    level = [PARAMETERS] * len(program.avals)
-    names: dict[int, Key] = {}
-    for number, path, data in zip(program.inputs, paths, is_data, strict=True):
-        level[number] = DATA if data else PARAMETERS
-        if path is not None:
-            names[number] = path
-    for node in program.nodes:
-        reads = [a for a in node.inputs if isinstance(a, int)]
-        depends = max((level[a] for a in reads), default=PARAMETERS)
-        if node.name in _REDUCTIONS and _is_statistic(node, program):
-            depends = min(depends, STATISTICS)
-        if any(a in program.carried and is_float(program.avals[a]) for a in node.outputs):
-            depends = DATA  # From the second turn on, if not before.
-        name = next((names[a] for a in reads if a in names), None)
-        for number in node.outputs:
-            level[number] = depends
-            if depends == PARAMETERS and name is not None:
-                turn = program.turns.get(number)
-                names[number] = name if turn is None else (*name[:-1], str(turn), name[-1])
-    return level, names
-
-
-def _is_statistic(node: Node, program: Program) -> bool:
-    """Whether a reduction leaves at most one axis, and that not the first, as batch norm's do."""
-    axes = node.equation.params["axes"]
-    return 0 in axes and len(axes) >= len(program.aval(node.inputs[0]).shape) - 1
 
 
 class _Planner:
@@ -112,11 +82,12 @@ class _Planner:
         self.table: list[LayerInfo] = []
         self._origins = Origins(program, level)
         self._keys: dict[Key, int] = {}
-        self._step_keys: dict[tuple[Key, Any], Key] = {}
+        self._step_keys: dict[tuple[Any, Any], Key] = {}
         self._sources: dict[int, int] = {}  # Row of the table -> the tensor the layer reads.
         self._repeats: dict[Any, tuple[Key, int]] = {}  # Turns of a loop share range and row.
-        weighted = [n for n in program.nodes if n.name in PRODUCTS and self._side(n) is not None]
-        self._edges = {weighted[0], weighted[-1]} if weighted else set()
+        self._dynamic: dict[int, str] = {}  # What layers of dynamic ranges read, and their paths.
+        weighted = [node for node in program.nodes if self._has_weights(node)]
+        self._edges = {self._turn(node) for node in (*weighted[:1], *weighted[-1:])}
 
     def visit(self, node: Node) -> None:
         """Takes a node into the table, and plans it if it is a layer to quantize."""
@@ -137,12 +108,24 @@ class _Planner:
         weights = node.inputs[side]
         name = self.names.get(weights) if isinstance(weights, int) else None
         name = name or (f"{node.name}{len(self.table)}",)
-        edge = node in self._edges
+        edge = self._turn(node) in self._edges
         settings = self.recipe.settings("/".join(_module(name)), kind, at_edge=edge)
         reason = self._why_not(node, kind, side, settings)
         if reason is not None or settings is None:
             return self._leave(node, kind, side, name, reason)
         self._plan(node, kind, side, name, settings)
+
+    def _has_weights(self, node: Node) -> bool:
+        if node.name == "gather":
+            return self._looked_up(node) is not None
+        return node.name in PRODUCTS and self._side(node) is not None
+
+    def _turn(self, node: Node) -> Any:
+        """What a layer is known by: in a loop, the same in all turns that share its weights."""
+        if not node.loop:
+            return node
+        names = (self.names.get(a) for a in node.inputs if isinstance(a, int))
+        return (node.loop, id(node.equation), next((n for n in names if n), None))
 
     def _depends(self, node: Node) -> list[int]:
         return [PARAMETERS if isinstance(a, Constant) else self.level[a] for a in node.inputs]
@@ -153,30 +136,38 @@ class _Planner:
         one = min(depends) == PARAMETERS < max(depends)
         return depends.index(PARAMETERS) if one else None
 
-    def _visit_gather(self, node: Node) -> None:
-        """A look-up in a table of parameters, as embeddings are."""
+    def _looked_up(self, node: Node) -> Key | None:
+        """The name of the table of parameters that a node looks up in, as embeddings are."""
         table, depends = node.inputs[0], self._depends(node)
-        name = self.names.get(table) if isinstance(table, int) else None
-        if name is None or depends[0] != PARAMETERS or max(depends[1:]) != DATA:
-            return
         aval = self.program.aval(table)
-        if not is_float(aval) or len(aval.shape) != 2:
+        rows = is_float(aval) and len(aval.shape) == 2
+        if not rows or depends[0] != PARAMETERS or max(depends[1:]) != DATA:
+            return None
+        return self.names.get(table) if isinstance(table, int) else None
+
+    def _visit_gather(self, node: Node) -> None:
+        name = self._looked_up(node)
+        if name is None:
             return
-        path = "/".join(_module(name))
-        settings = self.recipe.settings(path, "embed")
+        table, path = node.inputs[0], "/".join(_module(name))
+        aval = self.program.aval(table)
+        settings = self.recipe.settings(path, "embed", at_edge=self._turn(node) in self._edges)
+        shape = tuple(aval.shape)
         if settings is None:
-            row = LayerInfo(
-                path, "embed", tuple(aval.shape), None, None, 0, name, None, LEFT_BY_RECIPE
-            )
+            row = LayerInfo(path, "embed", shape, None, None, 0, name, None, LEFT_BY_RECIPE)
             return self.table.append(row)
+        if settings.weight_granularity == "per_group":
+            raise RecipeError(
+                f"quant.weight_granularity 'per_group' is for dense layers, and {path} is a table "
+                "of embeddings; say it in a rule that matches others only."
+            )
         axes = (0, 1) if settings.weight_granularity == "per_tensor" else (1,)
         how = QuantizedWeights(settings, axes, aval.dtype)
-        step_key = self._step_key(name, settings, axes, aval.shape)
+        step_key = self._step_key(node, table, name, settings, axes)
         self.layers[node] = Lookup(len(self.table), path, how, table, step_key)
+        bits = settings.weight_bits
         self.table.append(
-            LayerInfo(
-                path, "embed", aval.shape, settings.weight_bits, None, 0, name, None, None, settings
-            )
+            LayerInfo(path, "embed", shape, bits, None, 0, name, None, None, settings)
         )
 
     def _visit_pair(self, node: Node, kind: str) -> None:
@@ -187,6 +178,8 @@ class _Planner:
             return self._leave(node, kind, 1, (path, ""), reason)
         settings = None if kind == "conv" else self.recipe.settings(path, "attention")
         avals = [self.program.aval(a) for a in node.inputs]
+        if settings is None and any(r.matches(path, "attention") for r in self.recipe.rules):
+            return self._leave(node, "attention", 1, (path, ""), LEFT_BY_RECIPE)
         if settings is None or not all(map(is_float, avals)):
             return self._leave(node, kind, 1, (path, ""), NO_WEIGHTS)
         if settings.act_range == "dynamic":
@@ -246,15 +239,17 @@ class _Planner:
         data = node.inputs[1 - side]
         assert isinstance(data, int)  # A constant would depend on parameters only.
         dynamic = settings.act_range == "dynamic"
-        turn = (node.loop, id(node.equation), name)
+        turn = self._turn(node)
         key, row = self._repeats.get(turn, (None, len(self.table)))
-        if not dynamic:
+        if dynamic:
+            self._dynamic[self._origins.source(data)] = path
+        else:
             key = self._add_site(data, key or (*_module(name), "input"), settings, path, key)
         if node.loop:
             self._repeats[turn] = (key or (), row)
-        step_key = self._step_key(name, settings, axes, shape)
-        how = QuantizedProduct(settings, axes, dtype, product)
         weights = self._origins.unconverted(node.inputs[side])
+        step_key = self._step_key(node, weights, name, settings, axes)
+        how = QuantizedProduct(settings, axes, dtype, product)
         self.layers[node] = Layer(row, path, how, data, weights, step_key, dynamic)
         if row < len(self.table):
             before = self.table[row]
@@ -274,24 +269,20 @@ class _Planner:
         if site is None:
             self.sites[source] = Site(known or self._key(key), settings)
             return self.sites[source].key
-        for field in _SHARED:
-            old, new = getattr(site.settings, field), getattr(settings, field)
-            if old != new:
-                raise RecipeError(
-                    f"quant.rules: {path} and {'/'.join(site.key[:-1])} read the same tensor, "
-                    f"which cannot have {field} {new!r} and {old!r} at once."
-                )
-        self.sites[source] = _widened(site, settings)
+        self.sites[source] = _widened(site, settings, path)
         return site.key
 
-    def _step_key(self, name: Key, settings: Settings, axes: Any, shape: Any) -> Key | None:
+    def _step_key(
+        self, node: Node, weights: Atom, name: Key, settings: Settings, axes: tuple[int, ...]
+    ) -> Key | None:
+        """Where the learned step sizes of weights are kept: the same weights have the same."""
         if settings.weight_range != "lsq":
             return None
-        if (name, axes) not in self._step_keys:
+        same = (self._turn(node) if node.loop else weights, axes)
+        if same not in self._step_keys:
             # Named by the parameter; one at the top is its own module.
-            key = name if len(name) > 1 else (*name, "weights")
-            self._step_keys[name, axes] = self._key(key)
-        key = self._step_keys[name, axes]
+            self._step_keys[same] = self._key(name if len(name) > 1 else (*name, "weights"))
+        key, shape = self._step_keys[same], self.program.aval(weights).shape
         self.steps[key] = tuple(1 if axis in axes else n for axis, n in enumerate(shape))
         return key
 
@@ -327,7 +318,14 @@ class _Planner:
         for number in sorted(self.sites, reverse=True):
             before = self._origins.quantized_before(number, self.sites)
             if before is not None:
-                self.sites[before] = _widened(self.sites[before], self.sites.pop(number).settings)
+                popped = self.sites.pop(number)
+                path = "/".join(popped.key[:-1])
+                self.sites[before] = _widened(self.sites[before], popped.settings, path)
+        for number, path in self._dynamic.items():
+            before = self._origins.quantized_before(number, self.sites)
+            site = self.sites.get(number if before is None else before)
+            if site is not None:
+                _refuse(path, site, "act_range", "dynamic")
         waiting = sorted(self.sites)
         while waiting:
             number = waiting.pop()
@@ -354,10 +352,20 @@ def _grouped(product: Product, shape: tuple[int, ...], size: int, path: str) -> 
     return GroupedDot(**values, group_size=size)
 
 
-def _widened(site: Site, settings: Settings) -> Site:
-    """The site with codes wide enough for another reader too."""
+def _widened(site: Site, settings: Settings, path: str) -> Site:
+    """The site with codes wide enough for another reader too, the layer of this path."""
+    for field in _SHARED:
+        if getattr(site.settings, field) != getattr(settings, field):
+            _refuse(path, site, field, getattr(settings, field))
     bits = max(site.bits, settings.act_bits or 0)
     return dataclasses.replace(site, settings=dataclasses.replace(site.settings, act_bits=bits))
+
+
+def _refuse(path: str, site: Site, field: str, value: object) -> NoReturn:
+    raise RecipeError(
+        f"quant.rules: {path} and {'/'.join(site.key[:-1])} read the same tensor, "
+        f"which cannot have {field} {value!r} and {getattr(site.settings, field)!r} at once."
+    )
 
 
 def _module(name: Key) -> Key:

@@ -174,7 +174,8 @@ def split_learned(state: Any) -> tuple[Any, Any]:
             variables = {"params": parameters, "quant": jaxqat.join_learned(learned, rest)}
             ...
 
-    Without learned ranges ('lsq', 'pact') the first part is empty.
+    Calibrate first: what learning starts from is found there. Without learned ranges ('lsq',
+    'pact') the first part is empty.
     """
     flat, leaves = traverse_util.flatten_dict(dict(state)), set(LEARNED.values())
     parts = [

@@ -1,5 +1,6 @@
 """Range estimators against searches written in NumPy."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -156,6 +157,40 @@ def test_rules_that_conflict_over_a_tensor_are_an_error_that_names_both_layers(r
     model = jaxqat.quantize(lambda p, x: x @ p["a"] + x @ p["b"], Recipe(rules=rules))
     with pytest.raises(RecipeError, match=match):
         model.init_ranges(params, ROWS)
+
+
+def test_a_dynamic_range_beside_a_static_one_of_the_same_tensor_is_an_error():
+    params = {"a": np.eye(12, dtype=np.float32), "b": np.eye(12, dtype=np.float32)}
+    for dynamic in "ab":  # Whichever comes first.
+        rules = (Rule(path=dynamic, act_range="dynamic"),)
+        recipe = Recipe(activations="symmetric", rules=rules)
+        model = jaxqat.quantize(lambda p, x: x @ p["a"] + x @ p["b"], recipe)
+        with pytest.raises(RecipeError, match=r"read the same tensor, .* act_range 'dynamic'"):
+            model.init_ranges(params, ROWS)
+
+
+def test_rules_that_conflict_across_a_maximum_pool_are_an_error():
+    kernel = RNG.normal(size=(3, 3, 3, 3)).astype(np.float32)
+    images = RNG.normal(size=(2, 8, 8, 3)).astype(np.float32)
+
+    def conv(x, w):
+        return jax.lax.conv_general_dilated(
+            x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    def function(p, x):
+        h = jnp.maximum(conv(x, p["a"]), 0)
+        return conv(h, p["b"]).mean(), conv(nn.max_pool(h, (2, 2), (2, 2)), p["c"]).mean()
+
+    recipe = Recipe(rules=(Rule(path="c", activations="symmetric"),))
+    with pytest.raises(RecipeError, match="c and b read the same tensor"):
+        jaxqat.quantize(function, recipe).init_ranges(dict.fromkeys("abc", kernel), images)
+
+
+@pytest.mark.parametrize("percentile", ["99", 50, 100.1, True])
+def test_a_percentile_that_is_none_is_refused(percentile):
+    with pytest.raises(RecipeError, match=r"quant.rules.percentile must be in \(50, 100\]"):
+        Rule(percentile=percentile)
 
 
 def test_a_rule_changes_only_what_it_sets():

@@ -133,6 +133,15 @@ def scores(params, x):
     return jnp.einsum("bqd,bkd->bqk", x @ params["q"], x @ params["k"])
 
 
+def test_an_embedding_in_front_is_the_first_layer_and_has_no_groups():
+    variables = Tagger().init(jax.random.key(0), TOKENS)
+    table = jaxqat.quantize(Tagger(), "w2a2_lsq").describe(variables, TOKENS)
+    assert [(row.kind, row.weight_bits) for row in table] == [("embed", 8), ("dense", 8)]
+    groups = Recipe(weight_granularity="per_group", group_size=4)
+    with pytest.raises(RecipeError, match="words is a table of embeddings"):
+        jaxqat.quantize(Tagger(), groups).describe(variables, TOKENS)
+
+
 SEQUENCES = RNG.normal(size=(2, 5, 12)).astype(np.float32)
 HEADS = {name: RNG.normal(size=(12, 4)).astype(np.float32) for name in "qk"}
 
@@ -143,6 +152,21 @@ def test_attention_products_stay_in_float_unless_a_rule_says_otherwise():
     recipe = Recipe(rules=(Rule(kind="attention"),))
     row = jaxqat.quantize(scores, recipe).describe(HEADS, SEQUENCES)[2]
     assert (row.kind, row.weight_bits, row.act_bits) == ("attention", 8, 8)
+
+
+def test_an_attention_product_is_left_in_float_by_a_rule_before_that_for_all():
+    rules = (
+        Rule(kind="attention", path=".*bqk.*", weight_bits=None, act_bits=None),
+        Rule(kind="attention"),
+    )
+
+    def both(params, x):
+        return scores(params, x) @ x
+
+    table = jaxqat.quantize(both, Recipe(rules=rules)).describe(HEADS, SEQUENCES)
+    found = [(r.kind, r.weight_bits, r.float_reason) for r in table[2:]]
+    left = "the recipe leaves it in float"
+    assert found == [("attention", None, left), ("attention", 8, None)]
 
 
 @pytest.mark.parametrize("activations", ["affine", "symmetric"])

@@ -193,3 +193,32 @@ def test_a_tensor_that_is_never_positive_has_a_grid_as_fine_as_its_mirror_image(
         found.append(model(weights, state, x))
     # Codes are rounded to even on a grid and its mirror image alike.
     np.testing.assert_array_equal(found[0], -found[1])
+
+
+def test_parts_of_one_parameter_and_its_transpose_learn_steps_of_their_own():
+    w = np.concatenate([np.ones((12, 4)), 100 * np.ones((12, 4))], 1).astype(np.float32)
+    w *= RNG.normal(size=w.shape).astype(np.float32)
+
+    def halves(w, x):
+        left, right = jnp.split(w, 2, axis=1)
+        return jnp.concatenate([x @ left, x @ right], 1)
+
+    recipe = Recipe(weight_range="lsq")
+    model, _, state = jaxqat.calibrate(halves, w, [ROWS], recipe)
+    steps = [leaf for leaf in jax.tree.leaves(jaxqat.split_learned(state)[0])]
+    expected = 2 * np.abs(w).mean(0, keepdims=True) / np.sqrt(127)
+    np.testing.assert_allclose(np.concatenate(steps, 1), expected, rtol=2**-18)
+
+    def tied(w, x):
+        return (x @ w) @ w.T
+
+    model, _, state = jaxqat.calibrate(tied, w, [ROWS], recipe)
+    assert len(jax.tree.leaves(jaxqat.split_learned(state)[0])) == 2
+    assert np.isfinite(model(w, state, ROWS)).all()
+
+
+def test_a_parameter_that_two_layers_share_learns_one_step():
+    w = RNG.normal(0, 0.3, (12, 12)).astype(np.float32)
+    recipe = Recipe(weight_range="lsq")
+    _, _, state = jaxqat.calibrate(lambda w, x: jnp.tanh(x @ w) @ w, w, [ROWS], recipe)
+    assert len(jax.tree.leaves(jaxqat.split_learned(state)[0])) == 1

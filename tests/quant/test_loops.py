@@ -151,3 +151,29 @@ def test_every_weight_of_a_loop_gets_a_gradient():
             np.linalg.norm(gradients[name]) * np.linalg.norm(exact[name])
         )
         assert cosine > 0.99  # Of 8 bits: the directions agree.
+
+
+def test_all_turns_of_a_first_layer_have_the_bits_of_the_first_layer():
+    recipe = jaxqat.Recipe(weight_bits=4, act_bits=4, first_last_bits=8, weight_range="lsq")
+
+    def function(params, x):
+        state = jax.lax.scan(
+            lambda h, _: (jnp.tanh(h @ params["state"]), None), x[:, 0, :1] * jnp.ones(7), length=3
+        )[0]
+        return jnp.tanh(state @ params["state"]) @ params["in"].T
+
+    model, _, ranges = jaxqat.calibrate(function, PARAMS, [SEQUENCES], recipe)
+    record = model.record(PARAMS, ranges, SEQUENCES)
+    layers = [layer for layer in record.plan.layers.values() if layer.path == "state"]
+    assert [layer.how.bits for layer in layers] == [8, 8, 8, 4]
+
+
+def test_a_loop_without_turns_gives_what_it_is_given():
+    def empty(params, x):
+        return jax.lax.scan(
+            lambda c, row: (c @ params["state"], c), x @ params["in"], jnp.zeros((0,))
+        )
+
+    model, _, ranges = jaxqat.calibrate(empty, PARAMS, [ROWS])
+    carried, stacked = model(PARAMS, ranges, ROWS)
+    assert carried.shape == (8, 7) and stacked.shape == (0, 8, 7)

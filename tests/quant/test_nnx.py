@@ -187,3 +187,26 @@ def test_an_equinox_module_that_cannot_be_converted_is_told_where(perceptron):
     module, model, ranges, x = perceptron
     with pytest.raises(jaxqat.ConversionError, match=r"'add' in vmap\(eqx\.nn\.Linear\)"):
         jaxqat.convert(model, module, ranges, x[:1])
+
+
+def test_learned_steps_of_an_nnx_module_are_trained_by_its_optimizer():
+    model = jaxqat.quantize(Classifier(nnx.Rngs(0)), "w4a4_lsq")
+    model.calibrate(IMAGES)
+    before = jax.tree.map(np.asarray, model.steps.get_value())
+    assert len(jax.tree.leaves(before)) >= 5  # Of three weights, and of the tensors they read.
+    optimizer = nnx.Optimizer(model, optax.adam(0.01), wrt=nnx.Param)
+
+    @nnx.jit
+    def update(model, optimizer):
+        loss, gradient = nnx.value_and_grad(lambda model: cross_entropy(model(IMAGES)))(model)
+        optimizer.update(model, gradient)
+        return loss
+
+    losses = [float(update(model, optimizer)) for _ in range(15)]
+    assert np.mean(losses[-3:]) < 0.9 * losses[0]
+    after = model.steps.get_value()
+    for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+        assert np.any(a != b)
+    model.eval()
+    copy = model.with_ranges(model.all_ranges())
+    np.testing.assert_array_equal(copy(IMAGES), model(IMAGES))
