@@ -10,9 +10,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 @pytest.fixture(autouse=True, scope="module")
 def programs_are_given_back():
-    """Each compiled program holds some memory maps, of which Linux lets a process have 65,530.
+    """Each compiled program holds memory, and memory maps, of which Linux allows 65,530.
 
-    All that the tests compile together are more, and the process would crash.
+    All that the tests compile together would have more.
     """
     yield
     import jax  # Not before the platform is set.
