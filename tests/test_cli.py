@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import tiny_run
 import yaml
-from tiny_run import SETTINGS, STEPS, without_privileges
+from tiny_run import SETTINGS, STEPS, run_command, without_privileges
 
 from jaxqat import cli, config, experiment
 
@@ -157,14 +157,6 @@ def test_a_workdir_of_another_config_shows_the_difference(finished, config_file,
     )
     assert status == 2
     assert "qat.epochs: 2 -> 3" in capsys.readouterr().err
-
-
-def run_command(*arguments: object) -> int:
-    try:
-        return cli.main([str(a) for a in arguments])
-    except SystemExit as stop:
-        assert isinstance(stop.code, int)
-        return stop.code
 
 
 @pytest.mark.parametrize(

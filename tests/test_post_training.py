@@ -10,10 +10,10 @@ import pytest
 import tiny_run
 from integer.test_store import content
 from references import integer_graph
-from tiny_run import STEPS, SmallNet, files, tiny
+from tiny_run import STEPS, SmallNet, files, run_command, tiny
 
 import jaxqat
-from jaxqat import cli, deployment, experiment, post_training
+from jaxqat import deployment, experiment, post_training
 from jaxqat.data import epoch_permutation, load_dataset, normalize
 from jaxqat.metrics import classification_metrics
 from jaxqat.networks import Networks
@@ -27,14 +27,6 @@ console, finished = tiny_run.console, tiny_run.finished
 
 def results_of(run: Path) -> dict:
     return json.loads((run / "results.json").read_text())
-
-
-def run_command(*arguments: object) -> int:
-    try:
-        return cli.main([str(a) for a in arguments])
-    except SystemExit as stop:
-        assert isinstance(stop.code, int)
-        return stop.code
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import tiny_run
 import yaml
-from tiny_run import SETTINGS, STEPS, STEPS_PER_EPOCH, files, signal_at, tiny
+from tiny_run import SETTINGS, STEPS, STEPS_PER_EPOCH, files, run_command, signal_at, tiny
 
-from jaxqat import cli, config, experiment
+from jaxqat import config, experiment
 from jaxqat.config import config_hash
 from jaxqat.runfolder import RunFolder, RunFolderError
 from jaxqat.snapshots import check_data
@@ -39,15 +39,6 @@ def float_run(finished, tmp_path) -> Path:
     return path
 
 
-def run_command(*arguments: object) -> int:
-    """The exit status of the command `jaxqat train`."""
-    try:
-        return cli.main(["train", *map(str, arguments)])
-    except SystemExit as stop:
-        assert isinstance(stop.code, int)
-        return stop.code
-
-
 def config_file(folder: Path, **changes) -> Path:
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config.to_dict(tiny(**changes))))
@@ -59,7 +50,7 @@ def test_qat_from_another_runs_fp32_ends_as_the_run_that_trained_both(
 ):
     before, run = files(float_run), tmp_path / "run"
     arguments = ("--config", config_file(tmp_path), "--workdir", run, "--from", float_run)
-    assert run_command(*arguments) == 0
+    assert run_command("train", *arguments) == 0
     assert files(run / "int8") == files(finished / "int8")
     assert files(run / "ptq") == files(finished / "ptq")
     ours, theirs = (RunFolder(r) for r in (run, finished))
@@ -140,7 +131,7 @@ def refused(folder: Path, from_run: Path, capsys, **changes) -> str:
     """What is said of the error; there must be nothing left of the new run."""
     run = folder / "run"
     arguments = ("--config", config_file(folder, **changes), "--workdir", run, "--from", from_run)
-    assert run_command(*arguments) == 2
+    assert run_command("train", *arguments) == 2
     assert not run.exists()
     return capsys.readouterr().err
 

@@ -23,8 +23,8 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
 
+from jaxqat import cli, experiment
 from jaxqat import config as configs
-from jaxqat import experiment
 from jaxqat.config import Experiment
 from jaxqat.training.progress import StageProgress
 
@@ -139,6 +139,15 @@ def files(run: Path) -> dict[str, str]:
     }
 
 
+def run_command(*arguments: object) -> int:
+    """The exit status of the `jaxqat` command, run in this process."""
+    try:
+        return cli.main([str(a) for a in arguments])
+    except SystemExit as stop:
+        assert isinstance(stop.code, int)
+        return stop.code
+
+
 def signal_at(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     """Send SIGTERM once that many steps are done, counted over both stages."""
     done = []
@@ -187,7 +196,7 @@ def open_tmp(tmp_path: Path) -> Iterator[Path]:
 
 
 if __name__ == "__main__":
-    from jaxqat import cli, networks
+    from jaxqat import networks
 
     networks.build_model = build_small  # pyright: ignore[reportAttributeAccessIssue]
     sys.exit(cli.main())

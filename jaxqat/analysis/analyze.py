@@ -6,8 +6,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxqat.analysis.measure import Measured, Score, Sums, in_decibels, measure
+from jaxqat.analysis.measure import Measured, Score, Sums, measure
 from jaxqat.analysis.result import Analysis, LayerAnalysis, Sensitivity, TensorAnalysis
+from jaxqat.integer.verify import in_decibels
 from jaxqat.quant import LayerInfo, QuantizationError
 from jaxqat.quant.call import split_arrays
 from jaxqat.quant.transform import Quantized

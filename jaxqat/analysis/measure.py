@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxqat.analysis.result import Effect
+from jaxqat.integer.verify import in_decibels
 from jaxqat.quant import QuantizationError, ops
 from jaxqat.quant.evaluate import Evaluated, Evaluator
 from jaxqat.quant.plan import Pair
@@ -136,11 +137,6 @@ def _spread(values: Float[Array, "..."], grid: Grid, edges: Float[Array, "bins+1
     # Inner edges alone: what is beyond the outer ones falls into the first and the last bin.
     chosen = jnp.searchsorted(edges[1:-1], values.reshape(-1).astype(jnp.float32), side="right")
     return Spread(clipped[None], jnp.bincount(chosen, length=bins)[None])
-
-
-def in_decibels(signal: float, noise: float) -> float | None:
-    """10 log10(signal / noise); None if one of them is 0."""
-    return float(10 * np.log10(signal / noise)) if signal > 0 and noise > 0 else None
 
 
 @dataclasses.dataclass

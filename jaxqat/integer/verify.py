@@ -239,7 +239,6 @@ class _Sums:
     largest: int = 0
     signal: float = 0.0
     noise: float = 0.0
-    measured: bool = False
 
     def compare(self, left: np.ndarray, right: np.ndarray) -> None:
         difference = np.abs(left - right)
@@ -250,10 +249,12 @@ class _Sums:
     def measure(self, real: np.ndarray, value: np.ndarray) -> None:
         self.signal += float((real**2).sum())
         self.noise += float(((real - value) ** 2).sum())
-        self.measured = True
 
     def check(self, name: str) -> TensorCheck:
-        sqnr = None
-        if self.measured and self.signal > 0 and self.noise > 0:
-            sqnr = float(10 * np.log10(self.signal / self.noise))
+        sqnr = in_decibels(self.signal, self.noise)
         return TensorCheck(name, self.codes, self.differing, self.largest, sqnr)
+
+
+def in_decibels(signal: float, noise: float) -> float | None:
+    """10 log10(signal / noise); None if one of them is 0."""
+    return float(10 * np.log10(signal / noise)) if signal > 0 and noise > 0 else None

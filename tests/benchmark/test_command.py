@@ -10,22 +10,14 @@ import stat
 import pytest
 import tiny_run
 from references import integer_graph
+from tiny_run import run_command
 
-from jaxqat import cli
 from jaxqat.benchmark import BenchmarkError, benchmark
 from jaxqat.benchmark import command as module
 from jaxqat.benchmark.networks import make_images, random_network
 from jaxqat.benchmark.table import print_benchmark
 
 compiled_once, console = tiny_run.compiled_once, tiny_run.console
-
-
-def run_command(*arguments):
-    try:
-        return cli.main([str(a) for a in arguments])
-    except SystemExit as stop:
-        assert isinstance(stop.code, int)
-        return stop.code
 
 
 @pytest.fixture
