@@ -1,12 +1,12 @@
 """jaxqat: int8 quantization-aware training for JAX, by transforming a model's computation."""
 
 from jaxqat.analysis import Analysis, analyze
-from jaxqat.integer.convert import ConversionError, convert
-from jaxqat.integer.describe import Description, describe
-from jaxqat.integer.execute import ExecutionError, Executor, make_executor
+from jaxqat.analysis._describe import Description, describe
+from jaxqat.integer._convert.convert import ConversionError, convert
+from jaxqat.integer._execute.executor import ExecutionError, Executor, make_executor
+from jaxqat.integer._store.folder import ArtifactError, load, save
+from jaxqat.integer._verify import Verification, verify
 from jaxqat.integer.graph import GraphError, IntegerGraph
-from jaxqat.integer.store import ArtifactError, load, save
-from jaxqat.integer.verify import Verification, verify
 from jaxqat.quant import (
     LayerInfo,
     QuantizationError,

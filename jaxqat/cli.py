@@ -16,29 +16,37 @@ from jsonargparse.typing import PositiveInt
 from rich.console import Console
 from rich.logging import RichHandler
 
-from jaxqat import benchmark as benchmarks
-from jaxqat import config as configs
-from jaxqat import deployment, diagnosis, experiment, post_training
-from jaxqat.checkpoint import CheckpointError
-from jaxqat.config import ConfigError, Experiment
-from jaxqat.conversion import NETWORKS
-from jaxqat.data import DataError
-from jaxqat.evaluation import SPLITS
+from jaxqat.bench import BenchmarkError
+from jaxqat.commands import analyze as diagnosis
+from jaxqat.commands import benchmark as benchmark_command
+from jaxqat.commands import evaluate as evaluate_command
+from jaxqat.commands import export as export_command
+from jaxqat.commands import lowering as lowering_command
+from jaxqat.commands import quantize as quantize_command
+from jaxqat.commands import report as report_command
+from jaxqat.commands import train as train_command
+from jaxqat.commands import verify as verify_command
 from jaxqat.export import ExportError
-from jaxqat.integer.convert import ConversionError
-from jaxqat.integer.execute import LOWERINGS, ExecutionError
-from jaxqat.integer.store import ArtifactError
+from jaxqat.integer._convert.convert import ConversionError
+from jaxqat.integer._execute.executor import LOWERINGS, ExecutionError
+from jaxqat.integer._store.folder import ArtifactError
 from jaxqat.lowering import TARGETS, LoweringError
+from jaxqat.pipeline import config as configs
+from jaxqat.pipeline.checkpoint import CheckpointError
+from jaxqat.pipeline.config import ConfigError, Experiment
+from jaxqat.pipeline.data import DataError
+from jaxqat.pipeline.evaluation import SPLITS
+from jaxqat.pipeline.integer_networks import NETWORKS
+from jaxqat.pipeline.report import ReportError
+from jaxqat.pipeline.run.folder import RunFolderError
+from jaxqat.pipeline.training import DivergedError, Stopped
 from jaxqat.quant import QuantizationError, RecipeError
-from jaxqat.report import ReportError
-from jaxqat.runfolder import RunFolderError
-from jaxqat.training import DivergedError, Stopped
 
 DONE, FAILED, BAD_INPUT = 0, 1, 2
 
 _BAD_INPUT_ERRORS = (ConfigError, DataError, RecipeError, QuantizationError, RunFolderError)
 _BAD_INPUT_ERRORS += (ArtifactError, ConversionError, ExecutionError, ExportError, LoweringError)
-_BAD_INPUT_ERRORS += (benchmarks.BenchmarkError,)
+_BAD_INPUT_ERRORS += (BenchmarkError,)
 _FAILURES = (CheckpointError, DivergedError, ReportError, OSError, ImportError)
 
 
@@ -91,7 +99,7 @@ def train(options: Namespace, console: Console, argv: list[str]) -> int:
     """Run the command `train`."""
     where: dict[str, Any] = {"workdir": options.workdir, "from_run": options["from"]}
     command = shlex.join(["jaxqat", *argv])
-    experiment.train(configs.build(options), **where, command=command, console=console)
+    train_command.train(configs.build(options), **where, command=command, console=console)
     return DONE
 
 
@@ -121,7 +129,7 @@ def add_quantize_arguments(parser: Parser) -> None:
 def quantize(options: Namespace, console: Console, argv: list[str]) -> int:
     """Run the command `quantize`."""
     command, chosen = shlex.join(["jaxqat", *argv]), _chosen(options, "batches", "recipe")
-    post_training.quantize(options.run, **chosen, command=command, console=console)
+    quantize_command.quantize(options.run, **chosen, command=command, console=console)
     return DONE
 
 
@@ -153,7 +161,9 @@ def add_evaluate_arguments(parser: Parser) -> None:
 def evaluate(options: Namespace, console: Console, argv: list[str]) -> int:
     """Run the command `evaluate`."""
     del argv
-    experiment.evaluate(options.run, stage=options.stage, split=options.split, console=console)
+    evaluate_command.evaluate(
+        options.run, stage=options.stage, split=options.split, console=console
+    )
     return DONE
 
 
@@ -187,11 +197,13 @@ def add_export_arguments(parser: Parser) -> None:
     """Write the integer network of a run as a file for another runtime."""
     parser.add_argument("run", type=Path, help="The run folder.")
     _add_network(parser)
-    parser.add_argument("--format", choices=deployment.FORMATS, required=True, help="Of the file.")
+    parser.add_argument(
+        "--format", choices=export_command.FORMATS, required=True, help="Of the file."
+    )
     parser.add_argument("--output", type=Path, required=True, help="The file to write.")
     parser.add_argument(
         "--input",
-        choices=deployment.INPUTS,
+        choices=export_command.INPUTS,
         default="uint8",
         help="What the file takes: images as they are, or normalized as in training.",
     )
@@ -202,7 +214,7 @@ def export(options: Namespace, console: Console, argv: list[str]) -> int:
     """Run the command `export`."""
     del argv
     chosen = _chosen(options, "network", "format", "input", "overwrite")
-    deployment.export(options.run, options.output, **chosen, console=console)
+    export_command.export(options.run, options.output, **chosen, console=console)
     return DONE
 
 
@@ -228,7 +240,7 @@ def verify(options: Namespace, console: Console, argv: list[str]) -> int:
     """Run the command `verify`."""
     del argv
     chosen = _chosen(options, "network", "format", "split")
-    verification = deployment.verify(options.run, **chosen, console=console)
+    verification = verify_command.verify(options.run, **chosen, console=console)
     return FAILED if verification.failures else DONE
 
 
@@ -257,7 +269,7 @@ def add_lowering_arguments(parser: Parser) -> None:
 def lowering(options: Namespace, console: Console, argv: list[str]) -> int:
     """Run the command `lowering`."""
     del argv
-    deployment.lowering(
+    lowering_command.lowering(
         options.run,
         target=options.target,
         executor=options.executor,
@@ -300,7 +312,7 @@ def add_benchmark_arguments(parser: Parser) -> None:
 
 def benchmark(options: Namespace, console: Console, argv: list[str]) -> int:
     """Run the command `benchmark`."""
-    benchmarks.benchmark(
+    benchmark_command.benchmark(
         options.run,
         what=options.what,
         batch_sizes=options.batch_sizes,
@@ -314,14 +326,14 @@ def benchmark(options: Namespace, console: Console, argv: list[str]) -> int:
 
 
 def add_report_arguments(parser: Parser) -> None:
-    """Write RUN/report.html again from the run folder alone."""
+    """Write RUN/report_command.html again from the run folder alone."""
     parser.add_argument("run", type=Path, help="The run folder.")
 
 
 def report(options: Namespace, console: Console, argv: list[str]) -> int:
     """Run the command `report`."""
     del argv
-    console.print(f"report: {experiment.report(options.run)}", highlight=False)
+    console.print(f"report: {report_command.report(options.run)}", highlight=False)
     return DONE
 
 

@@ -19,7 +19,7 @@ import optax
 from sklearn.datasets import load_digits
 
 import jaxqat
-from jaxqat.export.onnx import export_onnx
+from jaxqat.export._onnx.model import export_onnx
 
 
 class Network(nn.Module):

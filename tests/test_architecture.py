@@ -10,39 +10,48 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "jaxqat"
 
-# The parts, each with the others that it may know.
+# Each part with the others that it may import. The library comes first, and knows nothing of the
+# experiment (`pipeline`), the commands and the tools for developers.
 PARTS: dict[str, set[str]] = {
     "quant": set(),
-    "models": set(),
-    "data": set(),
-    "metrics": set(),
-    "training": set(),
-    "checkpoint": set(),
-    "report": set(),
-    "lowering": set(),
     "integer": {"quant"},
     "export": {"integer"},
-    "analysis": {"quant"},
+    "analysis": {"quant", "integer"},
+    "lowering": set(),
+    "pipeline": {"quant", "integer", "export", "analysis"},
+    "bench": {"quant", "integer", "export", "pipeline"},
+    "commands": {"quant", "integer", "export", "analysis", "lowering", "pipeline", "bench"},
+    "cli": {"quant", "integer", "export", "lowering", "pipeline", "bench", "commands"},
 }
+LIBRARY = ("quant", "integer", "export", "analysis")
+# The folders inside a part, in the order in which they may import: only from those before.
+INSIDE = {
+    "quant": ("recipe", "_trace", "_numerics", "_forms", "_plan", "_interpret", "models"),
+    "integer": ("_packing", "graph", "_convert", "_execute", "_store", "_verify"),
+    "pipeline": (
+        *("data", "models", "metrics", "training", "checkpoint", "report"),
+        *("config", "networks", "evaluation", "run", "stages", "display", "integer_networks"),
+        *("post_training", "takeover"),
+    ),
+}
+# Parts of the pipeline that know none of the others.
+INDEPENDENT = ("data", "models", "metrics", "training", "checkpoint", "report")
 # Third-party packages that only the named parts import.
 OWNERS = {
     "aqt": {"quant"},
-    "optax": {"training"},
-    "orbax": {"checkpoint"},
-    "tensorflow_datasets": {"data"},
-    "matplotlib": {"report"},
-    "jinja2": {"report"},
-    "sklearn": {"metrics", "data"},
-    "jsonargparse": {"config", "cli"},
-    "onnx": {"export", "benchmark"},
-    "onnxruntime": {"export", "benchmark"},
+    "optax": {"pipeline.training"},
+    "orbax": {"pipeline.checkpoint"},
+    "tensorflow_datasets": {"pipeline.data"},
+    "matplotlib": {"pipeline.report"},
+    "jinja2": {"pipeline.report"},
+    "sklearn": {"pipeline.metrics", "pipeline.data"},
+    "jsonargparse": {"pipeline.config", "cli", "commands"},
+    "rich": {"pipeline", "commands", "bench", "lowering", "cli"},
+    "onnx": {"export", "bench", "commands"},
+    "onnxruntime": {"export", "bench", "commands"},
     "openvino": {"export"},
-    "torch": {"benchmark"},
+    "torch": {"bench"},
 }
-# What composes the parts; each knows all parts and what stands before it. `cli` is on top.
-LAYERS = ("config", "runfolder", "networks", "evaluation", "results", "snapshots", "stages")
-LAYERS = (*LAYERS, "display", "conversion", "post_training", "benchmark", "deployment", "diagnosis")
-LAYERS = (*LAYERS, "takeover", "experiment", "cli")
 # Loaded by what needs them, when it needs them, and never by `import jaxqat`.
 HEAVY = ("optax", "orbax", "tensorflow_datasets", "matplotlib", "jsonargparse", "sklearn")
 OPTIONAL = ("onnx", "onnxruntime", "openvino", "torch")
@@ -52,10 +61,9 @@ OPTIONAL = ("onnx", "onnxruntime", "openvino", "torch")
 IMPORTERS = ("importlib.import_module", "library")
 
 
-def module_of(path: Path) -> str:
-    """'quant' for jaxqat/quant/ops.py, 'config' for jaxqat/config.py."""
-    first = path.relative_to(PACKAGE).parts[0]
-    return first.removesuffix(".py")
+def module_of(path: Path) -> tuple[str, ...]:
+    """('quant', 'recipe') for jaxqat/quant/recipe.py."""
+    return tuple(part.removesuffix(".py") for part in path.relative_to(PACKAGE).parts)
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -67,8 +75,8 @@ def imports(path: Path) -> Iterator[str]:
             assert node.level == 0, f"{path}: relative import"
             assert all(alias.name != "*" for alias in node.names), f"{path}: import *"
             yield node.module or ""
-            if node.module == "jaxqat":
-                yield from (f"jaxqat.{alias.name}" for alias in node.names)
+            if (node.module or "").count(".") < 2:
+                yield from (f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in IMPORTERS:
             yield from (str(a.value) for a in node.args if isinstance(a, ast.Constant))
 
@@ -77,32 +85,54 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 BY_NAME = pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
 
 
-def of_jaxqat(path: Path) -> set[str]:
+def of_jaxqat(path: Path) -> set[tuple[str, ...]]:
     names = (name.split(".") for name in imports(path))
-    return {parts[1] for parts in names if parts[0] == "jaxqat" and len(parts) > 1}
+    return {tuple(parts[1:]) for parts in names if parts[0] == "jaxqat" and len(parts) > 1}
 
 
 def test_the_rules_are_about_modules_that_exist():
-    existing = {module_of(path) for path in SOURCES}
-    assert {*PARTS, *LAYERS} == existing - {"__init__"}
+    modules = {module_of(path) for path in SOURCES}
+    assert set(PARTS) == {module[0] for module in modules} - {"__init__", "errors"}
+    for part, inside in INSIDE.items():
+        folders = {module[1] for module in modules if module[0] == part}
+        assert set(inside) == folders - {"__init__"}, part
+
+
+def test_the_package_has_at_most_twelve_entries():
+    entries = [p.name for p in PACKAGE.iterdir() if p.name != "__pycache__"]
+    assert len(entries) <= 12, sorted(entries)
 
 
 @BY_NAME
 def test_imports_go_down_only(path):
-    module, used = module_of(path), of_jaxqat(path)
-    if module == "__init__":
-        assert used <= {"quant", "integer", "analysis"}
-    elif module in PARTS:
-        assert used <= {module} | PARTS[module]
-    else:
-        assert used <= {module, *PARTS, *LAYERS[: LAYERS.index(module)]}
+    part = module_of(path)[0]
+    used = {module[0] for module in of_jaxqat(path)} - {"errors", "__version__"}
+    if part == "__init__":
+        assert used <= set(LIBRARY)
+    elif part != "errors":
+        assert used <= {part} | PARTS[part]
+
+
+@BY_NAME
+def test_imports_inside_a_part_go_down_only(path):
+    part, *rest = module_of(path)
+    if part not in INSIDE or rest == ["__init__"]:
+        return
+    order, own = INSIDE[part], rest[0]
+    used = {m[1] for m in of_jaxqat(path) if m[0] == part and len(m) > 1 and m[1] in order}
+    later = {name for name in used if order.index(name) > order.index(own)}
+    assert not later
+    if part == "pipeline" and own in INDEPENDENT:
+        assert used <= {own}
 
 
 @BY_NAME
 def test_third_party_packages_stay_with_their_owners(path):
     tops = {name.split(".")[0] for name in imports(path)}
+    module = ".".join(module_of(path))
     for package, owners in OWNERS.items():
-        assert package not in tops or module_of(path) in owners
+        if package in tops:
+            assert any(module == o or module.startswith(f"{o}.") for o in owners), package
 
 
 @BY_NAME

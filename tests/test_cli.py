@@ -15,7 +15,9 @@ import tiny_run
 import yaml
 from tiny_run import SETTINGS, STEPS, run_command, without_privileges
 
-from jaxqat import cli, config, experiment
+from jaxqat import cli
+from jaxqat.commands import train
+from jaxqat.pipeline import config
 
 ROOT = Path(__file__).parent.parent
 open_tmp = tiny_run.open_tmp
@@ -296,8 +298,8 @@ def test_scripts_take_the_options_of_the_command(monkeypatch, capsys, script, co
 
 
 def test_a_stop_and_a_failure_have_their_exit_statuses(monkeypatch, capsys, tmp_path):
-    from jaxqat.checkpoint import CheckpointError
-    from jaxqat.training import Stopped
+    from jaxqat.pipeline.checkpoint import CheckpointError
+    from jaxqat.pipeline.training import Stopped
 
     for error, status in (
         (Stopped(signal.SIGTERM), 143),
@@ -310,7 +312,7 @@ def test_a_stop_and_a_failure_have_their_exit_statuses(monkeypatch, capsys, tmp_
         def fail(*args, error=error, **kwargs):
             raise error
 
-        monkeypatch.setattr(experiment, "train", fail)
+        monkeypatch.setattr(train, "train", fail)
         assert run_command("train", "--workdir", tmp_path) == status
         assert capsys.readouterr().err.startswith("jaxqat: ")
 

@@ -23,10 +23,11 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
 
-from jaxqat import cli, experiment
-from jaxqat import config as configs
-from jaxqat.config import Experiment
-from jaxqat.training.progress import StageProgress
+from jaxqat import cli
+from jaxqat.commands import train
+from jaxqat.pipeline import config as configs
+from jaxqat.pipeline.config import Experiment
+from jaxqat.pipeline.training.progress import StageProgress
 
 # 6 steps an epoch, and 4 images that fill no batch.
 SETTINGS: dict[str, Any] = {
@@ -72,7 +73,7 @@ class SmallNet(nn.Module):
 
 
 def build_small(config, num_classes, dtype=jnp.float32):
-    """Takes the place of `jaxqat.models.build_model`."""
+    """Takes the place of `jaxqat.pipeline.models.build_model`."""
     del config
     return SmallNet(num_classes, dtype)
 
@@ -112,9 +113,9 @@ def _trained(base: Path) -> Path:
     path = base / "finished" / "run"
     path.parent.mkdir()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jaxqat.networks.build_model", build_small)
+        patch.setattr("jaxqat.pipeline.networks.build_model", build_small)
         with path.with_suffix(".log").open("w") as file:
-            experiment.train(tiny(), path, command="jaxqat train", console=Console(file=file))
+            train.train(tiny(), path, command="jaxqat train", console=Console(file=file))
     return path
 
 
@@ -127,7 +128,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, compiled_once: None) -> P
 @pytest.fixture
 def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """Spares the seconds that drawing takes, where no test looks at it."""
-    monkeypatch.setattr(experiment, "write_report", lambda path: path)
+    monkeypatch.setattr(train, "write_report", lambda path: path)
 
 
 def files(run: Path) -> dict[str, str]:
@@ -163,7 +164,7 @@ def signal_at(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
 @pytest.fixture
 def small_network(monkeypatch: pytest.MonkeyPatch, compiled_once: None) -> None:
     """The experiments of this test train a small network in place of the ResNet."""
-    monkeypatch.setattr("jaxqat.networks.build_model", build_small)
+    monkeypatch.setattr("jaxqat.pipeline.networks.build_model", build_small)
 
 
 @pytest.fixture
@@ -196,7 +197,7 @@ def open_tmp(tmp_path: Path) -> Iterator[Path]:
 
 
 if __name__ == "__main__":
-    from jaxqat import networks
+    from jaxqat.pipeline import networks
 
     networks.build_model = build_small  # pyright: ignore[reportAttributeAccessIssue]
     sys.exit(cli.main())

@@ -1,6 +1,6 @@
 """Where a quantized network loses accuracy: noise, clipping and sensitivity, layer by layer."""
 
-from jaxqat.analysis.analyze import analyze
+from jaxqat.analysis._analyze import analyze
 from jaxqat.analysis.result import Analysis
 
 __all__ = ["Analysis", "analyze"]

@@ -19,7 +19,7 @@ from typing import Literal
 
 import numpy as np
 
-from jaxqat.integer.packing import packed_size
+from jaxqat.integer._packing import packed_size
 
 Requantization = Literal["float", "fixed_point"]
 

@@ -12,7 +12,7 @@ from jax import export
 from references import integer_graph
 
 from jaxqat.export import ExportError
-from jaxqat.export.stablehlo import export_stablehlo, load_stablehlo
+from jaxqat.export._stablehlo import export_stablehlo, load_stablehlo
 
 
 @pytest.fixture(scope="module")

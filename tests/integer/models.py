@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxqat
-from jaxqat.models.resnet import ResNet
+from jaxqat.pipeline.models.resnet import ResNet
 
 CLASSES = 5
 

@@ -17,8 +17,8 @@ from integer.models import CLASSES, assert_same, inputs, trained
 from references import integer_graph
 
 from jaxqat import Recipe, Rule, make_executor
-from jaxqat.integer.execute import LOWERINGS
-from jaxqat.integer.platforms import PallasCuda
+from jaxqat.integer._execute import PallasCuda
+from jaxqat.integer._execute.executor import LOWERINGS
 
 ACTIVATIONS = {
     "relu": nn.relu,

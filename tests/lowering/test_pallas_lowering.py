@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from lowering.targets import for_targets
 
-from jaxqat.integer.pallas_conv import Residual, convolve
-from jaxqat.integer.pallas_tiles import Geometry, Tile, padded_channels, padded_depth
+from jaxqat.integer._execute.pallas_conv import Residual, convolve
+from jaxqat.integer._execute.pallas_tiles import Geometry, Tile, padded_channels, padded_depth
 from jaxqat.lowering import compile_for, kernels, products
 
 on_supported = for_targets(("sm_80", "sm_90"))

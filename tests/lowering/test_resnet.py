@@ -11,10 +11,10 @@ from lowering.functions import shape
 from lowering.targets import for_targets
 
 from jaxqat import quantize
-from jaxqat.integer.convert import convert
-from jaxqat.integer.execute import make_executor
+from jaxqat.integer._convert.convert import convert
+from jaxqat.integer._execute.executor import make_executor
 from jaxqat.lowering import kernels
-from jaxqat.models import ModelConfig, build_model
+from jaxqat.pipeline.models import ModelConfig, build_model
 
 WIDTH, BATCH = 64, 64
 PRODUCTS = 20 + 1

@@ -11,10 +11,10 @@ from lowering.functions import F32, shape
 from lowering.targets import GPUS, TPUS, for_targets
 
 from jaxqat import quantize
-from jaxqat.data import augment, normalize
 from jaxqat.lowering import compile_for, kernels, products
-from jaxqat.models import ModelConfig, build_model
-from jaxqat.training import Data, init_state, make_step
+from jaxqat.pipeline.data import augment, normalize
+from jaxqat.pipeline.models import ModelConfig, build_model
+from jaxqat.pipeline.training import Data, init_state, make_step
 
 CLASSES = 10
 # By platform, width and batch. On two cores the GPU's compiler takes some ten seconds at any width,

@@ -1,0 +1,140 @@
+"""What quantization makes of a model: a table of its products, and what stays in float between."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from jaxqat.integer._convert.convert import obstacles
+from jaxqat.integer._packing import packed_size
+from jaxqat.quant._plan.plan import NO_WEIGHTS, LayerInfo
+from jaxqat.quant.models.function import Quantized, QuantizedFunction, flatten
+from jaxqat.quant.models.linen import COLLECTION, QuantizedModule, quantize
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerDescription:
+    """A product of the model.
+
+    Attributes:
+        layer: Path, kind, shape of the weights, bits, and why it stays in float, if it does.
+        granularity: 'per_channel' or 'per_tensor': what has a scale of its own in the weights.
+        input_range: Smallest and largest real value that its input's codes cover; None if the
+            input stays in float or was never observed.
+        weight_bytes: Of its weights as they are saved, without scales and bias.
+    """
+
+    layer: LayerInfo
+    granularity: str
+    input_range: tuple[float, float] | None
+    weight_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """A model's products and obstacles; `str` makes a table of them.
+
+    Attributes:
+        layers: In the order of computation.
+        obstacles: What keeps the model from being an integer network, a line each; empty if it
+            can be one.
+    """
+
+    layers: tuple[LayerDescription, ...]
+    obstacles: tuple[str, ...]
+
+    def __str__(self) -> str:
+        rows = [("path", "kind", "weights", "bits", "scales", "input range", "MACs", "bytes")]
+        rows += [_cells(layer) for layer in self.layers]
+        macs = sum(row.layer.macs for row in self.layers)
+        size = sum(row.weight_bytes for row in self.layers)
+        rows.append(("total", "", "", "", "", "", f"{macs:,}", f"{size:,}"))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = []
+        for row in rows:
+            text = [cell.ljust(width) for cell, width in zip(row[:6], widths, strict=False)]
+            numbers = [cell.rjust(width) for cell, width in zip(row[6:], widths[6:], strict=True)]
+            lines.append("  ".join([*text, *numbers]).rstrip())
+        for row in self.layers:
+            if row.layer.float_reason is not None:
+                lines.append(f"in float: {row.layer.path}: {row.layer.float_reason}")
+        lines += [f"no integer form: {reason}" for reason in self.obstacles]
+        return "\n".join(lines)
+
+
+def describe(model: Any, *arguments: Any, **kwargs: Any) -> Description:
+    """Prints what quantization makes of a model, and returns it.
+
+        jaxqat.describe(model, variables, images, train=False)
+
+    Args:
+        model: What `jaxqat.quantize` returned; or a model, to be quantized by the recipe 'int8'.
+        *arguments: As for the model's `apply` (variables, *inputs); for a quantized function
+            (parameters, ranges, *inputs), for another one (parameters, *inputs), for an NNX module
+            (*inputs). Only shapes and types of the inputs matter.
+        **kwargs: As for the model's `apply`.
+
+    Raises:
+        QuantizationError: The model is none that can be quantized.
+    """
+    quantized: Any = model if isinstance(model, Quantized) else quantize(model)
+    if isinstance(quantized, QuantizedFunction) and quantized is not model:
+        arguments = (arguments[0], None, *arguments[1:])  # It comes without ranges.
+    state, inputs = arguments[: quantized.state_arguments], arguments[quantized.state_arguments :]
+    before = state[:1]  # Variables or parameters, if the model does not hold them.
+    table = quantized.describe(*before, *inputs, **kwargs)
+    seen = _ranges(quantized, state)
+    empty = quantized.init_ranges(*before, *inputs, **kwargs)
+    found = _obstacles(quantized, state, inputs, kwargs, empty)
+    told = tuple(f"{layer.path} ({layer.kind}): " for layer in table if layer.float_reason)
+    description = Description(
+        tuple(_described(layer, seen) for layer in table),
+        tuple(reason for reason in found if not reason.startswith(told)),
+    )
+    print(description)
+    return description
+
+
+def _ranges(quantized: Any, state: tuple[Any, ...]) -> Mapping[Any, Any]:
+    if isinstance(quantized, QuantizedModule):
+        return flatten(state[0].get(COLLECTION, {}))
+    return flatten((state[1] or {}) if state else quantized.all_ranges())
+
+
+def _obstacles(
+    quantized: Any, state: tuple[Any, ...], inputs: Any, kwargs: Any, ranges: Any
+) -> tuple[str, ...]:
+    """With ranges that have seen nothing: obstacles do not depend on them."""
+    if isinstance(quantized, QuantizedModule):
+        return obstacles(quantized, {**state[0], COLLECTION: ranges}, *inputs, **kwargs)
+    if isinstance(quantized, QuantizedFunction):
+        return obstacles(quantized, state[0], ranges, *inputs, **kwargs)
+    return obstacles(quantized.with_ranges(ranges), *inputs, **kwargs)
+
+
+def _described(layer: LayerInfo, seen: Mapping[Any, Any]) -> LayerDescription:
+    weightless = layer.kind == "attention" or layer.float_reason == NO_WEIGHTS
+    weights = 0 if weightless else math.prod(layer.weight_shape)
+    bits = layer.weight_bits
+    size = 4 * weights if bits is None else packed_size(weights, bits)
+    granularity = layer.settings.weight_granularity if layer.settings else ""
+    return LayerDescription(layer, granularity, layer.covered(seen), size)
+
+
+def _cells(row: LayerDescription) -> tuple[str, ...]:
+    layer, shape = row.layer, "x".join(map(str, row.layer.weight_shape))
+    bits = f"{layer.weight_bits or 'float'}" + (f"/{layer.act_bits}" if layer.act_bits else "")
+    extent = "" if row.input_range is None else "{:.3g} .. {:.3g}".format(*row.input_range)
+    if layer.settings and layer.settings.act_range == "dynamic":
+        extent = "each example's"
+    scales = "" if layer.weight_bits is None else row.granularity.removeprefix("per_")
+    return (
+        layer.path,
+        layer.kind,
+        shape,
+        bits,
+        scales,
+        extent,
+        f"{layer.macs:,}",
+        f"{row.weight_bytes:,}",
+    )

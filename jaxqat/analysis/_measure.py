@@ -1,0 +1,178 @@
+"""What is summed over batches, on the device and on the host.
+
+On the device, sums run over one example each, in float32; over examples they run in float64.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxqat.analysis.result import Effect
+from jaxqat.integer._verify import in_decibels
+from jaxqat.quant import QuantizationError
+from jaxqat.quant._interpret import Evaluated, Evaluator
+from jaxqat.quant._numerics.activations import dequantize, in_steps
+from jaxqat.quant._numerics.grids import Grid
+from jaxqat.quant._plan.plan import Pair
+
+BINS_INSIDE = 64  # Of a histogram: what is not clipped.
+BINS_BESIDE = 16  # Below that, and as many above.
+
+
+class Noise(NamedTuple):
+    """Sums of squares, one an example: of a tensor, and of what quantization makes of it less it.
+
+    A sum of n squares in float32 is off by at most n * 2**-24 of itself.
+    """
+
+    signal: Float[Array, "n"]
+    noise: Float[Array, "n"]
+
+    @classmethod
+    def of(cls, real: Float[Array, "n ..."], value: Float[Array, "n ..."]) -> "Noise":
+        """The noise of a value that stands for a real one."""
+        real, value = (x.astype(jnp.float32) for x in (real, value))
+        axes = tuple(range(1, real.ndim))
+        return cls(jnp.sum(real**2, axes), jnp.sum((real - value) ** 2, axes))
+
+
+class Spread(NamedTuple):
+    """How the values of a tensor lie on its grid; the first axis is there to be summed over."""
+
+    clipped: Int[Array, "1"]
+    counts: Int[Array, "1 bins"]
+
+
+class Sums(NamedTuple):
+    """What adds up over batches.
+
+    Attributes:
+        weights: Of each layer, in order; None where it has none.
+        outputs: Of each layer, in order.
+        tensors: By name.
+        spreads: By name.
+    """
+
+    weights: list[Noise | None]
+    outputs: list[Noise]
+    tensors: dict[str, Noise]
+    spreads: dict[str, Spread]
+
+
+class Measured(NamedTuple):
+    """What batches say.
+
+    Attributes:
+        sums: What adds up.
+        extremes: Smallest value and the largest negated, by name: of both the minimum counts.
+        ends: Real values of the first code and of the last, by name; the same for all batches.
+        edges: Of the histograms, by name; the same for all batches.
+    """
+
+    sums: Sums
+    extremes: dict[str, Float[Array, "2"]]
+    ends: dict[str, Float[Array, "2"]]
+    edges: dict[str, Float[Array, "bins+1"]]
+
+    def plus(self, other: "Measured") -> "Measured":
+        """Both batches, on the host."""
+        sums = jax.tree.map(np.add, self.sums, other.sums)
+        extremes = jax.tree.map(np.minimum, self.extremes, other.extremes)
+        return self._replace(sums=sums, extremes=extremes)
+
+    def on_host(self) -> "Measured":
+        """With sums over the examples."""
+        sums = jax.tree.map(lambda x: _wide(x).sum(0), self.sums)
+        rest = (jax.tree.map(_wide, x) for x in (self.extremes, self.ends, self.edges))
+        return Measured(sums, *rest)
+
+
+def _wide(x: Any) -> np.ndarray:
+    x = np.asarray(x)
+    return x.astype(np.int64 if np.issubdtype(x.dtype, np.integer) else np.float64)
+
+
+def measure(real: Evaluator, quantized: Evaluator) -> Measured:
+    """Compares an evaluation in float with one on integers, of the same batch."""
+    outputs = [
+        Noise.of(each.result, quantized.products[row].result) for row, each in real.products.items()
+    ]
+    tensors, spreads, extremes, ends, edges = {}, {}, {}, {}, {}
+    for key, codes in quantized.codes.items():
+        name, values = "/".join(key), real.observed[key]
+        tensors[name] = Noise.of(values, dequantize(codes.codes, codes.grid, jnp.float32))
+        ends[name] = codes.grid.scale * (_code_ends(codes.grid) - codes.grid.zero)
+        edges[name] = _edges(codes.grid)
+        spreads[name] = _spread(values, codes.grid, edges[name])
+        extremes[name] = jnp.stack([values.min(), -values.max()])
+    weights = [_weight_noise(each) for each in real.products.values()]
+    return Measured(Sums(weights, outputs, tensors, spreads), extremes, ends, edges)
+
+
+def _weight_noise(each: Evaluated) -> Noise | None:
+    if isinstance(each.layer, Pair):
+        return None
+    how = each.layer.how
+    return Noise.of(each.weights, how.dequantize(*how.quantize(each.weights, each.step)))
+
+
+def _code_ends(grid: Grid) -> np.ndarray:
+    return np.array([grid.low, grid.high], np.float32)
+
+
+def _edges(grid: Grid) -> Float[Array, "bins+1"]:
+    """Half a step beside the ends of the grid, where clipping begins, is an edge."""
+    low, high = _code_ends(grid) + np.array([-0.5, 0.5], np.float32)
+    bins = np.arange(-BINS_BESIDE, BINS_INSIDE + BINS_BESIDE + 1, dtype=np.float32)
+    return grid.scale * (low + (high - low) / BINS_INSIDE * bins - grid.zero)
+
+
+def _spread(values: Float[Array, "..."], grid: Grid, edges: Float[Array, "bins+1"]) -> Spread:
+    codes = jnp.round(in_steps(values, grid)) + grid.zero
+    clipped = jnp.sum((codes < grid.low) | (codes > grid.high))
+    bins = len(edges) - 1
+    # Inner edges alone: what is beyond the outer ones falls into the first and the last bin.
+    chosen = jnp.searchsorted(edges[1:-1], values.reshape(-1).astype(jnp.float32), side="right")
+    return Spread(clipped[None], jnp.bincount(chosen, length=bins)[None])
+
+
+@dataclasses.dataclass
+class Score:
+    """One choice of quantized layers, summed up over batches."""
+
+    examples: int = 0
+    classified: int = 0
+    signal: float = 0.0
+    noise: float = 0.0
+    agreeing: int = 0
+    correct: int = 0
+    labelled: bool = False
+
+    def add(self, result: np.ndarray, real: np.ndarray, labels: np.ndarray | None) -> None:
+        """Counts a batch: its result, the float network's, and the labels if there are any."""
+        wide, exact = result.astype(np.float64), real.astype(np.float64)
+        self.examples += len(exact)
+        self.signal += float((exact**2).sum())
+        self.noise += float(((exact - wide) ** 2).sum())
+        if not np.isfinite([self.signal, self.noise]).all():
+            raise QuantizationError(
+                "The network's result is not finite on these batches (NaN or infinite); no noise "
+                "can be told from it."
+            )
+        if real.ndim > 1 and real.shape[-1] > 1:
+            classes = result.argmax(-1)
+            self.classified += classes.size
+            self.agreeing += int((classes == real.argmax(-1)).sum())
+            if labels is not None:
+                self.labelled = True
+                self.correct += int((classes == labels).sum())
+
+    def effect(self) -> Effect:
+        """What came of it."""
+        agreement = self.agreeing / self.classified if self.classified else None
+        accuracy = self.correct / self.classified if self.labelled else None
+        return Effect(in_decibels(self.signal, self.noise), agreement, accuracy)

@@ -1,0 +1,238 @@
+"""The engines: each makes, of one integer network, something that turns images into logits."""
+
+import dataclasses
+import importlib.util
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from jaxqat.bench.floats import JaxNetwork, TorchNetwork
+from jaxqat.bench.timing import Call
+from jaxqat.integer._execute.executor import LOWERINGS, make_executor
+from jaxqat.integer.graph import IntegerGraph
+
+Bind = Callable[[np.ndarray], Call]
+"""Takes a batch of images and gives what makes logits of them."""
+
+# How a result relates to others: 'float' engines to each other, 'exact' ones equal the integer
+# network, 'near' ones are the integer network up to their own rounding, and 'other' quantizes the
+# float network in its own way.
+Kind = Literal["float", "exact", "near", "other"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What engines are made of.
+
+    Attributes:
+        graph: The integer network.
+        threads: Of each engine on the CPU.
+        calibration: Batches of images, for engines that quantize by themselves.
+    """
+
+    graph: IntegerGraph
+    threads: int
+    calibration: Sequence[np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Engine:
+    """A way to run the network.
+
+    Attributes:
+        key: Its name in JSON.
+        label: For people.
+        packages: What it needs installed; the first is whose version counts.
+        precision: 'fp32', 'tf32', 'bf16' or 'int8'.
+        kind: See `Kind`.
+        make: Makes it.
+    """
+
+    key: str
+    label: str
+    packages: tuple[str, ...]
+    precision: str
+    kind: Kind
+    make: Callable[[Setup], Bind]
+
+    @property
+    def family(self) -> str:
+        """Engines of one family differ in precision only: 'jax', 'ort', 'openvino', 'torch'."""
+        return self.key.split("_")[0]
+
+    def missing(self) -> str | None:
+        """The package that it needs and that is not installed."""
+        return next((name for name in self.packages if not is_installed(name)), None)
+
+
+def is_installed(package: str) -> bool:
+    """Whether a package could be imported."""
+    return importlib.util.find_spec(package) is not None
+
+
+def platform() -> str:
+    """'cpu', 'cuda' or 'tpu': the present device."""
+    name = jax.devices()[0].platform
+    return "cuda" if name == "gpu" else name
+
+
+def engines_of(device: str) -> list[Engine]:
+    """The engines of a device; the first is what others are compared with.
+
+    On an accelerator that is JAX alone: the other engines would run on the host's processor.
+    """
+    precisions = ("fp32", "tf32", "bf16") if device == "cuda" else ("fp32", "bf16")
+    names = {"fp32": "FP32", "tf32": "TF32", "bf16": "bf16"}
+    engines = [
+        Engine(f"jax_{p}", f"JAX {names[p]}", ("jax",), p, "float", _make_jax_float(p))
+        for p in precisions
+    ]
+    for lowering in LOWERINGS:
+        if lowering.split("_")[0] == device:
+            key = "jax_int8" + lowering.removeprefix(device)
+            label = f"JAX int8 ({lowering})" if device == "cuda" else "JAX int8"
+            kind = "near" if lowering.endswith("approximate") else "exact"
+            make = _make_jax_integer(lowering)
+            engines.append(Engine(key, label, ("jax",), "int8", kind, make))
+    return engines + (CPU_ENGINES if device == "cpu" else [])
+
+
+def _make_jax_float(precision: str) -> Callable[[Setup], Bind]:
+    def make(setup: Setup) -> Bind:
+        # Of weights as arguments, cuDNN's layout is the one that XLA need not transpose each time.
+        network = JaxNetwork(setup.graph, precision, outputs_first=platform() == "cuda")
+        # Both sides get what the compiler is told on this platform.
+        options: Any = make_executor(setup.graph).compiler_options
+        apply = jax.jit(network.apply, compiler_options=options)
+        arrays = network.arrays()
+        return _bind_jax(lambda images: apply(arrays, images))
+
+    return make
+
+
+def _make_jax_integer(lowering: str) -> Callable[[Setup], Bind]:
+    return lambda setup: _bind_jax(make_executor(setup.graph, platform=lowering))
+
+
+def _bind_jax(function: Callable[[Any], jax.Array]) -> Bind:
+    def bind(images: np.ndarray) -> Call:
+        # On an accelerator, the network is measured and not the way to it.
+        given = images if platform() == "cpu" else jax.device_put(images)
+        return lambda: jax.block_until_ready(function(given))
+
+    return bind
+
+
+def _bind_onnx(model: Any, setup: Setup, *, exact: bool) -> Bind:
+    from jaxqat.export._onnx.runtime import make_session
+
+    session = make_session(model, threads=setup.threads, exact=exact)
+    (given,) = session.get_inputs()
+    return lambda images: lambda: session.run(None, {given.name: images})[0]
+
+
+def _make_onnx_float(setup: Setup) -> Bind:
+    from jaxqat.export._onnx.float_network import float_model
+
+    return _bind_onnx(float_model(setup.graph), setup, exact=False)
+
+
+def _make_onnx_integer(setup: Setup) -> Bind:
+    from jaxqat.export._onnx.model import onnx_model
+
+    return _bind_onnx(onnx_model(setup.graph), setup, exact=True)
+
+
+def _make_onnx_static(setup: Setup) -> Bind:
+    """ONNX Runtime's own quantizer on the float model, prepared as its documentation asks, in the
+    form that is fast on x86: uint8 activations, int8 weights by channel, QDQ.
+    """
+    import onnx
+    from onnxruntime import quantization
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    from jaxqat.export._onnx.float_network import float_model
+
+    class Reader(quantization.CalibrationDataReader):
+        def __init__(self):
+            self.batches = iter(setup.calibration)
+
+        def get_next(self) -> Any:
+            batch = next(self.batches, None)
+            return None if batch is None else {"images": batch}
+
+    with tempfile.TemporaryDirectory() as folder:
+        names = ("float.onnx", "prepared.onnx", "static.onnx")
+        source, prepared, target = (Path(folder) / name for name in names)
+        source.write_bytes(float_model(setup.graph).SerializeToString())
+        # The symbolic inference is for transformers, and needs SymPy.
+        quant_pre_process(source, prepared, skip_symbolic_shape=True)
+        quantization.quantize_static(
+            prepared,
+            target,
+            Reader(),
+            quant_format=quantization.QuantFormat.QDQ,
+            activation_type=quantization.QuantType.QUInt8,
+            weight_type=quantization.QuantType.QInt8,
+            per_channel=True,
+        )
+        model = onnx.load(target)
+    return _bind_onnx(model, setup, exact=False)
+
+
+def _bind_openvino(model: Any, setup: Setup) -> Bind:
+    from jaxqat.export._onnx.openvino import compile_openvino
+
+    run = compile_openvino(model, threads=setup.threads)
+    return lambda images: lambda: run(images)
+
+
+def _make_openvino_float(setup: Setup) -> Bind:
+    from jaxqat.export._onnx.float_network import float_model
+
+    return _bind_openvino(float_model(setup.graph), setup)
+
+
+def _make_openvino_integer(setup: Setup) -> Bind:
+    from jaxqat.export._onnx.model import onnx_model
+
+    return _bind_openvino(onnx_model(setup.graph), setup)
+
+
+def _make_torch(setup: Setup) -> Bind:
+    import torch  # pyright: ignore[reportMissingImports]
+
+    torch.set_num_threads(setup.threads)
+    network = TorchNetwork(setup.graph, torch)
+    arrays = network.arrays()
+
+    def bind(images: np.ndarray) -> Call:
+        given = torch.from_numpy(images)
+
+        def call() -> np.ndarray:
+            with torch.inference_mode():
+                return network.run(arrays, given).numpy()
+
+        return call
+
+    return bind
+
+
+_ORT, _OPENVINO = ("onnxruntime", "onnx"), ("openvino", "onnx")
+
+CPU_ENGINES = [
+    Engine("ort_fp32", "ONNX Runtime FP32", _ORT, "fp32", "float", _make_onnx_float),
+    Engine("ort_int8", "ONNX Runtime int8", _ORT, "int8", "exact", _make_onnx_integer),
+    Engine(
+        "ort_static", "ONNX Runtime's quantize_static", _ORT, "int8", "other", _make_onnx_static
+    ),
+    Engine("openvino_fp32", "OpenVINO FP32", _OPENVINO, "fp32", "float", _make_openvino_float),
+    Engine(
+        "openvino_int8", "OpenVINO int8", _OPENVINO, "int8", "near", _make_openvino_integer
+    ),
+    Engine("torch_fp32", "PyTorch FP32", ("torch",), "fp32", "float", _make_torch),
+]  # fmt: skip

@@ -1,0 +1,97 @@
+"""What is benchmarked where there is no run: a ResNet-18 made on the spot, and images for it.
+
+Speed does not depend on what weights say, but whether engines agree can only be seen where values
+neither vanish nor saturate: batch norm has the statistics of a batch, and activations the ranges of
+the images.
+"""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+from jaxtyping import Float32, UInt8
+
+from jaxqat.integer._convert.convert import convert
+from jaxqat.integer.graph import IntegerGraph
+from jaxqat.pipeline.data import normalize
+from jaxqat.pipeline.models import ModelConfig, build_model
+from jaxqat.pipeline.report.samples import read_samples
+from jaxqat.quant import quantize
+
+WIDTH = 64  # The paper's network.
+IMAGE_SHAPE, CLASSES = (32, 32, 3), 10
+MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+
+
+def random_network(width: int, *, seed: int = 0) -> IntegerGraph:
+    """An integer ResNet-18 of CIFAR's size with random weights.
+
+    Args:
+        width: Channels of the first stage; the paper's network has 64.
+        seed: Of weights and images.
+    """
+    module = build_model(ModelConfig(width=width), CLASSES)
+    model = quantize(module)
+    first, second = jax.random.split(jax.random.key(seed))
+    images = jax.random.normal(second, (8, *IMAGE_SHAPE))
+
+    @jax.jit
+    def initial(key):
+        variables = module.init(key, images, train=False)
+        _, updated = module.apply(variables, images, train=True, mutable=["batch_stats"])
+        # A step goes a tenth of the way from the initial statistics to those of the batch.
+        statistics = jax.tree.map(
+            lambda old, new: old + (new - old) / 0.1,
+            variables["batch_stats"],
+            updated["batch_stats"],
+        )
+        return {"params": variables["params"], "batch_stats": statistics}
+
+    variables = initial(first)
+    observe = jax.jit(lambda variables: model.calibrate(variables, images, train=False))
+    empty = model.init_ranges(variables, images, train=False)
+    variables = {**variables, "quant": observe({**variables, "quant": empty})}
+    return convert(
+        model,
+        variables,
+        images[:1],
+        preprocess=lambda pixels: normalize(pixels, MEAN, STD),
+        metadata={"name": f"ResNet-18, width {width}, random weights"},
+        train=False,
+    )
+
+
+def run_pixels(workdir: Path) -> UInt8[np.ndarray, "n h w c"] | None:
+    """The test images that a run keeps for its report, if it does."""
+    samples = read_samples(workdir)
+    return None if samples is None else samples.images
+
+
+def are_usable(graph: IntegerGraph, pixels: UInt8[np.ndarray, "..."]) -> bool:
+    """Whether a network knows how to normalize these pixels."""
+    return len(pixels) > 0 and (
+        graph.quantize.table is not None and pixels.shape[1:] == graph.input_shape
+    )
+
+
+def make_images(
+    graph: IntegerGraph, count: int, pixels: UInt8[np.ndarray, "..."] | None = None
+) -> Float32[np.ndarray, "..."]:
+    """Float input for a network, as users hand it over: (count, *input_shape), contiguous.
+
+    Args:
+        graph: The network.
+        count: How many; images are repeated.
+        pixels: Images to take, which are usable. Without them, the input is noise that spreads
+            over the range of the network's input.
+    """
+    node = graph.quantize
+    tensor = graph.tensors[node.output]
+    if pixels is not None:
+        assert node.table is not None
+        pixels = np.resize(pixels, (count, *pixels.shape[1:]))
+        codes = node.table[pixels, np.arange(node.table.shape[1])].astype(np.float32)
+        return np.ascontiguousarray((codes - tensor.zero_point) * tensor.scale, np.float32)
+    low, high = ((c - tensor.zero_point) * tensor.scale for c in (tensor.low, tensor.high))
+    noise = np.random.default_rng(0).standard_normal((count, *graph.input_shape), np.float32)
+    return np.clip((low + high) / 2 + noise * (high - low) / 8, low, high).astype(np.float32)

@@ -1,0 +1,258 @@
+"""Training of one network: the time and the memory of a step in FP32, in bfloat16 and in QAT."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxqat.bench.checks import BenchmarkError
+from jaxqat.bench.engines import platform
+from jaxqat.bench.timing import Call, add_ratios, alternate, summarize
+from jaxqat.pipeline.config import Experiment
+from jaxqat.pipeline.data import Dataset, Split
+from jaxqat.pipeline.networks import Networks, matmul_precision, stage_key
+from jaxqat.pipeline.training import (
+    PARAMETERS,
+    Data,
+    TrainState,
+    init_state,
+    make_optimizer,
+    make_step,
+)
+from jaxqat.pipeline.training.step import make_dispatch
+
+# As in training: a CPU runs one step a call, and a call of one step leaves an accelerator idle.
+STEPS_PER_CALL = {"cpu": 1}
+ACCELERATOR_STEPS_PER_CALL = 10
+STEPS_PER_EPOCH = 4
+
+# The updates of the first step, as vectors, point the same way up to what the precision rounds.
+# Unrelated directions of millions of parameters have a cosine of 0.
+LEAST_COSINE = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A way to train.
+
+    Attributes:
+        key: Its name in JSON.
+        label: For people.
+        stage: 'fp32' or 'qat'.
+        precision: `Experiment.precision`.
+    """
+
+    key: str
+    label: str
+    stage: str
+    precision: str
+
+
+FP32 = Variant("fp32", "FP32", "fp32", "float32")
+TF32 = Variant("tf32", "TF32", "fp32", "tf32")
+BF16 = Variant("bf16", "bf16", "fp32", "bfloat16")
+QAT = Variant("qat", "QAT int8", "qat", "float32")
+QAT_TF32 = Variant("qat_tf32", "QAT int8, else TF32", "qat", "tf32")
+QAT_BF16 = Variant("qat_bf16", "QAT int8, else bf16", "qat", "bfloat16")
+
+VARIANTS = {
+    "cpu": (FP32, BF16, QAT),
+    "cuda": (FP32, TF32, BF16, QAT, QAT_TF32, QAT_BF16),
+    "tpu": (FP32, BF16, QAT, QAT_BF16),
+}
+
+
+def benchmark_training(
+    experiment: Experiment,
+    *,
+    image_shape: tuple[int, ...],
+    classes: int,
+    batch_size: int | None = None,
+    rounds: int = 10,
+    say: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Time a training step in all precisions of the device.
+
+    Args:
+        experiment: The network, the recipe, the optimizer; its data is not used.
+        image_shape: Of one image.
+        classes: How many.
+        batch_size: Images a step; None for the experiment's.
+        rounds: How often each has its turn.
+        say: Told what is being done.
+
+    Returns:
+        JSON-able: the network and a row for each precision.
+
+    Raises:
+        BenchmarkError: A step does not train, or not in the direction of FP32.
+    """
+    device = platform()
+    batch = batch_size or experiment.fp32.batch_size
+    length = STEPS_PER_CALL.get(device, ACCELERATOR_STEPS_PER_CALL)
+    dataset = random_dataset(image_shape, classes, batch * STEPS_PER_EPOCH)
+    rows, calls, first = [], {}, {}
+    for variant in VARIANTS.get(device, VARIANTS["cpu"]):
+        say(f"compiling {variant.label}")
+        trainer = Trainer(variant, experiment, dataset, batch, length)
+        first[variant.key] = trainer.first_update()
+        check_update(variant.label, first[variant.key], first[FP32.key])
+        rows.append({"key": variant.key, "label": variant.label, **trainer.memory()})
+        rows[-1]["cosine_to_fp32"] = cosine(first[variant.key], first[FP32.key])
+        calls[variant.key] = trainer.call()
+    say(f"{rounds} rounds of {len(calls)} steps")
+    seconds = alternate(calls, rounds=rounds)
+    for row in rows:
+        row |= summarize([s / length for s in seconds[row["key"]]], batch)
+    add_ratios(rows, {"ratio_to_fp32": FP32.key})
+    return {
+        "network": {"name": experiment.name, **dataclasses.asdict(experiment.model)},
+        "recipe": dataclasses.asdict(experiment.quant),
+        "image_shape": list(image_shape),
+        "batch_size": batch,
+        "steps_per_call": length,
+        "precisions": rows,
+        "notes": notes(rows),
+    }
+
+
+class Trainer:
+    """A compiled training step and its state.
+
+    Attributes:
+        networks: Of the experiment in the variant's precision.
+    """
+
+    def __init__(
+        self, variant: Variant, experiment: Experiment, dataset: Dataset, batch: int, length: int
+    ):
+        experiment = dataclasses.replace(experiment, precision=variant.precision)
+        self._stage, self._length = variant.stage, length
+        with matmul_precision(experiment):
+            self.networks = Networks.build(experiment, dataset)
+            config = experiment.fp32
+            # Both stages take the same steps, and without a warm-up the first of them moves.
+            settings = dataclasses.replace(config.optimizer, warmup_epochs=0.0)
+            self._trained = self.networks.trained(variant.stage)
+            optimizer = make_optimizer(
+                settings,
+                total_steps=10**6,
+                steps_per_epoch=STEPS_PER_EPOCH,
+                pair=self._trained is not PARAMETERS,
+            )
+            step = make_step(
+                forward=self.networks.forward(variant.stage),
+                prepare=self.networks.prepare,
+                optimizer=optimizer,
+                batch_size=batch,
+                steps_per_epoch=STEPS_PER_EPOCH,
+                label_smoothing=config.label_smoothing,
+                trained=self._trained,
+            )
+            self._data = Data(*jax.device_put((dataset.train.images, dataset.train.labels)))
+            self._order = jnp.arange(len(dataset.train), dtype=jnp.int32)
+            # All variants see the same augmented images: their first updates are compared.
+            self._key = stage_key(experiment.seed, "fp32")
+            self._state = self._init(optimizer)
+            self._compiled = self._compile(step, length)
+            # Ten steps from the same start end further apart than one.
+            self._one_step = self._compiled if length == 1 else self._compile(step, 1)
+
+    def _compile(self, step: Any, length: int) -> Any:
+        dispatch: Any = make_dispatch(step, length)
+        return dispatch.lower(self._state, self._data, self._order, self._key).compile()
+
+    def _init(self, optimizer: Any) -> TrainState:
+        params, collections = self.networks.init()
+        if self._stage == "qat":
+            variables = {"params": params, **collections}
+            image = self.networks.one_image()
+            # Ranges that have seen nothing are those of the first batch.
+            empty = self.networks.quantized.init_ranges(variables, image, train=False)
+            collections = {**collections, "quant": empty}
+        return jax.tree.map(jnp.array, init_state(params, collections, optimizer, self._trained))
+
+    def first_update(self) -> list[np.ndarray]:
+        """What the first step adds to the parameters."""
+        before = jax.tree.map(np.array, jax.tree.leaves(self._state.params))
+        self._run(self._one_step)
+        after = jax.tree.leaves(self._state.params)
+        return [np.asarray(b) - a for a, b in zip(before, after, strict=True)]
+
+    def memory(self) -> dict[str, int | None]:
+        """Bytes that a call needs, by the compiler's account."""
+        analysis = self._compiled.memory_analysis()
+        return {
+            "temporary_bytes": None if analysis is None else analysis.temp_size_in_bytes,
+            "argument_bytes": None if analysis is None else analysis.argument_size_in_bytes,
+        }
+
+    def call(self) -> Call:
+        """Some steps, done when it returns; warm."""
+        self._run(self._compiled)
+        return lambda: self._run(self._compiled)
+
+    def _run(self, program: Any) -> None:
+        # The state's buffers are given away, as in training.
+        arguments = (self._state, self._data, self._order, self._key)
+        self._state, loss = program(*arguments)
+        jax.block_until_ready(loss)
+
+
+def random_dataset(image_shape: tuple[int, ...], classes: int, count: int) -> Dataset:
+    """Random images of random classes."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (count, *image_shape), np.uint8)
+    split = Split(images, rng.integers(0, classes, count, np.int32))
+    channels = image_shape[-1]
+    return Dataset(
+        name="noise",
+        train=split,
+        validation=None,
+        test=split,
+        class_names=tuple(map(str, range(classes))),
+        mean=(0.5,) * channels,
+        std=(0.29,) * channels,
+        fingerprint={},
+    )
+
+
+def check_update(label: str, update: list[np.ndarray], reference: list[np.ndarray]) -> None:
+    """Refuse a step that leaves parameters where they are, or goes another way than FP32's.
+
+    Raises:
+        BenchmarkError: Says what it does.
+    """
+    if not all(np.isfinite(change).all() for change in update):
+        raise BenchmarkError(f"{label}: the first training step gives numbers that are not finite.")
+    found = cosine(update, reference)
+    if not found >= LEAST_COSINE:
+        raise BenchmarkError(
+            f"{label}: the first training step goes another way than that of FP32: the cosine of "
+            f"their updates is {found:.3f}, of at least {LEAST_COSINE}. Times of wrong steps are "
+            "not reported."
+        )
+
+
+def cosine(first: list[np.ndarray], second: list[np.ndarray]) -> float:
+    """Cosine of two updates, each as one vector."""
+    a, b = (np.concatenate([x.ravel() for x in xs]).astype(np.float64) for xs in (first, second))
+    size = np.linalg.norm(a) * np.linalg.norm(b)
+    return float(a @ b / size) if size else 0.0
+
+
+def notes(rows: list[dict[str, Any]]) -> list[str]:
+    """Where QAT is slower, in words."""
+    found = []
+    for row in (row for row in rows if row["key"].startswith("qat")):
+        for other in (other for other in rows if not other["key"].startswith("qat")):
+            ratio = other["median_s"] / row["median_s"]
+            if ratio < 1:
+                found.append(
+                    f"A step of {row['label']} is slower than one of {other['label']} here: "
+                    f"{ratio:.2f} times its speed."
+                )
+    return found

@@ -1,0 +1,176 @@
+"""`jaxqat benchmark`: what is measured, of which network, and where it is written."""
+
+import importlib.metadata
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+
+from jaxqat.bench.checks import BenchmarkError
+from jaxqat.bench.engines import engines_of, platform
+from jaxqat.bench.inference import benchmark_inference
+from jaxqat.bench.networks import CLASSES, IMAGE_SHAPE, WIDTH, random_network, run_pixels
+from jaxqat.bench.table import print_benchmark
+from jaxqat.bench.training import benchmark_training
+from jaxqat.pipeline.config import Experiment
+from jaxqat.pipeline.integer_networks import load_network
+from jaxqat.pipeline.models import ModelConfig
+from jaxqat.pipeline.run.folder import RunFolder, write_json
+from jaxqat.pipeline.run.results import environment
+
+WHAT = ("inference", "train")
+
+
+def benchmark(
+    run: Path | None = None,
+    *,
+    what: Literal["inference", "train"] = "inference",
+    batch_sizes: Sequence[int] | None = None,
+    rounds: int = 10,
+    width: int | None = None,
+    json: Path | None = None,
+    command: str | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Measure speed on the present device, print a table, and write it down.
+
+    Args:
+        run: The run folder whose network it is; None for a ResNet-18 with random weights.
+        what: 'inference': FP32, bfloat16 and int8 in JAX and in the engines that are installed.
+            'train': a training step in FP32, bfloat16 and QAT.
+        batch_sizes: Images of a call; None for 1, 32, 256 (and 1024 on an accelerator), and for
+            training for the run's. Training takes one.
+        rounds: How often each engine has its turn.
+        width: Of the ResNet-18, where no run is given; None for 64.
+        json: File to write.
+        command: What was typed, for the record.
+        console: Where it is shown; None for standard output.
+
+    Returns:
+        What is written to the file.
+
+    Raises:
+        BenchmarkError: An argument cannot be used, or engines disagree.
+        RunFolderError: It is no run folder, has no integer network, or the file cannot be written.
+        ArtifactError: The integer network is damaged.
+    """
+    console = console or Console()
+    if run is not None and width is not None:
+        raise BenchmarkError(f"width is of the random ResNet-18; {run} has its own network.")
+    width = WIDTH if width is None else width
+    _check(what, batch_sizes, rounds, width, json)
+    load = _load_average()
+
+    def say(text: str) -> None:
+        console.print(text, style="dim", highlight=False)
+
+    if what == "inference":
+        measured = _inference(run, batch_sizes, rounds, width, say)
+    else:
+        measured = _training(run, batch_sizes, rounds, width, say)
+    result = {
+        "what": what,
+        "run": None if run is None else str(run),
+        "command": command,
+        "environment": environment(),
+        "versions": versions() if what == "inference" else {},
+        "threads": thread_count(),
+        "rounds": rounds,
+        "load_average": None if load is None else {"before": load, "after": _load_average()},
+        **measured,
+    }
+    print_benchmark(result, console)
+    if json is not None:
+        write_json(json, result)
+    return result
+
+
+def _check(
+    what: str, batch_sizes: Sequence[int] | None, rounds: int, width: int, json: Path | None
+) -> None:
+    if what not in WHAT:
+        raise BenchmarkError(f"what must be one of {', '.join(WHAT)}, got {what!r}.")
+    numbers = {"rounds": [rounds], "width": [width], "batch_sizes": batch_sizes or ()}
+    for name, values in numbers.items():
+        for value in values:
+            if value < 1:
+                raise BenchmarkError(f"{name} must be 1 or more, got {value!r}.")
+    if what == "train" and batch_sizes is not None and len(batch_sizes) > 1:
+        raise BenchmarkError(
+            f"batch_sizes must be one number for 'train', got {', '.join(map(str, batch_sizes))}."
+        )
+    # Before minutes of measuring, not after.
+    if json is not None and (json.is_dir() or not json.parent.is_dir()):
+        raise BenchmarkError(f"json must be a file in an existing folder, got {str(json)!r}.")
+    if json is not None and not os.access(json.parent, os.W_OK):
+        raise BenchmarkError(f"json must be in a folder that can be written, got {str(json)!r}.")
+
+
+def _inference(run: Path | None, batch_sizes, rounds: int, width: int, say) -> dict[str, Any]:
+    if run is None:
+        say(f"making a ResNet-18 of width {width}")
+        graph, pixels = random_network(width), None
+    else:
+        graph, pixels = load_network(_folder(run)), run_pixels(run)
+    return benchmark_inference(
+        graph,
+        threads=thread_count(),
+        batch_sizes=batch_sizes,
+        rounds=rounds,
+        pixels=pixels,
+        say=say,
+    )
+
+
+def _training(run: Path | None, batch_sizes, rounds: int, width: int, say) -> dict[str, Any]:
+    experiment = Experiment(name=f"ResNet-18, width {width}", model=ModelConfig(width=width))
+    shape, classes = IMAGE_SHAPE, CLASSES
+    if run is not None:
+        folder = _folder(run)
+        experiment, graph = folder.load_config(), load_network(folder)
+        shape, (classes,) = graph.input_shape, graph.output_shape
+    return benchmark_training(
+        experiment,
+        image_shape=shape,
+        classes=classes,
+        batch_size=batch_sizes[0] if batch_sizes else None,
+        rounds=rounds,
+        say=say,
+    )
+
+
+def _folder(run: Path) -> RunFolder:
+    folder = RunFolder(Path(run))
+    folder.load_config()
+    return folder
+
+
+def thread_count() -> int:
+    """Processors that this process may use: JAX takes them all, and the others are told to."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def versions() -> dict[str, str | None]:
+    """Version of each engine's package; None where it is not installed."""
+    found: dict[str, str | None] = {}
+    for engine in engines_of(platform()):
+        package = engine.packages[0]
+        found[package] = None if engine.missing() == package else _version(package)
+    return found
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # As in the distribution onnxruntime-gpu.
+        names = importlib.metadata.packages_distributions().get(package)
+        return importlib.metadata.version(names[0]) if names else "unknown"
+
+
+def _load_average() -> float | None:
+    """Processes that wanted to run in the last minute, where the system tells."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None

@@ -1,0 +1,330 @@
+"""The operations of an integer graph in ONNX's quantized form.
+
+Each tensor is uint8, made by a QuantizeLinear and read through a DequantizeLinear; between the
+two stands the float operation, which runtimes replace together with them by an integer kernel. So
+the fused kernels' arithmetic is the graph's own, to the bit (`onnx_grids` says how), and a runtime
+that fuses nothing computes the same real numbers up to float rounding.
+
+What uint8 saturation does not clip is clipped on the codes, behind QuantizeLinear: a float Clip
+or Relu in front of it would keep ONNX Runtime from an integer kernel.
+"""
+
+import numpy as np
+
+from jaxqat.export import ExportError
+from jaxqat.export._onnx import moves as onnx_moves
+from jaxqat.export._onnx.builder import Builder, channels_first, channels_last
+from jaxqat.export._onnx.grids import UINT8_MAX, offsets, pool_scale, sum_scales, weight_scales
+from jaxqat.integer.graph import (
+    Add,
+    Concat,
+    IntegerGraph,
+    MaxPool,
+    Move,
+    Node,
+    Product,
+    Quantize,
+    SumPool,
+    Tensor,
+)
+
+_ONE = np.float32(1)
+FLOAT, INT32 = 1, 6  # ONNX's numbers of element types.
+
+
+def oriented_weights(weights: np.ndarray, kind: str, spatial: int) -> np.ndarray:
+    """Weights as ONNX has them: (in, out) of a matrix, (out, in, *window) of a convolution.
+
+    A dense layer at every point of space is a convolution with a window of one.
+    """
+    if spatial == 0:
+        return weights
+    if kind == "dense":
+        weights = weights.reshape(*(1,) * spatial, *weights.shape)
+    return weights.transpose(spatial + 1, spatial, *range(spatial))
+
+
+def geometry(node: Product, spatial: int) -> dict[str, object]:
+    """Attributes of a convolution over so many axes of space.
+
+    Raises:
+        ExportError: If its padding is negative.
+    """
+    padding = node.padding or ((0, 0),) * spatial
+    if any(end < 0 for pair in padding for end in pair):
+        raise ExportError(
+            f"node {node.name!r}: a convolution of ONNX pads by 0 or more, this one by {padding}."
+        )
+    return {
+        "kernel_shape": list(node.window or (1,) * spatial),
+        "strides": list(node.strides or (1,) * spatial),
+        "dilations": list(node.dilation or (1,) * spatial),
+        "pads": [low for low, _ in padding] + [high for _, high in padding],
+        "group": node.groups,
+    }
+
+
+class Lowering:
+    """Writes the nodes of an integer graph.
+
+    Attributes:
+        builder: The ONNX graph so far.
+        offsets: Of each tensor: its uint8 number less its code.
+        codes: Of each tensor: the ONNX tensor of its uint8 numbers, channels first.
+    """
+
+    def __init__(self, graph: IntegerGraph, image: str, result: str, *, uint8: bool):
+        self.graph, self.builder = graph, Builder()
+        self.offsets = offsets(graph)
+        self.codes: dict[str, str] = {}
+        self._real: dict[tuple[str, float], str] = {}
+        self._image, self._uint8 = self.builder.name(image), uint8
+        self._result = self.builder.name(result)
+
+    def write(self, node: Node) -> None:
+        """Adds a node that makes codes."""
+        handler = {
+            Quantize: self._quantize,
+            Product: self._product,
+            Add: self._add,
+            MaxPool: self._max_pool,
+            SumPool: self._sum_pool,
+            Move: self._move,
+            Concat: self._concat,
+        }[type(node)]
+        self.codes[node.output] = handler(node, self.graph.tensors[node.output])
+
+    def finish(self) -> None:
+        """Adds the network's real result, in JAX's layout, under its name."""
+        tensor = self.graph.tensors.get(self.graph.output)
+        if tensor is None:
+            node = next(n for n in self.graph.nodes if n.output == self.graph.output)
+            real = self._real_result(node)
+        else:
+            real = self.real(tensor.name, tensor.scale)
+            axes = channels_last(1 + len(tensor.shape))
+            real = self.builder.transpose(real, axes, "channels_last")
+        self.builder.rename(real, self._result)
+
+    def real(self, name: str, scale: np.float32) -> str:
+        """A tensor behind a DequantizeLinear of this scale."""
+        key = (name, float(scale))
+        if key not in self._real:
+            zero = self._zero(self.graph.tensors[name])
+            scale_name = self.builder.constant(np.float32(scale), f"{name}/scale")
+            inputs = [self.codes[name], scale_name, zero]
+            self._real[key] = self.builder.add("DequantizeLinear", inputs, f"{name}/real")
+        return self._real[key]
+
+    def _zero(self, tensor: Tensor) -> str:
+        zero = np.uint8(tensor.zero_point + self.offsets[tensor.name])
+        return self.builder.constant(zero, f"{tensor.name}/zero_point")
+
+    def _quantized(self, real: str, tensor: Tensor, scale: np.float32 | None = None) -> str:
+        """QuantizeLinear onto a tensor's grid, and its bounds where uint8 has others."""
+        scale = tensor.scale if scale is None else scale
+        scale_name = self.builder.constant(np.float32(scale), f"{tensor.name}/scale")
+        inputs = [real, scale_name, self._zero(tensor)]
+        low, high = self._bounds(tensor)
+        exact = low == 0 and high == UINT8_MAX
+        name = f"{tensor.name}/{'codes' if exact else 'unbounded'}"
+        return self._clipped(self.builder.add("QuantizeLinear", inputs, name), tensor)
+
+    def _bounds(self, tensor: Tensor) -> tuple[int, int]:
+        offset = self.offsets[tensor.name]
+        return tensor.low + offset, tensor.high + offset
+
+    def _clipped(self, codes: str, tensor: Tensor, low: int = 0, high: int = UINT8_MAX) -> str:
+        """Codes of low..high within the bounds of a tensor."""
+        bottom, top = self._bounds(tensor)
+        if low >= bottom and high <= top:
+            return codes
+        inputs = [codes, "", ""]
+        if low < bottom:
+            inputs[1] = self.builder.constant(np.uint8(bottom), f"{tensor.name}/low")
+        if high > top:
+            inputs[2] = self.builder.constant(np.uint8(top), f"{tensor.name}/high")
+        inputs = inputs if inputs[2] else inputs[:2]
+        return self.builder.add("Clip", inputs, f"{tensor.name}/codes")
+
+    def _quantize(self, node: Quantize, out: Tensor) -> str:
+        builder, rank = self.builder, 1 + len(out.shape)
+        if self._uint8:
+            codes = self._looked_up(node)
+        else:
+            # The product as training computes it, and the rounding apart from it.
+            inverse = builder.constant(np.float32(node.inverse), "inverse")
+            scaled = builder.add("Mul", [self._image, inverse], f"{out.name}/steps")
+            codes = self._quantized(scaled, out, _ONE)
+        return builder.transpose(codes, channels_first(rank), f"{out.name}/channels_first")
+
+    def _looked_up(self, node: Quantize) -> str:
+        """Normalization and quantization of pixels: entry 256 * channel + pixel of a table."""
+        if node.table is None:
+            raise ExportError(
+                f"node {node.name!r}: the network has no table of uint8 images; right would be "
+                "input='float', or a conversion that is given the normalization."
+            )
+        builder = self.builder
+        table = (node.table.astype(np.int16) + self.offsets[node.output]).astype(np.uint8)
+        index = builder.add("Cast", [self._image], "pixel", to=INT32)
+        if (table == table[:, :1]).all():
+            table = table[:, 0]
+        else:
+            first = builder.constant(256 * np.arange(table.shape[1], dtype=np.int32), "first_entry")
+            index = builder.add("Add", [index, first], "entry")
+        entries = builder.constant(table.T.ravel(), "table")
+        return builder.add("Gather", [entries, index], f"{node.output}/codes")
+
+    def _product(self, node: Product, out: Tensor) -> str:
+        return self._quantized(self._real_product(node, out), out)
+
+    def _real_product(self, node: Product, out: Tensor | None) -> str:
+        source = self.graph.tensors[node.inputs[0]]
+        scales = weight_scales(node, source.scale, out)
+        if scales is None:
+            raise ExportError(
+                f"node {node.name!r}: its multipliers are no quotients of float32 scales, which "
+                "ONNX needs; right would be (scale_in * weight_scale) / scale_out."
+            )
+        spatial = len(source.shape) - 1
+        weights = oriented_weights(node.weights, node.kind, spatial)
+        inputs = [
+            self.real(source.name, source.scale),
+            self._weights(node, weights, scales, axis=0 if spatial else 1),
+            self._bias(node, (source.scale * scales).astype(np.float32)),
+        ]
+        name = f"{node.name}/product"
+        if spatial == 0:
+            return self.builder.add("Gemm", inputs, name)
+        return self.builder.add("Conv", inputs, name, **geometry(node, spatial))
+
+    def _weights(self, node: Product, weights: np.ndarray, scales: np.ndarray, axis: int) -> str:
+        builder = self.builder
+        inputs = [
+            builder.constant(weights, f"{node.name}/weights"),
+            builder.constant(scales, f"{node.name}/weight_scale"),
+            builder.constant(np.zeros(len(scales), np.int8), f"{node.name}/weight_zero_point"),
+        ]
+        return builder.add("DequantizeLinear", inputs, f"{node.name}/real_weights", axis=axis)
+
+    def _bias(self, node: Product, scales: np.ndarray) -> str:
+        builder = self.builder
+        inputs = [
+            builder.constant(node.bias, f"{node.name}/bias"),
+            builder.constant(scales, f"{node.name}/bias_scale"),
+            builder.constant(np.zeros(len(scales), np.int32), f"{node.name}/bias_zero_point"),
+        ]
+        return builder.add("DequantizeLinear", inputs, f"{node.name}/real_bias", axis=0)
+
+    def _add(self, node: Add, out: Tensor) -> str:
+        scales = sum_scales(node, self.graph)
+        if scales is not None:
+            terms = [self.real(name, s) for name, s in zip(node.inputs, scales, strict=True)]
+            return self._quantized(self.builder.add("Add", terms, f"{node.name}/sum"), out)
+        # Each term in steps, rounded by itself: float operations, exact because they are integers.
+        terms = [self.real(name, m) for name, m in zip(node.inputs, node.multipliers, strict=True)]
+        if len(terms) == 1:
+            return self._quantized(terms[0], out, _ONE)
+        rounded = [self.builder.add("Round", [term], f"{node.name}/steps") for term in terms]
+        return self._quantized(self.builder.add("Add", rounded, f"{node.name}/sum"), out, _ONE)
+
+    def _max_pool(self, node: MaxPool, out: Tensor) -> str:
+        codes = onnx_moves.max_pool(self.builder, node, self.codes[node.inputs[0]])
+        return self._clipped(codes, out, *self._all_bounds(node))
+
+    def _move(self, node: Move, out: Tensor) -> str:
+        source = self.graph.tensors[node.inputs[0]]
+        zero = np.uint8(source.zero_point + self.offsets[source.name])
+        rank = 1 + len(source.shape)
+        codes = onnx_moves.move(self.builder, node, self.codes[source.name], rank, zero)
+        return self._clipped(codes, out, *self._all_bounds(node))
+
+    def _concat(self, node: Concat, out: Tensor) -> str:
+        codes = [self.codes[name] for name in node.inputs]
+        codes = onnx_moves.concat(self.builder, node, codes, 1 + len(out.shape))
+        return self._clipped(codes, out, *self._all_bounds(node))
+
+    def _all_bounds(self, node: Node) -> tuple[int, int]:
+        """The smallest and the largest code that an operation reads, or that a border holds."""
+        sources = [self.graph.tensors[name] for name in node.inputs]
+        bounds = [self._bounds(source) for source in sources]
+        if isinstance(node, Move) and node.kind == "pad":
+            zero = sources[0].zero_point + self.offsets[sources[0].name]
+            bounds.append((zero, zero))
+        return min(low for low, _ in bounds), max(high for _, high in bounds)
+
+    def _sum_pool(self, node: SumPool, out: Tensor) -> str:
+        area = int(np.prod(node.window))
+        scale = pool_scale(node.multiplier, area, out) if node.drop_axes else None
+        if scale is not None:
+            real = self.real(node.inputs[0], scale)
+            mean = self.builder.add("GlobalAveragePool", [real], f"{node.name}/mean")
+            codes = self._quantized(mean, out)
+            return self.builder.add("Flatten", [codes], f"{out.name}/flat")
+        if node.drop_axes:
+            return self._quantized(self._real_sum(node), out, _ONE)
+        return self._product(self._as_depthwise(node), out)
+
+    def _as_depthwise(self, node: SumPool) -> Product:
+        """A pool as a convolution by ones, whose integer kernel sums before it rounds."""
+        channels = self.graph.tensors[node.inputs[0]].shape[-1]
+        multiplier = np.full(channels, node.multiplier, np.float32)
+        scale = self.graph.tensors[node.inputs[0]].scale
+        return Product(
+            name=node.name,
+            inputs=node.inputs,
+            output=node.output,
+            kind="conv",
+            weights=np.ones((*node.window, 1, channels), np.int8),
+            bias=np.zeros(channels, np.int32),
+            multiplier=multiplier,
+            weight_scale=(multiplier / scale).astype(np.float32),
+            strides=node.strides,
+            padding=node.padding,
+            groups=channels,
+        )
+
+    def _real_sum(self, node: SumPool) -> str:
+        """sum(q - z) * multiplier over all of space, in float: sums of integers are exact."""
+        steps = self.real(node.inputs[0], _ONE)
+        axes = list(range(2, 2 + len(node.window)))
+        axes_name = self.builder.constant(np.array(axes, np.int64), f"{node.name}/axes")
+        total = self.builder.add("ReduceSum", [steps, axes_name], f"{node.name}/sum", keepdims=0)
+        multiplier = self.builder.constant(node.multiplier, f"{node.name}/multiplier")
+        return self.builder.add("Mul", [total, multiplier], f"{node.name}/real")
+
+    def _real_result(self, node: Node) -> str:
+        """The result of a product or a pool that ends the network, channels last."""
+        if isinstance(node, SumPool):
+            if node.drop_axes:
+                return self._real_sum(node)
+            node = self._as_depthwise(node)
+        if not isinstance(node, Product):
+            raise ExportError(f"node {node.name!r}: {type(node).__name__} has no real result.")
+        rank = 1 + len(self.graph.tensors[node.inputs[0]].shape)
+        if rank == 2:
+            return self._real_product(node, None)
+        return self.builder.transpose(
+            self._integer_sums(node), channels_last(rank), "channels_last"
+        )
+
+    def _integer_sums(self, node: Product) -> str:
+        """(acc + bias) * multiplier of a convolution by ONNX's integer convolution.
+
+        Runtimes have no integer kernel for Conv with a float result, and a float one rounds.
+        """
+        builder, source = self.builder, self.graph.tensors[node.inputs[0]]
+        spatial = len(source.shape) - 1
+        weights = oriented_weights(node.weights, node.kind, spatial)
+        weights = builder.constant(weights, f"{node.name}/weights")
+        inputs = [self.codes[source.name], weights, self._zero(source)]
+        attributes = geometry(node, spatial)
+        total = builder.add("ConvInteger", inputs, f"{node.name}/products", **attributes)
+        by_channel = (-1, *(1,) * spatial)
+        bias = builder.constant(node.bias.reshape(by_channel), f"{node.name}/bias")
+        total = builder.add("Add", [total, bias], f"{node.name}/sum")
+        total = builder.add("Cast", [total], f"{node.name}/steps", to=FLOAT)
+        multiplier = node.multiplier.reshape(by_channel)
+        multiplier = builder.constant(multiplier, f"{node.name}/multiplier")
+        return builder.add("Mul", [total, multiplier], f"{node.name}/real")

@@ -1,0 +1,186 @@
+"""An integer network as StableHLO, by `jax.export`: one file for CPU, CUDA and TPU.
+
+The file is what `jax.export` serializes, so `jax.export.deserialize` reads it, with a footer behind
+it: a description, and a checksum that `load_stablehlo` insists on. It needs no source of the model.
+"""
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import export, lax
+
+from jaxqat.export import ExportError
+from jaxqat.export._files import check_target, write_file
+from jaxqat.integer._execute import Platform
+from jaxqat.integer._execute.executor import LOWERINGS
+from jaxqat.integer.graph import IntegerGraph
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+_MAGIC = b"jaxqat.stablehlo.1"
+
+
+class StableHloNetwork:
+    """An exported network: images in, logits out.
+
+    Attributes:
+        description: What `export_stablehlo` wrote beside it: input, platforms, metadata.
+    """
+
+    def __init__(self, exported: export.Exported, description: dict[str, Any]):
+        self.description = description
+        self._call = jax.jit(exported.call)
+
+    def __call__(self, images: Any) -> jax.Array:
+        """The network's result, float32.
+
+        Raises:
+            ExportError: The images have another shape or type than the file is for.
+        """
+        images = np.asarray(images) if not hasattr(images, "dtype") else images
+        wanted = self.description["input"]
+        shape, dtype = tuple(wanted["shape"]), wanted["dtype"]
+        batch = wanted["batch"]
+        fits = batch is None or images.shape[0] == batch
+        if tuple(images.shape[1:]) != shape or images.dtype.name != dtype or not fits:
+            raise ExportError(
+                f"images must be {dtype} of the shape ({batch or 'batch'}, "
+                f"{', '.join(map(str, shape))}), got {images.dtype.name} {tuple(images.shape)}."
+            )
+        return self._call(images)
+
+
+def export_stablehlo(
+    graph: IntegerGraph,
+    path: Path | str,
+    *,
+    input: Literal["float", "uint8"] = "float",
+    platforms: Sequence[str] = PLATFORMS,
+    batch: int | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes an integer network as StableHLO.
+
+    Args:
+        graph: The network.
+        path: The file.
+        input: 'float' for the model's input, 'uint8' for images as they are.
+        platforms: Which of 'cpu', 'cuda' and 'tpu' the file can run on. On CUDA it is cuDNN's
+            convolutions: a Pallas kernel cannot share a file with other platforms.
+        batch: Images in a call; None leaves it open. On a CPU, a fixed batch runs faster: it is
+            cut into chunks that fit the cache.
+        overwrite: Whether to replace an existing file.
+
+    Raises:
+        ExportError: The path cannot be used, the graph has no table for uint8 images, or there is
+            no such platform.
+    """
+    path = Path(path)
+    check_target(path, overwrite)
+    unknown = [name for name in platforms if name not in PLATFORMS]
+    if unknown or not platforms:
+        raise ExportError(f"platforms must be among {', '.join(PLATFORMS)}, got {platforms!r}.")
+    if input not in ("float", "uint8"):
+        raise ExportError(f"input must be 'float' or 'uint8', got {input!r}.")
+    if input == "uint8" and graph.quantize.table is None:
+        raise ExportError(
+            "input 'uint8' needs a network that was converted with `preprocess`; give 'float'."
+        )
+    dtype = "uint8" if input == "uint8" else "float32"
+    size = batch if batch is not None else export.symbolic_shape("batch")[0]
+    images = jax.ShapeDtypeStruct((size, *graph.input_shape), dtype)  # pyright: ignore[reportArgumentType]
+    program = jax.jit(_program(graph, tuple(platforms)))
+    with _without_tracebacks():
+        exported = export.export(program, platforms=platforms)(images)
+    description = {
+        "input": {"shape": list(graph.input_shape), "dtype": dtype, "batch": batch},
+        "output": {"shape": list(graph.output_shape), "dtype": "float32"},
+        "platforms": list(platforms),
+        "metadata": graph.metadata,
+    }
+    write_file(path, _sealed(bytes(exported.serialize()), description))
+
+
+@contextlib.contextmanager
+def _without_tracebacks() -> Iterator[None]:
+    """Keeps the paths of this machine's source files out of the exported program.
+
+    What is left is the name of the file that an operation comes from: the bytes do not depend on
+    where the package lies.
+    """
+    settings: dict[str, Any] = {
+        "jax_include_full_tracebacks_in_locations": False,
+        "jax_hlo_source_file_canonicalization_regex": r"^.*[/\\]",  # What is taken away.
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    try:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+
+
+def _program(graph: IntegerGraph, platforms: tuple[str, ...]) -> Any:
+    """Images to logits, with the weights held once for all platforms."""
+    lowered = {name: LOWERINGS[name](graph) for name in platforms}
+    arrays = {p.name: {"weights": p.weights, "bias": p.bias} for p in graph.products()}
+
+    def run(platform: Platform) -> Any:
+        def on_platform(images: jax.Array, arrays: Any) -> jax.Array:
+            parameters = platform.parameters_from(arrays)
+            apply = lambda x: platform.result(platform.run(parameters, x))  # noqa: E731
+            return platform.batched(apply)(images)
+
+        return on_platform
+
+    def program(images: jax.Array) -> jax.Array:
+        constants = jax.tree.map(jnp.asarray, arrays)
+        branches = {name: run(platform) for name, platform in lowered.items()}
+        return lax.platform_dependent(images, constants, **branches)
+
+    return program
+
+
+def load_stablehlo(path: Path | str) -> StableHloNetwork:
+    """The network in a file that `export_stablehlo` wrote.
+
+    Raises:
+        ExportError: The file is missing, damaged, or something else.
+    """
+    path = Path(path)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ExportError(f"{path}: cannot be read: {error.strerror or error}.") from error
+    program, description = _opened(path, content)
+    try:
+        exported = export.deserialize(bytearray(program))
+    except ValueError as error:
+        raise ExportError(f"{path}: this version of JAX cannot read it: {error}") from error
+    return StableHloNetwork(exported, description)
+
+
+def _sealed(program: bytes, description: dict[str, Any]) -> bytes:
+    """program, description, checksum of both, length of the description, magic."""
+    text = json.dumps(description).encode()
+    digest = hashlib.sha256(program + text).digest()
+    return program + text + digest + len(text).to_bytes(8, "little") + _MAGIC
+
+
+def _opened(path: Path, content: bytes) -> tuple[bytes, dict[str, Any]]:
+    if not content.endswith(_MAGIC):
+        raise ExportError(f"{path}: is cut short, or no network that `export_stablehlo` wrote.")
+    rest = content[: -len(_MAGIC)]
+    length = int.from_bytes(rest[-8:], "little")
+    digest, body = rest[-40:-8], rest[:-40]
+    if hashlib.sha256(body).digest() != digest or length > len(body):
+        raise ExportError(f"{path}: is damaged: its content does not match its checksum.")
+    return body[: len(body) - length], json.loads(body[len(body) - length :])

@@ -1,0 +1,272 @@
+"""From a quantized model to an integer graph.
+
+The training graph's inference program is traced once more; `emit` writes down, tensor by tensor,
+the integer form that the program evaluates, and the program itself computes every scale, code,
+bias and multiplier. Nothing is computed a second time, so nothing can come out differently.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxqat.integer import graph as g
+from jaxqat.integer._convert.emit import OUTPUT, Emitter, Pending
+from jaxqat.integer._convert.geometry import UnconvertibleError
+from jaxqat.quant._forms import forms
+from jaxqat.quant._forms.derive import Operand
+from jaxqat.quant._interpret import Evaluator
+from jaxqat.quant._plan.plan import STATISTICS
+from jaxqat.quant._trace.arguments import split_arrays
+from jaxqat.quant.models.function import Quantized
+
+
+class ConversionError(ValueError):
+    """A model cannot become an integer network; the message names every place and the reason.
+
+    Attributes:
+        reasons: A line for each place, where it is the model that stands in the way.
+    """
+
+    def __init__(self, message: str, reasons: Sequence[str] = ()):
+        super().__init__(message)
+        self.reasons = tuple(reasons)
+
+
+def convert(
+    model: Quantized,
+    *arguments: Any,
+    requantization: g.Requantization = "float",
+    preprocess: Callable[[jax.Array], jax.Array] | None = None,
+    metadata: dict[str, object] | None = None,
+    **kwargs: Any,
+) -> g.IntegerGraph:
+    """The integer network of a quantized model.
+
+    Its codes are those of the model in inference mode with frozen ranges, tensor by tensor
+    (`jaxqat.verify` compares them on data).
+
+        graph = jaxqat.convert(model, variables, images, train=False)
+
+    Args:
+        model: What `jaxqat.quantize` returned.
+        *arguments: As for the model's `apply` (variables, *inputs), or for a function (parameters,
+            ranges, *inputs), or for an NNX module (*inputs). Only shapes and types of the inputs
+            matter.
+        requantization: 'float': one float32 multiplication and a rounding; 'fixed_point': an int32
+            multiplier and a rounding shift, no floating point between the input's codes and the
+            last accumulator.
+        preprocess: Makes the model's float input from uint8 images, value by value and channel by
+            channel, as normalization does. With it the graph takes uint8 images too.
+        metadata: Kept with the graph.
+        **kwargs: As for the model's `apply`.
+
+    Returns:
+        The graph.
+
+    Raises:
+        ConversionError: Names every part of the model that has no integer form, and why; or every
+            range that has seen no data.
+        QuantizationError: The variables hold no ranges for the model.
+    """
+    if not isinstance(model, Quantized):
+        raise ConversionError(
+            "convert takes what `jaxqat.quantize` returned, trained or calibrated, got "
+            f"{type(model).__name__}."
+        )
+    requantizations = ("float", "fixed_point")
+    if requantization not in requantizations:
+        raise ConversionError(
+            f"requantization must be one of {', '.join(requantizations)}, got {requantization!r}."
+        )
+    harvest = _Harvest(model, arguments, kwargs)
+    emitter, arrays = harvest.run()
+    values = [np.asarray(a) for a in arrays]
+    emitter.check([reason for index, reason in emitter.requirements if not values[index].all()])
+    nodes = [cls(**_finish_node(fields, values)) for cls, fields in emitter.nodes]
+    tensors = {n: g.Tensor(**_finish(fields, values)) for n, fields in emitter.tensors.items()}
+    output, output_shape = emitter.output
+    nodes = _needed(nodes, output)
+    kept = {node.output for node in nodes}
+    if preprocess is not None:
+        nodes = [_with_table(node, tensors, preprocess) for node in nodes]
+    try:
+        return g.IntegerGraph(
+            input_shape=emitter.input_shape or (),
+            tensors={name: t for name, t in tensors.items() if name in kept},
+            nodes=tuple(nodes),
+            output=output,
+            output_shape=output_shape,
+            requantization=requantization,
+            metadata=metadata or {},
+        )
+    except g.GraphError as error:
+        raise ConversionError(f"The model cannot be converted: {error}") from error
+
+
+def obstacles(model: Quantized, *arguments: Any, **kwargs: Any) -> tuple[str, ...]:
+    """What keeps a model from being an integer network: every part without an integer form.
+
+    Nothing is computed: shapes and types of the arguments are enough, and ranges may be empty.
+
+    Args:
+        model: What `jaxqat.quantize` returned.
+        *arguments: As for `convert`.
+        **kwargs: As for the model's `apply`.
+    """
+    try:
+        _Harvest(model, arguments, kwargs).trace()
+    except ConversionError as error:
+        return error.reasons
+    return ()
+
+
+class _Harvester(Emitter):
+    """An emitter that goes through a whole model, and collects what stands in the way."""
+
+    def __init__(self):
+        super().__init__()
+        self.problems: list[str] = []
+        self.output: tuple[str, tuple[int, ...]] = (OUTPUT, ())
+
+    def model(self, evaluator: Evaluator) -> None:
+        for info in evaluator.plan.table:
+            if info.float_reason is not None:
+                self.problems.append(f"{info.path} ({info.kind}): {info.float_reason}")
+        for key, codes in evaluator.codes.items():
+            self.require(
+                evaluator.state[key].get("count", 1) > 0,
+                f"{'/'.join(key)}: its range has seen no data; `calibrate` the ranges first",
+            )
+            self.require(
+                jnp.isfinite(codes.grid.scale), f"{'/'.join(key)}: its range is not finite"
+            )
+            self._try("/".join(key), lambda k=key, c=codes: self.site(k, evaluator.made_from[k], c))
+        self._try("the model's output", lambda: self._result(evaluator.outputs))
+        if self.problems and STATISTICS in evaluator.plan.level:
+            self.problems.append(
+                "it computes statistics of the batch: if that is batch norm in training, convert "
+                "it as in inference (train=False, or `eval()` of an NNX module)"
+            )
+
+    def check(self, problems: list[str]) -> None:
+        """Raises what stands in the way."""
+        if problems:
+            raise ConversionError(
+                "The model cannot become an integer network:\n  " + "\n  ".join(problems),
+                problems,
+            )
+
+    def _try(self, where: str, emit: Callable[[], None]) -> None:
+        try:
+            emit()
+        except UnconvertibleError as error:
+            message = str(error)
+            self.problems.append(message if where in message else f"{where}: {message}")
+        except KeyError:
+            # It reads a tensor that could not be made, for a reason that is told already.
+            if not self.problems:
+                raise
+
+    def _result(self, outputs: list[Operand]) -> None:
+        if len(outputs) != 1:
+            raise UnconvertibleError(f"has {len(outputs)} arrays; an integer network has one")
+        form, values = outputs[0].form, outputs[0].values
+        if isinstance(form, forms.Accumulator):
+            self.output = (OUTPUT, form.total.shape[1:])
+            return self.accumulate(form, None, OUTPUT)
+        if isinstance(form, forms.Codes):
+            self.output = (self.read(form), form.codes.shape[1:])
+            return None
+        reason = outputs[0].blame or (
+            "an addition, a clipping or a reshaping of the last product" if form else "the input"
+        )
+        shape = () if values is None else tuple(values.shape)
+        raise UnconvertibleError(
+            f"{shape} is made by {reason}; let it be that of the last product, and do what "
+            "follows it (softmax, for one) outside of the model"
+        )
+
+
+class _Harvest:
+    """A traced model, and what the arrays of its graph are made of."""
+
+    def __init__(self, model: Quantized, arguments: tuple[Any, ...], kwargs: dict[str, Any]):
+        state, inputs = arguments[: model.state_arguments], arguments[model.state_arguments :]
+        shapes, self._make_inputs = split_arrays((inputs, kwargs))
+        # JAX takes NumPy's int64 as int32 in an input, and warns of it in an array to make.
+        dtypes = [jax.dtypes.canonicalize_dtype(x.dtype, allow_extended_dtype=True) for x in shapes]
+        self._examples = [
+            jax.ShapeDtypeStruct(x.shape, dtype) for x, dtype in zip(shapes, dtypes, strict=True)
+        ]
+        self._parameters, self._make_state = split_arrays(state)
+        self._model = model
+        self._found: list[_Harvester] = []
+
+    def trace(self) -> None:
+        """Raises ConversionError if a part of the model has no integer form."""
+        jax.eval_shape(self._function, self._parameters, self._examples)
+
+    def run(self) -> tuple[_Harvester, list[jax.Array]]:
+        """The nodes, and the arrays that they are to be finished with."""
+        examples = [jnp.zeros(x.shape, x.dtype) for x in self._examples]
+        arrays = jax.jit(self._function)(self._parameters, examples)
+        return self._found[-1], arrays
+
+    def _function(self, parameters: list[Any], examples: list[Any]) -> list[jax.Array]:
+        state, (inputs, kwargs) = self._make_state(parameters), self._make_inputs(examples)
+        harvester = _Harvester()
+        harvester.model(self._model.record(*state, *inputs, **kwargs))
+        self._found.append(harvester)
+        harvester.check(harvester.problems)
+        return harvester.arrays
+
+
+def _finish(fields: dict[str, Any], values: list[np.ndarray]) -> dict[str, Any]:
+    def finished(value: Any) -> Any:
+        if isinstance(value, Pending):
+            return value.finish(values[value.index])
+        return tuple(map(finished, value)) if isinstance(value, tuple) else value
+
+    return {key: finished(value) for key, value in fields.items()}
+
+
+def _finish_node(fields: dict[str, Any], values: list[np.ndarray]) -> dict[str, Any]:
+    done = _finish(fields, values)
+    keep = done.pop("keep", None)
+    if keep is not None:
+        done["weights"] = done["weights"] * keep  # -1 turns the sign of a channel, 0 silences it.
+    return done
+
+
+def _needed(nodes: list[g.Node], output: str) -> list[g.Node]:
+    """The nodes that the output depends on."""
+    needed, kept = {output}, []
+    for node in reversed(nodes):
+        if node.output in needed or isinstance(node, g.Quantize):
+            needed.update(node.inputs)
+            kept.append(node)
+    return kept[::-1]
+
+
+def _with_table(
+    node: g.Node, tensors: dict[str, g.Tensor], preprocess: Callable[[jax.Array], jax.Array]
+) -> g.Node:
+    if not isinstance(node, g.Quantize):
+        return node
+    tensor = tensors[node.output]
+
+    @jax.jit
+    def codes(images: jax.Array, inverse: jax.Array) -> jax.Array:
+        steps = jnp.round(preprocess(images).astype(jnp.float32) * inverse) + tensor.zero_point
+        return jnp.clip(steps, tensor.low, tensor.high).astype(jnp.int8)
+
+    shape = (256, *(1,) * (len(tensor.shape) - 1), tensor.shape[-1])
+    values = jnp.broadcast_to(
+        jnp.arange(256, dtype=jnp.uint8).reshape(256, *(1,) * len(tensor.shape)), shape
+    )
+    table = np.asarray(codes(values, node.inverse)).reshape(256, tensor.shape[-1])
+    return dataclasses.replace(node, table=table)

@@ -1,0 +1,147 @@
+"""The geometry of the trace's operations, in the terms of the integer graph.
+
+Each function reads the parameters of a JAX primitive and refuses, with the reason, what the graph
+has no node for.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from jaxqat.integer import graph as g
+from jaxqat.quant._forms.forms import Operation
+
+
+class UnconvertibleError(ValueError):
+    """A part of a model has no integer form; the message names it and the reason."""
+
+
+def conv_fields(
+    product: Any, shape: tuple[int, ...]
+) -> tuple[Callable[[np.ndarray], np.ndarray], dict[str, Any]]:
+    """How to lay out a convolution's weights, and its geometry."""
+    params = product.params
+    numbers, rank = params["dimension_numbers"], len(shape)
+    channels_last = (0, rank - 1, *range(1, rank - 1))
+    if tuple(numbers.lhs_spec) != channels_last or tuple(numbers.out_spec) != channels_last:
+        raise UnconvertibleError("its channels are not the last axis of its input and output")
+    if any(d != 1 for d in params["lhs_dilation"]):
+        raise UnconvertibleError("it is a transposed convolution (its input is dilated)")
+    if any(low < 0 or high < 0 for low, high in params["padding"]):
+        raise UnconvertibleError("its padding is negative")
+    outputs, inputs, *spatial = numbers.rhs_spec
+    fields = {
+        "strides": tuple(params["window_strides"]),
+        "padding": tuple((int(low), int(high)) for low, high in params["padding"]),
+        "dilation": tuple(params["rhs_dilation"]),
+        "groups": int(params["feature_group_count"]),
+    }
+    return _arranged((*spatial, inputs, outputs)), fields
+
+
+def dense_weights(
+    product: Any, shape: tuple[int, ...], data_rank: int
+) -> Callable[[np.ndarray], np.ndarray]:
+    """How to lay out a dense layer's weights as (inputs, outputs)."""
+    contracting, batch = product.params["dimension_numbers"]
+    data = contracting[1 - product.weight_side]
+    plain = product.weight_side == 1 and len(shape) == 2 and not any(map(len, batch))
+    if not plain or tuple(data) != (data_rank - 1,):
+        raise UnconvertibleError(
+            "its dot product is not (..., inputs) by (inputs, outputs) but contracts "
+            f"{tuple(contracting)} with the batch axes {tuple(batch)}"
+        )
+    axis = product.channel_axes[0]
+    return _arranged((axis, 1 - axis))
+
+
+def _arranged(axes: tuple[int, ...]) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda array: np.ascontiguousarray(np.transpose(np.asarray(array, np.int8), axes))
+
+
+def pool_fields(operation: Operation, shape: tuple[int, ...], where: str) -> dict[str, Any]:
+    """Window of a sum over spatial axes."""
+    params, rank = operation.params, len(shape)
+    if operation.name == "reduce_sum":
+        if tuple(sorted(params["axes"])) != tuple(range(1, rank - 1)):
+            raise UnconvertibleError(
+                f"{where}: sums over the axes {tuple(params['axes'])}, not the spatial ones"
+            )
+        window = tuple(shape[1:-1])
+        nothing = ((0, 0),) * len(window)
+        return {"window": window, "strides": window, "padding": nothing, "drop_axes": True}
+    return {**_window_fields(operation, where), "drop_axes": False}
+
+
+def _window_fields(operation: Operation, where: str) -> dict[str, Any]:
+    params = operation.params
+    window, strides = params["window_dimensions"], params["window_strides"]
+    padding = params["padding"]
+    dilated = any(d != 1 for d in (*params["base_dilation"], *params["window_dilation"]))
+    outer = (window[0], window[-1], strides[0], strides[-1])
+    if dilated or outer != (1, 1, 1, 1) or any((*padding[0], *padding[-1])):
+        raise UnconvertibleError(f"{where}: its window is dilated, or not of spatial axes alone")
+    return {
+        "window": tuple(window[1:-1]),
+        "strides": tuple(strides[1:-1]),
+        "padding": tuple((int(low), int(high)) for low, high in padding[1:-1]),
+    }
+
+
+def move_fields(
+    operation: Operation, before: tuple[int, ...], after: tuple[int, ...], where: str
+) -> tuple[type[g.Node], dict[str, Any]]:
+    """The node for an operation that moves or picks elements, and its fields."""
+    name, params = operation.name, operation.params
+    if name == "reduce_window_max":
+        return g.MaxPool, _window_fields(operation, where)
+    if before[0] != after[0]:
+        raise UnconvertibleError(f"{where}: {name!r} changes the batch axis {before} -> {after}")
+    if name in ("reshape", "squeeze", "expand_dims", "broadcast_in_dim"):
+        permutes = name == "reshape" and params.get("dimensions") is not None
+        if permutes or np.prod(before) != np.prod(after):
+            raise UnconvertibleError(f"{where}: {name!r} repeats elements, {before} -> {after}")
+        return g.Move, {"kind": "reshape", "shape": tuple(after[1:])}
+    fields = _MOVES[name](params) if name in _MOVES else None
+    if fields is None:
+        raise UnconvertibleError(f"{where}: {name!r} with {params} has no node")
+    return g.Move, fields
+
+
+def _transpose(params: dict[str, Any]) -> dict[str, Any] | None:
+    axes = tuple(params["permutation"])
+    return {"kind": "transpose", "axes": axes} if axes[0] == 0 else None
+
+
+def _reverse(params: dict[str, Any]) -> dict[str, Any] | None:
+    axes = tuple(params["dimensions"])
+    return {"kind": "reverse", "axes": axes} if 0 not in axes else None
+
+
+def _slice(params: dict[str, Any]) -> dict[str, Any] | None:
+    starts, stops = params["start_indices"], params["limit_indices"]
+    steps = params["strides"] or (1,) * len(starts)
+    if steps[0] != 1:
+        return None
+    return {
+        "kind": "slice",
+        "starts": tuple(starts),
+        "stops": (-1, *stops[1:]),
+        "steps": tuple(steps),
+    }
+
+
+def _pad(params: dict[str, Any]) -> dict[str, Any] | None:
+    config = params["padding_config"]
+    if any(low < 0 or high < 0 or inner for low, high, inner in config) or any(config[0]):
+        return None
+    return {"kind": "pad", "padding": tuple((low, high) for low, high, _ in config)}
+
+
+_MOVES: dict[str, Callable[[dict[str, Any]], dict[str, Any] | None]] = {
+    "transpose": _transpose,
+    "rev": _reverse,
+    "slice": _slice,
+    "pad": _pad,
+}

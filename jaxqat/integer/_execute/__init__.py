@@ -1,0 +1,8 @@
+"""One graph, one result, and for each platform the operations that run as integers there."""
+
+from jaxqat.integer._execute.base import Platform
+from jaxqat.integer._execute.cpu import Cpu
+from jaxqat.integer._execute.cuda import Cuda, CudnnApproximate
+from jaxqat.integer._execute.pallas import PallasCuda
+
+__all__ = ["Cpu", "Cuda", "CudnnApproximate", "PallasCuda", "Platform"]

@@ -1,0 +1,323 @@
+"""Execution of an integer graph with plain s8 convolutions and dots.
+
+`Platform` is what a TPU runs, whose compiler has native s8 products and fuses the requantization
+behind them, and what the other platforms start from: each overrides how products are laid out and
+accumulated, and nothing else. The results are the same integers everywhere.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Int
+
+from jaxqat.integer import graph as g
+from jaxqat.integer._execute.arithmetic import FixedPoint, rescale, rescale_fixed
+
+Parameters = dict[str, dict[str, np.ndarray]]
+
+
+class Platform:
+    """Evaluates a graph.
+
+    Attributes:
+        graph: Which.
+        compiler_options: For `jax.jit`.
+        parameters: Arrays of each product, laid out for this platform, by node.
+    """
+
+    compiler_options: ClassVar[dict[str, Any] | None] = None
+
+    def __init__(self, graph: g.IntegerGraph):
+        self.graph = graph
+        self.parameters: Parameters = {
+            node.name: {**self.prepare(node), **self._multiplier(node)} for node in graph.products()
+        }
+
+    def parameters_from(self, arrays: dict[str, dict[str, Array]]) -> Any:
+        """`parameters`, laid out by the program itself from 'weights' and 'bias' of each product.
+
+        A program for several platforms then holds its weights once.
+        """
+        return {
+            node.name: {
+                **self.prepare(dataclasses.replace(node, **arrays[node.name])),
+                **self._multiplier(node),
+            }
+            for node in self.graph.products()
+        }
+
+    # What a platform decides.
+
+    def offset(self, tensor: g.Tensor) -> int:
+        """Added to a tensor's codes where they are stored."""
+        del tensor
+        return 0
+
+    stored_type: ClassVar[Any] = jnp.int8
+
+    def prepare(self, node: g.Product) -> dict[str, np.ndarray]:
+        """Weights and bias of a product: 'weights', 'bias' (int32, zero points folded in)."""
+        return {"weights": node.weights, "bias": self.folded_bias(node)}
+
+    def accumulate(self, node: g.Product, own: dict[str, Array], codes: Array) -> Int[Array, "..."]:
+        """The int32 accumulator of a product, its bias added."""
+        if node.kind == "dense":
+            return self.dot(codes, own["weights"]) + own["bias"]
+        if is_depthwise(node):
+            return self.depthwise(node, codes, own["weights"]) + own["bias"]
+        return convolve(node, codes, own["weights"]) + own["bias"]
+
+    def batched(self, function: Callable[[Array], Any]) -> Callable[[Array], Any]:
+        """A function of a batch as this platform should evaluate it."""
+        return function
+
+    # What all share.
+
+    def zero(self, name: str) -> int:
+        """What a stored real zero is."""
+        tensor = self.graph.tensors[name]
+        return tensor.zero_point + self.offset(tensor)
+
+    def folded_bias(self, node: g.Product) -> np.ndarray:
+        """The bias with the zero point's part, -z sum(w): one number per channel and, at a border
+        of zeros, per position. The codes are then padded with 0 and nothing else is to be added.
+        """
+        zero = self.zero(node.inputs[0])
+        if zero == 0:
+            return node.bias
+        if self.pads_with_zero_point(node) or not any(map(any, node.padding)):
+            sums = node.weights.astype(np.int32).sum(tuple(range(node.weights.ndim - 1)))
+        else:
+            sums = tap_sums(node, self.graph.tensors[node.inputs[0]].shape)
+        return (node.bias - zero * sums).astype(np.int32)
+
+    def pads_with_zero_point(self, node: g.Product) -> bool:
+        """Whether `accumulate` pads the codes with the zero point, not with 0."""
+        return node.kind == "conv" and is_depthwise(node)
+
+    def depthwise(self, node: g.Product, codes: Array, weights: Array) -> Int[Array, "..."]:
+        """One filter per channel as a sum of shifted tensors times taps: elementwise, int32.
+
+        There is no reduction over channels for a matrix unit to do, XLA's CPU backend has no fast
+        s8 kernel for it, and on CUDA the grouped s8 convolution has given wrong sums.
+        """
+        multiple = weights.shape[-1] // codes.shape[-1]
+        total: Any = 0
+        for tap, window in windows(node, self.padded(node, codes)):
+            window = window.astype(jnp.int32)
+            if multiple > 1:
+                window = jnp.repeat(window, multiple, axis=-1)
+            total = total + window * weights[tap].astype(jnp.int32).reshape(-1)
+        return total
+
+    def padded(self, node: g.Product, codes: Array) -> Array:
+        """Codes with the zero point around them."""
+        if not any(map(any, node.padding)):
+            return codes
+        config = [(0, 0, 0), *((low, high, 0) for low, high in node.padding), (0, 0, 0)]
+        return lax.pad(codes, np.asarray(self.zero(node.inputs[0]), codes.dtype), config)
+
+    def dot(self, codes: Array, weights: Array) -> Int[Array, "..."]:
+        """Sums over the last axis of the codes, int32."""
+        axes = (((codes.ndim - 1,), (0,)), ((), ()))
+        return lax.dot_general(codes, weights, axes, preferred_element_type=jnp.int32)
+
+    def _multiplier(self, node: g.Product) -> dict[str, np.ndarray]:
+        if self.graph.requantization == "float" or node.output not in self.graph.tensors:
+            return {"multiplier": node.multiplier}
+        fixed = FixedPoint.of(node.multiplier)
+        return {"mantissa": fixed.mantissa, "shift": fixed.shift}
+
+    def run(self, parameters: Any, images: Array) -> dict[str, Array]:
+        """Every tensor of the graph as it is stored, and the result under the output's name."""
+        values: dict[str, Array] = {}
+        for node in self.graph.nodes:
+            with jax.named_scope(node.name):
+                values[node.output] = self.node(node, parameters, values, images)
+        return values
+
+    def node(self, node: g.Node, parameters: Any, values: dict[str, Array], images: Array) -> Array:
+        """The result of one node."""
+        inputs = [values[name] for name in node.inputs]
+        if isinstance(node, g.Product):
+            return self.product(node, parameters[node.name], inputs[0])
+        if isinstance(node, g.Quantize):
+            return self.quantize(node, images)
+        if isinstance(node, g.Add):
+            return self.add(node, inputs)
+        if isinstance(node, g.SumPool):
+            return self.sum_pool(node, inputs[0])
+        if isinstance(node, g.MaxPool):
+            return self.max_pool(node, inputs[0])
+        if isinstance(node, g.Concat):
+            # Parts may be stored with other offsets than the whole.
+            codes = [self.codes(name, x) for name, x in zip(node.inputs, inputs, strict=True)]
+            return self.stored(node.output, jnp.concatenate(codes, node.axis))
+        assert isinstance(node, g.Move)
+        return self.move(node, inputs[0])
+
+    def quantize(self, node: g.Quantize, images: Array) -> Array:
+        """The input as codes: float32 by rounding, uint8 by looking up."""
+        tensor = self.graph.tensors[node.output]
+        if images.dtype == jnp.uint8 and node.table is not None:
+            channels = node.table.shape[1]
+            index = images.astype(jnp.int32) * channels + np.arange(channels, dtype=np.int32)
+            table = (node.table.astype(np.int32) + self.offset(tensor)).astype(self.stored_type)
+            return jnp.take(jnp.asarray(table).reshape(-1), index, mode="clip")
+        steps = jnp.round(images.astype(jnp.float32) * node.inverse) + tensor.zero_point
+        return self.clipped(node.output, steps)
+
+    def product(self, node: g.Product, own: dict[str, Array], codes: Array) -> Array:
+        """A convolution or a dense layer with its requantization."""
+        total = self.accumulate(node, own, codes)
+        if node.output not in self.graph.tensors:
+            return total.astype(jnp.float32) * own["multiplier"]
+        if "mantissa" in own:
+            steps = rescale_fixed(total, own["mantissa"], own["shift"])
+        else:
+            steps = rescale(total, own["multiplier"])
+        return self.clipped(node.output, steps + self.graph.tensors[node.output].zero_point)
+
+    def rescaled(self, values: Int[Array, "..."], multiplier: np.float32) -> Array:
+        """Steps of one grid as steps of another."""
+        if self.graph.requantization == "float":
+            return rescale(values, jnp.float32(multiplier))
+        fixed = FixedPoint.of(multiplier)
+        return rescale_fixed(values, jnp.int32(fixed.mantissa), jnp.int32(fixed.shift))
+
+    def add(self, node: g.Add, inputs: list[Array]) -> Array:
+        """A sum of tensors on the output's grid."""
+        total: Any = self.graph.tensors[node.output].zero_point
+        for name, codes, multiplier in zip(node.inputs, inputs, node.multipliers, strict=True):
+            total = total + self.rescaled(codes.astype(jnp.int32) - self.zero(name), multiplier)
+        return self.clipped(node.output, total)
+
+    def sum_pool(self, node: g.SumPool, codes: Array) -> Array:
+        """Average pooling."""
+        values = codes.astype(jnp.int32) - self.zero(node.inputs[0])
+        if node.drop_axes:
+            total = jnp.sum(values, axis=tuple(range(1, values.ndim - 1)))
+        else:
+            total = lax.reduce_window(values, np.int32(0), lax.add, *_window(node))
+        tensor = self.graph.tensors.get(node.output)
+        if tensor is None:
+            return total.astype(jnp.float32) * node.multiplier
+        return self.clipped(node.output, self.rescaled(total, node.multiplier) + tensor.zero_point)
+
+    def max_pool(self, node: g.MaxPool, codes: Array) -> Array:
+        """Largest codes of windows."""
+        lowest = np.asarray(jnp.iinfo(codes.dtype).min, codes.dtype)
+        return lax.reduce_window(codes, lowest, lax.max, *_window(node))
+
+    def move(self, node: g.Move, codes: Array) -> Array:
+        """Codes in other places."""
+        if node.kind == "reshape":
+            return codes.reshape(codes.shape[0], *node.shape)
+        if node.kind == "transpose":
+            return jnp.transpose(codes, node.axes)
+        if node.kind == "reverse":
+            return lax.rev(codes, node.axes)
+        if node.kind == "pad":
+            fill = np.asarray(self.zero(node.inputs[0]), codes.dtype)
+            return lax.pad(codes, fill, [(low, high, 0) for low, high in node.padding])
+        slices = zip(node.starts[1:], node.stops[1:], node.steps[1:], strict=True)
+        return codes[(slice(None), *(slice(*s) for s in slices))]
+
+    def clipped(self, name: str, codes: Array) -> Array:
+        """Codes within a tensor's bounds, stored."""
+        tensor = self.graph.tensors[name]
+        return self.stored(name, jnp.clip(codes, tensor.low, tensor.high))
+
+    def stored(self, name: str, codes: Array) -> Array:
+        """Codes as this platform stores them."""
+        offset = self.offset(self.graph.tensors[name])
+        codes = codes if codes.dtype == jnp.int8 and not offset else codes.astype(jnp.int32)
+        return (codes + offset if offset else codes).astype(self.stored_type)
+
+    def codes(self, name: str, stored: Array) -> Int[Array, "..."]:
+        """The int8 codes of a stored tensor."""
+        offset = self.offset(self.graph.tensors[name])
+        return (stored.astype(jnp.int32) - offset).astype(jnp.int8)
+
+    def result(self, values: dict[str, Array]) -> Array:
+        """The network's real result."""
+        output, tensors = values[self.graph.output], self.graph.tensors
+        if self.graph.output not in tensors:
+            return output
+        steps = output.astype(jnp.int32) - self.zero(self.graph.output)
+        return steps.astype(jnp.float32) * tensors[self.graph.output].scale
+
+
+def is_depthwise(node: g.Product) -> bool:
+    """Whether each channel is convolved with filters of its own only."""
+    return node.groups > 1 and node.weights.shape[-2] == 1
+
+
+def convolve(
+    node: g.Product, codes: Array, weights: Array, kernel_layout: str = "io"
+) -> Int[Array, "..."]:
+    """s8 x s8 -> s32 convolution; borders are 0.
+
+    Args:
+        node: Its geometry.
+        codes: (batch, spatial..., channels).
+        weights: int8.
+        kernel_layout: 'io' for (*window, inputs, outputs), 'o_i' for (outputs, *window, inputs).
+    """
+    spatial = "DHW"[3 - (codes.ndim - 2) :]
+    kernel = f"{spatial}IO" if kernel_layout == "io" else f"O{spatial}I"
+    return lax.conv_general_dilated(
+        codes,
+        weights,
+        node.strides,
+        node.padding,
+        rhs_dilation=node.dilation,
+        dimension_numbers=(f"N{spatial}C", kernel, f"N{spatial}C"),
+        feature_group_count=node.groups,
+        preferred_element_type=jnp.int32,
+    )
+
+
+def windows(node: g.Product, padded: Any) -> Iterator[tuple[tuple[int, ...], Any]]:
+    """For each tap of the window, its index and the elements of the padded tensor it meets."""
+    for tap, slices in taps(padded.shape[1:-1], node.window, node.strides, node.dilation):
+        yield tap, padded[(slice(None), *slices, slice(None))]
+
+
+def taps(
+    sizes: tuple[int, ...],
+    window: tuple[int, ...],
+    strides: tuple[int, ...],
+    dilation: tuple[int, ...],
+) -> Iterator[tuple[tuple[int, ...], tuple[slice, ...]]]:
+    """For each tap of a window that slides over such axes, its index and what it meets."""
+    geometry = list(zip(sizes, window, strides, dilation, strict=True))
+    extent = [(size - d * (length - 1) - 1) // s + 1 for size, length, s, d in geometry]
+    for tap in np.ndindex(*window):
+        starts = [t * d for t, d in zip(tap, dilation, strict=True)]
+        yield (
+            tap,
+            tuple(
+                slice(start, start + stride * (n - 1) + 1, stride)
+                for start, stride, n in zip(starts, strides, extent, strict=True)
+            ),
+        )
+
+
+def tap_sums(node: g.Product, shape: tuple[int, ...]) -> Any:
+    """Sums of the weight codes that meet the tensor at each output position, int32."""
+    image = np.pad(np.ones(shape[:-1], np.int32), node.padding)
+    total: Any = 0
+    for tap, met in windows(node, image[None, ..., None]):
+        total = total + met[0] * node.weights[tap].astype(np.int32).sum(-2)
+    return total
+
+
+def _window(node: g.SumPool | g.MaxPool) -> tuple[Any, ...]:
+    padding = ((0, 0), *node.padding, (0, 0))
+    return (1, *node.window, 1), (1, *node.strides, 1), padding

@@ -1,0 +1,135 @@
+"""An integer graph as a function of images, compiled for the platform at hand."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int8
+
+from jaxqat.integer import graph as g
+from jaxqat.integer._execute import Cpu, Cuda, CudnnApproximate, PallasCuda, Platform
+from jaxqat.integer._execute.pallas_conv import COMPUTE_CAPABILITY
+
+# What may be asked for: the platform, or one of several ways to run on it.
+LOWERINGS: dict[str, type[Platform]] = {
+    "cpu": Cpu,
+    "cuda": Cuda,
+    "cuda_pallas": PallasCuda,
+    "cuda_approximate": CudnnApproximate,
+    "tpu": Platform,
+}
+
+
+class ExecutionError(ValueError):
+    """A network cannot be executed as asked."""
+
+
+class Executor:
+    """The integer network as a function.
+
+        network = make_executor(graph)
+        logits = network(images)
+
+    Attributes:
+        graph: Which.
+        lowering: How it runs: a key of `LOWERINGS`.
+        parameters: The network's arrays, laid out for the platform; an argument of `apply`.
+    """
+
+    def __init__(self, graph: g.IntegerGraph, lowering: str):
+        self.graph, self.lowering = graph, lowering
+        self._platform = LOWERINGS[lowering](graph)
+        self.parameters = self._platform.parameters
+        options = self._platform.compiler_options
+        self._apply = jax.jit(self.apply, compiler_options=options)
+        self._codes = jax.jit(self._all_codes, compiler_options=options)
+        self._on_device: Any = None
+
+    @property
+    def compiler_options(self) -> dict[str, Any] | None:
+        """What `jax.jit` of `apply` should be given on this platform."""
+        return self._platform.compiler_options
+
+    def __call__(self, images: Any) -> Array:
+        """The network's result, float32.
+
+        Args:
+            images: (batch, *input_shape), float32; uint8 if the graph has a table for it.
+
+        Raises:
+            ExecutionError: The images have another shape or type.
+        """
+        return self._apply(self._device_parameters(), self._checked(images))
+
+    def codes(self, images: Any) -> dict[str, Int8[Array, "..."]]:
+        """The codes of every tensor that the lowering keeps, by name; a fused branch is not."""
+        return self._codes(self._device_parameters(), self._checked(images))
+
+    def apply(self, parameters: Any, images: Array) -> Array:
+        """`__call__` as a pure function of the parameters, to be compiled by the caller."""
+
+        def result(images: Array) -> Array:
+            return self._platform.result(self._platform.run(parameters, images))
+
+        return self._platform.batched(result)(images)
+
+    def _all_codes(self, parameters: Any, images: Array) -> dict[str, Array]:
+        def codes(images: Array) -> dict[str, Array]:
+            values = self._platform.run(parameters, images)
+            kept = (name for name in self.graph.tensors if name in values)
+            return {name: self._platform.codes(name, values[name]) for name in kept}
+
+        return self._platform.batched(codes)(images)
+
+    def _device_parameters(self) -> Any:
+        if self._on_device is None:
+            self._on_device = jax.device_put(self.parameters)
+        return self._on_device
+
+    def _checked(self, images: Any) -> Any:
+        images = images if hasattr(images, "dtype") else np.asarray(images)
+        if tuple(images.shape[1:]) != self.graph.input_shape:
+            raise ExecutionError(
+                f"images must have the shape (batch, "
+                f"{', '.join(map(str, self.graph.input_shape))}), got {tuple(images.shape)}."
+            )
+        if images.dtype == jnp.uint8 and self.graph.quantize.table is None:
+            raise ExecutionError(
+                "images are uint8, but the network was converted without `preprocess`: give the "
+                "float32 input that the model takes, or convert it with `preprocess`."
+            )
+        if images.dtype != jnp.uint8 and not jnp.issubdtype(images.dtype, jnp.floating):
+            raise ExecutionError(f"images must be float32 or uint8, got {images.dtype}.")
+        return images
+
+
+def make_executor(graph: g.IntegerGraph, *, platform: str | None = None) -> Executor:
+    """The integer network as a jitted function of images.
+
+    The codes are the same on every platform and with every lowering but 'cuda_approximate'.
+
+    Args:
+        graph: The network.
+        platform: A key of `LOWERINGS`, to compile for it without having it: 'cpu', 'tpu', 'cuda'
+            (cuDNN, any GPU from sm_75 on), 'cuda_pallas' (from sm_80 on). None for the present
+            device.
+
+    Raises:
+        ExecutionError: There is no such platform.
+    """
+    lowering = default_lowering() if platform is None else platform
+    if lowering not in LOWERINGS:
+        raise ExecutionError(f"platform must be one of {', '.join(LOWERINGS)}, got {platform!r}.")
+    return Executor(graph, lowering)
+
+
+def default_lowering() -> str:
+    """The lowering for the present device."""
+    device = jax.devices()[0]
+    if device.platform == "gpu":
+        # "9.0" and the like; other vendors' GPUs have no such kernels.
+        capability = str(getattr(device, "compute_capability", "0.0")).split(".")
+        numbers = tuple(int(part) for part in capability if part.isdigit())
+        return "cuda_pallas" if numbers >= COMPUTE_CAPABILITY else "cuda"
+    return "tpu" if device.platform == "tpu" else "cpu"

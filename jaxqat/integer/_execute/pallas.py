@@ -1,0 +1,131 @@
+"""Execution on NVIDIA GPUs from sm_80 on with a kernel that writes s8 codes itself.
+
+Every two-dimensional convolution is one Pallas kernel with its requantization; that of a residual
+block adds the shortcut too. Nothing wider than s8 goes to memory between layers. What the kernel
+does not compute (grouped, one- and three-dimensional convolutions, fixed point) runs as in `Cuda`.
+"""
+
+from typing import Any, ClassVar
+
+import jax
+import numpy as np
+from jaxtyping import Array
+
+from jaxqat.integer import graph as g
+from jaxqat.integer._execute import pallas_conv, pallas_tiles
+from jaxqat.integer._execute.cuda import Cuda
+
+
+class PallasCuda(Cuda):
+    """Pallas convolutions; products that have no kernel go through cuDNN.
+
+    Attributes:
+        interpret: Whether the kernels run as JAX operations, for tests without a GPU.
+        fused: The convolution that an addition is computed with, by the addition's name.
+    """
+
+    interpret: ClassVar[bool] = False
+
+    def __init__(self, graph: g.IntegerGraph):
+        self._geometry = {p.name: self._supported(graph, p) for p in graph.products()}
+        self.fused = {
+            node.name: branch
+            for node in graph.nodes
+            if isinstance(node, g.Add) and (branch := self._branch(graph, node)) is not None
+        }
+        self._delayed = {branch.name for branch in self.fused.values()}
+        super().__init__(graph)
+
+    def _supported(self, graph: g.IntegerGraph, node: g.Product) -> pallas_tiles.Geometry | None:
+        if node.kind != "conv" or graph.requantization != "float" or len(node.window) != 2:
+            return None
+        if node.output not in graph.tensors:
+            return None
+        shape = graph.tensors[node.inputs[0]].shape
+        where = {"strides": node.strides, "padding": node.padding, "dilation": node.dilation}
+        reason = pallas_tiles.supported(
+            (1, *shape), node.weights, node.bias, groups=node.groups, **where
+        )
+        if reason is not None:
+            return None
+        return pallas_tiles.Geometry(size=shape[:2], window=node.window, **where)  # pyright: ignore[reportArgumentType]
+
+    def _branch(self, graph: g.IntegerGraph, add: g.Add) -> g.Product | None:
+        """The convolution whose result nothing but this addition reads, on a branch's grid."""
+        if len(add.inputs) != 2 or graph.output in add.inputs or add.inputs[0] == add.inputs[1]:
+            return None
+        made_by = {p.output: p for p in graph.products() if self._geometry[p.name] is not None}
+        for name, multiplier in zip(add.inputs, add.multipliers, strict=True):
+            node, tensor = made_by.get(name), graph.tensors[name]
+            whole = multiplier in (1, 2) and tensor.zero_point == 0
+            if node is not None and whole and len(graph.readers(name)) == 1:
+                return node
+        return None
+
+    def prepare(self, node: g.Product) -> dict[str, np.ndarray]:
+        """What the kernel reads, or cuDNN."""
+        geometry = self._geometry[node.name]
+        if geometry is None:
+            return super().prepare(node)
+        zero_in = self.zero(node.inputs[0])
+        weights, bias = pallas_tiles.lay_out(
+            node.weights, node.bias, geometry=geometry, zero_in=zero_in
+        )
+        return {"weights": weights, "bias": bias}
+
+    def run(self, parameters: Any, images: Array) -> dict[str, Array]:
+        """Every tensor that is in memory, and the result; fused branches never are."""
+        values: dict[str, Array] = {}
+        for node in self.graph.nodes:
+            if node.name not in self._delayed:
+                with jax.named_scope(node.name):
+                    values[node.output] = self.node(node, parameters, values, images)
+        return values
+
+    def node(self, node: g.Node, parameters: Any, values: dict[str, Array], images: Array) -> Array:
+        """The result of one node."""
+        branch = self.fused.get(node.name)
+        if branch is None or not isinstance(node, g.Add):
+            return super().node(node, parameters, values, images)
+        side = node.inputs.index(branch.output)
+        other = node.inputs[1 - side]
+        tensor = self.graph.tensors[branch.output]
+        residual = pallas_conv.Residual(
+            codes=values[other],
+            zero_point=self.graph.tensors[other].zero_point,
+            multiplier=node.multipliers[1 - side],
+            branch_low=tensor.low,
+            branch_high=tensor.high,
+            branch_multiplier=int(node.multipliers[side]),
+        )
+        own, codes = parameters[branch.name], values[branch.inputs[0]]
+        return self._convolve(branch, own, codes, node.output, residual)
+
+    def product(self, node: g.Product, own: dict[str, Array], codes: Array) -> Array:
+        """A convolution or a dense layer with its requantization."""
+        if self._geometry[node.name] is None:
+            return super().product(node, own, codes)
+        return self._convolve(node, own, codes, node.output, None)
+
+    def _convolve(
+        self,
+        node: g.Product,
+        own: dict[str, Array],
+        codes: Array,
+        output: str,
+        residual: pallas_conv.Residual | None,
+    ) -> Array:
+        tensor, geometry = self.graph.tensors[output], self._geometry[node.name]
+        assert geometry is not None
+        return pallas_conv.convolve(
+            codes,
+            own["weights"],
+            own["bias"],
+            own["multiplier"],
+            geometry=geometry,
+            zero_out=tensor.zero_point,
+            low=tensor.low,
+            high=tensor.high,
+            residual=residual,
+            interpret=self.interpret,
+        )

@@ -1,0 +1,1 @@
+"""An integer graph as a folder, and back."""

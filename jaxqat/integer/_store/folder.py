@@ -1,0 +1,185 @@
+"""The integer network as a folder: `graph.json`, `arrays.npz`, and their SHA-256 in `SHA256SUMS`.
+
+    jaxqat.save(graph, "network")       graph = jaxqat.load("network")
+
+The folder becomes visible whole or not at all. Reading it compares every byte with its checksum
+before anything is used (`sha256sum -c SHA256SUMS` does the same), needs no model and no checkpoint,
+and runs no code that came with the file: the arrays are read without pickle.
+"""
+
+import contextlib
+import hashlib
+import io
+import os
+import shutil
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from jaxqat.integer._store.codec import CodecError, decode, encode
+from jaxqat.integer.graph import GraphError, IntegerGraph
+
+GRAPH_FILE, ARRAYS_FILE, SUMS_FILE = "graph.json", "arrays.npz", "SHA256SUMS"
+_FILES = {GRAPH_FILE, ARRAYS_FILE, SUMS_FILE}
+
+
+class ArtifactError(ValueError):
+    """A saved network that cannot be read, or written as asked; the message names the file."""
+
+
+def save(graph: IntegerGraph, folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+    """Writes a graph as a folder.
+
+    Tuples in the metadata come back as lists; all else comes back as it was.
+
+    Args:
+        graph: The network.
+        folder: The folder to make; the one that holds it exists.
+        overwrite: Whether to replace a network that was saved there before. Between taking the
+            old one away and putting the new one in its place, the folder is absent.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ArtifactError: It exists, cannot be written, or the graph's metadata has no JSON form.
+    """
+    folder = Path(folder)
+    try:
+        text, arrays = encode(graph)
+    except CodecError as error:
+        raise ArtifactError(f"{folder}: the network cannot be saved: {error}") from error
+    _check_target(folder, overwrite)
+    packed = io.BytesIO()
+    np.savez(packed, allow_pickle=False, **arrays)
+    files = {GRAPH_FILE: text.encode(), ARRAYS_FILE: packed.getvalue()}
+    files[SUMS_FILE] = _sums(files)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        with _removed_at_the_end(temporary):
+            _write_folder(temporary, files)
+            if overwrite and folder.exists():
+                _replace(folder, temporary)
+            else:
+                temporary.rename(folder)
+        _sync(folder.parent)
+    except OSError as error:
+        raise ArtifactError(f"{folder}: cannot be written: {error.strerror or error}.") from error
+    return folder
+
+
+def load(folder: str | os.PathLike[str]) -> IntegerGraph:
+    """The graph that was saved in a folder.
+
+    Raises:
+        ArtifactError: There is none, or it is not what was saved; names the file.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ArtifactError(f"{folder}: holds no integer network: there is no such folder.")
+    files = {name: _read(folder / name) for name in (SUMS_FILE, GRAPH_FILE, ARRAYS_FILE)}
+    _check_sums(folder, files)
+    arrays = _unpack(folder / ARRAYS_FILE, files[ARRAYS_FILE])
+    try:
+        return decode(files[GRAPH_FILE].decode(), arrays)
+    except (CodecError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"{folder / GRAPH_FILE}: {error}") from error
+    except (GraphError, IndexError, ValueError) as error:  # Arrays of too few axes fail anyhow.
+        raise ArtifactError(f"{folder / GRAPH_FILE}: is no valid network: {error}") from error
+
+
+def _check_target(folder: Path, overwrite: bool) -> None:
+    if not folder.parent.is_dir():
+        raise ArtifactError(f"{folder}: its folder {folder.parent} does not exist.")
+    if not os.path.lexists(folder):
+        return
+    if not overwrite:
+        raise ArtifactError(f"{folder}: exists already; give another name, or pass overwrite=True.")
+    # Whatever else lies there is not ours to delete.
+    foreign = not folder.is_dir() or {path.name for path in folder.iterdir()} - _FILES
+    if folder.is_symlink() or foreign:
+        raise ArtifactError(
+            f"{folder}: is not overwritten: it holds more than a saved network "
+            f"({', '.join(sorted(_FILES))})."
+        )
+
+
+@contextlib.contextmanager
+def _removed_at_the_end(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
+    shutil.rmtree(folder, ignore_errors=True)  # Of a process of the same number that was killed.
+    folder.mkdir()
+    for name, content in files.items():
+        with (folder / name).open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    _sync(folder)
+
+
+def _replace(folder: Path, new: Path) -> None:
+    old = new.with_suffix(".old")
+    with _removed_at_the_end(old):
+        folder.rename(old)
+        try:
+            new.rename(folder)
+        except BaseException:
+            old.rename(folder)
+            raise
+
+
+def _sync(folder: Path) -> None:
+    """Makes names in a folder last through a loss of power."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{path}: is missing.") from error
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read: {error.strerror}.") from error
+
+
+def _sums(files: Mapping[str, bytes]) -> bytes:
+    """In the form of the command `sha256sum`."""
+    lines = (
+        f"{hashlib.sha256(files[name]).hexdigest()}  {name}\n" for name in (GRAPH_FILE, ARRAYS_FILE)
+    )
+    return "".join(lines).encode()
+
+
+def _check_sums(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Every byte of all three files counts: the sums are compared as text."""
+    expected, found = files[SUMS_FILE].splitlines(True), _sums(files).splitlines(True)
+    if expected == found:
+        return
+    damaged = [
+        name for name, line in zip((GRAPH_FILE, ARRAYS_FILE), found, strict=True)
+        if line not in expected
+    ]  # fmt: skip
+    named = " and ".join(str(folder / name) for name in damaged) or str(folder / SUMS_FILE)
+    raise ArtifactError(
+        f"{named}: damaged: not what was saved, by the SHA-256 in {folder / SUMS_FILE}."
+    )
+
+
+def _unpack(path: Path, content: bytes) -> dict[str, np.ndarray]:
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as packed:
+            return {name: packed[name] for name in packed.files}
+    except (AttributeError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise ArtifactError(f"{path}: is no archive of arrays: {error}") from error

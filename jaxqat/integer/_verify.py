@@ -1,0 +1,260 @@
+"""What was trained against what is deployed, tensor by tensor, on data.
+
+The training graph in inference mode, the integer network and an exported file each give the codes
+of the same tensors and logits. `compare` counts where two of them differ; the contract is that
+codes are equal, or differ by one in fewer than 1 of 100,000 places, and that no image changes its
+class.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxqat.integer._execute.executor import Executor, make_executor
+from jaxqat.integer.graph import IntegerGraph
+from jaxqat.quant._trace.arguments import split_arrays
+from jaxqat.quant.models.function import Quantized
+
+MOST_DIFFERING = 1e-5
+LARGEST_DIFFERENCE = 1
+
+
+class Observation(NamedTuple):
+    """What a network made of a batch.
+
+    Attributes:
+        tensors: Codes (int8) by tensor; of the float network, its real values.
+        logits: Its result.
+    """
+
+    tensors: Mapping[str, Any]
+    logits: Any
+
+
+Network = Callable[[np.ndarray], Observation]
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorCheck:
+    """One tensor in two networks.
+
+    Attributes:
+        name: Its name in the graph.
+        codes: How many were compared.
+        differing: How many are not equal.
+        largest: The largest difference, in codes.
+        sqnr_db: Signal to quantization noise against the float network, 10 log10(sum(x**2) /
+            sum((x - q)**2)), in decibels; None if there is no float network to compare with.
+    """
+
+    name: str
+    codes: int
+    differing: int
+    largest: int
+    sqnr_db: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Verification:
+    """Two networks compared.
+
+    Attributes:
+        tensors: Every tensor that both have.
+        images: How many were run.
+        top1_flips: Images whose class differs between the two.
+        top1_flips_fp32: Images whose class differs between the second network and the float one;
+            None if there is none to compare with.
+        logits_only: Whether one of them shows no tensor inside: what counts are the classes.
+    """
+
+    tensors: tuple[TensorCheck, ...]
+    images: int
+    top1_flips: int
+    top1_flips_fp32: int | None
+    logits_only: bool = False
+
+    @property
+    def codes(self) -> int:
+        """Codes compared."""
+        return sum(t.codes for t in self.tensors)
+
+    @property
+    def differing(self) -> int:
+        """Codes that differ."""
+        return sum(t.differing for t in self.tensors)
+
+    @property
+    def largest(self) -> int:
+        """The largest difference of all."""
+        return max((t.largest for t in self.tensors), default=0)
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """How the contract is broken; empty if it is kept."""
+        broken = []
+        if not self.codes and not (self.logits_only and self.images):
+            broken.append("no codes were compared: the networks share no tensor, or got no images")
+        if self.differing >= MOST_DIFFERING * self.codes and self.differing:
+            broken.append(
+                f"{self.differing} of {self.codes} codes differ, the contract is fewer than 1 in "
+                f"{round(1 / MOST_DIFFERING):,}"
+            )
+        if self.largest > LARGEST_DIFFERENCE:
+            worst = max(self.tensors, key=lambda t: t.largest)
+            broken.append(
+                f"{worst.name}: a code differs by {worst.largest}, the contract is "
+                f"{LARGEST_DIFFERENCE}"
+            )
+        if self.top1_flips:
+            broken.append(f"{self.top1_flips} of {self.images} images change their class")
+        return tuple(broken)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON takes it."""
+        totals = {name: getattr(self, name) for name in ("codes", "differing", "largest")}
+        return {**dataclasses.asdict(self), **totals, "failures": list(self.failures)}
+
+
+def verify(
+    model: Quantized,
+    *state: Any,
+    graph: IntegerGraph,
+    batches: Iterable[np.ndarray],
+    preprocess: Callable[[Any], Any] | None = None,
+    executor: Executor | None = None,
+    **kwargs: Any,
+) -> Verification:
+    """Compares a quantized model in inference mode with its integer network.
+
+        jaxqat.verify(model, variables, graph=graph, batches=[images], train=False)
+
+    Args:
+        model: What `jaxqat.quantize` returned.
+        *state: Its variables; of a function, its parameters and ranges; of an NNX module, nothing.
+        graph: What `convert` made of it.
+        batches: Images, as the integer network takes them.
+        preprocess: Makes the model's input from them; None if they are it.
+        executor: How the integer network runs; None for the present device.
+        **kwargs: As for the model's `apply`.
+
+    Returns:
+        The comparison; see its `failures`.
+    """
+    given = preprocess or (lambda images: images)
+    trained = training_network(model, *state, preprocess=given, **kwargs)
+    real = float_network(model, *state, preprocess=given, **kwargs)
+    return compare(trained, integer_network(executor or make_executor(graph)), graph, batches, real)
+
+
+def training_network(
+    model: Any, *state: Any, preprocess: Callable[[Any], Any], **kwargs: Any
+) -> Network:
+    """The quantized model in inference mode."""
+    parameters, make_state = split_arrays(state)
+
+    @jax.jit
+    def run(parameters, images):
+        evaluator = model.record(*make_state(parameters), preprocess(images), **kwargs)
+        return {"/".join(k): c.codes for k, c in evaluator.codes.items()}, evaluator.results
+
+    return lambda images: _one_result(*run(parameters, images))
+
+
+def float_network(
+    model: Any, *state: Any, preprocess: Callable[[Any], Any], **kwargs: Any
+) -> Network:
+    """The model in float, with the real values of the tensors that are quantized."""
+    parameters, make_state = split_arrays(state)
+
+    @jax.jit
+    def run(parameters, images):
+        evaluator = model.observe(*make_state(parameters), preprocess(images), **kwargs)
+        return {"/".join(k): x for k, x in evaluator.observed.items()}, evaluator.results
+
+    return lambda images: _one_result(*run(parameters, images))
+
+
+def integer_network(executor: Executor) -> Network:
+    """The integer network."""
+    return lambda images: Observation(executor.codes(images), executor(images))
+
+
+def _one_result(tensors: Mapping[str, Any], results: list[Any]) -> Observation:
+    if len(results) != 1:
+        raise ValueError(f"the model returns {len(results)} arrays; one is needed to verify it.")
+    return Observation(tensors, results[0])
+
+
+def compare(
+    expected: Network,
+    actual: Network,
+    graph: IntegerGraph,
+    batches: Iterable[np.ndarray],
+    real: Network | None = None,
+) -> Verification:
+    """Runs two networks on the same images and counts where they differ.
+
+    Args:
+        expected: One of them.
+        actual: The other.
+        graph: Scales and zero points of the tensors.
+        batches: Images.
+        real: The float network; None to leave out SQNR.
+    """
+    sums: dict[str, _Sums] = {}
+    images = flips = flips_fp32 = 0
+    logits_only = False
+    for batch in batches:
+        left, right = expected(batch), actual(batch)
+        floats = None if real is None else real(batch)
+        for name in left.tensors.keys() & right.tensors.keys():
+            codes = np.asarray(right.tensors[name], np.int32)
+            entry = sums.setdefault(name, _Sums())
+            entry.compare(np.asarray(left.tensors[name], np.int32), codes)
+            if floats is not None and name in floats.tensors:
+                tensor = graph.tensors[name]
+                value = (codes - tensor.zero_point) * np.float64(tensor.scale)
+                entry.measure(np.asarray(floats.tensors[name], np.float64), value)
+        images += len(batch)
+        logits_only = not left.tensors or not right.tensors
+        classes = np.asarray(right.logits).argmax(-1)
+        flips += int((np.asarray(left.logits).argmax(-1) != classes).sum())
+        if floats is not None:
+            flips_fp32 += int((np.asarray(floats.logits).argmax(-1) != classes).sum())
+    # In the order of the graph.
+    checks = tuple(sums[name].check(name) for name in graph.tensors if name in sums)
+    flips_to_real = None if real is None else flips_fp32
+    return Verification(checks, images, flips, flips_to_real, logits_only)
+
+
+@dataclasses.dataclass
+class _Sums:
+    """What is counted of one tensor while batches go by."""
+
+    codes: int = 0
+    differing: int = 0
+    largest: int = 0
+    signal: float = 0.0
+    noise: float = 0.0
+
+    def compare(self, left: np.ndarray, right: np.ndarray) -> None:
+        difference = np.abs(left - right)
+        self.codes += difference.size
+        self.differing += int((difference > 0).sum())
+        self.largest = max(self.largest, int(difference.max(initial=0)))
+
+    def measure(self, real: np.ndarray, value: np.ndarray) -> None:
+        self.signal += float((real**2).sum())
+        self.noise += float(((real - value) ** 2).sum())
+
+    def check(self, name: str) -> TensorCheck:
+        sqnr = in_decibels(self.signal, self.noise)
+        return TensorCheck(name, self.codes, self.differing, self.largest, sqnr)
+
+
+def in_decibels(signal: float, noise: float) -> float | None:
+    """10 log10(signal / noise); None if one of them is 0."""
+    return float(10 * np.log10(signal / noise)) if signal > 0 and noise > 0 else None

@@ -1,5 +1,0 @@
-"""Float networks, written in Flax Linen; they know nothing of quantization."""
-
-from jaxqat.models.resnet import ModelConfig, ResNet, build_model
-
-__all__ = ["ModelConfig", "ResNet", "build_model"]

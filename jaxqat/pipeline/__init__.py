@@ -1,0 +1,1 @@
+"""The experiment: from a configuration to a run folder."""

@@ -1,0 +1,13 @@
+"""Checkpoints by Orbax, with a manifest that is verified before anything is used."""
+
+from jaxqat.pipeline.checkpoint.config import CheckpointConfig
+from jaxqat.pipeline.checkpoint.manifest import CheckpointError, DamagedCheckpointError
+from jaxqat.pipeline.checkpoint.store import CheckpointStore, Restored
+
+__all__ = [
+    "CheckpointConfig",
+    "CheckpointError",
+    "CheckpointStore",
+    "DamagedCheckpointError",
+    "Restored",
+]

@@ -1,0 +1,256 @@
+"""The experiment: what a person decides, composed of the parts' config dataclasses.
+
+An experiment comes from YAML and from options such as `--qat.epochs 1`, typed by jsonargparse. Its
+canonical JSON identifies it: a run folder belongs to one experiment.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import typing
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jsonargparse
+import yaml
+
+from jaxqat.pipeline.checkpoint import CheckpointConfig
+from jaxqat.pipeline.data import AugmentConfig, DataConfig
+from jaxqat.pipeline.models import ModelConfig
+from jaxqat.pipeline.training import QatConfig, StageConfig
+from jaxqat.quant import Recipe
+
+PRECISIONS = ("float32", "tf32", "bfloat16")
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used; the message names its dotted key."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """One run, from data to report."""
+
+    name: str = "experiment"
+    """What the report calls it."""
+
+    seed: int = 0
+    """Source of all randomness: initial weights, order of images, augmentation."""
+
+    precision: Literal["float32", "tf32", "bfloat16"] = "float32"
+    """Of products in float: true float32; TF32 where the device has it; or bfloat16 activations,
+    with float32 parameters."""
+
+    evaluation_batch_size: int = 500
+    """Images per call in evaluation."""
+
+    select: Literal["last", "best"] = "last"
+    """Which checkpoint goes on from a stage and is tested: the last, or the one best on the
+    validation split."""
+
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    """Which images."""
+
+    augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
+    """Random changes to training images."""
+
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    """Which network."""
+
+    fp32: StageConfig = dataclasses.field(default_factory=StageConfig)
+    """Training of the float network."""
+
+    qat: QatConfig = dataclasses.field(default_factory=QatConfig)
+    """Fine-tuning of the quantized network."""
+
+    quant: Recipe = dataclasses.field(default_factory=Recipe)
+    """How the network is quantized."""
+
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    """Which states are kept."""
+
+    def __post_init__(self):
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"seed must be in 0..2**31 - 1, got {self.seed!r}.")
+        if self.precision not in PRECISIONS:
+            raise ValueError(
+                f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}."
+            )
+        if self.evaluation_batch_size < 1:
+            raise ValueError(
+                f"evaluation_batch_size must be 1 or more, got {self.evaluation_batch_size!r}."
+            )
+        if self.select not in ("last", "best"):
+            raise ValueError(f"select must be 'last' or 'best', got {self.select!r}.")
+        if self.select == "best" and not (self.data.validation_size and self.checkpoint.keep_best):
+            raise ValueError(
+                "select 'best' needs a validation split to select on: set data.validation_size, "
+                "and checkpoint.keep_best to true; or select 'last'."
+            )
+
+
+def to_dict(experiment: Experiment) -> dict[str, Any]:
+    """The experiment as JSON-able values."""
+    return json.loads(json.dumps(dataclasses.asdict(experiment)))
+
+
+def to_yaml(experiment: Experiment) -> str:
+    """The experiment as YAML, in the order of its fields."""
+    return yaml.safe_dump(to_dict(experiment), sort_keys=False, allow_unicode=True)
+
+
+def config_hash(experiment: Experiment) -> str:
+    """SHA-256 of the canonical JSON: sorted keys, no spaces."""
+    text = json.dumps(to_dict(experiment), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def differences(old: Experiment, new: Experiment) -> list[str]:
+    """Every setting that differs, as 'dotted.key: old -> new'."""
+    before, after = (dict(_flatten(to_dict(e))) for e in (old, new))
+    return [
+        f"{key}: {json.dumps(before.get(key))} -> {json.dumps(after.get(key))}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    ]
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def read_yaml(path: Path, also: Collection[str] = ()) -> dict[str, Any]:
+    """The settings in a file, their keys checked.
+
+    Args:
+        path: The file.
+        also: Keys that are no setting of an experiment and may stand in the file all the same.
+
+    Raises:
+        ConfigError: If the file cannot be read, is not YAML, or has an unknown key.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}.") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: must hold settings such as 'seed: 0', got {values!r}.")
+    try:
+        check_keys(Experiment, {k: v for k, v in values.items() if k not in also})
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    return values
+
+
+def load(path: Path) -> Experiment:
+    """The experiment in a YAML file.
+
+    Raises:
+        ConfigError: If anything in it is not as it should be.
+    """
+    values = read_yaml(path)
+    try:
+        return from_dict(values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def from_dict(values: Mapping[str, Any]) -> Experiment:
+    """The experiment of nested settings; what is absent takes its default.
+
+    Raises:
+        ConfigError: If a key is unknown, a value ill-typed or out of range.
+    """
+    check_keys(Experiment, values)
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Experiment)
+    try:
+        typed = parser.parse_object(dict(values))
+    except jsonargparse.ArgumentError as error:
+        raise ConfigError(" ".join(str(error).split())) from None
+    return build(typed)
+
+
+def build(typed: jsonargparse.Namespace) -> Experiment:
+    """The experiment of settings that jsonargparse has typed.
+
+    Raises:
+        ConfigError: If a value is out of range; names its dotted key.
+    """
+    fields = {field.name for field in dataclasses.fields(Experiment)}
+    return _build(Experiment, {k: v for k, v in typed.as_dict().items() if k in fields}, "")
+
+
+def _build(cls: type, values: Any, key: str) -> Any:
+    if isinstance(values, jsonargparse.Namespace):  # As items of a list arrive.
+        values = values.as_dict()
+    if not isinstance(values, Mapping):
+        return values  # A default, or a section that jsonargparse has built already.
+    hints = typing.get_type_hints(cls)
+    kwargs = {
+        name: _build_field(hints[name], value, f"{key}.{name}" if key else name)
+        for name, value in values.items()
+    }
+    try:
+        return cls(**kwargs)
+    except ValueError as error:
+        message = str(error)
+        known = not key or message.startswith(key.split(".")[0] + ".")
+        raise ConfigError(message if known else f"{key}.{message}") from None
+
+
+def _build_field(hint: Any, value: Any, key: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), value, key)
+    item = _item_dataclass(hint)
+    if item is not None:
+        return tuple(_build(item, entry, key) for entry in value)
+    return value
+
+
+def _item_dataclass(hint: Any) -> type | None:
+    """The dataclass of a field such as tuple[Rule, ...], None for any other field."""
+    items = [a for a in typing.get_args(hint) if dataclasses.is_dataclass(a)]
+    return typing.cast(type, items[0]) if items else None
+
+
+def check_keys(cls: type, values: Mapping[str, Any], key: str = "") -> None:
+    """Refuse keys that no field has, at any depth.
+
+    Raises:
+        ConfigError: Names the key and the nearest right one.
+    """
+    hints = typing.get_type_hints(cls)
+    names = [field.name for field in dataclasses.fields(cls)]
+    for name, value in values.items():
+        dotted = f"{key}.{name}" if key else str(name)
+        if name not in names:
+            right = nearest(str(name), names)
+            near = f"{key}.{right}" if key else right
+            raise ConfigError(f"unknown key {dotted!r}; the nearest right one is {near!r}.")
+        item = _item_dataclass(hints[name])
+        if dataclasses.is_dataclass(hints[name]):
+            _check_section(typing.cast(type, hints[name]), value, dotted)
+        elif item is not None and isinstance(value, list):
+            for entry in value:
+                _check_section(item, entry, dotted)
+
+
+def _check_section(cls: type, values: Any, key: str) -> None:
+    if not isinstance(values, Mapping):
+        names = ", ".join(field.name for field in dataclasses.fields(cls))
+        raise ConfigError(f'"{key}" must hold settings ({names}), got {values!r}.')
+    check_keys(cls, values, key)
+
+
+def nearest(word: str, words: list[str]) -> str:
+    """The word most like the given one."""
+    return difflib.get_close_matches(word, words, 1, cutoff=0.0)[0]

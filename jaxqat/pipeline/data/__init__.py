@@ -1,0 +1,26 @@
+"""Image-classification data: decoded once to uint8, resident on the device, augmented there."""
+
+from jaxqat.pipeline.data.arrays import DataError, Split
+from jaxqat.pipeline.data.datasets import DataConfig, Dataset, load_dataset
+from jaxqat.pipeline.data.pipeline import (
+    AugmentConfig,
+    EvalBatches,
+    augment,
+    epoch_permutation,
+    eval_batches,
+    normalize,
+)
+
+__all__ = [
+    "AugmentConfig",
+    "DataConfig",
+    "DataError",
+    "Dataset",
+    "EvalBatches",
+    "Split",
+    "augment",
+    "epoch_permutation",
+    "eval_batches",
+    "load_dataset",
+    "normalize",
+]

@@ -1,0 +1,278 @@
+"""A data set by name, as uint8 arrays with a validation split, statistics and a fingerprint."""
+
+import dataclasses
+import hashlib
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxqat.pipeline.data.arrays import DataError, Decoded, SourceMissingError, Split
+from jaxqat.pipeline.data.cache import Cache
+from jaxqat.pipeline.data.sources import Source, decode_digits, locate_folder
+from jaxqat.pipeline.data.tfds_source import NAME, locate_tfds
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which images to train on and to test on (config key `data`)."""
+
+    name: str = "digits"
+    """'digits' (scikit-learn's, embedded), 'folder' (images by class in data_dir), or a TFDS
+    image-classification set: 'cifar10', 'cifar100', 'name/config', 'name:1.2.3'."""
+
+    data_dir: str | None = None
+    """Root of the TFDS sets (null: $TFDS_DATA_DIR, or ~/tensorflow_datasets), or the folder. Where
+    it does not hold the set, a verified cache of the set is used, and that is said."""
+
+    cache_dir: str | None = None
+    """Where decoded images are kept (null: $JAXQAT_CACHE_DIR, or ~/.cache/jaxqat)."""
+
+    download: bool = False
+    """Whether TFDS may go online for a set that is neither prepared nor cached."""
+
+    train_split: str = "train"
+    """Name of the training split; TFDS slices such as 'train[:80%]' work."""
+
+    test_split: str = "test"
+    """Name of the test split."""
+
+    image_size: int | None = None
+    """Height and width to resize to, cropping the middle; null keeps the images, all alike."""
+
+    validation_size: int = 0
+    """Images taken out of training, at random, for selection; 0 for no validation split."""
+
+    validation_seed: int = 0
+    """Seed of the choice of validation images and of what the limits keep."""
+
+    train_limit: int | None = None
+    """Training images to keep, for trials; null keeps all."""
+
+    test_limit: int | None = None
+    """Test images to keep, for trials; null keeps all."""
+
+    def __post_init__(self):
+        if self.name not in ("digits", "folder") and not NAME.fullmatch(self.name):
+            raise ValueError(
+                "data.name must be 'digits', 'folder' or a TFDS name such as 'cifar10', "
+                f"'name/config' or 'name:1.2.3', got {self.name!r}."
+            )
+        if self.name == "folder" and self.data_dir is None:
+            raise ValueError("data.data_dir must be the folder of images when data.name='folder'.")
+        if self.validation_size < 0:
+            raise ValueError(f"data.validation_size must be >= 0, got {self.validation_size!r}.")
+        if not 0 <= self.validation_seed < 2**32:
+            raise ValueError(
+                f"data.validation_seed must be in 0..2**32 - 1, got {self.validation_seed!r}."
+            )
+        for key in ("image_size", "train_limit", "test_limit"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ValueError(f"data.{key} must be 1 or more, or null, got {value!r}.")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dataset:
+    """Everything training and evaluation need to know of the data.
+
+    Attributes:
+        name: The name it was loaded by.
+        train: Training images, without those of the validation split.
+        validation: Images to select by, or None.
+        test: Images to report on, once.
+        class_names: Name of each class.
+        mean: Mean of each channel over `train`, in units of 0..1.
+        std: Standard deviation of each channel over `train`, in units of 0..1.
+        fingerprint: What the data is, JSON-able: source, version, description, counts, shape and
+            SHA-256 of the arrays. Equal fingerprints mean the same images in the same order.
+    """
+
+    name: str
+    train: Split
+    validation: Split | None
+    test: Split
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    fingerprint: dict[str, Any]
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of every image."""
+        return self.train.images.shape[1:]
+
+
+def load_dataset(config: DataConfig) -> Dataset:
+    """Load a data set, from the verified cache or its source, checked and ready for a device.
+
+    The validation split is the end of a permutation of the training images that depends on
+    `validation_seed` and their number only; a limit keeps the beginning of such a permutation.
+    Within a split, images stay in the order of the source.
+
+    Raises:
+        DataError: If the data is missing, damaged or not what it says it is.
+    """
+    decoded = _load_decoded(config)
+    train, validation = _carve(decoded.train, config)
+    test = _limit(decoded.test, config.test_limit, config.validation_seed)
+    if train.images.shape[1:] != test.images.shape[1:]:
+        raise DataError(
+            f"data.name {config.name!r}: training images of {train.images.shape[1:]}, test images "
+            f"of {test.images.shape[1:]}; they must be alike: set data.image_size to resize."
+        )
+    mean, std = channel_statistics(train.images)
+    if min(std) == 0:
+        raise DataError(
+            f"data.name {config.name!r}: a channel has one value in all training images "
+            f"(mean {mean}, std {std}): there is nothing to learn from."
+        )
+    splits = {"train": train, "validation": validation, "test": test}
+    return Dataset(
+        name=config.name,
+        train=train,
+        validation=validation,
+        test=test,
+        class_names=decoded.class_names,
+        mean=mean,
+        std=std,
+        fingerprint=_fingerprint(config, decoded, splits),
+    )
+
+
+def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and (population) standard deviation of each channel, in units of 0..1.
+
+    From the counts of the 256 values, which are exact integers: 150 million pixels summed one by
+    one in floating point would depend on the order of summation.
+    """
+    counts = np.zeros((images.shape[-1], 256), np.int64)
+    for start in range(0, len(images), 1024):  # bincount widens to 8 bytes a pixel.
+        chunk = images[start : start + 1024]
+        for channel in range(images.shape[-1]):
+            counts[channel] += np.bincount(chunk[..., channel].ravel(), minlength=256)
+    values, pixels = np.arange(256), counts.sum(1)
+    mean = counts @ values / pixels
+    variance = (counts * (values - mean[:, None]) ** 2).sum(1) / pixels
+    return tuple((mean / 255).tolist()), tuple((np.sqrt(variance) / 255).tolist())
+
+
+def _load_decoded(config: DataConfig) -> Decoded:
+    if config.name == "digits":
+        return decode_digits(config.image_size)
+    cache = Cache(_cache_directory(config), _request(config))
+    try:
+        source = _locate(config)
+    except SourceMissingError as missing:
+        return _load_without_source(config, cache, missing)
+    return cache.get_or_decode(source.identity, source.decode)
+
+
+def _load_without_source(config: DataConfig, cache: Cache, missing: SourceMissingError) -> Decoded:
+    """The cache's only copy; else a download, if it is allowed; else an error that says all."""
+    cache_state = f"There is no cache of it in {cache.directory} either."
+    try:
+        cached = cache.only_entry()
+    except DataError as error:
+        cached, cache_state = None, str(error)
+    if cached is not None:
+        logger.info("%s Using the verified cache in %s.", missing, cache.directory)
+        return cached
+    if config.name == "folder" or not config.download:
+        raise DataError(f"{missing} {cache_state} {_advice(config)}") from missing
+
+    from jaxqat.pipeline.data.tfds_download import download
+
+    logger.warning("%s %s Downloading it.", missing, cache_state)
+    download(config.name, _data_directory(config))
+    source = _locate(config)
+    return cache.get_or_decode(source.identity, source.decode)
+
+
+def _locate(config: DataConfig) -> Source:
+    directory = _data_directory(config)
+    splits = {"train_split": config.train_split, "test_split": config.test_split}
+    if config.name == "folder":
+        return locate_folder(directory, **splits, image_size=config.image_size)
+    return locate_tfds(config.name, directory, **splits, image_size=config.image_size)
+
+
+def _request(config: DataConfig) -> dict[str, Any]:
+    request = {
+        key: getattr(config, key) for key in ("name", "train_split", "test_split", "image_size")
+    }
+    if config.name == "folder":
+        request["folder"] = str(_data_directory(config).resolve())
+    return request
+
+
+def _data_directory(config: DataConfig) -> Path:
+    default = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    return Path(config.data_dir or default).expanduser()
+
+
+def _cache_directory(config: DataConfig) -> Path:
+    default = os.environ.get("JAXQAT_CACHE_DIR") or "~/.cache/jaxqat"
+    return Path(config.cache_dir or default).expanduser()
+
+
+def _advice(config: DataConfig) -> str:
+    if config.name == "folder":
+        return "Set data.data_dir to a folder with one folder of images a class."
+    return (
+        "Set data.data_dir or TFDS_DATA_DIR to the root of a TFDS copy in array_record form, or "
+        "data.download to true to let TFDS fetch it, or data.name to 'digits', which is embedded."
+    )
+
+
+def _carve(train: Split, config: DataConfig) -> tuple[Split, Split | None]:
+    kept = len(train) - config.validation_size
+    if kept < 1:
+        raise DataError(
+            f"data.validation_size must be in 0..{len(train) - 1}, for {len(train)} training "
+            f"images, got {config.validation_size}."
+        )
+    if config.validation_size == 0:
+        return _limit(train, config.train_limit, config.validation_seed), None
+    order = np.random.RandomState(config.validation_seed).permutation(len(train))
+    validation = train.take(np.sort(order[kept:]))
+    return train.take(np.sort(order[:kept][: config.train_limit])), validation
+
+
+def _limit(split: Split, limit: int | None, seed: int) -> Split:
+    if limit is None or limit >= len(split):
+        return split
+    order = np.random.RandomState(seed).permutation(len(split))
+    return split.take(np.sort(order[:limit]))
+
+
+def _fingerprint(
+    config: DataConfig, decoded: Decoded, splits: dict[str, Split | None]
+) -> dict[str, Any]:
+    present = {name: split for name, split in splits.items() if split is not None}
+    return {
+        "name": config.name,
+        **decoded.facts,
+        "source_splits": {"train": config.train_split, "test": config.test_split},
+        "source_counts": {"train": len(decoded.train), "test": len(decoded.test)},
+        "counts": {name: len(split) for name, split in present.items()},
+        "image_shape": list(decoded.train.images.shape[1:]),
+        "num_classes": len(decoded.class_names),
+        "validation_seed": config.validation_seed,
+        "sha256": {name: _split_sha256(split) for name, split in present.items()},
+    }
+
+
+def _split_sha256(split: Split) -> str:
+    digest = hashlib.sha256(np.ascontiguousarray(split.images).data)
+    digest.update(split.labels.astype("<i4").data)
+    return digest.hexdigest()

@@ -1,0 +1,181 @@
+"""Where images come from: TFDS, scikit-learn's digits, a folder of images by class.
+
+A source is located first (cheap: directories and checksums, nothing decoded, no network) and
+decoded only if the cache does not hold it.
+"""
+
+import dataclasses
+import hashlib
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxqat.pipeline.data.arrays import (
+    DataError,
+    Decoded,
+    Encoded,
+    SourceMissingError,
+    Split,
+    decode_split,
+    is_grey,
+    resize_grey,
+    stratified_split,
+)
+
+logger = logging.getLogger(__name__)
+
+# Sources without a test split of their own give it a fifth of each class, chosen by this seed.
+TEST_FRACTION = 0.2
+SPLIT_SEED = 0
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Data that is at hand and can be decoded.
+
+    Attributes:
+        identity: What tells this copy from any other, JSON-able: version, SHA-256 of its files.
+        decode: Decodes it all.
+    """
+
+    identity: dict[str, Any]
+    decode: Callable[[], Decoded]
+
+
+def content_sha256(root: Path, files: Iterable[Path]) -> str:
+    """One SHA-256 over the names below `root` and the contents of files, in sorted order.
+
+    Content, and not the time of modification: a copied file is the same data, and one whose
+    bytes have changed is not.
+
+    Raises:
+        DataError: If a file cannot be read.
+    """
+    total = hashlib.sha256()
+    for path in sorted(files):
+        try:
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror}).") from error
+        total.update(f"{path.relative_to(root).as_posix()} {digest}\n".encode())
+    return total.hexdigest()
+
+
+def decode_digits(image_size: int | None) -> Decoded:
+    """scikit-learn's 1,797 handwritten digits, 8x8 grey, with a fixed stratified test split.
+
+    Values 0..16 become round(value * 255 / 16). Embedded in scikit-learn: needs no files and no
+    cache.
+    """
+    from sklearn.datasets import load_digits  # 0.5 s to import, and only this source needs it.
+
+    bunch: Any = load_digits()
+    images = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[..., None]
+    whole = Split(resize_grey(images, image_size), bunch.target.astype(np.int32))
+    train, test = stratified_split(whole.labels, test_fraction=TEST_FRACTION, seed=SPLIT_SEED)
+    facts = {
+        "version": "scikit-learn load_digits",
+        "description": "Optical recognition of handwritten digits (UCI), 1,797 images of 8x8 grey "
+        "pixels as scikit-learn embeds them; a stratified fifth is the test split.",
+    }
+    return Decoded(whole.take(train), whole.take(test), tuple("0123456789"), facts)
+
+
+def locate_folder(
+    root: Path, *, train_split: str, test_split: str, image_size: int | None
+) -> Source:
+    """A folder of images by class.
+
+    Either ROOT/TRAIN_SPLIT/CLASS/... and ROOT/TEST_SPLIT/CLASS/..., or ROOT/CLASS/..., of which a
+    fixed stratified fifth becomes the test split. Classes are numbered in the order of their names.
+
+    Raises:
+        SourceMissingError: If `root` does not exist.
+        DataError: If only one of the split folders exists, or the classes of the two differ.
+    """
+    if not root.is_dir():
+        raise SourceMissingError(f"data.data_dir: no folder {root}.")
+    present = [name for name in (train_split, test_split) if (root / name).is_dir()]
+    if len(present) == 1:
+        raise DataError(
+            f"{root}: has {present[0]!r} but not both of {train_split!r} and {test_split!r} "
+            "(data.train_split, data.test_split)."
+        )
+    bases = [root / name for name in present] or [root]
+    listings = [_list_classes(base) for base in bases]
+    classes = tuple(sorted(listings[0]))
+    for base, listing in zip(bases, listings, strict=True):
+        if tuple(sorted(listing)) != classes:
+            difference = sorted(set(classes) ^ set(listing))
+            raise DataError(f"{base}: classes differ from those of {bases[0]}: {difference}.")
+    if len(classes) < 2:
+        raise DataError(
+            f"{bases[0]}: {len(classes)} class folders with images, expected 2 or more."
+        )
+
+    files = [path for listing in listings for paths in listing.values() for path in paths]
+    identity = {
+        "version": "folder",
+        "description": f"{len(files)} images of {len(classes)} classes in a folder.",
+        "source_sha256": content_sha256(root, files),
+    }
+    return Source(
+        identity, lambda: _decode_folder(root, bases, listings, classes, image_size, identity)
+    )
+
+
+def _list_classes(base: Path) -> dict[str, list[Path]]:
+    """Image files of each class folder below `base`, sorted."""
+    listing, ignored = {}, 0
+    for folder in sorted(path for path in base.iterdir() if path.is_dir()):
+        if folder.name.startswith("."):
+            continue
+        files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+        listing[folder.name] = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
+        ignored += len(files) - len(listing[folder.name])
+        if not listing[folder.name]:
+            raise DataError(f"{folder}: a class without images ({', '.join(IMAGE_SUFFIXES)}).")
+    if ignored:
+        logger.warning("%s: %d files that are no images were left out.", base, ignored)
+    return listing
+
+
+def _decode_folder(
+    root: Path,
+    bases: list[Path],
+    listings: list[dict[str, list[Path]]],
+    classes: tuple[str, ...],
+    image_size: int | None,
+    facts: dict[str, Any],
+) -> Decoded:
+    every_file = [path for listing in listings for paths in listing.values() for path in paths]
+    channels = 1 if all(is_grey(path) for path in every_file) else 3
+
+    def read(listing: dict[str, list[Path]]) -> Iterator[Encoded]:
+        for label, name in enumerate(classes):
+            for path in listing[name]:
+                yield Encoded(str(path), path.read_bytes(), label)
+
+    splits = [
+        decode_split(
+            str(base),
+            read(listing),
+            count=sum(map(len, listing.values())),
+            channels=channels,
+            image_size=image_size,
+            num_classes=len(classes),
+        )
+        for base, listing in zip(bases, listings, strict=True)
+    ]
+    if len(splits) == 1:
+        train, test = stratified_split(
+            splits[0].labels, test_fraction=TEST_FRACTION, seed=SPLIT_SEED
+        )
+        splits = [splits[0].take(train), splits[0].take(test)]
+    return Decoded(splits[0], splits[1], classes, facts)

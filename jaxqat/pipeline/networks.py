@@ -1,0 +1,161 @@
+"""The two networks of an experiment, float and quantized, as the functions that training takes."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxqat.pipeline.config import Experiment
+from jaxqat.pipeline.data import Dataset, augment, epoch_permutation, normalize
+from jaxqat.pipeline.models import build_model
+from jaxqat.pipeline.training import PARAMETERS, Collections, Forward, Trained
+from jaxqat.quant import LayerInfo, QuantizedModule, join_learned, quantize, split_learned
+
+# What a stage's random keys are folded with. The numbers are part of what a seed means.
+STAGE_STREAMS = {"init": 0, "fp32": 1, "qat": 2}
+
+_MATMUL_PRECISION = {"float32": "float32", "tf32": "tensorfloat32", "bfloat16": "default"}
+
+
+def matmul_precision(experiment: Experiment) -> AbstractContextManager:
+    """The precision of float products while the block runs; JAX's default is not float32."""
+    return jax.default_matmul_precision(_MATMUL_PRECISION[experiment.precision])
+
+
+def stage_key(seed: int, stage: str) -> jax.Array:
+    """The random key of a stage."""
+    return jax.random.fold_in(jax.random.key(seed), STAGE_STREAMS[stage])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Networks:
+    """The networks of an experiment on its data.
+
+    Attributes:
+        experiment: Which.
+        dataset: What the input is normalized by, and the shapes.
+        modules: Linen-like module by stage: 'fp32' and 'qat'.
+    """
+
+    experiment: Experiment
+    dataset: Dataset
+    modules: dict[str, Any]
+
+    @classmethod
+    def build(cls, experiment: Experiment, dataset: Dataset) -> "Networks":
+        """Both networks, checked by tracing: a rule that matches no layer ends here."""
+        dtype = jnp.bfloat16 if experiment.precision == "bfloat16" else jnp.float32
+        module = build_model(experiment.model, dataset.num_classes, dtype)
+        quantized = quantize(module, experiment.quant)
+        networks = cls(experiment, dataset, {"fp32": module, "qat": quantized})
+        networks.describe()
+        return networks
+
+    @property
+    def quantized(self) -> QuantizedModule:
+        """The network of the QAT stage."""
+        return self.modules["qat"]
+
+    def init(self) -> tuple[Any, Collections]:
+        """Fresh parameters and batch statistics."""
+        key = stage_key(self.experiment.seed, "init")
+        init = jax.jit(partial(self.modules["fp32"].init, train=False))
+        lowered = init.lower(key, self.one_image())
+        # It runs once: on a CPU, optimizing the random number generation takes longer than it.
+        on_cpu = jax.default_backend() == "cpu"
+        options: Any = {"xla_backend_optimization_level": 0} if on_cpu else None
+        variables = dict(lowered.compile(compiler_options=options)(key, self.one_image()))
+        return variables.pop("params"), variables
+
+    def shapes(self, stage: str) -> tuple[Any, Collections]:
+        """Parameters and collections of a stage as shapes and dtypes."""
+
+        def init(key):
+            variables = dict(self.modules[stage].init(key, self.one_image(), train=False))
+            return variables.pop("params"), variables
+
+        return jax.eval_shape(init, jax.random.key(0))
+
+    def describe(self) -> tuple[LayerInfo, ...]:
+        """Every product of the network and how it is quantized."""
+        params, collections = self.shapes("fp32")
+        variables = {"params": params, **collections}
+        return self.quantized.describe(variables, self.one_image(), train=False)
+
+    def trained(self, stage: str) -> Trained:
+        """What gradients train in a stage: parameters, and step sizes if the recipe learns them."""
+        _, collections = self.shapes(stage)
+        if stage == "fp32" or not split_learned(collections["quant"])[0]:
+            return PARAMETERS
+
+        def split(params, collections):
+            learned, rest = split_learned(collections["quant"])
+            return (params, learned), {**collections, "quant": rest}
+
+        def join(values, rest):
+            params, learned = values
+            return params, {**rest, "quant": join_learned(learned, rest["quant"])}
+
+        return Trained(split, join)
+
+    def forward(self, stage: str, *, frozen: bool = False) -> Forward:
+        """The network in training mode, or with all its collections frozen."""
+        module = self.modules[stage]
+
+        def train(params, collections, images):
+            logits, updates = module.apply(
+                {"params": params, **collections}, images, train=True, mutable=list(collections)
+            )
+            return logits, {**collections, **updates}
+
+        def infer(params, collections, images):
+            return module.apply({"params": params, **collections}, images, train=False), collections
+
+        return infer if frozen else train
+
+    def normalize(self, images: jax.Array) -> jax.Array:
+        """Raw images to the networks' input."""
+        return normalize(images, self.dataset.mean, self.dataset.std)
+
+    def prepare(self, key: jax.Array, images: jax.Array) -> jax.Array:
+        """Raw training images to augmented input."""
+        config = self.experiment.augment
+        images = augment(key, images, crop_padding=config.crop_padding, flip=config.flip)
+        return self.normalize(images)
+
+    def calibrate(self, params: Any, collections: Mapping[str, Any]) -> Any:
+        """Activation ranges of the float network on the first images of an order, as they are."""
+        config, images = self.experiment.qat, self.dataset.train.images
+        variables = {"params": params, **collections}
+        ranges = self.quantized.init_ranges(variables, self.one_image(), train=False)
+        # Of the same types as `observe` returns them, which then compiles once.
+        ranges = jax.tree.map(lambda leaf: jnp.array(leaf, leaf.dtype), ranges)
+
+        @jax.jit
+        def observe(variables, ranges, batch):
+            variables = {**variables, "quant": ranges}
+            return self.quantized.calibrate(variables, self.normalize(batch), train=False)
+
+        # Training counts its epochs from 1: the order of epoch 0 is calibration's own.
+        order = np.asarray(epoch_permutation(self.experiment.seed, 0, len(images)))
+        batches = min(config.calibration_batches, len(images) // config.batch_size)
+        for i in range(batches):
+            chosen = order[i * config.batch_size : (i + 1) * config.batch_size]
+            ranges = observe(variables, ranges, images[chosen])
+        return ranges
+
+    def predictor(self, stage: str) -> Callable[[Any, jax.Array], jax.Array]:
+        """(variables, uint8 images) -> logits, compiled once for all splits."""
+        module = self.modules[stage]
+        return jax.jit(
+            lambda variables, images: module.apply(variables, self.normalize(images), train=False)
+        )
+
+    def one_image(self) -> jax.Array:
+        """An input of the networks, for its shape and type."""
+        return jnp.zeros((1, *self.dataset.image_shape), jnp.float32)

@@ -1,0 +1,8 @@
+"""Self-contained pages: of a run, drawn from its folder alone, and of an analysis of its layers."""
+
+from jaxqat.pipeline.report.analysis import write_analysis
+from jaxqat.pipeline.report.files import ReportError
+from jaxqat.pipeline.report.html import write_report
+from jaxqat.pipeline.report.samples import write_samples
+
+__all__ = ["ReportError", "write_analysis", "write_report", "write_samples"]

@@ -1,0 +1,224 @@
+"""The figures of a report, as PNG bytes.
+
+Each is drawn 4.6 inches wide, so that its text is still legible at the width of a phone
+and two stand side by side on a desk. Nothing here touches pyplot, so no state outlives a call.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from jaxqat.pipeline.report.samples import Samples
+from jaxqat.pipeline.report.theme import Theme, themed, to_png
+
+WIDTH = 4.6  # Inches.
+MAX_SAMPLES = 20
+MAX_COUNTED_CLASSES = 16  # Beyond these a count no longer fits its cell.
+MAX_NAMED_CLASSES = 30
+
+
+def draw_samples(samples: Samples, theme: Theme) -> bytes:
+    """Test images with their true labels (the paper's Fig. 2), five to a row.
+
+    Images of one or three channels are shown as they are, of others the first channel.
+    """
+    shown = min(len(samples.images), MAX_SAMPLES)
+    columns = min(shown, 5)
+    rows = -(-shown // columns)
+    with themed(theme):
+        figure = Figure(figsize=(WIDTH, 1.12 * WIDTH / columns * rows), layout="constrained")
+        grid = figure.subplots(rows, columns, squeeze=False)
+        for axes in grid.flat:
+            axes.set_axis_off()
+        for axes, image, label in zip(grid.flat, samples.images, samples.labels, strict=False):
+            pixels = image if image.shape[-1] == 3 else image[..., 0]
+            axes.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+            name = shorten(samples.class_names[int(label)])
+            axes.set_title(name, fontsize=8, fontweight="normal", pad=3)
+        return to_png(figure)
+
+
+def draw_curves(
+    title: str, epochs: Sequence[Mapping[str, Any]], test: Mapping[str, Any] | None, theme: Theme
+) -> bytes:
+    """Accuracy and loss of one stage by epoch (the paper's Figs. 3 and 5).
+
+    Args:
+        title: Name of the stage.
+        epochs: Lines of metrics.jsonl. Where the ranges are frozen the ground is shaded.
+        test: The stage's scores on the test split, marked once, at the last epoch: the
+            test split is never read during training, so it has no curve.
+        theme: Colours.
+    """
+    with themed(theme):
+        figure = Figure(figsize=(WIDTH, 4.9), layout="constrained")
+        accuracy, loss = figure.subplots(2, 1, sharex=True)
+        _draw_curve(accuracy, "accuracy", epochs, test, 100.0, theme)
+        _draw_curve(loss, "loss", epochs, test, 1.0, theme)
+        accuracy.set_title(title, loc="left")
+        accuracy.set_ylabel("Accuracy (%)")
+        loss.set_ylabel("Cross-entropy (nats)")
+        loss.set_xlabel("Epoch")
+        loss.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        first, last = epochs[0]["epoch"], epochs[-1]["epoch"]
+        loss.set_xlim(first - 0.5, last + 0.5)
+        handles, labels = accuracy.get_legend_handles_labels()
+        figure.legend(
+            handles,
+            labels,
+            loc="outside lower center",
+            ncols=len(labels),
+            fontsize=8,
+            columnspacing=1.2,
+            handlelength=1.4,
+        )
+        return to_png(figure)
+
+
+def _draw_curve(
+    axes: Axes,
+    score: str,
+    epochs: Sequence[Mapping[str, Any]],
+    test: Mapping[str, Any] | None,
+    scale: float,
+    theme: Theme,
+) -> None:
+    x = [record["epoch"] for record in epochs]
+    for key, label, color in (
+        (score, "train", theme.train),
+        (f"validation_{score}", "validation", theme.validation),
+    ):
+        y = scale * np.array([record.get(key) for record in epochs], np.float64)  # None is nan.
+        if np.isfinite(y).any():
+            # A line through few points needs its points, one through a hundred hides them.
+            axes.plot(x, y, color=color, label=label, marker="o" if len(x) <= 30 else "")
+    if test is not None:
+        marker = {"marker": "D", "color": theme.test, "linestyle": "none", "markersize": 5}
+        marker["clip_on"] = False  # It may stand on the edge.
+        axes.plot(x[-1:], [scale * test[score]], label="test, read once", zorder=3, **marker)
+    frozen = [record["epoch"] for record in epochs if record.get("frozen")]
+    if frozen:
+        span = (min(frozen) - 0.5, max(frozen) + 0.5)
+        axes.axvspan(*span, color=theme.grid, alpha=0.8, linewidth=0, label="ranges frozen")
+
+
+def draw_confusion(
+    title: str, matrix: Sequence[Sequence[int]], class_names: Sequence[str], theme: Theme
+) -> bytes:
+    """How often each class was taken for each (the paper's Figs. 4 and 6).
+
+    Colour is the share of the true class, on a square-root scale: errors are rare and on
+    a linear one they would be invisible. Up to 16 classes carry their counts, beyond that
+    a colour bar; up to 30 their names, beyond that their indices.
+    """
+    counts = np.asarray(matrix, np.int64)
+    k = len(counts)
+    share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    with themed(theme):
+        figure = Figure(figsize=(WIDTH, WIDTH), layout="constrained")
+        axes = figure.subplots()
+        colors = LinearSegmentedColormap.from_list("share", [theme.surface, theme.strongest])
+        image = axes.imshow(share, cmap=colors, norm=PowerNorm(0.5, 0, 1))
+        axes.set_title(title, loc="left")
+        axes.grid(False)
+        _name_classes(axes, class_names)
+        if k <= MAX_COUNTED_CLASSES:
+            _write_counts(axes, counts, share, theme)
+        else:
+            bar = figure.colorbar(image, ax=axes, location="bottom", shrink=0.8, aspect=40)
+            bar.set_label("Share of the true class")
+            bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
+        return to_png(figure)
+
+
+def _name_classes(axes: Axes, class_names: Sequence[str]) -> None:
+    k = len(class_names)
+    if k <= MAX_NAMED_CLASSES:
+        names = [shorten(name) for name in class_names]
+        size = min(8.0, 130 / k)
+        axes.set_xticks(range(k), names, rotation=90, fontsize=size)
+        axes.set_yticks(range(k), names, fontsize=size)
+        axes.set(xlabel="Predicted class", ylabel="True class")
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(10, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(10, integer=True))
+        axes.set(xlabel="Predicted class (index)", ylabel="True class (index)")
+
+
+def _write_counts(axes: Axes, counts: np.ndarray, share: np.ndarray, theme: Theme) -> None:
+    digits = len(str(counts.max()))
+    # A cell is about 3.6 inches of 72 points shared by k; a digit is 0.64 of its size wide.
+    size = min(8.0, 0.85 * 3.6 * 72 / len(counts) / (0.64 * max(digits, 2)))
+    for (row, column), count in np.ndenumerate(counts):
+        color = theme.on_strongest if share[row, column] > 0.3 else theme.ink
+        axes.text(
+            column,
+            row,
+            str(count),
+            ha="center",
+            va="center",
+            fontsize=size,
+            color=color if count else theme.muted,
+        )
+
+
+def draw_ranges(layers: Sequence[Mapping[str, Any]], theme: Theme) -> bytes:
+    """Smallest to largest weight and activation of every layer, in the network's order."""
+    with themed(theme):
+        height = 0.9 + 0.19 * len(layers)
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        panels = figure.subplots(1, 2, sharey=True)
+        for axes, kind, label, color in zip(
+            panels,
+            ("weight", "act"),
+            ("Weights (value)", "Input activations (value)"),
+            (theme.train, theme.validation),
+            strict=True,
+        ):
+            for row, layer in enumerate(layers):
+                if ends := layer_range(layer, kind):
+                    axes.hlines(row, *ends, color=color, linewidth=3.5)
+            axes.axvline(0, color=theme.muted, linewidth=0.8)
+            axes.set_xlabel(label)
+            axes.grid(axis="y", visible=False)
+            axes.xaxis.set_major_locator(MaxNLocator(4))
+            axes.tick_params(axis="y", length=0)
+        names = [shorten(str(layer["path"]), 28) for layer in layers]
+        panels[0].set_yticks(range(len(layers)), names, fontsize=7)
+        panels[0].set_ylim(len(layers) - 0.5, -0.5)
+        return to_png(figure)
+
+
+def draw_errors(tensors: Sequence[Mapping[str, Any]], theme: Theme) -> bytes:
+    """Signal to quantization noise of every tensor, in the network's order."""
+    with themed(theme):
+        figure = Figure(figsize=(WIDTH, 0.9 + 0.19 * len(tensors)), layout="constrained")
+        axes = figure.subplots()
+        known = [(i, t["sqnr_db"]) for i, t in enumerate(tensors) if t["sqnr_db"] is not None]
+        rows, values = zip(*known, strict=True)
+        axes.hlines(rows, min(0, *values), values, color=theme.grid, linewidth=1.2)
+        axes.plot(values, rows, color=theme.train, marker="o", markersize=4.5, linestyle="none")
+        axes.set_xlabel("Signal to quantization noise (dB)")
+        axes.set_xlim(left=min(0, *values))
+        axes.grid(axis="y", visible=False)
+        axes.tick_params(axis="y", length=0)
+        names = [shorten(str(tensor["name"]), 28) for tensor in tensors]
+        axes.set_yticks(range(len(tensors)), names, fontsize=7)
+        axes.set_ylim(len(tensors) - 0.5, -0.5)
+        return to_png(figure)
+
+
+def layer_range(layer: Mapping[str, Any], kind: str) -> tuple[float, float] | None:
+    """The smallest and largest "weight" or "act" of a layer, or None if not recorded."""
+    low, high = layer.get(f"{kind}_min"), layer.get(f"{kind}_max")
+    return None if low is None or high is None else (low, high)
+
+
+def shorten(name: str, length: int = 13) -> str:
+    """A name that fits its place, its end left out where it must be."""
+    return name if len(name) <= length else f"{name[: length - 1]}…"

@@ -1,0 +1,119 @@
+"""The figures of an analysis, as PNG bytes; see `figures` for their form."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
+
+from jaxqat.pipeline.report.figures import WIDTH, shorten
+from jaxqat.pipeline.report.theme import Theme, themed, to_png
+
+NAME = 26  # Letters of a layer's name.
+
+
+def draw_noise(analysis: Mapping[str, Any], theme: Theme) -> bytes:
+    """Signal to quantization noise of weights, input and output of every layer, in order."""
+    tensors = {tensor["name"]: tensor for tensor in analysis["tensors"]}
+    layers = analysis["layers"]
+    series = {
+        "weights": ([layer["weight_sqnr_db"] for layer in layers], "s", theme.train),
+        "input": ([tensors[layer["input"]]["sqnr_db"] for layer in layers], "o", theme.validation),
+        "output": ([layer["output_sqnr_db"] for layer in layers], "D", theme.test),
+    }
+    with themed(theme):
+        figure, (axes,) = _panels(1, len(layers))
+        for label, (values, marker, color) in series.items():
+            _dots(axes, values, label, marker, color)
+        axes.set_xlabel("Signal to quantization noise (dB)")
+        _name_rows(axes, [layer["path"] for layer in layers])
+        _legend(figure, axes)
+        return to_png(figure)
+
+
+def draw_sensitivity(analysis: Mapping[str, Any], theme: Theme) -> bytes:
+    """What each layer costs alone, and what leaving it in float brings; the worst on top."""
+    rows = analysis["sensitivity"]
+    labelled = analysis["real"]["accuracy"] is not None
+    scores = [("sqnr_db", 1.0, "SQNR of the result (dB)")]
+    scores += [("accuracy", 100.0, "Accuracy (%)")] if labelled else []
+    with themed(theme):
+        figure, panels = _panels(len(scores), len(rows))
+        for axes, (key, scale, label) in zip(panels, scores, strict=True):
+            for way, name, marker, color in (
+                ("alone", "quantized alone", "o", theme.validation),
+                ("without", "alone in float", "D", theme.train),
+            ):
+                values = [None if r[way][key] is None else scale * r[way][key] for r in rows]
+                _dots(axes, values, name, marker, color)
+            if analysis["quantized"][key] is not None:
+                everything = {"color": theme.muted, "linewidth": 0.9, "linestyle": "--"}
+                value = scale * analysis["quantized"][key]
+                axes.axvline(value, label="all quantized", **everything)
+            axes.set_xlabel(label)
+            axes.xaxis.set_major_locator(MaxNLocator(4))
+        _name_rows(panels[0], [row["path"] for row in rows])
+        _legend(figure, panels[0])
+        return to_png(figure)
+
+
+def draw_histograms(tensors: Sequence[Mapping[str, Any]], theme: Theme) -> bytes:
+    """Values of tensors against the ranges of their codes, two to a row, counts by powers of 10."""
+    rows = -(-len(tensors) // 2)
+    with themed(theme):
+        figure = Figure(figsize=(WIDTH, 0.4 + 1.5 * rows), layout="constrained")
+        grid = figure.subplots(rows, 2, squeeze=False)
+        for axes in grid.flat[len(tensors) :]:
+            axes.set_axis_off()
+        for axes, tensor in zip(grid.flat, tensors, strict=False):
+            _draw_histogram(axes, tensor, theme)
+        figure.supylabel("Values", fontsize=9)
+        return to_png(figure)
+
+
+def _draw_histogram(axes: Axes, tensor: Mapping[str, Any], theme: Theme) -> None:
+    counts, edges = np.asarray(tensor["counts"]), np.asarray(tensor["edges"])
+    used = np.flatnonzero(counts)
+    ends = [tensor["low"], tensor["high"]]
+    middles = (edges[:-1] + edges[1:]) / 2
+    inside = (middles > ends[0]) & (middles < ends[1])
+    for where, color in ((inside, theme.train), (~inside, theme.validation)):
+        axes.stairs(np.where(where, counts, 0), edges, fill=True, color=color)
+    for end in ends:
+        axes.axvline(end, color=theme.ink, linewidth=0.9, linestyle="--")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(EngFormatter(sep=""))  # Without formulas, as the theme has it.
+    axes.set_ylim(bottom=0.5)
+    first = float(min(edges[used[0]], ends[0]))
+    last = float(max(edges[used[-1] + 1], ends[1]))
+    margin = 0.03 * (last - first)
+    axes.set_xlim(first - margin, last + margin)
+    axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.tick_params(labelsize=7)
+    clipped = f"{100 * tensor['clipped']:.2f} % clipped"
+    axes.set_title(f"{shorten(tensor['name'], NAME)}\n{clipped}", fontsize=7, fontweight="normal")
+
+
+def _panels(columns: int, rows: int) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(WIDTH, 1.3 + 0.19 * rows), layout="constrained")
+    return figure, list(figure.subplots(1, columns, squeeze=False, sharey=True).flat)
+
+
+def _dots(axes: Axes, values: Sequence[float | None], label: str, marker: str, color: str) -> None:
+    known = [(value, row) for row, value in enumerate(values) if value is not None]
+    x, y = zip(*known, strict=True) if known else ((), ())
+    axes.plot(x, y, color=color, marker=marker, markersize=4, linestyle="none", label=label)
+
+
+def _name_rows(axes: Axes, names: Sequence[str]) -> None:
+    axes.set_yticks(range(len(names)), [shorten(name, NAME) for name in names], fontsize=7)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.tick_params(axis="y", length=0)
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    place = {"loc": "outside lower center", "ncols": len(labels), "fontsize": 8}
+    figure.legend(handles, labels, columnspacing=1.2, handlelength=1.4, **place)

@@ -1,0 +1,76 @@
+"""The sample images of a report: a few test images that a run leaves in its folder."""
+
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int, UInt8
+
+from jaxqat.pipeline.report.files import ReportError, check, write_atomically
+
+SAMPLES_FILE = "report_data.npz"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """Images of the test split with their true labels."""
+
+    images: UInt8[np.ndarray, "m h w c"]
+    labels: Int[np.ndarray, "m"]
+    class_names: tuple[str, ...]
+
+
+def read_samples(workdir: Path) -> Samples | None:
+    """The sample images of a run, or None where it kept none.
+
+    Raises:
+        ReportError: If the file is there and broken.
+    """
+    path = workdir / SAMPLES_FILE
+    try:
+        with np.load(path, allow_pickle=False) as data:
+            images, labels, names = (data[key] for key in ("images", "labels", "class_names"))
+    except FileNotFoundError:
+        return None
+    except (AttributeError, EOFError, KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
+        raise ReportError(f"{path} is broken: {error}.") from error
+    check(_are_samples(images, labels), path, "must hold uint8[m, h, w, c] images and m labels")
+    in_range = not labels.size or 0 <= labels.min() <= labels.max() < len(names)
+    check(in_range, path, f"labels must be in 0..{len(names) - 1}")
+    return Samples(images=images, labels=labels, class_names=tuple(map(str, names)))
+
+
+def write_samples(
+    workdir: Path,
+    images: UInt8[np.ndarray, "m h w c"],
+    labels: Int[np.ndarray, "m"],
+    class_names: Sequence[str],
+) -> Path:
+    """Keeps a few images with their true labels in the run folder, for the report.
+
+    Raises:
+        ValueError: If the images are not uint8[m, h, w, c] or the labels do not fit them.
+    """
+    images, labels = np.asarray(images), np.asarray(labels)
+    if not _are_samples(images, labels):
+        raise ValueError(
+            "samples must be uint8[m, h, w, c] with integer labels [m], "
+            f"got {images.dtype}{list(images.shape)} and {labels.dtype}{list(labels.shape)}."
+        )
+    names = np.array([str(name) for name in class_names])
+    path = workdir / SAMPLES_FILE
+    write_atomically(
+        path, lambda file: np.savez(file, images=images, labels=labels, class_names=names)
+    )
+    return path
+
+
+def _are_samples(images: np.ndarray, labels: np.ndarray) -> bool:
+    return (
+        images.ndim == 4
+        and images.dtype == np.uint8
+        and labels.shape == images.shape[:1]
+        and np.issubdtype(labels.dtype, np.integer)
+    )

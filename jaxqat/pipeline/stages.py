@@ -1,0 +1,285 @@
+"""A stage of an experiment in its run folder: what to train, from where, and where it is kept."""
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+
+from jaxqat.pipeline import config as configs
+from jaxqat.pipeline.checkpoint import CheckpointStore
+from jaxqat.pipeline.checkpoint.store import MODEL, OPTIMIZER
+from jaxqat.pipeline.data import Dataset, epoch_permutation
+from jaxqat.pipeline.evaluation import Evaluator
+from jaxqat.pipeline.metrics import classification_metrics
+from jaxqat.pipeline.networks import Networks, stage_key
+from jaxqat.pipeline.run.folder import RunFolder
+from jaxqat.pipeline.run.snapshots import (
+    Model,
+    check_data,
+    join_state,
+    open_store,
+    restore_selected,
+    split_state,
+)
+from jaxqat.pipeline.training import (
+    PARAMETERS,
+    Data,
+    DivergedError,
+    QatConfig,
+    Stage,
+    StageConfig,
+    StopRequest,
+    Trained,
+    TrainState,
+    init_state,
+    make_optimizer,
+    make_schedule,
+    make_step,
+    run_stage,
+)
+from jaxqat.pipeline.training.progress import StageProgress
+
+logger = logging.getLogger(__name__)
+
+STAGES = ("fp32", "qat")
+MAX_STEPS_PER_DISPATCH = 50
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class StageRun:
+    """A stage of an experiment in its run folder.
+
+    Attributes:
+        name: 'fp32' or 'qat'.
+        networks: The networks, the experiment and the data.
+        folder: Where checkpoints and metrics go.
+        evaluator: Of this stage's network.
+    """
+
+    name: str
+    networks: Networks
+    folder: RunFolder
+    evaluator: Evaluator
+
+    @property
+    def config(self) -> StageConfig:
+        """The stage's settings."""
+        return getattr(self.networks.experiment, self.name)
+
+    @property
+    def dataset(self) -> Dataset:
+        """The data."""
+        return self.networks.dataset
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole batches in the training split."""
+        return len(self.dataset.train) // self.config.batch_size
+
+    @property
+    def total_steps(self) -> int:
+        """Updates in the whole stage."""
+        return self.config.epochs * self.steps_per_epoch
+
+    def open_store(self, *, read_only: bool = False) -> CheckpointStore:
+        """The stage's checkpoints."""
+        return open_store(self.networks.experiment, self.folder, self.name, read_only=read_only)
+
+    def identity(self) -> dict[str, Any]:
+        """What every checkpoint says it belongs to."""
+        return {
+            "stage": self.name,
+            "config": configs.to_dict(self.networks.experiment),
+            "config_hash": configs.config_hash(self.networks.experiment),
+            "data": self.dataset.fingerprint,
+        }
+
+    def state_shapes(self) -> TrainState:
+        """The training state as shapes and dtypes."""
+        init = partial(init_state, optimizer=self._optimizer(), trained=self._trained)
+        return jax.eval_shape(init, *self.networks.shapes(self.name))
+
+    def train(
+        self,
+        start: Callable[[], Model],
+        *,
+        stop: StopRequest,
+        console: Console,
+    ) -> Model:
+        """Train to the end of the stage, from its newest good checkpoint if there is one.
+
+        Args:
+            start: Makes the network that a fresh stage starts from.
+            stop: Looked at after each dispatch.
+            console: Where progress is shown.
+
+        Returns:
+            The network that goes on: the last one, or the best one, as the experiment selects.
+        """
+        with self.open_store() as store:
+            restored = store.restore_newest_good(split_state(self.state_shapes()))
+            if restored is None:
+                model, seconds = start(), 0.0
+                init = partial(init_state, optimizer=self._optimizer(), trained=self._trained)
+                state = jax.jit(init)(model.params, model.collections)
+            else:
+                check_data(restored, self.dataset.fingerprint)
+                state, seconds = join_state(restored), restored.info["epoch_seconds"]
+            done = int(state.step)
+            if done < self.total_steps:
+                self._announce(console, done)
+                self.folder.truncate_metrics(self.name, done)
+                state = self._run(store, state, done, seconds, stop, console)
+            last = Model(state.params, state.collections, int(state.step))
+            if self.networks.experiment.select == "last":
+                return last
+            store.wait()
+            return Model.of(restore_selected(store, self.networks, self.name))
+
+    def _run(
+        self,
+        store: CheckpointStore,
+        state: TrainState,
+        done: int,
+        seconds: float,
+        stop: StopRequest,
+        console: Console,
+    ) -> TrainState:
+        # A copy of its own: the loop gives the buffers away, the caller's arrays stay valid.
+        # (`device_put` would not do: on a CPU it shares the memory of a NumPy array.)
+        state = jax.jit(partial(jax.tree.map, jnp.copy))(state)
+        progress = StageProgress(
+            console,
+            stage=self.name,
+            epochs=self.config.epochs,
+            steps_per_epoch=self.steps_per_epoch,
+            batch_size=self.config.batch_size,
+            done=done,
+        )
+        with progress:
+            reporter = FolderReporter(self, store, progress)
+            return run_stage(
+                self._stage(), state, reporter=reporter, stop=stop, epoch_seconds=seconds
+            )
+
+    def _announce(self, console: Console, done: int) -> None:
+        if done:
+            epoch = done // self.steps_per_epoch
+            console.print(
+                f"{self.name}: resumed at step {done} of {self.total_steps} (epoch {epoch + 1}).",
+                soft_wrap=True,
+            )
+        dropped = len(self.dataset.train) % self.config.batch_size
+        if dropped:
+            console.print(
+                f"{self.name}: the last, partial batch of each epoch is dropped: "
+                f"{dropped} of {len(self.dataset.train)} images.",
+                soft_wrap=True,
+            )
+
+    def _optimizer(self):
+        return make_optimizer(
+            self.config.optimizer,
+            total_steps=self.total_steps,
+            steps_per_epoch=self.steps_per_epoch,
+            pair=self._trained is not PARAMETERS,
+        )
+
+    @functools.cached_property
+    def _trained(self) -> Trained:
+        return self.networks.trained(self.name)
+
+    def _stage(self) -> Stage:
+        config, dataset, seed = self.config, self.dataset, self.networks.experiment.seed
+        steps = {frozen: self._step(frozen) for frozen in (False, True)}
+        frozen_from = config.frozen_from if isinstance(config, QatConfig) else config.epochs + 1
+        # QAT goes on counting epochs where FP32 ended, so that it sees other orders.
+        offset = 0 if self.name == "fp32" else self.networks.experiment.fp32.epochs
+        limit = config.steps_per_dispatch
+        if limit is None:
+            limit = 1 if jax.default_backend() == "cpu" else MAX_STEPS_PER_DISPATCH
+        images, labels = jax.device_put((dataset.train.images, dataset.train.labels))
+        return Stage(
+            name=self.name,
+            epochs=config.epochs,
+            steps_per_epoch=self.steps_per_epoch,
+            batch_size=config.batch_size,
+            steps_per_dispatch=limit,
+            step=lambda epoch: (steps[epoch >= frozen_from], epoch >= frozen_from),
+            order=jax.jit(lambda epoch: epoch_permutation(seed, offset + epoch, len(labels))),
+            data=Data(images, labels),
+            key=stage_key(seed, self.name),
+            learning_rate=make_schedule(
+                config.optimizer,
+                total_steps=self.total_steps,
+                steps_per_epoch=self.steps_per_epoch,
+            ),
+            validate=self._validate if dataset.validation is not None else None,
+        )
+
+    def _step(self, frozen: bool) -> Callable:
+        return make_step(
+            forward=self.networks.forward(self.name, frozen=frozen),
+            prepare=self.networks.prepare,
+            optimizer=self._optimizer(),
+            batch_size=self.config.batch_size,
+            steps_per_epoch=self.steps_per_epoch,
+            label_smoothing=self.config.label_smoothing,
+            trained=self._trained,
+        )
+
+    def _validate(self, state: TrainState) -> dict[str, float]:
+        split = self.dataset.validation
+        if split is None:
+            return {}
+        logits = self.evaluator.logits(state.params, state.collections, split)
+        if not np.isfinite(logits).all():
+            raise DivergedError(
+                f"{self.name}: logits of the validation split are infinite or NaN after step "
+                f"{int(state.step)}; checkpoints from before it are good."
+            )
+        metrics = classification_metrics(split.labels, logits, self.dataset.class_names)
+        return {f"validation_{key}": metrics[key] for key in ("loss", "accuracy")}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FolderReporter:
+    """Keeps in the run folder, and shows, what the loop reports."""
+
+    run: StageRun
+    store: CheckpointStore
+    progress: StageProgress
+
+    def advance(self, steps: int) -> None:
+        """Move the bar."""
+        self.progress.advance(steps)
+
+    def epoch(self, record: dict[str, Any]) -> None:
+        """Add the epoch to metrics.jsonl and print it."""
+        self.run.folder.append_metrics(record)
+        self.progress.epoch(record)
+
+    def save(
+        self,
+        state: TrainState,
+        record: dict[str, Any] | None,
+        *,
+        epoch_seconds: float,
+        stopping: bool,
+    ) -> None:
+        """Write a checkpoint, if it is its turn."""
+        step, every = int(state.step), self.run.networks.experiment.checkpoint.every_epochs
+        is_last = step == self.run.total_steps
+        if stopping or is_last or record is None or record["epoch"] % every == 0:
+            extra = {**self.run.identity(), "epoch_seconds": epoch_seconds}
+            parts = split_state(state)
+            self.store.save(
+                step, model=parts[MODEL], optimizer=parts[OPTIMIZER], record=record, extra=extra
+            )

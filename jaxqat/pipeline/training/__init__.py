@@ -1,0 +1,42 @@
+"""Training stages: the update rule, the step, and the loop with its stops and resumes."""
+
+from jaxqat.pipeline.training.config import QatConfig, StageConfig
+from jaxqat.pipeline.training.loop import DivergedError, Record, Reporter, Stage, run_stage
+from jaxqat.pipeline.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from jaxqat.pipeline.training.step import (
+    PARAMETERS,
+    Collections,
+    Data,
+    Forward,
+    Trained,
+    TrainState,
+    cross_entropy,
+    init_state,
+    make_step,
+)
+from jaxqat.pipeline.training.stop import Stopped, StopRequest, stop_on_signals
+
+__all__ = [
+    "PARAMETERS",
+    "Collections",
+    "Data",
+    "DivergedError",
+    "Forward",
+    "OptimizerConfig",
+    "QatConfig",
+    "Record",
+    "Reporter",
+    "Stage",
+    "StageConfig",
+    "StopRequest",
+    "Stopped",
+    "TrainState",
+    "Trained",
+    "cross_entropy",
+    "init_state",
+    "make_optimizer",
+    "make_schedule",
+    "make_step",
+    "run_stage",
+    "stop_on_signals",
+]

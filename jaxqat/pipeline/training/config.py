@@ -1,0 +1,85 @@
+"""What a person decides about a stage of training, as plain data."""
+
+import dataclasses
+
+from jaxqat.pipeline.training.optimizer import OptimizerConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """A stage of training (config key `fp32`)."""
+
+    epochs: int = 100
+    """Passes over the training split."""
+
+    batch_size: int = 128
+    """Images per update; the last, smaller batch of an epoch is dropped."""
+
+    label_smoothing: float = 0.0
+    """Share of the target spread evenly over all classes, 0 up to (not including) 1."""
+
+    steps_per_dispatch: int | None = None
+    """Updates per call of the device; null chooses: 1 on a CPU, up to 50 elsewhere."""
+
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    """How parameters are updated."""
+
+    def __post_init__(self):
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)!r}.")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing must be in [0, 1), got {self.label_smoothing!r}.")
+        if self.steps_per_dispatch is not None and self.steps_per_dispatch < 1:
+            raise ValueError(
+                f"steps_per_dispatch must be 1 or more, or null, got {self.steps_per_dispatch!r}."
+            )
+        if self.optimizer.warmup_epochs >= self.epochs:
+            raise ValueError(
+                f"optimizer.warmup_epochs must be below epochs ({self.epochs}), "
+                f"got {self.optimizer.warmup_epochs!r}."
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QatConfig(StageConfig):
+    """Fine-tuning of the quantized network (config key `qat`)."""
+
+    epochs: int = 30
+    """Passes over the training split, the frozen ones included."""
+
+    calibration_batches: int = 8
+    """Training batches, not augmented, that the activation ranges are first observed on."""
+
+    freeze_epochs: int | None = None
+    """Epochs at the end with ranges and batch-norm statistics frozen; null for a fifth of all
+    epochs, and at least one if there are two or more."""
+
+    test_calibrated: bool = True
+    """Whether to make and test, at the end, also the integer network of post-training quantization:
+    calibrated, never fine-tuned."""
+
+    optimizer: OptimizerConfig = dataclasses.field(
+        default_factory=lambda: OptimizerConfig(learning_rate=1e-3)
+    )
+    """How parameters are updated."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.calibration_batches < 1:
+            raise ValueError(
+                f"calibration_batches must be 1 or more, got {self.calibration_batches!r}."
+            )
+        if self.freeze_epochs is not None and not 0 <= self.freeze_epochs <= self.epochs:
+            raise ValueError(
+                f"freeze_epochs must be in 0..{self.epochs} (qat.epochs) or null, "
+                f"got {self.freeze_epochs!r}."
+            )
+
+    @property
+    def frozen_from(self) -> int:
+        """The first epoch, counted from 1, in which ranges and statistics are frozen."""
+        frozen = self.freeze_epochs
+        if frozen is None:
+            frozen = max(self.epochs // 5, 1) if self.epochs >= 2 else 0
+        return self.epochs - frozen + 1

@@ -1,0 +1,225 @@
+"""One stage of training, epoch by epoch, from wherever its state stands.
+
+The loop knows neither the model nor the files: it is given the compiled work (`Stage`) and where
+to report (`Reporter`). Within an epoch the host only dispatches, at most `MAX_IN_FLIGHT` calls
+ahead of the device; sums are kept on the device and read once an epoch.
+"""
+
+import dataclasses
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jaxtyping import Array
+
+from jaxqat.pipeline.training.step import Data, TrainState, dispatch_length, make_dispatch
+from jaxqat.pipeline.training.stop import StopRequest
+
+# Enough to keep a device busy while the host prepares the next call; few enough that progress is
+# real and a signal is answered soon.
+MAX_IN_FLIGHT = 2
+
+Record = dict[str, Any]
+"""One line of metrics.jsonl."""
+
+
+class DivergedError(RuntimeError):
+    """The loss or the state is no longer finite; what was saved before is good."""
+
+
+class Reporter(Protocol):
+    """What the loop tells the outside."""
+
+    def advance(self, steps: int) -> None:
+        """That many more steps are done."""
+        ...
+
+    def epoch(self, record: Record) -> None:
+        """An epoch has ended."""
+        ...
+
+    def save(
+        self, state: TrainState, record: Record | None, *, epoch_seconds: float, stopping: bool
+    ) -> None:
+        """Keep this state (NumPy arrays), for certain if the run is stopping here.
+
+        Without a record it is one within an epoch, which took `epoch_seconds` so far.
+        """
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stage:
+    """The work of a stage.
+
+    Attributes:
+        name: 'fp32' or 'qat'.
+        epochs: Epochs in all.
+        steps_per_epoch: Whole batches in an epoch.
+        batch_size: Images a step.
+        steps_per_dispatch: The most steps in one call of the device.
+        step: The update (`make_step`) of an epoch, counted from 1, and whether ranges and
+            batch-norm statistics are frozen in it; the same object again where it is the same.
+        order: Order of the images in an epoch, counted from 1.
+        data: The training split on the device.
+        key: The stage's random key.
+        learning_rate: The schedule, for the record only.
+        validate: Gives 'validation_loss' and 'validation_accuracy'; None without such a split.
+    """
+
+    name: str
+    epochs: int
+    steps_per_epoch: int
+    batch_size: int
+    steps_per_dispatch: int
+    step: Callable[[int], tuple[Callable, bool]]
+    order: Callable[[int], Array]
+    data: Data
+    key: Array
+    learning_rate: Callable[[int], Any]
+    validate: Callable[[TrainState], dict[str, float]] | None
+
+
+class _Dispatcher:
+    """Compiled dispatches by step function and length, each compiled once."""
+
+    def __init__(self, stage: Stage):
+        self.stage = stage
+        self.length = dispatch_length(stage.steps_per_epoch, stage.steps_per_dispatch)
+        self.compiled: dict[tuple[Callable, int], Callable] = {}
+
+    def lengths(self, position: int) -> list[int]:
+        """The dispatches from this position to the end of the epoch."""
+        full, rest = divmod(self.stage.steps_per_epoch - position, self.length)
+        return [self.length] * full + [rest] * (rest > 0)
+
+    def get(self, step: Callable, length: int, state: TrainState, order: Array) -> Callable:
+        """The compiled call; ahead of time, so that no epoch's clock counts a compilation."""
+        if (step, length) not in self.compiled:
+            lowered = make_dispatch(step, length).lower(
+                state, self.stage.data, order, self.stage.key
+            )
+            self.compiled[step, length] = lowered.compile()
+        return self.compiled[step, length]
+
+
+def run_stage(
+    stage: Stage,
+    state: TrainState,
+    *,
+    reporter: Reporter,
+    stop: StopRequest,
+    epoch_seconds: float = 0.0,
+) -> TrainState:
+    """Train from the state's step to the end of the stage.
+
+    Args:
+        stage: What to do.
+        state: Where to start; its buffers are taken over.
+        reporter: Told of progress; given every state to keep.
+        stop: Looked at after each dispatch.
+        epoch_seconds: Time that the unfinished epoch of `state` took before.
+
+    Raises:
+        DivergedError: If a loss or the state is not finite; nothing of that epoch was saved.
+        Stopped: If `stop` was set; the state has been saved.
+    """
+    dispatcher = _Dispatcher(stage)
+    done = int(state.step)
+    for epoch in range(done // stage.steps_per_epoch + 1, stage.epochs + 1):
+        position, done = done % stage.steps_per_epoch, 0
+        step, frozen = stage.step(epoch)
+        state, seconds, images = _run_epoch(
+            dispatcher, step, state, stage.order(epoch), position, reporter, stop
+        )
+        epoch_seconds += seconds
+        saved = jax.device_get(state)
+        check_finite(stage.name, saved, epoch)
+        record = None
+        if saved.step == epoch * stage.steps_per_epoch:
+            record = _record(stage, saved, epoch, frozen, epoch_seconds, images / seconds)
+            if stage.validate is not None:
+                record.update(stage.validate(state))
+            reporter.epoch(record)
+            epoch_seconds = 0.0
+        stopping = stop.signum is not None
+        reporter.save(saved, record, epoch_seconds=epoch_seconds, stopping=stopping)
+        stop.raise_if_set()
+    return state
+
+
+def _run_epoch(
+    dispatcher: _Dispatcher,
+    step: Callable,
+    state: TrainState,
+    order: Array,
+    position: int,
+    reporter: Reporter,
+    stop: StopRequest,
+) -> tuple[TrainState, float, int]:
+    """The rest of an epoch, or what of it came before a stop: state, seconds and images."""
+    stage = dispatcher.stage
+    lengths = dispatcher.lengths(position)
+    calls = {n: dispatcher.get(step, n, state, order) for n in sorted(set(lengths))}
+    in_flight: deque[tuple[int, Array]] = deque()
+
+    def wait_for_oldest() -> None:
+        length, loss = in_flight.popleft()
+        loss.block_until_ready()
+        reporter.advance(length)
+
+    start, images = time.perf_counter(), 0
+    for length in lengths:
+        state, loss = calls[length](state, stage.data, order, stage.key)
+        images += length * stage.batch_size
+        in_flight.append((length, loss))
+        if len(in_flight) > MAX_IN_FLIGHT:
+            wait_for_oldest()
+        if stop.signum is not None:
+            break
+    while in_flight:
+        wait_for_oldest()
+    return state, time.perf_counter() - start, images
+
+
+def check_finite(stage: str, state: TrainState, epoch: int) -> None:
+    """Refuse a state that is not worth keeping.
+
+    Raises:
+        DivergedError: If any number in it is infinite or NaN; names stage, epoch and loss.
+    """
+    leaves = (np.asarray(leaf) for leaf in jax.tree.leaves(state))
+    if all(np.isfinite(leaf).all() for leaf in leaves):
+        return
+    raise DivergedError(
+        f"{stage}: the loss or the weights became infinite or NaN in epoch {epoch} (loss summed "
+        f"over the epoch: {float(state.loss_sum)}). Nothing of this epoch was saved; checkpoints "
+        f"from before it are good. Try a smaller {stage}.optimizer.learning_rate, or a warm-up."
+    )
+
+
+def _record(
+    stage: Stage,
+    state: TrainState,
+    epoch: int,
+    frozen: bool,
+    seconds: float,
+    images_per_s: float,
+) -> Record:
+    return {
+        "stage": stage.name,
+        "epoch": epoch,
+        "step": epoch * stage.steps_per_epoch,
+        # Of the epoch's last update; the schedule counts updates done before it.
+        "learning_rate": float(stage.learning_rate(epoch * stage.steps_per_epoch - 1)),
+        "loss": float(state.loss_sum) / stage.steps_per_epoch,
+        "accuracy": int(state.correct) / (stage.steps_per_epoch * stage.batch_size),
+        "validation_loss": None,
+        "validation_accuracy": None,
+        "images_per_s": images_per_s,
+        "seconds": seconds,
+        "frozen": frozen,
+    }

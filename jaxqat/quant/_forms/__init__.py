@@ -1,0 +1,1 @@
+"""The integer form of a value, and how operations carry it along."""

@@ -1,0 +1,1 @@
+"""Grids, ranges, estimators, integer products and their straight-through gradients."""

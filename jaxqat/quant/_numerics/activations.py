@@ -1,0 +1,152 @@
+"""The differentiable integer operations: quantize a tensor, multiply codes.
+
+Forward passes run on integers. Backward passes are straight-through (Bengio et al. 2013,
+arXiv:1308.3432): rounding has the derivative 1, and a value that was clipped gets the gradient 0.
+What is kept for them is int8: the codes of both operands, not their float values. AQT quantizes
+(its scaling, its absmax calibration, its numerics as an extension point); the products are ours,
+since AQT's convolution has no gradient and multiplies in floating point.
+"""
+
+import functools
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from aqt.jax.v2 import aqt_quantizer
+from aqt.jax.v2 import utils as aqt_utils
+from aqt.jax.v2.numerics import numerics as aqt_numerics
+from jaxtyping import Array, Float, Int8
+
+from jaxqat.quant._numerics import estimators as estimate
+from jaxqat.quant._numerics.grids import Grid, GridCalibration
+
+# AQT builds its dataclasses with a decorator of its own, which type checkers do not see through.
+_aqt_dataclass: Any = aqt_utils.flax_slots_kw_only_dataclass
+
+
+_Quantizer: Any = aqt_quantizer.Quantizer
+
+
+@_aqt_dataclass
+class AffineInt(aqt_numerics.AqtNumerics):
+    """AQT numerics with an integer zero point: code = clip(round(u) + z, low, high), u = x / s."""
+
+    zero: Any
+    low: int
+    high: int
+
+    def get_dtype(self):
+        """Type of the codes."""
+        return jnp.int8
+
+    def get_quant_bound(self):
+        """Steps from the zero point of a symmetric grid to its last code."""
+        return self.high
+
+    def vjp_fwd(self, x, context):
+        """Codes, and what was not clipped: all that the backward pass needs."""
+        del context
+        # Added as floats: u may lie beyond int32, and below 2**24 the sum is exact.
+        codes = jnp.round(x) + self.zero
+        kept = (codes >= self.low) & (codes <= self.high)
+        return jnp.clip(codes, self.low, self.high).astype(jnp.int8), kept
+
+    def vjp_bwd(self, res, grad):
+        """The gradient where the value was not clipped, 0 where it was."""
+        return (jnp.where(res, grad, jnp.zeros_like(grad)), None)
+
+
+def _numerics(grid: Grid) -> AffineInt:
+    return AffineInt(zero=grid.zero, low=grid.low, high=grid.high)
+
+
+def in_steps(x: Float[Array, "..."], grid: Grid) -> Float[Array, "..."]:
+    """A tensor in units of the grid's scale, u = x / scale, before rounding (by AQT's QTensor)."""
+    x = x.astype(jnp.float32)
+    quantizer = _Quantizer(
+        numerics=_numerics(grid),
+        calib_shared_axes="per_tensor",
+        scale_stop_grad=True,
+        calibration=functools.partial(GridCalibration, scale=grid.scale),
+        context=estimate.CONTEXT,
+    )
+    quantizer.init_calibration()
+    tensor: Any = quantizer.calibrate(x, calibration_axes=None).quant(x)
+    return tensor.qvalue
+
+
+def dequantize(codes: Int8[Array, "..."], grid: Grid, dtype: Any) -> Float[Array, "..."]:
+    """Real values of codes: scale * (code - zero_point), computed in float32."""
+    steps = codes.astype(jnp.float32) - grid.zero
+    return (steps * grid.scale).astype(dtype)
+
+
+def quantize(
+    x: Float[Array, "..."],
+    steps: Float[Array, "..."],
+    grid: Grid,
+    *,
+    learned: Literal["lsq", "pact"] | None = None,
+) -> tuple[Float[Array, "..."], Int8[Array, "..."]]:
+    """A tensor on a grid: its dequantized value, which carries the gradient, and its codes.
+
+    code = clip(round(u) + z, low, high); the gradient with respect to x is that of the
+    dequantized value where low <= round(u) + z <= high, and 0 elsewhere. A learned scale s has
+    one too: of a value that was clipped, code - z; of another, code - z - u with 'lsq' (Esser et
+    al. 2020, arXiv:1902.08153, equation 3), all of it times 1 / sqrt(N Q_P) with N values an
+    example and Q_P codes on the longer side of zero (section 2.2), and 0 with 'pact' (Choi et al.
+    2018, arXiv:1805.06085, equation 3, for the bound s Q_P in the place of s). What is clipped is
+    told by the rounded value here, by the value itself in both papers.
+
+    Args:
+        x: The real tensor; only its gradient path and its type are used, and, for a learned
+            scale, its values.
+        steps: u, the same tensor in units of the grid's scale (`in_steps`, or the integer form
+            of the operations that made it), rounded or not.
+        grid: Where to put it.
+        learned: How the grid's scale is learned; None if it is not.
+    """
+    scale = grid.scale if learned else None
+    return _straight_through(learned, x, jax.lax.stop_gradient(steps), grid, scale)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _straight_through(learned, x, steps, grid, scale):
+    return _straight_through_forward(learned, x, steps, grid, scale)[0]
+
+
+def _straight_through_forward(learned, x, steps, grid, scale):
+    del scale  # It is the grid's.
+    codes, kept = _numerics(grid).vjp_fwd(steps, estimate.CONTEXT)
+    values = x if learned else None
+    return (dequantize(codes, grid, x.dtype), codes), (kept, grid, values, codes)
+
+
+def _straight_through_backward(learned, residuals, gradients):
+    kept, grid, x, codes = residuals
+    gradient, _ = _numerics(grid).vjp_bwd(kept, gradients[0])
+    if not learned:
+        return gradient, None, None, None
+    moved = codes.astype(jnp.float32) - grid.zero
+    if learned == "lsq":
+        share = jax.lax.rsqrt(x.size / max(x.shape[0], 1) * grid.top) if x.ndim else 1.0
+        slope = jnp.where(kept, moved - x.astype(jnp.float32) * grid.inverse, moved) * share
+    else:
+        slope = jnp.where(kept, 0.0, moved)
+    of_scale = jnp.sum(gradients[0].astype(jnp.float32) * slope)
+    return gradient, None, None, of_scale
+
+
+_straight_through.defvjp(_straight_through_forward, _straight_through_backward)
+
+
+@jax.custom_vjp
+def in_place_of(x: Float[Array, "..."], exact: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The tensor `exact`, with the gradient of x: both stand for the same value."""
+    return exact.astype(x.dtype)
+
+
+in_place_of.defvjp(
+    lambda x, exact: (in_place_of(x, exact), exact[..., :0]),
+    lambda like, gradient: (gradient, jnp.zeros(gradient.shape, like.dtype)),
+)

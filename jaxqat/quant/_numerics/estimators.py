@@ -1,0 +1,166 @@
+"""Range estimators: which real values the codes of a batch of activations, or of weights, cover.
+
+Codes have two errors, of rounding and of clipping, and a narrower range trades one for the other
+(Krishnamoorthi 2018, arXiv:1806.08342, section 3.1). What is estimated here from one batch,
+`ranges.observe` averages over batches.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from aqt.jax.v2 import aqt_quantizer
+from aqt.jax.v2 import calibration as aqt_calibration
+from aqt.jax.v2 import utils as aqt_utils
+from aqt.jax.v2.numerics import int_numerics
+from jaxtyping import Array, Float
+
+from jaxqat.quant._numerics.grids import Grid, grid
+from jaxqat.quant.recipe import Settings
+
+# AQT builds its dataclasses with a decorator of its own, which type checkers do not see through.
+_Context: Any = aqt_utils.Context
+_Quantizer: Any = aqt_quantizer.Quantizer
+_IntSymmetric: Any = int_numerics.IntSymmetric
+
+CONTEXT = _Context(key=None, train_step=None)
+# Fractions of the largest magnitude that a search tries, as clipping bounds.
+FRACTIONS = tuple(float(x) for x in np.linspace(0.05, 1.0, 20, dtype=np.float32))
+
+Extent = tuple[Float[Array, ""], Float[Array, ""]]
+
+
+def activation_extent(x: Float[Array, "..."], settings: Settings) -> Extent:
+    """The range of one batch, in float32, outside of differentiation.
+
+    Args:
+        x: The tensor.
+        settings: `act_range` says how: by 'percentile', 'mse' or 'snr'; the minimum and the
+            maximum otherwise.
+
+    Returns:
+        Smallest and largest real value to cover.
+    """
+    x = jax.lax.stop_gradient(x).astype(jnp.float32)
+    if settings.act_range == "percentile":
+        share = settings.percentile
+        low, high = jnp.percentile(x.reshape(-1), jnp.asarray([100 - share, share]))
+        return low, high
+    low, high = jnp.min(x), jnp.max(x)
+    if settings.act_range == "mse":
+        return _least_error(x, low, high, settings)
+    if settings.act_range == "snr":
+        assert settings.act_bits is not None
+        bits = settings.act_bits
+        scale = _by_aqt(x, bits, tuple(range(x.ndim)), _snr_search())[1].reshape(())
+        bound = scale * (2 ** (bits - 1) - 1)
+        return jnp.maximum(low, -bound), jnp.minimum(high, bound)
+    return low, high
+
+
+def _least_error(x: Float[Array, "..."], low: Array, high: Array, settings: Settings) -> Extent:
+    """The range (f low, f high) of least squared error among the fractions f."""
+    assert settings.act_bits is not None
+    bits, symmetric = settings.act_bits, settings.activations == "symmetric"
+
+    def error(fraction: Array) -> Array:
+        g = grid(fraction * low, fraction * high, bits=bits, symmetric=symmetric)
+        return jnp.mean(jnp.square(_rounded(x, g) - x))
+
+    fractions = jnp.asarray(FRACTIONS[::-1])  # Of equal errors the widest range.
+    best = fractions[jnp.argmin(jax.lax.map(error, fractions))]
+    return best * low, best * high
+
+
+def _rounded(x: Float[Array, "..."], g: Grid) -> Float[Array, "..."]:
+    codes = jnp.clip(jnp.round(x * g.inverse) + g.zero, g.low, g.high)
+    return (codes - g.zero) * g.scale
+
+
+def weight_scale(
+    weights: Float[Array, "..."], settings: Settings, axes: tuple[int, ...]
+) -> Float[Array, "..."]:
+    """Scales of weights that stand for less than the largest of them, by `weight_range`.
+
+    'percentile': scale = percentile(|w|) / (2**(bits-1) - 1). 'mse': of the bounds f max|w|, with
+    f among `FRACTIONS`, that of the least squared error. 'snr': the same search, by AQT.
+
+    Args:
+        weights: Float32.
+        settings: Bits and estimator.
+        axes: Axes that share one scale.
+
+    Returns:
+        float32, of the weights' rank with `axes` reduced to 1; positive.
+    """
+    assert settings.weight_bits is not None
+    bits, top = settings.weight_bits, 2 ** (settings.weight_bits - 1) - 1
+    if settings.weight_range == "snr":
+        return _by_aqt(weights, bits, axes, _snr_search())[1]
+    magnitudes = jnp.abs(weights)
+    if settings.weight_range == "percentile":
+        bound = jnp.percentile(magnitudes, settings.percentile, axis=axes, keepdims=True)
+        return _positive(bound / top)
+    largest = jnp.max(magnitudes, axis=axes, keepdims=True)
+
+    def error(fraction: Array) -> Array:
+        scale = _positive(fraction * largest / top)
+        rounded = jnp.clip(jnp.round(weights / scale), -top, top) * scale
+        return jnp.mean(jnp.square(rounded - weights), axis=axes, keepdims=True)
+
+    fractions = jnp.asarray(FRACTIONS[::-1])
+    best = fractions[jnp.argmin(jax.lax.map(error, fractions), axis=0)]
+    return _positive(best * largest / top)
+
+
+def first_step(magnitude: Float[Array, "..."], positive_codes: Any) -> Float[Array, "..."]:
+    """The step size that learning starts from, 2 mean|v| / sqrt(Q_P) (LSQ, section 2.1).
+
+    Args:
+        magnitude: mean|v| of what shares the step.
+        positive_codes: Q_P, the number of codes above zero.
+    """
+    step = 2 * magnitude / jnp.sqrt(jnp.asarray(positive_codes, jnp.float32))
+    return jnp.where(step > 0, step, 1.0)
+
+
+def absmax(
+    weights: Float[Array, "..."], bits: int, axes: tuple[int, ...]
+) -> tuple[Array, Float[Array, "..."]]:
+    """Codes and scales of weights by AQT: scale = max|w| / (2**(bits-1) - 1)."""
+    return _by_aqt(weights, bits, axes, aqt_calibration.AbsMaxCalibration)
+
+
+def _by_aqt(
+    x: Float[Array, "..."], bits: int, axes: tuple[int, ...], calibration: Any
+) -> tuple[Array, Float[Array, "..."]]:
+    quantizer = _Quantizer(
+        numerics=_IntSymmetric(
+            bits=bits,
+            preserve_zero=True,
+            preserve_max_val=True,  # Without it, AQT divides by 127.5 and wastes half a code.
+            clip=True,
+            clip_gradient=False,  # The caller knows what was clipped.
+            round=True,
+            noise_fn=None,
+            dtype=jnp.int8,
+        ),
+        calib_shared_axes=axes,
+        scale_stop_grad=True,
+        calibration=calibration,
+        context=CONTEXT,
+    )
+    quantizer.init_calibration()
+    tensor: Any = quantizer.quant(x, calibration_axes=None)[0]
+    return tensor.qvalue, tensor.scale[0]
+
+
+def _snr_search() -> Any:
+    calibration: Any = aqt_calibration.SnrBasedAutoCalibration
+    return functools.partial(calibration, auto_clip_search_config=FRACTIONS)
+
+
+def _positive(scale: Array) -> Array:
+    return jnp.where(scale <= np.finfo(np.float32).tiny, jnp.float32(1), scale)

@@ -1,0 +1,62 @@
+"""Products of two activations, as attention has them, on integers."""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from jaxqat.quant._numerics.activations import dequantize
+from jaxqat.quant._numerics.products import Dot, backward
+
+
+class Quantized(NamedTuple):
+    """A quantized tensor: its dequantized values, which carry the gradient, codes and grid."""
+
+    values: Any
+    codes: Any
+    grid: Any
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def multiply(dot: Dot, dtype: Any, left: Quantized, right: Quantized) -> Array:
+    """An integer dot of two quantized activations, with the gradients of the float dot.
+
+    y = s_1 s_2 (sum(q k) - z_1 sum(k) - z_2 sum(q) + n z_1 z_2), sums over the n pairs (Jacob et
+    al. 2018, arXiv:1712.05877, equation 7).
+
+    Args:
+        dot: The product, whose `weight_side` is 1.
+        dtype: Of the result.
+        left: Its left operand.
+        right: Its right operand.
+    """
+    return _forward(dot, dtype, left, right)[0]
+
+
+def _forward(dot, dtype, left, right):
+    (x, q, s), (y, k, t) = left, right
+    total = dot.accumulate(q, k)
+    sides = dot.params["dimension_numbers"][0]
+    if t.zero_point is not None:
+        sums = jnp.sum(q.astype(jnp.int32), axis=sides[0], keepdims=True)
+        total = total - t.zero_point * dot.data_over_output(sums)
+    if s.zero_point is not None:
+        total = total - s.zero_point * dot.zero_sums(q.shape, k)
+    if s.zero_point is not None and t.zero_point is not None:
+        total = total + s.zero_point * t.zero_point * math.prod(q.shape[a] for a in sides[0])
+    real = (total.astype(jnp.float32) * (s.scale * t.scale)).astype(dtype)
+    return real, (q, s, x[..., :0], k, t, y[..., :0])
+
+
+def _backward(dot, dtype, kept, gradient):
+    del dtype
+    q, s, x_like, k, t, y_like = kept
+    x, y = dequantize(q, s, x_like.dtype), dequantize(k, t, y_like.dtype)
+    of_x, of_y = backward(dot, x, y, gradient)
+    return Quantized(of_x, None, None), Quantized(of_y, None, None)
+
+
+multiply.defvjp(_forward, _backward)

@@ -1,0 +1,1 @@
+"""Which tensors are quantized, where, by which settings, and why not."""

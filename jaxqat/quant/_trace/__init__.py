@@ -1,0 +1,1 @@
+"""The traced program: one flat list of operations, and its arguments."""

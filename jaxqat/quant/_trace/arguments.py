@@ -1,0 +1,69 @@
+"""The arguments of a function, taken apart into traced arrays and everything static."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+import jax
+import numpy as np
+
+# Path of a parameter, or of what is kept of a tensor, in a tree of dictionaries.
+Key = tuple[str, ...]
+
+
+def split_arrays(tree: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
+    """The array leaves of a tree, and what makes the tree from them: all other leaves are static.
+
+    Such leaves stand among parameters too, as the functions that an Equinox module holds.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+
+    def rebuild(arrays: Sequence[Any]) -> Any:
+        rest = iter(arrays)
+        return jax.tree.unflatten(structure, [next(rest) if _is_array(x) else x for x in leaves])
+
+    return [leaf for leaf in leaves if _is_array(leaf)], rebuild
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Call:
+    """A function's arguments, taken apart into traced arrays and everything static.
+
+    Attributes:
+        flat: The array leaves.
+        names: Path of each array within the parameters; None if it is not one of them.
+        is_data: Whether each array varies from call to call.
+        rebuild: Makes the arguments from array leaves.
+    """
+
+    flat: list[Any]
+    names: list[Key | None]
+    is_data: list[bool]
+    rebuild: Callable[[list[Any]], tuple[Any, ...]]
+
+    @classmethod
+    def of(cls, parameters: Any, constants: Any, inputs: Any) -> Self:
+        """Takes (parameters, constants, inputs) apart; only the last varies from call to call."""
+        leaves, structure = jax.tree_util.tree_flatten_with_path((parameters, constants, inputs))
+        arrays = [(path, leaf) for path, leaf in leaves if _is_array(leaf)]
+        statics = [None if _is_array(leaf) else (leaf,) for _, leaf in leaves]
+
+        def rebuild(flat: list[Any]) -> tuple[Any, ...]:
+            rest = iter(flat)
+            return jax.tree.unflatten(
+                structure, [next(rest) if s is None else s[0] for s in statics]
+            )
+
+        names = [_path(path[1:]) if path[0].idx == 0 else None for path, _ in arrays]
+        is_data = [path[0].idx == 2 for path, _ in arrays]
+        return cls([leaf for _, leaf in arrays], names, is_data, rebuild)
+
+
+def _path(path: tuple[Any, ...]) -> Key:
+    return tuple(
+        str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path
+    ) or ("parameters",)

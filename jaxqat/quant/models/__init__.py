@@ -1,0 +1,1 @@
+"""Linen, NNX, Equinox and functions behind one interface."""

@@ -1,8 +1,0 @@
-"""Self-contained pages: of a run, drawn from its folder alone, and of an analysis of its layers."""
-
-from jaxqat.report.analysis import write_analysis
-from jaxqat.report.files import ReportError
-from jaxqat.report.html import write_report
-from jaxqat.report.samples import write_samples
-
-__all__ = ["ReportError", "write_analysis", "write_report", "write_samples"]

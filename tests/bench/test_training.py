@@ -1,0 +1,114 @@
+"""The training benchmark: the same step in every precision, refused where it trains otherwise."""
+
+import numpy as np
+import pytest
+import tiny_run
+
+from jaxqat.bench import training
+from jaxqat.bench.checks import BenchmarkError
+from jaxqat.bench.training import FP32, QAT, Trainer, check_update, random_dataset
+
+compiled_once, small_network = tiny_run.compiled_once, tiny_run.small_network
+
+SHAPE, CLASSES, BATCH = (8, 8, 1), 10, 16
+
+
+def trainer(variant=FP32, length=1):
+    dataset = random_dataset(SHAPE, CLASSES, BATCH * training.STEPS_PER_EPOCH)
+    return Trainer(variant, tiny_run.tiny(), dataset, BATCH, length)
+
+
+def measure(rounds=2):
+    return training.benchmark_training(
+        tiny_run.tiny(), image_shape=SHAPE, classes=CLASSES, batch_size=BATCH, rounds=rounds
+    )
+
+
+def test_every_precision_of_the_device_is_measured(small_network):
+    result = measure()
+    rows = {row["key"]: row for row in result["precisions"]}
+    assert list(rows) == ["fp32", "bf16", "qat"]
+    assert result["batch_size"] == BATCH
+    assert result["steps_per_call"] == 1
+    for row in rows.values():
+        assert len(row["seconds"]) == 2
+        assert row["images_per_s"] == BATCH / np.median(row["seconds"])
+        assert row["ratio_to_fp32"] == rows["fp32"]["median_s"] / row["median_s"]
+        assert row["temporary_bytes"] > 0
+    np.testing.assert_allclose(rows["fp32"]["cosine_to_fp32"], 1, rtol=2**-50)
+    # Operands of 8 bits turn the gradient by a few per cent; other images would give about 0.2.
+    assert 0.9 < rows["bf16"]["cosine_to_fp32"] < 1
+    assert 0.9 < rows["qat"]["cosine_to_fp32"] < 1
+
+
+def test_times_are_those_of_one_step_where_a_call_makes_several(small_network, monkeypatch):
+    monkeypatch.setitem(training.STEPS_PER_CALL, "cpu", 2)
+    monkeypatch.setitem(training.VARIANTS, "cpu", (FP32,))
+    monkeypatch.setattr(training, "alternate", lambda calls, rounds: {"fp32": [4.0] * rounds})
+    result = measure()
+    assert result["steps_per_call"] == 2
+    assert result["precisions"][0]["median_s"] == 2.0
+    assert result["precisions"][0]["images_per_s"] == BATCH / 2.0
+
+
+def test_what_is_compared_is_one_step_however_many_a_call_makes(small_network):
+    one, several = trainer(length=1).first_update(), trainer(length=3).first_update()
+    for a, b in zip(one, several, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_call_makes_all_of_its_steps(small_network):
+    made = trainer(length=3)
+    made.call()()
+    assert int(made._state.step) == 6  # The warm call's and the timed one's.
+
+
+def test_all_variants_take_the_same_images(small_network, monkeypatch):
+    seen = []
+
+    def forward(self, stage):
+        module = self.modules["fp32"]
+
+        def train(params, collections, images):
+            seen.append(stage)
+            variables = {"params": params, "batch_stats": collections["batch_stats"]}
+            return module.apply(variables, images, train=True, mutable=["batch_stats"])[0], (
+                collections
+            )
+
+        return train
+
+    # Both run the float network: whatever still differs is what they are given.
+    monkeypatch.setattr("jaxqat.pipeline.networks.Networks.forward", forward)
+    floats, quantized = trainer(FP32).first_update(), trainer(QAT).first_update()
+    assert {"fp32", "qat"} <= set(seen)
+    for a, b in zip(floats, quantized, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("factor", "message"),
+    [
+        (0.0, "the cosine of their updates is 0.000, of at least 0.5"),
+        (-1.0, "the cosine of their updates is -1.000, of at least 0.5"),
+        (np.nan, "numbers that are not finite"),
+    ],
+    ids=["still", "backwards", "nan"],
+)
+def test_a_step_that_trains_otherwise_is_refused_by_name(factor, message):
+    update = [np.arange(6.0).reshape(2, 3), np.ones(2)]
+    check_update("FP32", update, update)
+    with pytest.raises(BenchmarkError, match="QAT int8: ") as refusal:
+        check_update("QAT int8", [factor * x for x in update], update)
+    assert message in str(refusal.value)
+
+
+def test_notes_say_where_qat_is_slower():
+    rows = [
+        {"key": "fp32", "label": "FP32", "median_s": 1.0},
+        {"key": "bf16", "label": "bf16", "median_s": 4.0},
+        {"key": "qat", "label": "QAT", "median_s": 2.0},
+    ]
+    assert training.notes(rows) == [
+        "A step of QAT is slower than one of FP32 here: 0.50 times its speed."
+    ]

@@ -1,0 +1,102 @@
+"""The command `analyze` on a run."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_run
+from tiny_run import STEPS, files
+
+from jaxqat import cli
+from jaxqat.commands import analyze as diagnosis
+from jaxqat.commands import train
+from jaxqat.pipeline.data import DataError, load_dataset
+from jaxqat.pipeline.run.folder import RunFolderError
+
+compiled_once, small_network = tiny_run.compiled_once, tiny_run.small_network
+console, finished, no_report = tiny_run.console, tiny_run.finished, tiny_run.no_report
+
+LAYERS = ["stem_conv", "block_conv", "head"]
+
+
+@pytest.fixture
+def run(finished, tmp_path) -> Path:
+    """A finished run to be changed."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+@pytest.fixture
+def unpainted(monkeypatch):
+    """Spares the seconds that drawing takes."""
+    monkeypatch.setattr(diagnosis, "write_analysis", lambda folder, result: folder / "page")
+
+
+def test_the_command_writes_data_and_page_and_nothing_else(
+    run, small_network, console, monkeypatch
+):
+    monkeypatch.setattr(cli, "Console", lambda **_: console)
+    before = files(run)
+    assert cli.main(["analyze", str(run)]) == cli.DONE
+    after = files(run)
+    assert {name for name in after if after[name] != before.get(name)} == {
+        "analysis.json",
+        "analysis.html",
+    }
+    found = json.loads((run / "analysis.json").read_text())
+    assert [layer["path"] for layer in found["layers"]] == LAYERS
+    assert (found["stage"], found["split"], found["step"]) == ("qat", "test", STEPS)
+    shown = console.file.getvalue()
+    assert all(name in shown for name in (*LAYERS, "analysis.html"))
+    assert (run / "analysis.html").read_text().count("<img") == 3
+    # What was analyzed is the trained network, on the test images.
+    results = json.loads((run / "results.json").read_text())
+    assert found["examples"] == 40
+    assert found["quantized"]["accuracy"] == results["qat"]["test"]["accuracy"]
+    sensitive = {row["path"]: row for row in found["sensitivity"]}
+    assert set(sensitive) == set(LAYERS)
+
+
+def test_the_post_training_network_is_that_of_fp32_before_fine_tuning(
+    run, small_network, console, unpainted
+):
+    found = diagnosis.analyze(run, stage="ptq", console=console)
+    results = json.loads((run / "results.json").read_text())
+    assert found["real"]["accuracy"] == results["fp32"]["test"]["accuracy"]
+    assert found["quantized"]["accuracy"] == results["ptq"]["test"]["accuracy"]
+    assert json.loads(json.dumps(found)) == json.loads((run / "analysis.json").read_text())
+
+
+def test_images_are_counted_from_the_first_of_the_split(run, small_network, console, unpainted):
+    found = diagnosis.analyze(run, split="train", images=7, console=console)
+    assert found["examples"] == 7 and "7 images of the train split" in console.file.getvalue()
+    pixels = next(t for t in found["tensors"] if t["name"] == "stem_conv/input")
+    assert pixels["values"] == 7 * 8 * 8
+    # Of these images, and of no others: in the units of the input, the ends are so far apart.
+    data = load_dataset(tiny_run.tiny().data)
+    ends = (float(np.max(data.train.images[:7])), float(np.min(data.train.images[:7])))
+    spread = (ends[0] - ends[1]) / 255 / data.std[0]
+    assert pixels["largest"] - pixels["smallest"] == pytest.approx(spread, rel=1e-5)
+
+
+def test_a_run_that_was_never_quantized_is_named(run, small_network, console):
+    shutil.rmtree(run / "checkpoints" / "qat")
+    with pytest.raises(RunFolderError, match="there are no checkpoints of qat"):
+        diagnosis.analyze(run, console=console)
+    assert cli.main(["analyze", str(run)]) == cli.BAD_INPUT
+    assert not list(run.glob("analysis*"))
+
+
+def test_a_split_that_the_run_has_not_is_named(run, small_network, console):
+    with pytest.raises(DataError, match="no validation split"):
+        diagnosis.analyze(run, split="validation", console=console)
+
+
+def test_a_network_without_quantized_layers_is_named(tmp_path, small_network, console, no_report):
+    float_run = tmp_path / "run"
+    rules = [{"weight_bits": None, "act_bits": None}]
+    settings = tiny_run.tiny(quant__rules=rules, fp32__epochs=1, qat__epochs=1)
+    train.train(settings, float_run, console=console)
+    assert cli.main(["analyze", str(float_run)]) == cli.BAD_INPUT
+    assert not list(float_run.glob("analysis*"))

@@ -1,0 +1,223 @@
+"""`jaxqat quantize`: the FP32 network of a run on integers, without training, beside the others."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_run
+from integer.store.test_folder import content
+from references import integer_graph
+from tiny_run import STEPS, SmallNet, files, run_command, tiny
+
+import jaxqat
+from jaxqat.commands import evaluate, export, quantize, train, verify
+from jaxqat.pipeline import post_training
+from jaxqat.pipeline.data import epoch_permutation, load_dataset, normalize
+from jaxqat.pipeline.metrics import classification_metrics
+from jaxqat.pipeline.networks import Networks
+from jaxqat.pipeline.run.folder import RunFolder
+from jaxqat.pipeline.run.results import summary_rows
+from jaxqat.pipeline.run.snapshots import restore_model
+
+compiled_once, small_network = tiny_run.compiled_once, tiny_run.small_network
+console, finished = tiny_run.console, tiny_run.finished
+
+
+def results_of(run: Path) -> dict:
+    return json.loads((run / "results.json").read_text())
+
+
+@pytest.fixture
+def run(finished, tmp_path) -> Path:
+    """A finished run to be changed."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+@pytest.fixture
+def float_run(run) -> Path:
+    """A run that was stopped between FP32 and QAT."""
+    for name in ("int8", "ptq", "checkpoints/qat", "figures"):
+        shutil.rmtree(run / name)
+    for name in ("results.json", "report.html", "report_data.npz"):
+        (run / name).unlink()
+    RunFolder(run).truncate_metrics("qat", 0)
+    return run
+
+
+def recomputed(run: Path, batches: int = 2, recipe: str = "int8"):
+    """The network by the library's own functions from the checkpoint of FP32, and its scores."""
+    data = load_dataset(tiny().data)
+    fp32 = restore_model(Networks.build(tiny(), data), RunFolder(run), "fp32")
+    order = np.asarray(epoch_permutation(0, 0, len(data.train)))[: batches * 16].reshape(-1, 16)
+
+    def prepare(images):
+        return normalize(images, data.mean, data.std)
+
+    model, variables = jaxqat.calibrate(
+        SmallNet(10), fp32.tree(), [prepare(data.train.images[i]) for i in order], recipe,
+        train=False,
+    )  # fmt: skip
+    image = jnp.zeros((1, 8, 8, 1))
+    graph = jaxqat.convert(model, variables, image, preprocess=prepare, train=False)
+    _, logits = integer_graph.run(graph, data.test.images)
+    metrics = classification_metrics(data.test.labels, logits, [str(i) for i in range(10)])
+    return graph, logits, metrics
+
+
+def assert_is(run: Path, graph, logits, metrics) -> None:
+    """The run's network of post-training quantization, and its scores, are these."""
+    saved = jaxqat.load(run / "ptq")
+    assert [content(n) for n in saved.nodes] == [content(n) for n in graph.nodes]
+    assert content(saved.tensors) == content(graph.tensors)
+    _, found = integer_graph.run(saved, load_dataset(tiny().data).test.images)
+    assert np.array_equal(found, logits)
+    assert results_of(run)["ptq"]["test"] == metrics
+
+
+def test_a_finished_run_tested_the_network_of_calibration_alone(finished, small_network):
+    assert_is(finished, *recomputed(finished))
+    entry = results_of(finished)["ptq"]
+    assert (entry["calibration_batches"], entry["calibration_images"]) == (2, 32)
+    assert (entry["step"], entry["preset"]) == (STEPS, None)
+    assert "verify" not in entry  # `quantize` takes the time.
+    assert entry["size_bytes"] == jaxqat.load(finished / "ptq").size_bytes()
+    metadata = jaxqat.load(finished / "ptq").metadata
+    assert (metadata["stage"], metadata["step"], metadata["calibration_batches"]) == (
+        "ptq",
+        STEPS,
+        2,
+    )
+
+
+def test_the_command_needs_fp32_alone_and_train_goes_on_from_there(
+    finished, float_run, small_network, console, capsys, monkeypatch
+):
+    checkpoints = files(float_run / "checkpoints")
+    assert run_command("quantize", float_run) == 0
+    assert "ptq" in capsys.readouterr().out
+    assert_is(float_run, *recomputed(float_run))
+    found, whole = results_of(float_run), results_of(finished)
+    assert "qat" not in found and "int8" not in found
+    verification = found["ptq"].pop("verify")
+    assert verification["differing"] == 0 and verification["images"] == 40
+    assert found["fp32"] == whole["fp32"] and found["ptq"] == whole["ptq"]
+    assert found["parameters"] == whole["parameters"]
+    assert found["command"] == f"jaxqat quantize {float_run}"
+    page = (float_run / "report.html").read_text()
+    assert "PTQ int8" in page and "QAT int8" not in page
+    assert (float_run / "figures/confusion_ptq.png").is_file()
+    assert files(float_run / "checkpoints") == checkpoints
+    with monkeypatch.context() as patch:
+        patch.setattr(post_training, "write_report", lambda path: path)  # Spares seconds.
+        quantize.quantize(float_run, batches=1, console=console)
+    asked_for, network = results_of(float_run)["ptq"], files(float_run / "ptq")
+    assert asked_for["calibration_batches"] == 1
+    results = train.train(tiny(), float_run, console=console)
+    assert results["int8"] == whole["int8"] and results["ptq"] == asked_for
+    assert files(float_run / "ptq") == network
+    page = (float_run / "report.html").read_text()
+    assert "PTQ int8" in page and "QAT int8" in page
+
+
+def test_another_recipe_and_other_batches_replace_what_was_there_and_are_recorded(
+    run, small_network, console
+):
+    before = results_of(run)
+    command = ("quantize", run, "--method", "ptq", "--batches", 3, "--recipe", "int8_symmetric")
+    assert run_command(*command) == 0
+    assert_is(run, *recomputed(run, 3, "int8_symmetric"))
+    after = results_of(run)
+    entry = after.pop("ptq")
+    assert (entry["preset"], entry["calibration_batches"]) == ("int8_symmetric", 3)
+    assert entry["recipe"]["activations"] == "symmetric"
+    assert before.pop("ptq")["recipe"]["activations"] == "affine"
+    for results in (before, after):
+        results["speed"].pop("ptq")
+    assert after == before
+    page = (run / "report.html").read_text()
+    assert "48 training images (3 batches), by the preset int8_symmetric" in page
+    assert "Confusion matrix of PTQ int8" in page and "Confusion matrix of QAT int8" in page
+    # Made again from FP32 as it was made here, and not as the config says.
+    verification = verify.verify(run, network="ptq", console=console)
+    assert verification.differing == 0 and not verification.failures
+    assert (run / "evaluations/verify_ptq_test.json").is_file()
+    scores = evaluate.evaluate(run, stage="ptq", console=console)
+    assert scores["metrics"] == entry["test"] and scores["step"] == STEPS
+    output = run / "ptq.stablehlo"
+    export.export(run, output, format="stablehlo", network="ptq", console=console)
+    from jaxqat.export._stablehlo import load_stablehlo
+
+    images = load_dataset(tiny().data).test.images
+    _, logits = integer_graph.run(jaxqat.load(run / "ptq"), images)
+    assert np.array_equal(load_stablehlo(output)(images), logits)
+
+
+def test_the_same_command_gives_the_same_network_and_scores(run, small_network, monkeypatch):
+    monkeypatch.setattr(post_training, "write_report", lambda path: path)  # Spares seconds.
+    before, network = results_of(run), files(run / "ptq")
+    quantize.quantize(run)
+    assert files(run / "ptq") == network
+    assert results_of(run)["ptq"].items() > before["ptq"].items()
+
+
+def test_an_older_result_of_calibration_is_shown_unless_there_is_a_newer_one():
+    test: dict = {"test": {"accuracy": 0.5}}
+    results = {"fp32": test, "qat": {**test, "calibrated": test}}
+    assert [n for n, _ in summary_rows(results)] == ["fp32", "qat, calibrated only", "qat"]
+    results = {**results, "ptq": test, "int8": test}
+    assert [n for n, _ in summary_rows(results)] == ["fp32", "ptq", "qat", "int8"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--batches", "7"), "batches must be in 1..6, the whole batches of 16"),
+        (("--recipe", "int9"), "Recipe must be one of int8,"),
+    ],
+)
+def test_bad_options_are_named_and_change_nothing(run, small_network, capsys, arguments, message):
+    before = files(run)
+    assert run_command("quantize", run, *arguments) == 2
+    assert message in capsys.readouterr().err
+    assert files(run) == before
+
+
+def test_a_run_without_the_checkpoint_of_fp32_is_left_as_it_is(run, small_network, capsys):
+    shutil.rmtree(run / "checkpoints/fp32")
+    before = files(run)
+    for _ in ("no folder", "an empty one"):
+        assert run_command("quantize", run) == 2
+        assert "there are no checkpoints of fp32" in capsys.readouterr().err
+        assert files(run) == before
+        (run / "checkpoints/fp32").mkdir(exist_ok=True)
+
+
+def test_a_run_whose_fp32_stage_is_not_done_is_told_so(float_run, small_network, capsys):
+    shutil.rmtree(float_run / f"checkpoints/fp32/{STEPS}")
+    before = files(float_run)
+    assert run_command("quantize", float_run) == 2
+    assert f"its FP32 stage is at step {STEPS // 2} of {STEPS}" in capsys.readouterr().err
+    assert files(float_run) == before
+
+
+def test_an_interruption_before_all_is_measured_changes_nothing(run, small_network, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    before = files(run)
+    monkeypatch.setattr("jaxqat.pipeline.integer_networks.verify_network", interrupted)
+    assert run_command("quantize", run, "--batches", 1) == 130
+    assert files(run) == before
+
+
+def test_a_network_that_is_missing_or_damaged_says_how_to_make_it(run, small_network, capsys):
+    path = run / "ptq/graph.json"
+    path.write_text(path.read_text()[:-1])
+    assert run_command("evaluate", run, "--stage", "ptq") == 2
+    assert f"delete {run / 'ptq'} and run `jaxqat quantize {run}` again" in capsys.readouterr().err
+    shutil.rmtree(run / "ptq")
+    assert run_command("evaluate", run, "--stage", "ptq") == 2
+    assert f"`jaxqat quantize {run}` makes it" in capsys.readouterr().err

@@ -1,0 +1,360 @@
+"""Train, evaluate and report from end to end, on a network that compiles in a second."""
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_run
+from tiny_run import STEPS, STEPS_PER_EPOCH, files, signal_at, tiny
+
+from jaxqat.commands import evaluate, report, train
+from jaxqat.pipeline.checkpoint import CheckpointError
+from jaxqat.pipeline.config import config_hash
+from jaxqat.pipeline.data import DataError, load_dataset
+from jaxqat.pipeline.evaluation import Evaluator, IntegerEvaluator
+from jaxqat.pipeline.run.folder import RunFolder, RunFolderError
+from jaxqat.pipeline.training import DivergedError, Stopped
+from jaxqat.quant import RecipeError
+
+compiled_once, small_network = tiny_run.compiled_once, tiny_run.small_network
+console, finished, no_report = tiny_run.console, tiny_run.finished, tiny_run.no_report
+
+
+def arrays(run: Path) -> dict[str, dict]:
+    """SHA-256 of every array of the last checkpoint of both stages."""
+    found = {}
+    for stage in ("fp32", "qat"):
+        info = run / "checkpoints" / stage / str(STEPS) / "info" / "metadata"
+        found[stage] = json.loads(info.read_text())["arrays"]
+    return found
+
+
+def network(run: Path) -> dict[str, bytes]:
+    """The bytes of the integer network."""
+    return {path.name: path.read_bytes() for path in (run / "int8").iterdir()}
+
+
+def losses(run: Path) -> list[tuple]:
+    return [(r["stage"], r["epoch"], r["loss"]) for r in RunFolder(run).read_metrics()]
+
+
+def test_a_run_leaves_what_the_contract_says(finished):
+    assert {p.name for p in finished.iterdir()} == {
+        "checkpoints",
+        "config.yaml",
+        "figures",
+        "int8",
+        "metrics.jsonl",
+        "ptq",
+        "report.html",
+        "report_data.npz",
+        "results.json",
+    }
+    assert RunFolder(finished).load_config() == tiny()
+    lines = RunFolder(finished).read_metrics()
+    assert [(r["stage"], r["epoch"], r["step"], r["frozen"]) for r in lines] == [
+        ("fp32", 1, 6, False),
+        ("fp32", 2, 12, False),
+        ("qat", 1, 6, False),
+        ("qat", 2, 12, True),
+    ]
+    results = json.loads((finished / "results.json").read_text())
+    assert results["name"] == "tiny"
+    assert results["command"] == "jaxqat train"
+    assert results["config_hash"] == config_hash(tiny())
+    assert results["data"] == load_dataset(tiny().data).fingerprint
+    assert results["precision"] == "float32"
+    assert {"python", "jax", "jaxlib", "flax", "aqtp", "orbax"} <= results["environment"].keys()
+    assert results["environment"]["platform"] == "cpu"
+    for metrics in (
+        results["fp32"]["test"],
+        results["qat"]["test"],
+        results["ptq"]["test"],
+        results["int8"]["test"],
+    ):
+        assert metrics["n"] == 40
+        assert np.sum(metrics["confusion_matrix"]) == 40
+    # Two 3x3 convolutions of 1 and 4 channels to 4, their batch norms, and 4 to 10 with bias.
+    kernels = 3 * 3 * 1 * 4 + 3 * 3 * 4 * 4 + 4 * 10
+    parameters = kernels + 2 * 2 * 4 + 10
+    assert results["parameters"] == parameters
+    assert results["size_bytes"]["fp32"] == 4 * parameters
+    # A byte a weight; an int32 bias and a float32 multiplier per output channel (4, 4, 10).
+    assert results["size_bytes"]["int8"] == kernels + (4 + 4) * (4 + 4 + 10)
+    assert results["int8"]["requantization"] == "float"
+    assert results["int8"]["step"] == STEPS
+    assert set(results["speed"]["int8"]) == {"evaluate_images_per_s"}
+    # 8x8 images at stride 2 make 4x4 outputs.
+    assert results["macs"] == 16 * (3 * 3 * 1 * 4) + 16 * (3 * 3 * 4 * 4) + 4 * 10
+    layers = {layer["path"]: layer for layer in results["layers"]}
+    assert list(layers) == ["stem_conv", "block_conv", "head"]
+    assert layers["block_conv"]["act_min"] == 0  # Behind a ReLU.
+    assert layers["block_conv"]["act_max"] > 0
+    assert layers["head"]["weight_min"] < 0 < layers["head"]["weight_max"]
+
+
+def test_the_dropped_batch_is_said(finished):
+    log = finished.with_suffix(".log").read_text()
+    assert log.count("the last, partial batch of each epoch is dropped: 4 of 100 images") == 2
+
+
+def test_a_finished_run_is_left_as_it_is(finished, console):
+    before = files(finished)
+    results = train.train(tiny(), finished, console=console)
+    assert "this run is finished" in console.file.getvalue()
+    assert results == json.loads((finished / "results.json").read_text())
+    assert files(finished) == before
+
+
+@pytest.mark.parametrize(
+    ("steps", "stage"),
+    [(3, "fp32"), (STEPS + 2, "qat"), (STEPS + STEPS_PER_EPOCH + 2, "qat")],
+    ids=["fp32", "qat", "qat_frozen"],
+)
+def test_stopped_within_an_epoch_and_started_again_it_ends_on_the_same_bits(
+    finished, tmp_path, monkeypatch, no_report, small_network, console, steps, stage
+):
+    run = tmp_path / "run"
+    signal_at(monkeypatch, steps)
+    with pytest.raises(Stopped):
+        train.train(tiny(), run, console=console)
+    newest = max(map(int, os.listdir(run / "checkpoints" / stage)))
+    assert newest % STEPS_PER_EPOCH != 0
+    assert not (run / "results.json").exists()
+    train.train(tiny(), run, console=console)
+    assert f"{stage}: resumed at step {newest} of {STEPS}" in console.file.getvalue()
+    assert arrays(run) == arrays(finished)
+    assert losses(run) == losses(finished)
+    ours, theirs = (json.loads((r / "results.json").read_text()) for r in (run, finished))
+    assert ours["qat"]["test"] == theirs["qat"]["test"]
+    assert ours["int8"] == theirs["int8"]
+    assert network(run) == network(finished)
+    assert ours["layers"] == theirs["layers"]
+
+
+# Orbax closes its event loop when a read fails, and reads that still go on complain to the void.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_damaged_checkpoint_is_named_and_trained_again_to_the_same_bits(
+    finished, tmp_path, no_report, small_network, console, caplog
+):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    for name in ("results.json", "report.html"):
+        (run / name).unlink()
+    for path in (run / "checkpoints" / "qat" / str(STEPS)).rglob("d/*"):
+        path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(CheckpointError, match=rf"qat/{STEPS} is damaged"):
+        evaluate.evaluate(run, stage="qat", console=console)
+    train.train(tiny(), run, console=console)
+    assert f"{STEPS} is damaged" in caplog.text
+    assert f"qat: resumed at step {STEPS_PER_EPOCH} of {STEPS}" in console.file.getvalue()
+    assert arrays(run) == arrays(finished)
+    assert losses(run) == losses(finished)
+
+
+@pytest.mark.parametrize(
+    ("stage", "split"), [("qat", "test"), ("fp32", "train"), ("int8", "test"), ("int8", "train")]
+)
+def test_evaluate_needs_the_folder_only_and_writes_nothing_but_evaluations(
+    finished, tmp_path, small_network, console, stage, split
+):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    before = files(run)
+    result = evaluate.evaluate(run, stage=stage, split=split, console=console)
+    added = f"evaluations/{stage}_{split}.json"
+    after = files(run)
+    assert after.pop(added)
+    assert after == before
+    assert result == json.loads((run / added).read_text())
+    assert result["step"] == STEPS
+    if split == "test":
+        expected = json.loads((run / "results.json").read_text())[stage]["test"]
+        assert result["metrics"] == expected
+    else:
+        assert result["metrics"]["n"] == 100
+    assert f"{stage} at step {STEPS}" in console.file.getvalue()
+
+
+def test_report_is_drawn_again_from_the_folder(finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run, ignore=shutil.ignore_patterns("report.html", "checkpoints"))
+    assert report.report(run) == run / "report.html"
+    assert (run / "report.html").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("stage", "split", "error", "message"),
+    [
+        ("fp32", "validation", DataError, "no validation split"),
+        ("qat", "test", RunFolderError, "no checkpoints of qat"),
+    ],
+)
+def test_what_a_run_does_not_have_cannot_be_evaluated(
+    finished, tmp_path, small_network, console, stage, split, error, message
+):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run, ignore=shutil.ignore_patterns("qat"))
+    with pytest.raises(error, match=message):
+        evaluate.evaluate(run, stage=stage, split=split, console=console)
+
+
+def test_the_test_split_is_read_after_all_training_only(
+    tmp_path, monkeypatch, no_report, small_network, console
+):
+    read = []
+    logits, int8_logits = Evaluator.logits, IntegerEvaluator.logits
+
+    def watch(self, params, collections, split):
+        lines = len(RunFolder(tmp_path).read_metrics())
+        read.append((lines, len(split)))
+        return logits(self, params, collections, split)
+
+    def watch_int8(self, split):
+        read.append((len(RunFolder(tmp_path).read_metrics()), len(split)))
+        return int8_logits(self, split)
+
+    monkeypatch.setattr(Evaluator, "logits", watch)
+    monkeypatch.setattr(IntegerEvaluator, "logits", watch_int8)
+    changes = {"data__validation_size": 30, "data__test_limit": 41}
+    train.train(tiny(**changes), tmp_path, console=console)
+    # The validation images after each of the four epochs, whose line is written after it; then
+    # the test images: warm-up and measurement of each of the three networks, then of the integer
+    # network.
+    assert read[:4] == [(0, 30), (1, 30), (2, 30), (3, 30)]
+    assert read[4:] == [(4, 1), (4, 41)] * 4
+    lines = RunFolder(tmp_path).read_metrics()
+    assert all(0 <= r["validation_accuracy"] <= 1 for r in lines)
+
+
+def test_select_best_goes_on_from_the_best_checkpoint_and_tests_it(
+    tmp_path, monkeypatch, no_report, small_network, console
+):
+    # Validation says that the first epoch of each stage was the best.
+    scores = iter([0.9, 0.1, 0.8, 0.2])
+
+    def validate(self, state):
+        return {"validation_loss": 1.0, "validation_accuracy": next(scores)}
+
+    monkeypatch.setattr("jaxqat.pipeline.stages.StageRun._validate", validate)
+    changes = {"data__validation_size": 30, "select": "best", "qat__optimizer__learning_rate": 1e-9}
+    train.train(tiny(**changes), tmp_path, console=console)
+    for stage in ("fp32", "qat", "int8"):
+        result = evaluate.evaluate(tmp_path, stage=stage, console=console)
+        assert result["step"] == STEPS_PER_EPOCH
+    kernels = {}
+    for stage, step in (("fp32", 6), ("fp32", 12), ("qat", 6)):
+        info = tmp_path / "checkpoints" / stage / str(step) / "info" / "metadata"
+        kernels[stage, step] = json.loads(info.read_text())["arrays"]
+    # At this learning rate QAT leaves the weights as it found them: those of the best epoch.
+    path = "params/head/kernel"
+    assert kernels["qat", 6]["model"][path] == kernels["fp32", 6]["model"][path]
+    assert kernels["qat", 6]["model"][path] != kernels["fp32", 12]["model"][path]
+
+
+def test_frozen_epochs_leave_ranges_and_statistics_alone(finished):
+    (before, after) = (
+        json.loads((finished / "checkpoints" / "qat" / str(s) / "info" / "metadata").read_text())
+        for s in (STEPS_PER_EPOCH, STEPS)
+    )
+    model, frozen = before["arrays"]["model"], after["arrays"]["model"]
+    for path, array in model.items():
+        changed = frozen[path] != array
+        assert changed == path.startswith("params/"), path
+
+
+def test_several_steps_a_dispatch_make_the_same_run(
+    finished, tmp_path, no_report, small_network, console
+):
+    changes = {"fp32__steps_per_dispatch": 4, "qat__steps_per_dispatch": 4}
+    train.train(tiny(**changes), tmp_path, console=console)
+    # Compiled differently, so equal up to rounding: a difference of 2**-24 in a weight, grown over
+    # 24 steps; a step left out or done twice moves the loss by a hundredth.
+    for ours, theirs in zip(losses(tmp_path), losses(finished), strict=True):
+        assert ours[:2] == theirs[:2]
+        assert abs(ours[2] - theirs[2]) < 1e-3
+
+
+def test_infinite_loss_stops_and_keeps_what_was_good(tmp_path, small_network, console):
+    settings = tiny(qat__optimizer__learning_rate=3e38)
+    with pytest.raises(DivergedError, match=r"qat: .*epoch 1"):
+        train.train(settings, tmp_path, console=console)
+    assert os.listdir(tmp_path / "checkpoints" / "qat") == []
+    assert (tmp_path / "checkpoints" / "fp32" / str(STEPS)).is_dir()
+    assert {r["stage"] for r in RunFolder(tmp_path).read_metrics()} == {"fp32"}
+    assert not (tmp_path / "results.json").exists()
+    assert evaluate.evaluate(tmp_path, stage="fp32", console=console)["metrics"]["n"] == 40
+
+
+def test_another_config_is_refused_and_nothing_changes(finished, console):
+    before = files(finished)
+    with pytest.raises(RunFolderError, match=r"seed: 0 -> 1"):
+        train.train(tiny(seed=1), finished, console=console)
+    assert files(finished) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"data__name": "no_such_set"}, DataError, "no_such_set"),
+        ({"fp32__batch_size": 101}, DataError, "fp32.batch_size must be at most the 100 training"),
+        ({"quant": {"rules": [{"path": "haed"}]}}, RecipeError, "matches none of"),
+    ],
+    ids=["data", "batch_size", "rule"],
+)
+def test_bad_input_leaves_no_folder(
+    tmp_path, monkeypatch, small_network, console, changes, error, message
+):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "nothing"))
+    monkeypatch.setenv("JAXQAT_CACHE_DIR", str(tmp_path / "nothing"))
+    with pytest.raises(error, match=message):
+        train.train(tiny(**changes), tmp_path / "run", console=console)
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_data_than_the_checkpoints_is_refused(
+    finished, tmp_path, monkeypatch, small_network, console
+):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "results.json").unlink()
+    dataset = load_dataset(tiny().data)
+    other = dataclasses.replace(dataset, fingerprint={**dataset.fingerprint, "version": "other"})
+    monkeypatch.setattr(train, "load_dataset", lambda config: other)
+    for call in (
+        lambda: train.train(tiny(), run, console=console),
+        lambda: evaluate.evaluate(run, stage="qat", console=console),
+        lambda: evaluate.evaluate(run, stage="int8", console=console),
+    ):
+        with pytest.raises(RunFolderError, match=r"the data is not what .* version: .*'other'"):
+            call()
+
+
+def test_a_checkpoint_is_due_every_so_many_epochs_and_at_the_end(
+    tmp_path, no_report, small_network, console
+):
+    settings = tiny(
+        fp32__epochs=3,
+        qat__epochs=1,
+        checkpoint={"every_epochs": 2, "keep_last": 5},
+        qat__test_calibrated=False,
+    )
+    results = train.train(settings, tmp_path, console=console)
+    steps = sorted(map(int, os.listdir(tmp_path / "checkpoints" / "fp32")))
+    assert steps == [2 * STEPS_PER_EPOCH, 3 * STEPS_PER_EPOCH]
+    assert "ptq" not in results
+    assert not (tmp_path / "ptq").exists()
+
+
+def test_a_stop_at_the_end_of_an_epoch_is_saved_though_no_checkpoint_is_due(
+    tmp_path, monkeypatch, small_network, console
+):
+    signal_at(monkeypatch, STEPS_PER_EPOCH)
+    with pytest.raises(Stopped):
+        train.train(tiny(checkpoint={"every_epochs": 9}), tmp_path, console=console)
+    assert os.listdir(tmp_path / "checkpoints" / "fp32") == [str(STEPS_PER_EPOCH)]
+    assert [r["epoch"] for r in RunFolder(tmp_path).read_metrics()] == [1]

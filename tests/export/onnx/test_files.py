@@ -1,0 +1,139 @@
+"""Writing ONNX files, and reading what is broken."""
+
+import os
+import sys
+
+import numpy as np
+import pytest
+from integer import graphs
+from references import integer_graph
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+
+from jaxqat.export import ExportError  # noqa: E402
+from jaxqat.export._onnx import builder as onnx_builder  # noqa: E402
+from jaxqat.export._onnx.model import export_onnx, onnx_model  # noqa: E402
+from jaxqat.export._onnx.runtime import run_onnx  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def graph():
+    return graphs.build("mlp")
+
+
+@pytest.fixture
+def images(graph):
+    return graphs.pixels(graph, 3)
+
+
+def refused(match):
+    return pytest.raises(ExportError, match=match)
+
+
+def test_a_written_file_runs(graph, images, tmp_path):
+    path = export_onnx(graph, tmp_path / "net.onnx", input="uint8")
+    assert path == tmp_path / "net.onnx"
+    result, codes = run_onnx(path, images)
+    np.testing.assert_array_equal(result, integer_graph.run(graph, images)[1])
+    assert codes == {}
+    assert os.listdir(tmp_path) == ["net.onnx"]
+
+
+def test_a_file_is_replaced_only_on_request(graph, tmp_path):
+    path = tmp_path / "net.onnx"
+    path.write_bytes(b"mine")
+    with refused(r"net\.onnx: exists already"):
+        export_onnx(graph, path)
+    assert path.read_bytes() == b"mine"
+    export_onnx(graph, path, overwrite=True)
+    assert path.read_bytes() == onnx_model(graph).SerializeToString()
+
+
+def test_a_path_that_cannot_be_written_is_refused(graph, tmp_path):
+    (tmp_path / "file").touch()
+    with refused("is a folder"):
+        export_onnx(graph, tmp_path)
+    with refused("there is no folder"):
+        export_onnx(graph, tmp_path / "absent" / "net.onnx")
+    with refused("there is no folder"):
+        export_onnx(graph, tmp_path / "file" / "net.onnx")
+    with refused("cannot be written: File name too long"):
+        export_onnx(graph, tmp_path / ("n" * 300))
+    with refused("cannot be written: File name too long"):  # That of the temporary file.
+        export_onnx(graph, tmp_path / ("n" * 255))
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_write_that_fails_leaves_the_old_file(graph, tmp_path, monkeypatch):
+    path = tmp_path / "net.onnx"
+    path.write_bytes(b"old")
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with refused(r"net\.onnx: cannot be written: No space left on device"):
+        export_onnx(graph, path, overwrite=True)
+    assert os.listdir(tmp_path) == ["net.onnx"]
+    assert path.read_bytes() == b"old"
+
+
+def test_a_network_that_onnx_cannot_hold_writes_nothing(tmp_path):
+    with refused("fixed_point"):
+        export_onnx(graphs.build("mlp", requantization="fixed_point"), tmp_path / "net.onnx")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_broken_file_is_refused(graph, images, tmp_path):
+    whole = onnx_model(graph, input="uint8").SerializeToString()
+    path = tmp_path / "net.onnx"
+    for length in range(0, len(whole), len(whole) // 50):
+        path.write_bytes(whole[:length])
+        with refused(r"net\.onnx: "):
+            run_onnx(path, images)
+    for position in range(0, len(whole), len(whole) // 50):
+        broken = bytearray(whole)
+        broken[position] ^= 1
+        try:
+            result, _ = run_onnx(bytes(broken), images)
+        except ExportError as error:
+            assert "the ONNX model" in str(error)
+        else:  # A bit that tells about the file, not of the network.
+            np.testing.assert_array_equal(result, integer_graph.run(graph, images)[1])
+
+
+def test_weights_with_a_changed_bit_are_refused(graph, images):
+    model = onnx_model(graph, input="uint8")
+    weights = next(i for i in model.graph.initializer if i.name == "dense1/weights")
+    weights.raw_data = bytes([weights.raw_data[0] ^ 1]) + weights.raw_data[1:]
+    with refused("is not what was written"):
+        run_onnx(model.SerializeToString(), images)
+
+
+def test_a_file_of_others_is_refused(graph, images, tmp_path):
+    model = onnx_model(graph)
+    del model.metadata_props[:]
+    with refused("jaxqat did not write it"):
+        run_onnx(model.SerializeToString(), images)
+    with refused("cannot be read: No such file"):
+        run_onnx(tmp_path / "absent.onnx", images)
+    with refused("cannot be read: Is a directory"):
+        run_onnx(tmp_path, images)
+
+
+def test_images_that_do_not_fit_are_refused(graph, images):
+    content = onnx_model(graph).SerializeToString()
+    with refused(r"images are uint8 of shape \(3, 4, 4, 2\); the file takes float32 of shape"):
+        run_onnx(content, images)
+    with refused(r"float32 of shape \(3, 4, 2\); .* \(n, 4, 4, 2\)"):
+        run_onnx(content, images[:, 0].astype(np.float32))
+    with refused("at least 1"):
+        run_onnx(content, images[:0].astype(np.float32))
+
+
+def test_a_missing_package_is_named(graph, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(ImportError, match=r"'onnx' is not installed.*pip install 'jaxqat\[onnx\]'"):
+        onnx_model(graph)
+    assert onnx_builder.library("json").__name__ == "json"

@@ -1,0 +1,394 @@
+"""Saved and loaded, a network is the same; a folder that is not what was saved is refused."""
+
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+from hypothesis import given, reject, settings
+from hypothesis import strategies as st
+from integer import graphs
+from references import integer_graph
+
+from jaxqat.integer import graph as g
+from jaxqat.integer._store import codec
+from jaxqat.integer._store.folder import ArtifactError, load, save
+
+FILES = ["SHA256SUMS", "arrays.npz", "graph.json"]
+
+
+def content(value):
+    """A graph as values that compare exactly: types, dtypes, shapes and bytes."""
+    if dataclasses.is_dataclass(value):
+        return type(value), {k: content(v) for k, v in vars(value).items()}
+    if isinstance(value, np.ndarray | np.generic):
+        return type(value), value.dtype, value.shape, value.tobytes()
+    if isinstance(value, dict):
+        return [(k, content(v)) for k, v in value.items()]  # Their order counts.
+    if isinstance(value, tuple | list):
+        return type(value), [content(v) for v in value]
+    return type(value), value
+
+
+def positive_float32(bits):
+    return np.uint32(bits).view(np.float32)
+
+
+# Every positive float32 there is, subnormal ones included, by its bits.
+SCALES = st.integers(1, 0x7F7FFFFF).map(positive_float32)
+PLAIN = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+METADATA = st.dictionaries(
+    st.text(),
+    st.recursive(
+        PLAIN | st.text(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+        max_leaves=5,
+    ),
+    max_size=4,
+)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A saved network, not to be changed."""
+    return save(graphs.build("residual"), tmp_path_factory.mktemp("saved") / "net")
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+    """A saved network to be changed."""
+    return pathlib.Path(shutil.copytree(saved, tmp_path / "net"))
+
+
+def sign(folder):
+    """Bring the checksums up to date, as one who forges a file would."""
+    lines = [
+        f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n"
+        for name in ("graph.json", "arrays.npz")
+    ]
+    (folder / "SHA256SUMS").write_text("".join(lines))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    name=st.sampled_from(sorted(graphs.CASES)),
+    symmetric=st.booleans(),
+    bits=st.integers(2, 8),
+    requantization=st.sampled_from(["float", "fixed_point"]),
+    seed=st.integers(0, 2**31),
+    scale=SCALES,
+    metadata=METADATA,
+)
+def test_what_is_loaded_is_what_was_saved(
+    tmp_path_factory, name, symmetric, bits, requantization, seed, scale, metadata
+):
+    try:
+        graph = graphs.build(name, symmetric=symmetric, bits=bits, seed=seed)
+    except g.GraphError:
+        reject()  # In two bits some random networks are constant, and have no scale.
+    odd = dataclasses.replace(next(iter(graph.tensors.values())), scale=scale)
+    tensors = {**graph.tensors, odd.name: odd}
+    graph = dataclasses.replace(
+        graph, tensors=tensors, metadata=metadata, requantization=requantization
+    )
+    folder = tmp_path_factory.mktemp("any") / "net"
+    assert save(graph, folder) == folder
+    assert content(load(folder)) == content(graph)
+    assert sorted(os.listdir(folder)) == FILES
+
+
+def test_a_loaded_network_computes_the_same_codes(saved):
+    before, after = graphs.build("residual"), load(saved)
+    images = graphs.pixels(before, 3)
+    (expected, logits), (found, result) = (
+        integer_graph.run(graph, images) for graph in (before, after)
+    )
+    assert found.keys() == expected.keys()
+    assert all(np.array_equal(found[name], expected[name]) for name in expected)
+    assert np.array_equal(result, logits)
+
+
+def test_the_same_network_gives_the_same_bytes(saved, tmp_path):
+    again = save(load(saved), tmp_path / "again")
+    for name in FILES:
+        assert (again / name).read_bytes() == (saved / name).read_bytes()
+
+
+def test_every_class_of_nodes_can_be_saved():
+    assert set(codec.NODES) == set(g.Node.__subclasses__())
+
+
+def test_checksums_are_those_of_the_command_sha256sum(saved):
+    sums = (saved / "SHA256SUMS").read_bytes()
+    sign(saved)
+    assert (saved / "SHA256SUMS").read_bytes() == sums
+
+
+def test_tuples_in_the_metadata_come_back_as_lists(tmp_path):
+    graph = dataclasses.replace(graphs.build("mlp"), metadata={"labels": ("cat", ("a", 1))})
+    assert load(save(graph, tmp_path / "net")).metadata == {"labels": ["cat", ["a", 1]]}
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"scale": np.float32(1)}, r"metadata.scale: must be what JSON holds"),
+        ({"loss": float("nan")}, r"metadata.loss: must be what JSON holds"),
+        ({"labels": [{1: "cat"}]}, r"metadata.labels\[0\]: the key 1 is no text"),
+    ],
+)
+def test_metadata_that_would_come_back_as_something_else_is_refused(tmp_path, metadata, message):
+    graph = dataclasses.replace(graphs.build("mlp"), metadata=metadata)
+    with pytest.raises(ArtifactError, match=message):
+        save(graph, tmp_path / "net")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_field_that_holds_another_type_is_refused(tmp_path):
+    graph = graphs.build("mlp")
+    tensor = next(iter(graph.tensors.values()))
+    for change, message in (
+        ({"scale": 0.5}, r"tensors.input.scale: must be float32, got 0.5"),
+        ({"low": np.int64(-128)}, r"tensors.input.low: must be a whole number, got np.int64"),
+    ):
+        tensors = {**graph.tensors, tensor.name: dataclasses.replace(tensor, **change)}
+        with pytest.raises(ArtifactError, match=message):
+            save(dataclasses.replace(graph, tensors=tensors), tmp_path / "net")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_changed_byte_is_noticed(copy, name):
+    path = copy / name
+    good = path.read_bytes()
+    rng = np.random.default_rng(0)
+    positions = {0, len(good) - 1, *rng.integers(0, len(good), 150).tolist()}
+    for position in sorted(positions):
+        bad = bytearray(good)
+        bad[position] ^= 1 << rng.integers(8)
+        path.write_bytes(bad)
+        # Of a sum that is changed, the file that it belongs to is named as well.
+        with pytest.raises(ArtifactError, match=r"damaged: not what was saved") as caught:
+            load(copy)
+        assert str(path) in str(caught.value)
+    path.write_bytes(good)
+    load(copy)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_cut_short_grown_or_missing_is_named(copy, name):
+    path = copy / name
+    good = path.read_bytes()
+    rng = np.random.default_rng(1)
+    for length in (0, 1, len(good) - 1, *rng.integers(0, len(good), 30).tolist()):
+        path.write_bytes(good[:length])
+        with pytest.raises(ArtifactError, match=r"damaged: not what was saved") as caught:
+            load(copy)
+        assert str(path) in str(caught.value)
+    path.write_bytes(good + b"\n")
+    with pytest.raises(ArtifactError, match=r"damaged"):
+        load(copy)
+    path.unlink()
+    with pytest.raises(ArtifactError, match=rf"{name}: is missing"):
+        load(copy)
+
+
+def put(*path, value):
+    """Changes a value in graph.json."""
+
+    def change(graph):
+        for key in path[:-1]:
+            graph = graph[key]
+        graph[path[-1]] = value
+
+    return change
+
+
+def drop(*path):
+    def change(graph):
+        for key in path[:-1]:
+            graph = graph[key]
+        del graph[path[-1]]
+
+    return change
+
+
+def double(graph):
+    graph["tensors"].append(graph["tensors"][0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (put("format", value=3), "format is 3; this version of jaxqat reads 1 and 2"),
+        (put("format", value=True), "format is True"),
+        (drop("format"), "holds no 'format'"),
+        (put("nodes", 1, "node", value="Softmax"), r"nodes\[1\].node is 'Softmax'; known are"),
+        (put("nodes", 1, value=[]), r"nodes\[1\]: must be an object with 'node'"),
+        (put("nodes", 1, "gain", value=1), r"nodes\[1\].gain: Product has no such field"),
+        (drop("nodes", 1, "groups"), r"nodes\[1\].groups: is missing"),
+        (put("nodes", 1, "groups", value="1"), r"nodes\[1\].groups: must be a whole number"),
+        (put("nodes", 1, "groups", value=True), r"nodes\[1\].groups: must be a whole number"),
+        (put("nodes", 1, "kind", value="dot"), r"nodes\[1\].kind: must be one of conv, dense"),
+        (put("nodes", 1, "padding", 0, value=[1]), r"padding\[0\]: must be a list of 2, got \[1\]"),
+        (put("nodes", 1, "inputs", value="input"), r"inputs: must be a list, got 'input'"),
+        (put("nodes", 0, "inverse", value=0.5), "inverse: must be a float32 in hexadecimal"),
+        (put("nodes", 0, "inverse", value="0x1.0000001p+0"), "must be a float32 in hexadecimal"),
+        (put("nodes", 0, "inverse", value="0x1p+200"), "must be a float32 in hexadecimal"),
+        (put("nodes", 1, "bias", value=[0]), "must be an object with array, dtype and shape"),
+        (drop("nodes", 1, "weight_bits"), r"nodes\[1\].weight_bits: is missing"),
+        (put("nodes", 1, "weight_bits", value="8"), r"weight_bits: must be a whole number"),
+        (put("nodes", 1, "weight_bits", value=9), "node 'stem': weight_bits is 9"),
+        (put("nodes", 1, "weight_bits", value=4), "bits 4 must be packed to 4 bits each"),
+        (put("nodes", 1, "bias", "array", value="x"), "there is no array 'x'"),
+        (put("nodes", 1, "bias", "shape", value=[1]), r"the array is int32\[8\], described as"),
+        (put("tensors", 0, "zero_point", value=-0.0), "zero_point: must be a whole number"),
+        (put("tensors", value={}), "tensors: must be a list of tensors"),
+        (double, "'input' stands twice"),
+        (put("metadata", value=[]), "metadata: must be an object"),
+        (put("requantization", value="int"), "requantization: must be one of float, fixed_point"),
+        (put("tensors", 0, "zero_point", value=-200), "is no valid network: tensor 'input': codes"),
+        (put("nodes", 1, "output", value="x"), "is no valid network: node 'stem': makes 'x'"),
+        (put("output", value="nothing"), "is no valid network: "),
+    ],
+)
+def test_a_graph_that_is_none_is_refused_by_its_field(copy, change, message):
+    path = copy / "graph.json"
+    graph = json.loads(path.read_text())
+    change(graph)
+    path.write_text(json.dumps(graph))
+    sign(copy)
+    with pytest.raises(ArtifactError, match=message) as caught:
+        load(copy)
+    assert str(caught.value).startswith(str(path))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"{", "graph.json: is not JSON"),
+        (b"[]", "graph.json: holds no 'format'"),
+        (b"\xff", "graph.json: 'utf-8' codec can't decode"),
+    ],
+)
+def test_a_graph_file_that_is_no_json_is_named(copy, text, message):
+    (copy / "graph.json").write_bytes(text)
+    sign(copy)
+    with pytest.raises(ArtifactError, match=message):
+        load(copy)
+
+
+def archive(**arrays):
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    return file.getvalue()
+
+
+class Trap:
+    """Unpickled, it would leave a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return pathlib.Path.touch, (self.path,)
+
+
+def test_arrays_that_are_none_are_refused_and_nothing_is_unpickled(copy, tmp_path):
+    trap = tmp_path / "unpickled"
+    pickled = archive(a=np.array([Trap(trap)], object))
+    for content, message in (
+        (pickled, "is no archive of arrays: Object arrays cannot be loaded"),
+        (b"PK\x03\x04", "is no archive of arrays"),
+        (b"", "is no archive of arrays"),
+        (archive(a=np.zeros(1)), "there is no array"),
+    ):
+        (copy / "arrays.npz").write_bytes(content)
+        sign(copy)
+        with pytest.raises(ArtifactError, match=message):
+            load(copy)
+    assert not trap.exists()
+
+
+def test_arrays_of_another_kind_are_refused(copy):
+    path = copy / "arrays.npz"
+    with np.load(path) as packed:
+        arrays = dict(packed)
+    name = next(name for name in arrays if name.endswith("stem.weights"))
+    for bad in (arrays[name].astype(np.int16), arrays[name][..., :-1]):
+        path.write_bytes(archive(**{**arrays, name: bad}))
+        sign(copy)
+        with pytest.raises(ArtifactError, match=r"stem.weights|nodes\[1\].weights: the array is"):
+            load(copy)
+
+
+def test_a_folder_that_is_none_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    for name in ("none", "file"):
+        with pytest.raises(ArtifactError, match=rf"{name}: holds no integer network"):
+            load(tmp_path / name)
+
+
+def test_a_folder_that_exists_is_left_as_it_is_unless_overwriting_is_allowed(copy):
+    other = graphs.build("mlp")
+    before = {name: (copy / name).read_bytes() for name in FILES}
+    with pytest.raises(ArtifactError, match=r"net: exists already"):
+        save(other, copy)
+    assert {name: (copy / name).read_bytes() for name in FILES} == before
+    save(other, copy, overwrite=True)
+    assert content(load(copy)) == content(other)
+    assert os.listdir(copy.parent) == ["net"]
+
+
+def test_what_is_no_saved_network_is_never_overwritten(tmp_path):
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "thesis.txt").write_text("years of work")
+    (tmp_path / "file").write_text("a file")
+    (tmp_path / "link").symlink_to(save(graphs.build("mlp"), tmp_path / "net"))
+    for name in ("home", "file", "link"):
+        with pytest.raises(ArtifactError, match=rf"{name}: is not overwritten"):
+            save(graphs.build("mlp"), tmp_path / name, overwrite=True)
+    assert (home / "thesis.txt").read_text() == "years of work"
+    assert sorted(os.listdir(tmp_path)) == ["file", "home", "link", "net"]
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    with pytest.raises(ArtifactError, match=rf"its folder {tmp_path}/none does not exist"):
+        save(graphs.build("mlp"), tmp_path / "none" / "net")
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_full_disk_leaves_what_was_there_and_nothing_else(copy, tmp_path, monkeypatch, overwrite):
+    target = copy if overwrite else tmp_path / "new"
+
+    def fail(descriptor):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        with pytest.raises(ArtifactError, match=r"cannot be written: No space left on device"):
+            save(graphs.build("mlp"), target, overwrite=overwrite)
+    assert os.listdir(tmp_path) == ["net"]
+    assert content(load(copy)) == content(graphs.build("residual"))
+
+
+def test_a_replacement_that_fails_brings_the_old_network_back(copy, monkeypatch):
+    rename, calls = pathlib.Path.rename, []
+
+    def fail_at_second(self, target):
+        calls.append(target)
+        if len(calls) == 2:
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(pathlib.Path, "rename", fail_at_second)
+    with pytest.raises(ArtifactError, match="Input/output error"):
+        save(graphs.build("mlp"), copy, overwrite=True)
+    assert len(calls) == 3
+    assert os.listdir(copy.parent) == ["net"]
+    assert content(load(copy)) == content(graphs.build("residual"))

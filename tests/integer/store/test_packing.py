@@ -1,0 +1,192 @@
+"""Weight codes in the bytes of a file, against a packing bit by bit; and what they save on disk."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from integer import graphs
+from integer.models import WEIGHTS, calibrated, conv, inputs
+from integer.store.test_folder import archive, content, put, sign
+
+import jaxqat
+from jaxqat.integer import graph as g
+from jaxqat.integer._packing import pack, packed_size, stored_bits, unpack
+from jaxqat.integer._store.folder import ArtifactError, load, save
+
+WIDTHS = {2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 7: 8, 8: 8}
+
+
+def packed_plainly(codes, bits):
+    """The layout as it is documented, a code at a time."""
+    width = WIDTHS[bits]
+    packed = [0] * ((codes.size * width + 7) // 8)
+    for place, code in enumerate(codes.flatten().tolist()):
+        twos_complement = code if code >= 0 else code + 2**width
+        packed[place * width // 8] += twos_complement << (place * width % 8)
+    return packed
+
+
+@st.composite
+def coded(draw):
+    """Bits, and an array of such codes."""
+    bits = draw(st.integers(2, 8))
+    shape = draw(arrays.array_shapes(min_dims=1, max_dims=4, min_side=0, max_side=5))
+    codes = st.integers(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    return bits, draw(arrays.arrays(np.int8, shape, elements=codes))
+
+
+@settings(deadline=None)
+@given(case=coded())
+def test_packed_bytes_are_those_of_the_documented_layout_and_give_the_codes_back(case):
+    bits, codes = case
+    packed = pack(codes, bits)
+    assert (packed.dtype, packed.shape) == (np.uint8, (packed_size(codes.size, bits),))
+    assert packed.tolist() == packed_plainly(codes, bits)
+    found = unpack(packed, codes.shape, bits)
+    assert (found.dtype, found.shape) == (np.int8, codes.shape)
+    assert np.array_equal(found, codes)
+
+
+def test_every_code_of_every_width_comes_back_from_an_array_that_is_not_contiguous():
+    for bits, width in WIDTHS.items():
+        every = np.arange(-(2 ** (bits - 1)), 2 ** (bits - 1)).astype(np.int8)
+        codes = np.stack([every, every[::-1], every]).T[::-1]
+        assert stored_bits(bits) == width
+        assert np.array_equal(unpack(pack(codes, bits), codes.shape, bits), codes)
+
+
+def test_codes_have_the_bytes_that_the_layout_says():
+    """By hand: the first code in the lowest bits, two's complement, the rest zero."""
+    assert pack(np.array([1, -1, 0, 1, -2], np.int8), 2).tolist() == [0b01_00_11_01, 0b10]
+    assert pack(np.array([[7, -7], [-1, 3], [-3, 2]], np.int8).T, 4).tolist() == [
+        0xF7, 0x9D, 0x23,
+    ]  # fmt: skip
+    assert pack(np.array([3, -3, 1], np.int8), 3).tolist() == [0xD3, 0x01]
+
+
+def narrowed(bits):
+    """A network with weights of so many bits."""
+    graph, limit = graphs.build("residual"), 2 ** (bits - 1) - 1
+    nodes = tuple(
+        dataclasses.replace(n, weights=np.clip(n.weights, -limit, limit), weight_bits=bits)
+        if isinstance(n, g.Product)
+        else n
+        for n in graph.nodes
+    )
+    return dataclasses.replace(graph, nodes=nodes)
+
+
+@pytest.mark.parametrize(("bits", "to_a_byte"), [(2, 4), (3, 2), (4, 2), (5, 1)])
+def test_the_file_on_disk_shrinks_by_what_packing_saves(tmp_path, bits, to_a_byte):
+    wide, narrow = graphs.build("residual"), narrowed(bits)
+    sizes = [
+        (save(graph, tmp_path / name) / "arrays.npz").stat().st_size
+        for name, graph in (("wide", wide), ("narrow", narrow))
+    ]
+    counts = [product.weights.size for product in wide.products()]
+    saved = sum(n - -(-n // to_a_byte) for n in counts)
+    # What an archive adds to an array (names, sizes, and a header that is filled up to 128 bytes)
+    # does not depend on the array's shape or type: the difference is the weights' to the byte.
+    assert sizes[0] - sizes[1] == saved
+    assert wide.size_bytes() - narrow.size_bytes() == saved
+    assert content(load(tmp_path / "narrow")) == content(narrow)
+
+
+def network(params, images):
+    x = jax.nn.relu(conv(images, params["a"]))
+    x = jax.nn.relu(conv(x, params["b"]))
+    return x.mean((1, 2)) @ params["head"]
+
+
+def test_a_layer_is_saved_in_the_bits_of_its_recipe_and_described_so(tmp_path):
+    bits = {"a": 2, "b": 3, "head": 6}
+    rules = tuple(jaxqat.Rule(path=path, weight_bits=n) for path, n in bits.items())
+    model, ranges = calibrated(network, jaxqat.Recipe(rules=rules))
+    graph = jaxqat.convert(model, WEIGHTS, ranges, inputs(4))
+    assert {p.name: p.weight_bits for p in graph.products()} == bits
+    loaded = load(save(graph, tmp_path / "net"))
+    assert content(loaded) == content(graph)
+    described = jaxqat.describe(model, WEIGHTS, ranges, inputs(4)).layers
+    sizes = [row.weight_bytes for row in described]
+    assert sizes == [3 * 3 * 3 * 8 // 4, 3 * 3 * 8 * 8 // 2, 8 * 5]
+    assert graph.size_bytes() == sum(sizes) + (4 + 4) * (8 + 8 + 5)
+    before, after = (jaxqat.make_executor(each)(inputs(4)) for each in (graph, loaded))
+    np.testing.assert_array_equal(before, after)
+
+
+@pytest.fixture
+def packed(tmp_path):
+    """A saved network of 4 bits, and its arrays, to be damaged."""
+    folder = save(narrowed(4), tmp_path / "net")
+    with np.load(folder / "arrays.npz") as file:
+        arrays = dict(file)
+    return folder, arrays, next(name for name in arrays if name.endswith("stem.weights"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda a: a[:-1], r"216 codes of 4 bits are uint8\[108\], got uint8\[107\]"),
+        (lambda a: np.append(a, a[:1]), r"got uint8\[109\]"),
+        (lambda a: a.reshape(2, -1), r"got uint8\[2, 54\]"),
+        (lambda a: a.view(np.int8), r"got int8\[108\]"),
+        (lambda a: np.full_like(a, 0x88), r"node 'stem': weight_bits is 4 and .* code .8;"),
+    ],
+)
+def test_a_packed_array_that_is_none_is_refused_by_its_field(packed, damage, message):
+    folder, arrays, name = packed
+    damaged = {**arrays, name: damage(arrays[name])}
+    (folder / "arrays.npz").write_bytes(archive(**damaged))
+    sign(folder)
+    with pytest.raises(ArtifactError, match=message) as caught:
+        load(folder)
+    assert "nodes[1].weights: " in str(caught.value) or "node 'stem'" in str(caught.value)
+
+
+def test_bits_behind_the_last_code_are_zero_or_refused():
+    codes = np.array([1, -1, 1], np.int8)
+    packed = pack(codes, 4)
+    packed[-1] |= 0x10
+    with pytest.raises(ValueError, match="behind its 3 codes of 4 bits"):
+        unpack(packed, codes.shape, 4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (put("packed", value=3), r"weights.packed: must be 2 or 4, got 3"),
+        (put("packed", value=2), r"weights: 216 codes of 2 bits are uint8\[54\]"),
+        (put("packed", value=True), r"weights.packed: must be 2 or 4, got True"),
+        (put("shape", value=[-1, 216]), r"weights.shape: must be a list of extents"),
+        (put("shape", value=216), r"weights.shape: must be a list of extents"),
+        (put("shape", value=[10**12] * 4), r"codes of 4 bits are uint8\[5"),
+        (put("dtype", value="uint8"), r"weights: the array is int8"),
+        (lambda w: w.pop("packed"), r"weights: the array is uint8\[108\], described as int8"),
+    ],
+)
+def test_packed_weights_that_are_described_wrongly_are_refused(packed, change, message):
+    folder, _, _ = packed
+    graph = json.loads((folder / "graph.json").read_text())
+    change(graph["nodes"][1]["weights"])
+    (folder / "graph.json").write_text(json.dumps(graph))
+    sign(folder)
+    with pytest.raises(ArtifactError, match=message):
+        load(folder)
+
+
+def test_a_network_saved_in_format_1_is_read_as_before(tmp_path):
+    """Of before weights were packed: no `weight_bits`, a byte a code."""
+    graph = graphs.build("residual")
+    path = save(graph, tmp_path / "net") / "graph.json"
+    stored = json.loads(path.read_text())
+    stored["format"] = 1
+    for node in stored["nodes"]:
+        node.pop("weight_bits", None)
+    path.write_text(json.dumps(stored))
+    sign(tmp_path / "net")
+    assert content(load(tmp_path / "net")) == content(graph)

@@ -1,0 +1,123 @@
+"""The page of an analysis, from plain data."""
+
+import base64
+import copy
+
+import numpy as np
+import pytest
+from pipeline.report.page import Page
+
+from jaxqat.pipeline.report import ReportError, layer_figures, theme, write_analysis
+from jaxqat.pipeline.report.analysis import worst_tensors
+
+LINKS = ("src", "srcset", "href")
+
+
+def effect(sqnr_db, accuracy=0.5):
+    return {"sqnr_db": sqnr_db, "agreement": 0.9, "accuracy": accuracy}
+
+
+def made_up(layers=8):
+    """An analysis of layers of which the last is the most sensitive, and two read one tensor."""
+    paths = [f"block{i}/conv" for i in range(layers)]
+    inputs = [f"block{max(i, 1)}/conv/input" for i in range(layers)]
+    edges = np.linspace(-1.0, 2.0, 97).tolist()
+    counts = [0] * 16 + list(range(64)) + [3] + [0] * 15
+    tensor = {
+        **{"low": -0.5, "high": 1.5, "smallest": -0.5, "largest": 1.55, "values": 2019},
+        **{"clipped": 3 / 2019, "sqnr_db": 40.0, "edges": edges, "counts": counts},
+    }
+    return {
+        **{"name": "made up", "stage": "qat", "split": "test", "step": 12, "examples": 1234},
+        "real": effect(None),
+        "quantized": effect(20.0, 0.4375),
+        "layers": [
+            {
+                **{"path": path, "kind": "conv", "weight_bits": 8, "act_bits": 8, "input": name},
+                **{"weight_sqnr_db": None, "output_sqnr_db": -3.25},
+            }
+            for path, name in zip(paths, inputs, strict=True)
+        ],
+        "tensors": [{"name": name, **tensor} for name in dict.fromkeys(inputs)],
+        "sensitivity": [
+            {"path": path, "alone": effect(30.0 - i), "without": effect(20.0 + i)}
+            for i, path in reversed(list(enumerate(paths)))
+        ],
+    }
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    for name in ("draw_noise", "draw_sensitivity", "draw_histograms"):
+        monkeypatch.setattr(layer_figures, name, lambda *data, theme: b"a figure")
+
+
+def test_the_page_needs_nothing_else_and_holds_the_figures_in_both_colours(tmp_path):
+    path = write_analysis(tmp_path, made_up())
+    page = Page(path.read_text())
+    assert path == tmp_path / "analysis.html" and list(tmp_path.iterdir()) == [path]
+    links = [a.get(key) or "" for _, a in page.tags for key in a if key in LINKS]
+    assert not page.open and all(link.startswith("data:") for link in links)
+    assert "url(" not in path.read_text() and "<script" not in path.read_text()
+    pictures = {base64.b64decode(image.partition("base64,")[2]) for image in page.images}
+    assert len(pictures) == 6 and all(p.startswith(b"\x89PNG") for p in pictures)
+    assert page.tables_outside_scroll == 0
+
+
+def test_layers_stand_with_the_most_sensitive_first(tmp_path, undrawn):
+    page = Page(write_analysis(tmp_path, made_up()).read_text())
+    rows = [row for row in page.rows if row[0].startswith("block")]
+    assert [row[0] for row in rows] == [f"block{i}/conv" for i in reversed(range(8))]
+    noise = ["8 / 8", "–", "40.0", "−3.2", "−0.5 … 1.55", "−0.5 … 1.5", "0.15"]
+    assert rows[0][1:] == [*noise, "23.0", "90.00", "50.00", "27.0", "90.00", "50.00"]
+    assert "1,234 images of the test split" in page.text
+    assert "43.75 %accuracy quantized" in page.text.replace("\n", "")
+
+
+def test_without_labels_there_is_no_accuracy(tmp_path):
+    analysis = made_up()
+    for row in analysis["sensitivity"]:
+        row["alone"]["accuracy"] = row["without"]["accuracy"] = None
+    analysis["real"]["accuracy"] = analysis["quantized"]["accuracy"] = None
+    page = Page(write_analysis(tmp_path, analysis).read_text())
+    assert "There were no labels" in page.text and "accuracy in float" not in page.text
+
+
+def test_names_are_shown_as_text_and_never_as_markup(tmp_path, undrawn):
+    analysis = made_up(1)
+    for row in (analysis["layers"][0], analysis["sensitivity"][0]):
+        row["path"] = "<script>{{ 7*7 }}"
+    page = Page(write_analysis(tmp_path, analysis).read_text())
+    assert page.rows[-1][0] == "<script>{{ 7*7 }}"
+
+
+def test_histograms_are_of_the_inputs_of_the_most_sensitive_layers_each_once():
+    names = [tensor["name"] for tensor in worst_tensors(made_up())]
+    assert names == [f"block{i}/conv/input" for i in (7, 6, 5, 4, 3, 2)]
+    assert [tensor["name"] for tensor in worst_tensors(made_up(2))] == ["block1/conv/input"]
+
+
+def test_the_figures_show_their_data():
+    analysis = made_up()
+    changed = copy.deepcopy(analysis)
+    changed["tensors"][0]["counts"][40] = 2000
+    changed["sensitivity"][0]["alone"]["sqnr_db"] = 1.0
+    changed["layers"][0]["output_sqnr_db"] = 50.0
+
+    def draw(data):
+        light = theme.LIGHT
+        return (
+            layer_figures.draw_noise(data, light),
+            layer_figures.draw_sensitivity(data, light),
+            layer_figures.draw_histograms(data["tensors"][:1], light),
+        )
+
+    for before, again, after in zip(draw(analysis), draw(analysis), draw(changed), strict=True):
+        assert before == again != after
+
+
+def test_a_page_that_cannot_be_replaced_is_named_and_leaves_no_temporary_file(tmp_path, undrawn):
+    (tmp_path / "analysis.html").mkdir()  # Root may write anywhere, but not over a folder.
+    with pytest.raises(ReportError, match=r"analysis\.html"):
+        write_analysis(tmp_path, made_up(1))
+    assert [p.name for p in tmp_path.iterdir()] == ["analysis.html"]

@@ -1,0 +1,281 @@
+import base64
+import json
+
+import pytest
+from pipeline.report.page import Page
+
+from jaxqat.pipeline.report import ReportError, figures, write_report
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Spares the seconds of drawing where a test reads the words of the page only."""
+    names = ("draw_samples", "draw_curves", "draw_confusion", "draw_ranges", "draw_errors")
+    for name in names:
+        monkeypatch.setattr(figures, name, lambda *data, theme: b"a figure")
+
+
+@pytest.fixture
+def show(write_run, undrawn):
+    """The page of a made-up run; `change` edits its results first."""
+
+    def make(change=None, **options) -> Page:
+        workdir = write_run(**options)
+        if change:
+            results = json.loads((workdir / "results.json").read_text())
+            change(results)
+            (workdir / "results.json").write_text(json.dumps(results))
+        return Page(write_report(workdir).read_text())
+
+    return make
+
+
+def test_page_asks_for_nothing_beyond_itself(show):
+    page = show()
+
+    assert not {"script", "iframe", "object", "embed", "base"} & {tag for tag, _ in page.tags}
+    links = [a.get(key) for _, a in page.tags for key in ("src", "srcset", "href") if a.get(key)]
+    assert links and all(link.startswith("data:") for link in links)
+    assert not page.open  # Every element is closed.
+
+
+def test_page_makes_no_request_from_its_style_sheet(write_run, undrawn):
+    text = write_report(write_run()).read_text()
+
+    assert "url(" not in text and "@import" not in text
+
+
+def test_every_table_scrolls_in_its_own_box(show):
+    page = show(deployed=True)
+
+    assert sum(tag == "table" for tag, _ in page.tags) == 6
+    assert page.tables_outside_scroll == 0
+
+
+def test_embedded_images_are_the_files_beside_the_page(write_run):
+    workdir = write_run(fp32_epochs=3, qat_epochs=2, deployed=True)
+    page = Page(write_report(workdir).read_text())
+    embedded = {base64.b64decode(image.partition("base64,")[2]) for image in page.images}
+    files = {path.name: path.read_bytes() for path in (workdir / "figures").iterdir()}
+
+    assert sorted(files) == [
+        "confusion_fp32.png",
+        "confusion_int8.png",
+        "confusion_qat.png",
+        "curves_fp32.png",
+        "curves_qat.png",
+        "errors.png",
+        "ranges.png",
+        "samples.png",
+    ]
+    assert set(files.values()) < embedded
+    assert len(embedded) == 16  # The other eight are drawn for a dark page.
+
+
+def test_run_of_one_epoch_and_no_qat_renders_what_it_has(write_run):
+    workdir = write_run(data="digits", fp32_epochs=1, qat_epochs=0, validation=False, channels=1)
+    for key in ("size_bytes", "speed", "layers"):
+        results = json.loads((workdir / "results.json").read_text())
+        results[key] = None
+        (workdir / "results.json").write_text(json.dumps(results))
+    (workdir / "report_data.npz").unlink()
+    page = Page(write_report(workdir).read_text())
+
+    names = sorted(path.name for path in (workdir / "figures").iterdir())
+    assert names == ["confusion_fp32.png", "curves_fp32.png"]
+    assert "QAT" not in [row[0] for row in page.rows]
+    assert "Not comparable with the paper" in page.text
+    assert "the data set is digits" in page.text
+
+
+def test_names_are_shown_as_text_and_never_as_markup(show):
+    evil = "<script>alert(1)</script>"
+    names = [evil, '"><img src=x>', "{{ 7*7 }}", "$x$"]
+
+    def change(results):
+        results["command"] = results["data"]["description"] = evil
+        results["layers"][-1]["float_reason"] = evil
+
+    page = show(change, name=evil, class_names=names, fp32_epochs=2, qat_epochs=1)
+    tags = {tag for tag, _ in page.tags}
+
+    assert "script" not in tags
+    assert page.text.count(evil) >= 5
+    assert "{{ 7*7 }}" in page.text
+    assert all(image.startswith("data:image/png;base64,") for image in page.images)
+
+
+@pytest.mark.parametrize(
+    ("options", "comparable"),
+    [({}, True), ({"width": 16}, False), ({"fp32_epochs": 2}, False), ({"data": "x"}, False)],
+    ids=["paper", "narrow", "short", "other_data"],
+)
+def test_page_says_whether_the_run_compares_with_the_paper(show, options, comparable):
+    page = show(**options)
+
+    assert ("Not comparable" in page.text) is not comparable
+    assert any(row[:3] == ["FP32", "paper", "94.79"] for row in page.rows) is (
+        "data" not in options
+    )
+
+
+def test_table_one_holds_the_scores_of_results(show):
+    def change(results):
+        results["fp32"]["test"] |= {"accuracy": 0.91234, "precision": 0.5, "recall": 0.25}
+        results["fp32"]["test"] |= {"f1": 1 / 3, "loss": 0.31416}
+
+    page = show(change, fp32_epochs=2, qat_epochs=1)
+
+    assert ["FP32", "this run", "91.23", "50.00", "25.00", "33.33", "0.3142"] in page.rows
+
+
+def test_later_stages_and_calibration_get_their_rows_and_figures(show):
+    def change(results):
+        results["qat"]["calibrated"] = {"test": results["fp32"]["test"]}
+
+    page = show(change, fp32_epochs=2, qat_epochs=1, deployed=True)
+    stages = [row[0] for row in page.rows if row[1:2] == ["this run"]]
+
+    assert stages == [
+        "FP32",
+        "Calibrated only, before fine-tuning",
+        "QAT",
+        "QAT int8",
+    ]
+    assert len(page.images) == 16
+    assert any(row[:3] == ["QAT int8", "–", "9,120"] for row in page.rows)
+    assert "points, QAT int8 − FP32" in page.text
+    assert "int8 is the integer network" in page.text
+    assert "a byte for each weight" in page.text
+
+
+def test_post_training_quantization_stands_beside_fine_tuning(show):
+    def change(results):
+        ptq = {"test": results["fp32"]["test"], "calibration_batches": 8}
+        results["ptq"] = ptq | {"calibration_images": 1024, "preset": "w4a8"}
+        results["qat"]["calibrated"] = {"test": results["fp32"]["test"]}
+        results["speed"]["ptq"] = {"evaluate_images_per_s": 8110.0}
+
+    page = show(change, fp32_epochs=2, qat_epochs=1, deployed=True)
+
+    # As QAT computed it, of an older version, the same network is not shown a second time.
+    names = [row[0] for row in page.rows if row[1:2] == ["this run"]]
+    assert names == ["FP32", "PTQ int8", "QAT", "QAT int8"]
+    assert any("Confusion matrix of PTQ int8:" in a.get("alt", "") for _, a in page.tags)
+    assert any(row[:3] == ["PTQ int8", "–", "8,110"] for row in page.rows)
+    assert "ranges of 1,024 training images (8 batches), by the preset w4a8" in page.text
+    assert "points, QAT int8 − FP32" in page.text
+
+
+def test_a_run_without_fine_tuning_compares_fp32_with_ptq(show):
+    def change(results):
+        results["ptq"] = {"test": results["fp32"]["test"], "size_bytes": 11_250_000}
+        results["ptq"]["verify"] = {"failures": ["7 codes differ"]}
+        results["size_bytes"].pop("int8")
+
+    page = show(change, fp32_epochs=2, qat_epochs=0)
+
+    assert "points, PTQ int8 − FP32" in page.text
+    assert next(row for row in page.rows if row[:1] == ["All layers"])[2:4] == [
+        "11,250,000",
+        "3.97",
+    ]
+    assert "PTQ int8 is not the network it was made from: 7 codes differ." in page.text
+
+
+def test_a_run_of_before_the_integer_network_says_nothing_of_it(show):
+    page = show(fp32_epochs=2, qat_epochs=1)
+
+    assert "points, QAT − FP32" in page.text
+    assert "integer network" not in page.text
+
+
+def test_codes_that_differ_are_counted_by_tensor_and_in_total(show):
+    page = show(fp32_epochs=2, qat_epochs=1, deployed=True)
+
+    assert ["stem_conv/input", "8,000,000", "0", "0", "–"] in page.rows
+    assert ["stage1/block1/conv2/input", "8,000,000", "3", "1", "36.0"] in page.rows
+    assert ["Total", "168,000,000", "3", "1", "–"] in page.rows
+    assert "3 of 168,000,000 codes differ, by 1 at most; 0 images change their class" in page.text
+    assert "in float, 12 do" in page.text
+    assert "is not what was trained" not in page.text
+
+
+def test_a_broken_contract_stands_out(show):
+    def change(results):
+        results["verify"]["failures"] = ["2 of 10000 images change their class"]
+
+    page = show(change, fp32_epochs=2, qat_epochs=1, deployed=True)
+
+    assert "is not what was trained: 2 of 10000 images change their class." in page.text
+
+
+def test_a_network_that_could_not_be_converted_is_named_with_the_reason(show):
+    def change(results):
+        results["int8"] = {"error": "It cannot:\n  stem (conv): <rule>"}
+        results["size_bytes"].pop("int8")
+
+    page = show(change, fp32_epochs=2, qat_epochs=1)
+
+    assert "This run has no integer network. It cannot:\n  stem (conv): <rule>" in page.text
+    assert "QAT int8" not in [row[0] for row in page.rows]
+    assert next(row for row in page.rows if row[:1] == ["All layers"])[2:4] == ["–", "–"]
+    assert "points, QAT − FP32" in page.text
+
+
+def test_layer_in_float_is_named_with_its_reason(show):
+    page = show(fp32_epochs=2, qat_epochs=1)
+
+    assert "20 of 21 layers compute on integer codes" in page.text
+    assert "head: the recipe's rule 'head' leaves it in float" in page.text
+
+
+def test_hundred_classes_are_folded_and_numbered(show):
+    page = show(class_names=[f"class{i}" for i in range(100)], fp32_epochs=2, qat_epochs=1)
+
+    folded = [attributes for tag, attributes in page.tags if tag == "details"]
+    assert all("open" not in attributes for attributes in folded)
+    assert any(row[0] == "99 class99" for row in page.rows)
+
+
+def test_frozen_part_is_explained_only_where_there_is_one(write_run, undrawn):
+    workdir = write_run(fp32_epochs=2, qat_epochs=2)
+    assert "statistics are frozen" in write_report(workdir).read_text()
+
+    path = workdir / "metrics.jsonl"
+    path.write_text(path.read_text().replace('"frozen": true', '"frozen": false'))
+    assert "statistics are frozen" not in write_report(workdir).read_text()
+
+
+def test_selected_weights_are_said_to_be_selected(write_run, undrawn):
+    workdir = write_run(fp32_epochs=2, qat_epochs=1)
+    assert "did best on the validation split" not in write_report(workdir).read_text()
+
+    with (workdir / "config.yaml").open("a") as file:
+        file.write("select: best\n")
+    assert "did best on the validation split" in write_report(workdir).read_text()
+
+
+def test_same_run_gives_the_same_bytes(write_run):
+    workdir = write_run(fp32_epochs=2, qat_epochs=1)
+
+    assert write_report(workdir).read_bytes() == write_report(workdir).read_bytes()
+
+
+def test_broken_run_writes_nothing(write_run):
+    workdir = write_run()
+    (workdir / "metrics.jsonl").write_text("{")
+    before = sorted(path.name for path in workdir.iterdir())
+
+    with pytest.raises(ReportError, match=r"metrics\.jsonl"):
+        write_report(workdir)
+    assert sorted(path.name for path in workdir.iterdir()) == before
+
+
+def test_page_that_cannot_be_replaced_is_named_and_leaves_no_temporary_file(write_run, undrawn):
+    workdir = write_run(fp32_epochs=1, qat_epochs=0)
+    (workdir / "report.html").mkdir()  # Root may write anywhere, but not over a folder.
+
+    with pytest.raises(ReportError, match=r"report\.html"):
+        write_report(workdir)
+    assert not list(workdir.rglob("*.tmp"))

@@ -1,0 +1,123 @@
+import json
+
+import pytest
+
+from jaxqat.pipeline.report import paper, tables
+from jaxqat.pipeline.report.read import read_run
+
+
+def by_source(run):
+    return [(row["name"], row["source"], row["cells"][0]) for row in tables.scores(run)]
+
+
+def test_paper_s_two_accuracies_stand_below_a_run_of_its_recipe(write_run):
+    run = read_run(write_run())
+    own = {s: tables.percent(run.results[s]["test"]["accuracy"]) for s in ("fp32", "qat")}
+
+    assert by_source(run) == [
+        ("FP32", "this run", own["fp32"]),
+        ("FP32", "paper", "94.79"),
+        ("QAT", "this run", own["qat"]),
+        ("QAT", "paper", "94.60"),
+    ]
+    # No other figure of the paper is known.
+    assert all(
+        set(row["cells"][1:]) == {"–"} for row in tables.scores(run) if row["source"] == "paper"
+    )
+    assert paper.departures(run) == []
+
+
+def test_paper_has_no_place_beside_another_data_set(write_run):
+    run = read_run(write_run(data="digits"))
+
+    assert {source for _, source, _ in by_source(run)} == {"this run"}
+    assert paper.departures(run) == ["the data set is digits, the paper's is CIFAR-10"]
+
+
+def test_every_departure_from_the_paper_s_recipe_is_said(write_run):
+    workdir = write_run(data="cifar10:3.0.2", width=16, fp32_epochs=3, qat_epochs=1)
+    config = workdir / "config.yaml"
+    config.write_text(config.read_text().replace("validation_size: 0", "validation_size: 5000"))
+    run = read_run(workdir)
+
+    assert ("FP32", "paper", "94.79") in by_source(run)
+    assert paper.departures(run) == [
+        "width is 16, the paper's is 64",
+        "FP32 ran 3 epochs, the paper's 100",
+        "QAT ran 1 epochs, the paper's 30",
+        "5000 training images were held out for validation",
+    ]
+
+
+def test_epochs_that_results_do_not_give_are_counted_in_the_metrics(write_run):
+    workdir = write_run(fp32_epochs=7, qat_epochs=0)
+    path = workdir / "results.json"
+    results = json.loads(path.read_text())
+    del results["fp32"]["epochs"]
+    path.write_text(json.dumps(results))
+    run = read_run(workdir)
+
+    assert paper.stage_epochs(run, "fp32") == 7
+    assert paper.stage_epochs(run, "qat") is None
+
+
+def test_errors_are_listed_most_frequent_first_and_in_class_order():
+    test = {
+        "per_class": [{"name": "a"}, {"name": "b"}, {"name": "c"}],
+        "confusion_matrix": [[9, 2, 0], [2, 9, 5], [0, 1000, 9]],
+    }
+
+    assert tables.confusions(test) == [
+        "c taken for b: 1,000",
+        "b taken for c: 5",
+        "a taken for b: 2",
+        "b taken for a: 2",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("layer", "expected"),
+    [
+        ({"weight_bits": 8, "act_bits": 8, "float_reason": None}, False),
+        ({"weight_bits": 4, "act_bits": 8}, False),
+        ({"weight_bits": 8, "act_bits": None}, True),
+        ({"weight_bits": None, "act_bits": 8}, True),
+        ({"weight_bits": 8, "act_bits": 8, "float_reason": "complex numbers"}, True),
+    ],
+)
+def test_layer_is_integer_only_with_codes_on_both_sides(layer, expected):
+    assert tables.is_float(layer) is expected
+
+
+def test_float_layer_without_a_recorded_reason_says_so(write_run):
+    run = read_run(write_run())
+    run.results["layers"] = [{"path": "a", "weight_bits": None, "act_bits": 8}]
+    row = tables.layers(run)[0]
+
+    assert (row["reason"], row["bits"], row["acts"]) == ("not recorded", "float / 8", "–")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (8.34, "8.3 s"),
+        (59.96, "1 min 00 s"),
+        (160.2, "2 min 40 s"),
+        (3599.7, "1 h 00 min"),
+        (3900, "1 h 05 min"),
+    ],
+)
+def test_durations_read_as_people_say_them(seconds, text):
+    assert tables.duration(seconds) == text
+
+
+def test_size_says_how_many_times_smaller_the_weights_are(write_run):
+    run = read_run(write_run())
+
+    assert tables.size(run) == {
+        "fp32": "44,695,848",
+        "int8": "11,248,816",
+        "ratio": "3.97",
+        "parameters": "11,173,962",
+        "macs": "555,422,720",
+    }

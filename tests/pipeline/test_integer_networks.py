@@ -1,0 +1,209 @@
+"""The integer network of a run: made after training, kept in RUN/int8, used from there alone."""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_run
+from references import integer_graph
+from tiny_run import STEPS, files, tiny
+
+from jaxqat import load
+from jaxqat.commands import evaluate, train
+from jaxqat.integer._store.folder import ArtifactError
+from jaxqat.pipeline.config import config_hash
+from jaxqat.pipeline.data import load_dataset
+from jaxqat.pipeline.metrics import classification_metrics
+from jaxqat.pipeline.run.folder import RunFolder, RunFolderError
+from jaxqat.pipeline.training import Stopped
+
+compiled_once, small_network = tiny_run.compiled_once, tiny_run.small_network
+console, finished, no_report = tiny_run.console, tiny_run.finished, tiny_run.no_report
+
+
+def results_of(run: Path) -> dict:
+    return json.loads((run / "results.json").read_text())
+
+
+@pytest.fixture
+def run(finished, tmp_path) -> Path:
+    """A finished run to be changed."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def older(run: Path) -> None:
+    """Make it the run of a version that knew no integer network."""
+    shutil.rmtree(run / "int8")
+    results = results_of(run)
+    for key in ("int8", "verify"):
+        results.pop(key, None)
+    results["speed"].pop("int8")
+    (run / "results.json").write_text(json.dumps(results))
+
+
+def test_the_result_called_int8_is_the_saved_network_s(finished):
+    """Computed here by an interpreter in NumPy, from the folder."""
+    test = load_dataset(tiny().data).test
+    graph = load(finished / "int8")
+    _, logits = integer_graph.run(graph, test.images)
+    metrics = classification_metrics(test.labels, logits, [str(i) for i in range(10)])
+    metrics.pop("per_class")
+    found = results_of(finished)["int8"]["test"]
+    # The last product is one float32 multiplication of an exact integer: the same bits everywhere.
+    assert {key: found[key] for key in metrics} == metrics
+
+
+def test_it_says_what_it_is_and_where_it_comes_from(finished):
+    metadata = load(finished / "int8").metadata
+    dataset = load_dataset(tiny().data)
+    assert metadata["labels"] == list(dataset.class_names)
+    assert metadata["name"] == "tiny"
+    assert metadata["config_hash"] == config_hash(tiny())
+    assert metadata["data"] == dataset.fingerprint
+    assert metadata["recipe"] == json.loads(json.dumps(vars(tiny().quant)))
+    assert metadata["normalization"] == {
+        "mean": list(dataset.mean),
+        "std": list(dataset.std),
+        "of": "pixels in 0..1",
+    }
+    assert (metadata["stage"], metadata["step"], metadata["seed"]) == ("qat", STEPS, 0)
+
+
+def test_it_is_evaluated_without_any_checkpoint(run, console):
+    shutil.rmtree(run / "checkpoints")
+    (run / "results.json").unlink()
+    result = evaluate.evaluate(run, console=console)
+    assert result["stage"] == "int8"
+
+
+def test_evaluation_gives_the_metrics_of_the_run(run, console):
+    result = evaluate.evaluate(run, stage="int8", console=console)
+    assert result["metrics"] == results_of(run)["int8"]["test"]
+    assert result["step"] == STEPS
+
+
+@pytest.mark.parametrize("name", ["graph.json", "arrays.npz", "SHA256SUMS"])
+def test_a_damaged_network_is_named_and_can_be_made_again(
+    run, finished, small_network, no_report, console, name
+):
+    path = run / "int8" / name
+    good = path.read_bytes()
+    for bad in (good[:-1], good[:50] + bytes([good[50] ^ 4]) + good[51:], None):
+        path.unlink() if bad is None else path.write_bytes(bad)
+        with pytest.raises(ArtifactError, match=r"delete .*int8 and run the same") as caught:
+            evaluate.evaluate(run, console=console)
+        assert str(path) in str(caught.value)
+    shutil.rmtree(run / "int8")  # As the message says.
+    train.train(tiny(), run, console=console)
+    assert files(run / "int8") == files(finished / "int8")
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_stopped_around_the_conversion_and_started_again_it_ends_with_the_same_network(
+    finished, run, monkeypatch, small_network, no_report, console, moment
+):
+    """Trained to the end of QAT, then a signal, or worse."""
+    (run / "results.json").unlink()
+    shutil.rmtree(run / "int8")
+    make_network = train.make_network
+
+    def interrupted(*arguments):
+        if moment == "before":
+            raise KeyboardInterrupt
+        graph = make_network(*arguments)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return graph
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "make_network", interrupted)
+        with pytest.raises(KeyboardInterrupt if moment == "before" else Stopped):
+            train.train(tiny(), run, console=console)
+    assert not (run / "results.json").exists()
+    assert (run / "int8").exists() is (moment == "after")
+    results = train.train(tiny(), run, console=console)
+    assert results["int8"] == results_of(finished)["int8"]
+    assert files(run / "int8") == files(finished / "int8")
+    assert (run / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
+
+
+def test_an_older_run_gets_its_network_from_its_checkpoint_without_training(
+    finished, run, small_network, no_report, console
+):
+    older(run)
+    with pytest.raises(RunFolderError, match=r"no integer network .* run the same `jaxqat train`"):
+        evaluate.evaluate(run, console=console)
+    checkpoints = files(run / "checkpoints")
+    train.train(tiny(), run, console=console)
+    assert "epoch" not in console.file.getvalue()
+    assert results_of(run)["int8"] == results_of(finished)["int8"]
+    assert files(run / "int8") == files(finished / "int8")
+    assert files(run / "checkpoints") == checkpoints
+    assert (run / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
+
+
+def test_an_older_run_without_checkpoints_is_left_as_it_is(run, console):
+    older(run)
+    shutil.rmtree(run / "checkpoints")
+    before = files(run)
+    train.train(tiny(), run, console=console)
+    assert "this run is finished" in console.file.getvalue()
+    assert files(run) == before
+
+
+def test_a_run_that_was_never_quantized_has_no_network(run, console):
+    older(run)
+    (run / "results.json").unlink()
+    shutil.rmtree(run / "checkpoints" / "qat")
+    with pytest.raises(RunFolderError, match=r"never quantized: there is no checkpoint of QAT"):
+        evaluate.evaluate(run, console=console)
+
+
+def test_a_network_that_cannot_be_converted_costs_nothing_but_itself(
+    tmp_path, small_network, console
+):
+    rule = {"path": "block_conv", "weight_bits": None, "act_bits": None}
+    settings = tiny(quant={"rules": [rule]})
+    results = train.train(settings, tmp_path, console=console)
+    reason = "block_conv (conv): "
+    assert results["int8"].keys() == {"error"}
+    assert reason in results["int8"]["error"]
+    assert results == results_of(tmp_path)
+    assert results["qat"]["test"]["n"] == 40
+    assert "int8" not in results["size_bytes"]
+    assert "ptq" not in results
+    assert not (tmp_path / "int8").exists() and not (tmp_path / "ptq").exists()
+    shown = console.file.getvalue()
+    assert "warning: this run has no integer network." in shown and reason in shown
+    page = (tmp_path / "report.html").read_text()
+    assert "This run has no integer network." in page and reason in page
+    with pytest.raises(RunFolderError, match=r"could not be converted.*(\n.*)*block_conv"):
+        evaluate.evaluate(tmp_path, console=console)
+    assert evaluate.evaluate(tmp_path, stage="qat", console=console)["metrics"]["n"] == 40
+    before = files(tmp_path)
+    train.train(settings, tmp_path, console=console)
+    assert files(tmp_path) == before
+
+
+def test_another_experiment_does_not_take_over_the_network(run, console):
+    shutil.rmtree(run / "checkpoints")
+    (run / "results.json").unlink()
+    with pytest.raises(RunFolderError, match=r"seed: 0 -> 1"):
+        train.train(tiny(seed=1), run, console=console)
+
+
+def test_uint8_images_and_normalized_ones_have_the_same_codes(finished):
+    """The table of pixel codes is the normalization that training has."""
+    dataset = load_dataset(tiny().data)
+    graph = load(finished / "int8")
+    images = dataset.test.images
+    mean, std = (np.asarray(values, np.float64) for values in (dataset.mean, dataset.std))
+    codes, _ = integer_graph.run(graph, images)
+    exact = (images / 255 - mean) / std / float(graph.tensors["stem_conv/input"].scale)
+    steps = codes["stem_conv/input"] - float(graph.tensors["stem_conv/input"].zero_point)
+    # Half a step, and a few roundings of a float32 number of at most 256 steps.
+    assert np.abs(steps - exact).max() <= 0.5 + 256 * 2**-21
+    assert RunFolder(finished).network == finished / "int8"

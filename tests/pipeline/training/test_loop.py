@@ -1,0 +1,259 @@
+"""The loop: stops, resumes, records, and what it refuses to keep."""
+
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny_run
+
+from jaxqat.pipeline.training import (
+    Data,
+    DivergedError,
+    Stage,
+    Stopped,
+    StopRequest,
+    init_state,
+    make_step,
+    run_stage,
+    stop_on_signals,
+)
+from jaxqat.pipeline.training.loop import check_finite, make_dispatch
+
+compiled_once = tiny_run.compiled_once
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
+IMAGES, BATCH, CLASSES, EPOCHS = 23, 4, 3, 3
+STEPS_PER_EPOCH = IMAGES // BATCH
+STEPS = EPOCHS * STEPS_PER_EPOCH
+
+
+def make_stage(*, learning_rate: float = 0.5, steps_per_dispatch: int = 1, validate=None):
+    """Logistic regression on noise: three epochs of five steps; the last epoch is frozen."""
+    rng = np.random.default_rng(0)
+    images = jnp.asarray(rng.integers(0, 256, (IMAGES, 2, 2, 1)), jnp.uint8)
+    labels = jnp.asarray(rng.integers(0, CLASSES, IMAGES), jnp.int32)
+    optimizer = optax.sgd(learning_rate, momentum=0.9)
+
+    def forward(params, collections, x):
+        mean = 0.9 * collections["mean"] + 0.1 * x.mean()
+        return x.reshape(len(x), -1) @ params["w"] - mean, {"mean": mean}
+
+    def frozen_forward(params, collections, x):
+        return x.reshape(len(x), -1) @ params["w"] - collections["mean"], collections
+
+    def prepare(key, images):
+        return images / 255.0 + jax.random.uniform(key, images.shape)
+
+    steps = [
+        make_step(
+            forward=f,
+            prepare=prepare,
+            optimizer=optimizer,
+            batch_size=BATCH,
+            steps_per_epoch=STEPS_PER_EPOCH,
+            label_smoothing=0.0,
+        )
+        for f in (forward, frozen_forward)
+    ]
+    stage = Stage(
+        name="fp32",
+        epochs=EPOCHS,
+        steps_per_epoch=STEPS_PER_EPOCH,
+        batch_size=BATCH,
+        steps_per_dispatch=steps_per_dispatch,
+        step=lambda epoch: (steps[epoch == EPOCHS], epoch == EPOCHS),
+        order=lambda epoch: jax.random.permutation(jax.random.key(epoch), IMAGES),
+        data=Data(images, labels),
+        key=jax.random.key(5),
+        learning_rate=lambda step: learning_rate / (step + 1),
+        validate=validate,
+    )
+    params = {"w": jnp.zeros((4, CLASSES))}
+    return stage, init_state(params, {"mean": jnp.float32(0)}, optimizer)
+
+
+class Recorder:
+    """Keeps what is reported, and asks for a stop after a number of steps."""
+
+    def __init__(self, stop: StopRequest | None = None, stop_after: int | None = None):
+        self.stop, self.stop_after = stop or StopRequest(), stop_after
+        self.steps, self.records, self.saved = 0, [], []
+
+    def advance(self, steps):
+        self.steps += steps
+        if self.stop_after is not None and self.steps >= self.stop_after:
+            self.stop.signum = signal.SIGTERM
+
+    def epoch(self, record):
+        self.records.append(record)
+
+    def save(self, state, record, *, epoch_seconds, stopping):
+        self.saved.append((state, record, epoch_seconds, stopping))
+
+
+def run(stage, state, recorder, epoch_seconds=0.0):
+    return run_stage(
+        stage, state, reporter=recorder, stop=recorder.stop, epoch_seconds=epoch_seconds
+    )
+
+
+def assert_same_bits(a, b):
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
+
+
+@pytest.mark.parametrize(
+    ("stop_after", "steps_per_dispatch"),
+    # Within, at the end and at the start of an epoch; in the frozen one; at the very end; between
+    # dispatches of several steps.
+    [(1, 1), (5, 1), (6, 1), (12, 1), (15, 1), (3, 2)],
+)
+def test_stopped_anywhere_and_resumed_it_ends_on_the_same_bits(stop_after, steps_per_dispatch):
+    stage, state = make_stage(steps_per_dispatch=steps_per_dispatch)
+    whole = Recorder()
+    expected = run(stage, state, whole)
+
+    stage, state = make_stage(steps_per_dispatch=steps_per_dispatch)
+    first = Recorder(stop_after=stop_after)
+    with pytest.raises(Stopped):
+        run(stage, state, first)
+    saved, record, seconds, stopping = first.saved[-1]
+    assert stopping
+    assert int(saved.step) >= stop_after
+    assert (record is None) == (int(saved.step) % STEPS_PER_EPOCH != 0)
+
+    second = Recorder()
+    actual = run(stage, jax.tree.map(jnp.array, saved), second, seconds)
+    assert_same_bits(actual, expected)
+    # The sums of a cut epoch go on too: the same lines, times aside.
+    lines = [
+        [(r["epoch"], r["step"], r["loss"], r["accuracy"], r["frozen"]) for r in records]
+        for records in (whole.records, first.records + second.records)
+    ]
+    assert lines[0] == lines[1]
+
+
+def test_a_stop_inside_an_epoch_is_saved_inside_it():
+    stage, state = make_stage()
+    recorder = Recorder(stop_after=STEPS_PER_EPOCH + 1)
+    with pytest.raises(Stopped):
+        run(stage, state, recorder)
+    saved, record, seconds, _ = recorder.saved[-1]
+    assert STEPS_PER_EPOCH < int(saved.step) < 2 * STEPS_PER_EPOCH
+    assert record is None
+    assert seconds > 0
+
+
+def test_records_say_what_was_done():
+    stage, state = make_stage()
+    recorder = Recorder()
+    run(stage, state, recorder)
+    assert [r["epoch"] for r in recorder.records] == [1, 2, 3]
+    assert [r["step"] for r in recorder.records] == [5, 10, 15]
+    assert [r["frozen"] for r in recorder.records] == [False, False, True]
+    # The schedule at the last update of each epoch, which is update number 5, 10 and 15.
+    assert [r["learning_rate"] for r in recorder.records] == [0.5 / 5, 0.5 / 10, 0.5 / 15]
+    for (state, _, _, _), record in zip(recorder.saved, recorder.records, strict=True):
+        assert record["loss"] == float(state.loss_sum) / STEPS_PER_EPOCH
+        assert record["accuracy"] == int(state.correct) / (STEPS_PER_EPOCH * BATCH)
+        assert record["validation_loss"] is None
+        assert record["images_per_s"] * record["seconds"] == pytest.approx(STEPS_PER_EPOCH * BATCH)
+
+
+def test_the_time_of_a_cut_epoch_counts_on():
+    stage, state = make_stage()
+    recorder = Recorder()
+    run(stage, state._replace(step=jnp.int32(3)), recorder, epoch_seconds=1000.0)
+    seconds = [r["seconds"] for r in recorder.records]
+    assert 1000 < seconds[0] < 1100
+    assert max(seconds[1:]) < 100
+
+
+def test_nothing_but_the_frozen_epoch_keeps_the_collections():
+    stage, state = make_stage()
+    recorder = Recorder()
+    run(stage, state, recorder)
+    means = [float(saved.collections["mean"]) for saved, *_ in recorder.saved]
+    assert means[0] != means[1]
+    assert means[1] == means[2]
+    weights = [saved.params["w"] for saved, *_ in recorder.saved]
+    assert (weights[1] != weights[2]).all()
+
+
+def test_a_state_that_is_not_finite_is_refused_and_not_saved():
+    # Near the largest float32: the second update is infinite.
+    stage, state = make_stage(learning_rate=3e38)
+    recorder = Recorder()
+    with pytest.raises(DivergedError, match=r"fp32: .* epoch 1 .*fp32.optimizer.learning_rate"):
+        run(stage, state, recorder)
+    assert not recorder.saved
+    assert not recorder.records
+
+
+@pytest.mark.parametrize("bad", [jnp.inf, jnp.nan])
+def test_a_finite_loss_does_not_excuse_weights_or_statistics_that_are_not(bad):
+    # As after the last update of an epoch, whose effect no loss has seen yet.
+    _, state = make_stage()
+    check_finite("fp32", state, 1)
+    with pytest.raises(DivergedError):
+        check_finite("fp32", state._replace(params={"w": state.params["w"].at[0, 0].set(bad)}), 1)
+    with pytest.raises(DivergedError):
+        check_finite("fp32", state._replace(collections={"mean": jnp.float32(bad)}), 1)
+
+
+def test_validation_sees_the_state_at_the_end_of_each_epoch():
+    seen = []
+
+    def validate(state):
+        seen.append(int(state.step))
+        return {"validation_loss": 0.5, "validation_accuracy": 0.25}
+
+    stage, state = make_stage(validate=validate)
+    recorder = Recorder()
+    run(stage, state, recorder)
+    assert seen == [5, 10, 15]
+    assert {r["validation_accuracy"] for r in recorder.records} == {0.25}
+
+
+def test_each_step_function_is_compiled_once_for_a_dispatch_length(monkeypatch):
+    made = []
+
+    def count(step, length):
+        made.append((step, length))
+        return make_dispatch(step, length)
+
+    monkeypatch.setattr("jaxqat.pipeline.training.loop.make_dispatch", count)
+    stage, state = make_stage(steps_per_dispatch=2)
+    run(stage, state, Recorder())
+    # Two step functions; dispatches of two steps and of the one left over from five.
+    assert len(made) == len(set(made)) == 4
+    assert {length for _, length in made} == {1, 2}
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_a_request_and_a_second_one_is_not(signum):
+    received = []
+    previous = signal.signal(signum, lambda number, frame: received.append(number))
+    try:
+        with stop_on_signals() as stop:
+            stop.raise_if_set()
+            os.kill(os.getpid(), signum)
+            assert stop.signum == signum
+            assert received == []
+            with pytest.raises(Stopped) as caught:
+                stop.raise_if_set()
+            assert caught.value.signum == signum
+            os.kill(os.getpid(), signum)
+            assert received == [signum]
+    finally:
+        signal.signal(signum, previous)
+
+
+def test_handlers_are_as_before_after_the_block():
+    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    with stop_on_signals():
+        assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] != before
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before

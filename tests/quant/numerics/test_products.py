@@ -1,0 +1,148 @@
+"""Integer products against NumPy in int64, exactly."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from references import integers as reference
+
+from jaxqat.quant._numerics.products import Convolution, Dot
+
+
+def convolution(x, w, **params):
+    """The product that the trace of a convolution holds."""
+
+    def float_convolution(x, w):
+        return lax.conv_general_dilated(x, w, dimension_numbers=("NHWC", "HWIO", "NHWC"), **params)
+
+    equation = jax.make_jaxpr(float_convolution)(x, w).jaxpr.eqns[0]
+    return Convolution(equation.primitive, equation.params, 4)
+
+
+CASES = {
+    "same": dict(stride=(1, 1), padding=((1, 1), (1, 1))),
+    "valid": dict(stride=(1, 1), padding=((0, 0), (0, 0))),
+    "stride2": dict(stride=(2, 2), padding=((1, 1), (1, 1))),
+    "uneven": dict(stride=(2, 1), padding=((0, 1), (2, 0))),
+    "dilated": dict(stride=(1, 1), padding=((2, 2), (2, 2)), dilation=(2, 2)),
+    "grouped": dict(stride=(1, 1), padding=((1, 1), (1, 1)), groups=3),
+    "cropped": dict(stride=(1, 1), padding=((-1, 0), (0, -1))),
+}
+
+
+@pytest.mark.parametrize("channels", [(6, 12), (3, 21), (24, 18)], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_a_convolution_of_codes_with_a_zero_point_is_that_of_the_shifted_codes(case, channels):
+    options = dict(CASES[case])
+    groups, dilation = options.get("groups", 1), options.get("dilation", (1, 1))
+    rng = np.random.default_rng(0)
+    codes = rng.integers(-128, 128, (2, 7, 8, channels[0])).astype(np.int8)
+    weights = rng.integers(-127, 128, (3, 3, channels[0] // groups, channels[1])).astype(np.int8)
+    product = convolution(
+        jnp.zeros(codes.shape),
+        jnp.zeros(weights.shape),
+        window_strides=options["stride"],
+        padding=options["padding"],
+        rhs_dilation=dilation,
+        feature_group_count=groups,
+    )
+    if case == "cropped":
+        x = codes[:, 1:, :-1].astype(np.int64)
+        options["padding"] = ((0, 0), (0, 0))
+    else:
+        x = codes.astype(np.int64)
+    zero_point = -37
+    expected = reference.conv2d(x - zero_point, weights.astype(np.int64), **options)
+    total = jax.jit(product.accumulate)(codes, weights)
+    zeros = jax.jit(product.zero_sums, static_argnums=0)(codes.shape, weights)
+    assert zeros.dtype == jnp.int32 and np.ndim(zeros) == 4
+    actual = np.asarray(total, np.int64) - zero_point * np.asarray(zeros, np.int64)
+    np.testing.assert_array_equal(actual, expected)
+
+
+def test_a_transposed_convolution_accumulates_exactly():
+    rng = np.random.default_rng(1)
+    codes = rng.integers(-128, 128, (1, 4, 4, 4)).astype(np.int8)
+    weights = rng.integers(-127, 128, (3, 3, 4, 20)).astype(np.int8)
+    product = convolution(
+        jnp.zeros(codes.shape),
+        jnp.zeros(weights.shape),
+        window_strides=(1, 1),
+        padding=((1, 2), (1, 2)),
+        lhs_dilation=(2, 2),
+    )
+    spread = np.zeros((1, 7, 7, 4), np.int64)
+    spread[:, ::2, ::2] = codes.astype(np.int64) - 5
+    expected = reference.conv2d(spread, weights.astype(np.int64), padding=((1, 2), (1, 2)))
+    total = np.asarray(product.accumulate(codes, weights), np.int64)
+    zeros = np.asarray(product.zero_sums(codes.shape, weights), np.int64)
+    np.testing.assert_array_equal(total - 5 * zeros, expected)
+
+
+DOTS = {  # Shapes of data and weights, the einsum of the product, and which side the weights are.
+    "dense": ((5, 6), (6, 4), "bi,io->bo", 1),
+    "sequence": ((2, 3, 6), (6, 4), "bti,io->bto", 1),
+    "heads": ((2, 3, 6), (6, 2, 4), "bti,ihd->bthd", 1),
+    "two contracted": ((2, 3, 4, 6), (4, 6, 5), "bthd,hdo->bto", 1),
+    "weights left": ((6, 5), (4, 6), "ib,oi->ob", 0),
+    "batched experts": ((3, 2, 6), (3, 6, 4), "ebi,eio->ebo", 1),
+}
+
+
+@pytest.mark.parametrize("case", DOTS)
+def test_a_dot_of_codes_with_a_zero_point_is_that_of_the_shifted_codes(case):
+    data_shape, weight_shape, formula, side = DOTS[case]
+    rng = np.random.default_rng(0)
+    codes = rng.integers(-128, 128, data_shape).astype(np.int8)
+    weights = rng.integers(-127, 128, weight_shape).astype(np.int8)
+    scale = rng.uniform(0.5, 2, weight_shape).astype(np.float32)
+
+    def ordered(x, w):
+        return (w, x) if side == 0 else (x, w)
+
+    inputs, output = formula.split("->")
+    flipped = ",".join(ordered(*inputs.split(","))) + "->" + output
+
+    def float_dot(x, w):
+        return jnp.einsum(flipped, *ordered(x, w))
+
+    jaxpr = jax.make_jaxpr(float_dot)(jnp.zeros(data_shape), jnp.zeros(weight_shape)).jaxpr
+    equations = [e for e in _all(jaxpr) if e.primitive.name == "dot_general"]
+    assert len(equations) == 1
+    rank = len(equations[0].outvars[0].aval.shape)
+    product = Dot(equations[0].primitive, equations[0].params, rank, side)
+
+    shifted = codes.astype(np.int64) + 7
+    exact = np.einsum(formula, shifted, weights.astype(np.int64))
+    total = np.asarray(product.accumulate(codes, weights), np.int64)
+    zeros = np.asarray(product.zero_sums(codes.shape, weights), np.int64)
+    actual = total + 7 * zeros
+    if actual.shape != exact.shape:  # einsum may transpose after its dot.
+        actual = actual.transpose(np.argsort([actual.shape.index(n) for n in exact.shape]))
+    np.testing.assert_array_equal(actual, exact)
+    # Per-channel scales land on the output's channels.
+    per_channel = scale.max(axis=product.channel_axes, keepdims=True)
+    spread = np.asarray(product.over_output(jnp.asarray(per_channel)))
+    scaled = np.einsum(formula, np.ones(data_shape), per_channel * np.ones(weight_shape))
+    count = np.einsum(formula, np.ones(data_shape), np.ones(weight_shape))
+    np.testing.assert_allclose(spread * np.ones_like(total), scaled / count, rtol=1e-6)
+
+
+def _all(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in equation.params.values():
+            if hasattr(value, "jaxpr"):
+                yield from _all(value.jaxpr)
+
+
+def test_macs_count_every_multiplication_once():
+    product = convolution(
+        jnp.zeros((2, 8, 8, 6)),
+        jnp.zeros((3, 3, 2, 12)),
+        window_strides=(2, 2),
+        padding=((1, 1), (1, 1)),
+        feature_group_count=3,
+    )
+    assert product.macs((3, 3, 2, 12), (2, 4, 4, 12)) == 2 * 4 * 4 * 12 * 3 * 3 * 2

@@ -1,0 +1,179 @@
+"""Loops with products inside: turns one after the other, with one range or one layer a turn."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxqat
+from jaxqat.quant._trace.program import MAX_TURNS
+
+RNG = np.random.default_rng(0)
+SEQUENCES = RNG.normal(size=(4, 5, 6)).astype(np.float32)
+ROWS = RNG.normal(size=(8, 6)).astype(np.float32)
+
+
+def weights(*shape):
+    return np.random.default_rng(sum(shape)).normal(0, 0.4, shape).astype(np.float32)
+
+
+PARAMS = {"in": weights(6, 7), "state": weights(7, 7), "layers": weights(3, 6, 6)}
+
+
+def recurrent(params, x):
+    def turn(state, row):
+        state = jnp.tanh(row @ params["in"] + state @ params["state"])
+        return state, state
+
+    return jax.lax.scan(turn, jnp.zeros((x.shape[0], 7)), jnp.swapaxes(x, 0, 1))
+
+
+def written_out(params, x):
+    state, states = jnp.zeros((x.shape[0], 7)), []
+    for t in range(x.shape[1]):
+        state = jnp.tanh(x[:, t] @ params["in"] + state @ params["state"])
+        states.append(state)
+    return state, jnp.stack(states)
+
+
+def reversed_(params, x):
+    def turn(state, row):
+        state = jnp.tanh(row @ params["in"] + state @ params["state"])
+        return state, state
+
+    return jax.lax.scan(turn, jnp.zeros((x.shape[0], 7)), jnp.swapaxes(x, 0, 1), reverse=True)
+
+
+def stacked(params, x):
+    """Layers in a loop over their stacked weights, as `nn.scan` makes them."""
+    return jax.lax.scan(lambda x, w: (nn.relu(x @ w), None), x, params["layers"])[0]
+
+
+@pytest.mark.parametrize("function", [recurrent, reversed_])
+def test_without_quantization_an_unrolled_loop_is_the_loop(function):
+    rules = (jaxqat.Rule(weight_bits=None, act_bits=None),)
+    model = jaxqat.quantize(function, jaxqat.Recipe(rules=rules))
+    for found, expected in zip(
+        jax.tree.leaves(model(PARAMS, {}, SEQUENCES)),
+        jax.tree.leaves(function(PARAMS, SEQUENCES)),
+        strict=True,
+    ):
+        # 13 products a turn, |values| <= 1: five turns of 2**-24 times 13 sums are below 2**-17.
+        np.testing.assert_allclose(found, expected, atol=2**-17)
+
+
+def test_turns_share_one_row_and_one_range_of_each_weight():
+    model, _, ranges = jaxqat.calibrate(recurrent, PARAMS, [SEQUENCES])
+    table = model.describe(PARAMS, SEQUENCES)
+    assert [(row.path, row.macs) for row in table] == [
+        ("in", 4 * 5 * 6 * 7),
+        ("state", 4 * 5 * 7 * 7),
+    ]
+    assert set(ranges) == {"in", "state"}
+    # The widest of all turns.
+    states = np.asarray(written_out(PARAMS, SEQUENCES)[1])[:-1]
+    for found, expected in (
+        (ranges["in"]["input"]["min"], SEQUENCES.min()),
+        (ranges["in"]["input"]["max"], SEQUENCES.max()),
+        (ranges["state"]["input"]["min"], min(states.min(), 0)),  # The first turn has zeros.
+        (ranges["state"]["input"]["max"], max(states.max(), 0)),
+    ):
+        np.testing.assert_allclose(found, expected, atol=2**-17)  # As above.
+
+
+def test_a_quantized_loop_is_the_quantized_network_written_out_with_the_same_ranges():
+    loop, _, ranges = jaxqat.calibrate(recurrent, PARAMS, [SEQUENCES])
+    long = jaxqat.quantize(written_out)
+    same = long.init_ranges(PARAMS, SEQUENCES)
+    for module, sites in same.items():
+        same[module] = dict.fromkeys(sites, ranges[module]["input"])
+    found, expected = loop(PARAMS, ranges, SEQUENCES), long(PARAMS, same, SEQUENCES)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_layers_stacked_in_a_loop_are_layers_of_their_own():
+    model, _, ranges = jaxqat.calibrate(stacked, PARAMS, [ROWS])
+    table = model.describe(PARAMS, ROWS)
+    assert [row.path for row in table] == ["0", "1", "2"]
+    assert all(row.weight_bits == 8 for row in table)
+    x, w = ROWS, PARAMS["layers"]
+    for number in range(3):
+        site = ranges[str(number)]["input"]
+        # Sums of 6 products of magnitudes below 4: 6 * 16 * 2**-24 < 2**-17.
+        np.testing.assert_allclose([site["min"], site["max"]], [x.min(), x.max()], atol=2**-15)
+        x = np.maximum(x @ w[number], 0)
+
+
+class Stack(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        block = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+        return nn.Dense(2, name="head")(block(name="blocks")(x, None)[0])
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return nn.relu(nn.Dense(6, name="dense")(x)), None
+
+
+def test_a_scanned_stack_of_linen_layers_becomes_an_integer_network():
+    module = Stack()
+    variables = module.init(jax.random.key(0), ROWS)
+    model, variables = jaxqat.calibrate(module, variables, [ROWS])
+    paths = [row.path for row in model.describe(variables, ROWS)]
+    assert paths == ["blocks/dense/0", "blocks/dense/1", "blocks/dense/2", "head"]
+    graph = jaxqat.convert(model, variables, ROWS[:1])
+    check = jaxqat.verify(model, variables, graph=graph, batches=[ROWS])
+    assert (check.differing, check.top1_flips) == (0, 0)
+
+
+def test_a_loop_of_too_many_turns_stays_in_float_and_is_named():
+    def function(params, x):
+        turn = lambda c, _: (jnp.tanh(c @ params["state"]), None)  # noqa: E731
+        return jax.lax.scan(turn, x @ params["in"], length=MAX_TURNS + 1)[0]
+
+    model, _, ranges = jaxqat.calibrate(function, PARAMS, [ROWS])
+    table = model.describe(PARAMS, ROWS)
+    assert [row.weight_bits for row in table] == [8, None]
+    assert "inside a 'scan'" in (table[1].float_reason or "")
+    assert np.isfinite(model(PARAMS, ranges, ROWS)).all()
+
+
+def test_every_weight_of_a_loop_gets_a_gradient():
+    model, _, ranges = jaxqat.calibrate(recurrent, PARAMS, [SEQUENCES])
+    gradients = jax.grad(lambda p: jnp.sum(model(p, ranges, SEQUENCES)[0] ** 2))(PARAMS)
+    exact = jax.grad(lambda p: jnp.sum(recurrent(p, SEQUENCES)[0] ** 2))(PARAMS)
+    for name in ("in", "state"):
+        cosine = np.vdot(gradients[name], exact[name]) / (
+            np.linalg.norm(gradients[name]) * np.linalg.norm(exact[name])
+        )
+        assert cosine > 0.99  # Of 8 bits: the directions agree.
+
+
+def test_all_turns_of_a_first_layer_have_the_bits_of_the_first_layer():
+    recipe = jaxqat.Recipe(weight_bits=4, act_bits=4, first_last_bits=8, weight_range="lsq")
+
+    def function(params, x):
+        state = jax.lax.scan(
+            lambda h, _: (jnp.tanh(h @ params["state"]), None), x[:, 0, :1] * jnp.ones(7), length=3
+        )[0]
+        return jnp.tanh(state @ params["state"]) @ params["in"].T
+
+    model, _, ranges = jaxqat.calibrate(function, PARAMS, [SEQUENCES], recipe)
+    record = model.record(PARAMS, ranges, SEQUENCES)
+    layers = [layer for layer in record.plan.layers.values() if layer.path == "state"]
+    assert [layer.how.bits for layer in layers] == [8, 8, 8, 4]
+
+
+def test_a_loop_without_turns_gives_what_it_is_given():
+    def empty(params, x):
+        return jax.lax.scan(
+            lambda c, row: (c @ params["state"], c), x @ params["in"], jnp.zeros((0,))
+        )
+
+    model, _, ranges = jaxqat.calibrate(empty, PARAMS, [ROWS])
+    carried, stacked = model(PARAMS, ranges, ROWS)
+    assert carried.shape == (8, 7) and stacked.shape == (0, 8, 7)
