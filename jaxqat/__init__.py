@@ -2,18 +2,26 @@
 
 from jaxqat.analysis import Analysis, analyze
 from jaxqat.analysis._describe import Description, describe
-from jaxqat.integer._convert.convert import ConversionError, convert
-from jaxqat.integer._execute.executor import ExecutionError, Executor, make_executor
-from jaxqat.integer._store.folder import ArtifactError, load, save
+from jaxqat.errors import (
+    ArtifactError,
+    ConversionError,
+    ExecutionError,
+    ExportError,
+    GraphError,
+    JaxqatError,
+    QuantizationError,
+    RecipeError,
+)
+from jaxqat.integer._convert.convert import convert
+from jaxqat.integer._execute.executor import Executor, make_executor
+from jaxqat.integer._store.folder import load, save
 from jaxqat.integer._verify import Verification, verify
-from jaxqat.integer.graph import GraphError, IntegerGraph
+from jaxqat.integer.graph import IntegerGraph
 from jaxqat.quant import (
     LayerInfo,
-    QuantizationError,
     QuantizedFunction,
     QuantizedModule,
     Recipe,
-    RecipeError,
     Rule,
     calibrate,
     join_learned,
@@ -30,8 +38,10 @@ __all__ = [
     "Description",
     "ExecutionError",
     "Executor",
+    "ExportError",
     "GraphError",
     "IntegerGraph",
+    "JaxqatError",
     "LayerInfo",
     "QuantizationError",
     "QuantizedFunction",

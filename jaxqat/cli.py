@@ -16,7 +16,6 @@ from jsonargparse.typing import PositiveInt
 from rich.console import Console
 from rich.logging import RichHandler
 
-from jaxqat.bench import BenchmarkError
 from jaxqat.commands import analyze as diagnosis
 from jaxqat.commands import benchmark as benchmark_command
 from jaxqat.commands import evaluate as evaluate_command
@@ -26,28 +25,19 @@ from jaxqat.commands import quantize as quantize_command
 from jaxqat.commands import report as report_command
 from jaxqat.commands import train as train_command
 from jaxqat.commands import verify as verify_command
-from jaxqat.export import ExportError
-from jaxqat.integer._convert.convert import ConversionError
-from jaxqat.integer._execute.executor import LOWERINGS, ExecutionError
-from jaxqat.integer._store.folder import ArtifactError
-from jaxqat.lowering import TARGETS, LoweringError
+from jaxqat.errors import (
+    InputError,
+    RunError,
+)
+from jaxqat.integer._execute.executor import LOWERINGS
+from jaxqat.lowering import TARGETS
 from jaxqat.pipeline import config as configs
-from jaxqat.pipeline.checkpoint import CheckpointError
-from jaxqat.pipeline.config import ConfigError, Experiment
-from jaxqat.pipeline.data import DataError
+from jaxqat.pipeline.config import Experiment
 from jaxqat.pipeline.evaluation import SPLITS
 from jaxqat.pipeline.integer_networks import NETWORKS
-from jaxqat.pipeline.report import ReportError
-from jaxqat.pipeline.run.folder import RunFolderError
-from jaxqat.pipeline.training import DivergedError, Stopped
-from jaxqat.quant import QuantizationError, RecipeError
+from jaxqat.pipeline.training import Stopped
 
 DONE, FAILED, BAD_INPUT = 0, 1, 2
-
-_BAD_INPUT_ERRORS = (ConfigError, DataError, RecipeError, QuantizationError, RunFolderError)
-_BAD_INPUT_ERRORS += (ArtifactError, ConversionError, ExecutionError, ExportError, LoweringError)
-_BAD_INPUT_ERRORS += (BenchmarkError,)
-_FAILURES = (CheckpointError, DivergedError, ReportError, OSError, ImportError)
 
 
 class Parser(jsonargparse.ArgumentParser):
@@ -368,10 +358,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _complain("interrupted.")
         return 130
-    except _BAD_INPUT_ERRORS as error:
+    except InputError as error:
         _complain(f"error: {error}")
         return BAD_INPUT
-    except _FAILURES as error:
+    except (RunError, OSError, ImportError) as error:
         _complain(f"error: {error}")
         return FAILED
 

@@ -8,8 +8,9 @@ import numpy as np
 
 from jaxqat.analysis._measure import Measured, Score, Sums, measure
 from jaxqat.analysis.result import Analysis, LayerAnalysis, Sensitivity, TensorAnalysis
+from jaxqat.errors import QuantizationError
 from jaxqat.integer._verify import in_decibels
-from jaxqat.quant import LayerInfo, QuantizationError
+from jaxqat.quant import LayerInfo
 from jaxqat.quant._trace.arguments import split_arrays
 from jaxqat.quant.models.function import Quantized
 

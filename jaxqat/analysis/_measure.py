@@ -12,8 +12,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxqat.analysis.result import Effect
+from jaxqat.errors import QuantizationError
 from jaxqat.integer._verify import in_decibels
-from jaxqat.quant import QuantizationError
 from jaxqat.quant._interpret import Evaluated, Evaluator
 from jaxqat.quant._numerics.activations import dequantize, in_steps
 from jaxqat.quant._numerics.grids import Grid

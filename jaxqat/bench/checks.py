@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from jaxqat.errors import InputError
 from jaxqat.integer import graph as g
 
 # An unrelated result of the same size has a relative error of 1.4, one of zeros has 1. What
@@ -20,7 +21,7 @@ EXACT_LIMIT = 2.0**-20
 FLOAT_LIMITS = {"fp32": 2.0**-18, "tf32": 2.0**-10, "bf16": 2.0**-7}
 
 
-class BenchmarkError(ValueError):
+class BenchmarkError(InputError):
     """Nothing can be measured as asked, or engines disagree; the message says which and why."""
 
 

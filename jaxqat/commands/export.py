@@ -10,9 +10,7 @@ from typing import Literal
 from rich.console import Console
 
 from jaxqat.integer.graph import IntegerGraph
-from jaxqat.pipeline.integer_networks import (
-    load_network,
-)
+from jaxqat.pipeline.integer_networks import load_network
 from jaxqat.pipeline.run.folder import RunFolder
 
 INPUTS = ("uint8", "float")

@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from jaxqat.integer._convert.convert import ConversionError
+from jaxqat.errors import ConversionError
 from jaxqat.integer._store.folder import save
 from jaxqat.integer.graph import IntegerGraph
 from jaxqat.pipeline.config import Experiment, to_yaml

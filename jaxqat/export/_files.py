@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from jaxqat.export import ExportError
+from jaxqat.errors import ExportError
 
 
 def check_target(path: Path, overwrite: bool) -> None:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export, lax
 
-from jaxqat.export import ExportError
+from jaxqat.errors import ExportError
 from jaxqat.export._files import check_target, write_file
 from jaxqat.integer._execute import Platform
 from jaxqat.integer._execute.executor import LOWERINGS

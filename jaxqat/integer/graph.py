@@ -19,15 +19,12 @@ from typing import Literal
 
 import numpy as np
 
+from jaxqat.errors import GraphError
 from jaxqat.integer._packing import packed_size
 
 Requantization = Literal["float", "fixed_point"]
 
 CODE_MIN, CODE_MAX = -128, 127
-
-
-class GraphError(ValueError):
-    """A graph breaks an invariant; the message names the node and the tensor."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)

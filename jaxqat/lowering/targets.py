@@ -22,10 +22,12 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding, use_abstract_mesh
 
+from jaxqat.errors import InputError
+
 Platform = Literal["cpu", "cuda", "tpu"]
 
 
-class LoweringError(ValueError):
+class LoweringError(InputError):
     """A function cannot be compiled for a target; the message says for which and why."""
 
 

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import jsonargparse
 import yaml
 
+from jaxqat.errors import InputError
 from jaxqat.pipeline.checkpoint import CheckpointConfig
 from jaxqat.pipeline.data import AugmentConfig, DataConfig
 from jaxqat.pipeline.models import ModelConfig
@@ -25,7 +26,7 @@ from jaxqat.quant import Recipe
 PRECISIONS = ("float32", "tf32", "bfloat16")
 
 
-class ConfigError(ValueError):
+class ConfigError(InputError):
     """A setting that cannot be used; the message names its dotted key."""
 
 

@@ -13,8 +13,9 @@ import numpy as np
 from rich.console import Console
 
 import jaxqat
+from jaxqat.errors import ArtifactError
 from jaxqat.integer._convert.convert import convert
-from jaxqat.integer._store.folder import ArtifactError, load, save
+from jaxqat.integer._store.folder import load, save
 from jaxqat.integer._verify import Verification, verify
 from jaxqat.integer.graph import IntegerGraph
 from jaxqat.pipeline import config as configs

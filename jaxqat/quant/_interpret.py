@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxqat.errors import QuantizationError
 from jaxqat.quant._forms import derive, forms
 from jaxqat.quant._numerics import activations, grids, multiply, pairs, ranges
 from jaxqat.quant._numerics import estimators as estimate
 from jaxqat.quant._numerics.weights import look_up_weights
-from jaxqat.quant._plan.plan import PARAMETERS, Layer, Lookup, Pair, Plan, QuantizationError, Site
+from jaxqat.quant._plan.plan import PARAMETERS, Layer, Lookup, Pair, Plan, Site
 from jaxqat.quant._trace.arguments import Key
 from jaxqat.quant._trace.program import Atom, Constant, Node
 from jaxqat.quant.recipe import Recipe

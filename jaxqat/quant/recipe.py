@@ -6,6 +6,8 @@ import re
 from collections.abc import Sequence
 from typing import Any, Literal, Self, get_args
 
+from jaxqat.errors import RecipeError
+
 KINDS = ("any", "conv", "dense", "embed", "attention")
 INHERIT = "inherit"
 
@@ -23,10 +25,6 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "act_range": get_args(ActRange),
     "rounding": get_args(Rounding),
 }
-
-
-class RecipeError(ValueError):
-    """A recipe, or one of its rules, cannot be applied."""
 
 
 def _check_bits(key: str, weight_bits: object, act_bits: object) -> None:

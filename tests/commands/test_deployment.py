@@ -13,7 +13,7 @@ from jaxqat import cli, load, make_executor, save
 from jaxqat.bench import BenchmarkError
 from jaxqat.commands import evaluate, export, lowering, verify
 from jaxqat.commands.benchmark import benchmark
-from jaxqat.export import ExportError
+from jaxqat.errors import ExportError
 from jaxqat.integer._store.folder import ArtifactError
 from jaxqat.lowering import LoweringError
 from jaxqat.pipeline.data import load_dataset

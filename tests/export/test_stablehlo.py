@@ -11,7 +11,7 @@ from integer import graphs
 from jax import export
 from references import integer_graph
 
-from jaxqat.export import ExportError
+from jaxqat.errors import ExportError
 from jaxqat.export._stablehlo import export_stablehlo, load_stablehlo
 
 

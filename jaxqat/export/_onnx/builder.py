@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 import jaxqat
-from jaxqat.export import ExportError
+from jaxqat.errors import ExportError
 
 # Current releases of ONNX Runtime and OpenVINO run all of it; the oldest has what is written here.
 OPSET, OLDEST_OPSET = 17, 13

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jaxqat.export import ExportError
+from jaxqat.errors import ExportError
 from jaxqat.export._files import check_target, write_file
 from jaxqat.export._onnx.builder import OPSET, library
 from jaxqat.export._onnx.nodes import Lowering

@@ -11,7 +11,7 @@ or Relu in front of it would keep ONNX Runtime from an integer kernel.
 
 import numpy as np
 
-from jaxqat.export import ExportError
+from jaxqat.errors import ExportError
 from jaxqat.export._onnx import moves as onnx_moves
 from jaxqat.export._onnx.builder import Builder, channels_first, channels_last
 from jaxqat.export._onnx.grids import UINT8_MAX, offsets, pool_scale, sum_scales, weight_scales

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxqat.export import ExportError
+from jaxqat.errors import ExportError
 from jaxqat.export._onnx.builder import channels_last, digest, library
 
 Runner = Callable[[np.ndarray], tuple[np.ndarray, dict[str, np.ndarray]]]

@@ -6,13 +6,14 @@ bias and multiplier. Nothing is computed a second time, so nothing can come out 
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxqat.errors import ConversionError
 from jaxqat.integer import graph as g
 from jaxqat.integer._convert.emit import OUTPUT, Emitter, Pending
 from jaxqat.integer._convert.geometry import UnconvertibleError
@@ -22,18 +23,6 @@ from jaxqat.quant._interpret import Evaluator
 from jaxqat.quant._plan.plan import STATISTICS
 from jaxqat.quant._trace.arguments import split_arrays
 from jaxqat.quant.models.function import Quantized
-
-
-class ConversionError(ValueError):
-    """A model cannot become an integer network; the message names every place and the reason.
-
-    Attributes:
-        reasons: A line for each place, where it is the model that stands in the way.
-    """
-
-    def __init__(self, message: str, reasons: Sequence[str] = ()):
-        super().__init__(message)
-        self.reasons = tuple(reasons)
 
 
 def convert(

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from jaxqat.errors import InputError
 from jaxqat.integer import graph as g
 from jaxqat.quant._forms.forms import Operation
 
 
-class UnconvertibleError(ValueError):
+class UnconvertibleError(InputError):
     """A part of a model has no integer form; the message names it and the reason."""
 
 

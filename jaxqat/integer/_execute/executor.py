@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int8
 
+from jaxqat.errors import ExecutionError
 from jaxqat.integer import graph as g
 from jaxqat.integer._execute import Cpu, Cuda, CudnnApproximate, PallasCuda, Platform
 from jaxqat.integer._execute.pallas_conv import COMPUTE_CAPABILITY
@@ -19,10 +20,6 @@ LOWERINGS: dict[str, type[Platform]] = {
     "cuda_approximate": CudnnApproximate,
     "tpu": Platform,
 }
-
-
-class ExecutionError(ValueError):
-    """A network cannot be executed as asked."""
 
 
 class Executor:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxqat.errors import InputError
 from jaxqat.integer import graph as g
 from jaxqat.integer._packing import pack, stored_bits, unpack
 
@@ -26,7 +27,7 @@ _CLASSES = {cls.__name__: cls for cls in NODES}
 _PLAIN = {str: "a text", int: "a whole number", bool: "true or false"}
 
 
-class CodecError(ValueError):
+class CodecError(InputError):
     """What was met is not what the data model declares; the message names the field."""
 
 

@@ -18,15 +18,12 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxqat.errors import ArtifactError, GraphError
 from jaxqat.integer._store.codec import CodecError, decode, encode
-from jaxqat.integer.graph import GraphError, IntegerGraph
+from jaxqat.integer.graph import IntegerGraph
 
 GRAPH_FILE, ARRAYS_FILE, SUMS_FILE = "graph.json", "arrays.npz", "SHA256SUMS"
 _FILES = {GRAPH_FILE, ARRAYS_FILE, SUMS_FILE}
-
-
-class ArtifactError(ValueError):
-    """A saved network that cannot be read, or written as asked; the message names the file."""
 
 
 def save(graph: IntegerGraph, folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:

@@ -9,8 +9,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxqat.errors import RunError
 
-class CheckpointError(RuntimeError):
+
+class CheckpointError(RunError):
     """A checkpoint is missing, does not fit, or cannot be written."""
 
 

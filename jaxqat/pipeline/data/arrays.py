@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from jaxqat.errors import InputError
 
-class DataError(ValueError):
+
+class DataError(InputError):
     """Data that cannot be used: names the file or key, what arrived and what would be right."""
 
 

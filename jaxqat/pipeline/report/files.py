@@ -5,8 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
+from jaxqat.errors import RunError
 
-class ReportError(ValueError):
+
+class ReportError(RunError):
     """A run folder that no report can be drawn from; the message names the file."""
 
 

@@ -15,11 +15,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from jaxqat.errors import InputError
 from jaxqat.pipeline import config as configs
 from jaxqat.pipeline.config import Experiment
 
 
-class RunFolderError(ValueError):
+class RunFolderError(InputError):
     """A folder that cannot be used as asked; the message says which and why."""
 
 

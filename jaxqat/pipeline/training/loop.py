@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
+from jaxqat.errors import RunError
 from jaxqat.pipeline.training.step import Data, TrainState, dispatch_length, make_dispatch
 from jaxqat.pipeline.training.stop import StopRequest
 
@@ -26,7 +27,7 @@ Record = dict[str, Any]
 """One line of metrics.jsonl."""
 
 
-class DivergedError(RuntimeError):
+class DivergedError(RunError):
     """The loss or the state is no longer finite; what was saved before is good."""
 
 

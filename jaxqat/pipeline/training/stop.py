@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from jaxqat.errors import JaxqatError
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class Stopped(Exception):
+class Stopped(JaxqatError):
     """Raised where a signal stopped the run; the state has been saved.
 
     Attributes:

@@ -25,10 +25,6 @@ LEFT_BY_RECIPE = "the recipe leaves it in float"
 NO_WEIGHTS = "both operands depend on the data"
 
 
-class QuantizationError(ValueError):
-    """A computation cannot be quantized as asked."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Layer:
     """A quantized product: its module's path, which operand is what, how it is multiplied.

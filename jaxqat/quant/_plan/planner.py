@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from jaxqat.errors import RecipeError
 from jaxqat.quant._numerics.grouped import GroupedDot
 from jaxqat.quant._numerics.multiply import QuantizedProduct
 from jaxqat.quant._numerics.products import Convolution, Dot, Product
@@ -40,7 +41,7 @@ from jaxqat.quant._trace.program import (
     inner_jaxprs,
     products_inside,
 )
-from jaxqat.quant.recipe import Recipe, RecipeError, Settings
+from jaxqat.quant.recipe import Recipe, Settings
 
 _OTHER_PRODUCTS = ("ragged_dot", "ragged_dot_general", "scaled_dot", "scaled_matmul")
 # What two readers of a tensor must agree on; of different widths the larger one serves both.

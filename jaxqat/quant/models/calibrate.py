@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxqat.quant._plan.plan import QuantizationError
+from jaxqat.errors import QuantizationError
 from jaxqat.quant._trace.arguments import split_arrays
 from jaxqat.quant.models.function import QuantizedFunction, flatten
 from jaxqat.quant.models.linen import COLLECTION, QuantizedModule, quantize

@@ -9,8 +9,9 @@ import jax
 from flax.core import DenyList, unfreeze
 from flax.core.scope import in_filter
 
+from jaxqat.errors import QuantizationError
 from jaxqat.quant._interpret import Evaluator, Mode, Switches
-from jaxqat.quant._plan.plan import LayerInfo, Plan, QuantizationError
+from jaxqat.quant._plan.plan import LayerInfo, Plan
 from jaxqat.quant._trace.arguments import Call
 from jaxqat.quant.models.function import QuantizedFunction, nest
 from jaxqat.quant.recipe import Recipe

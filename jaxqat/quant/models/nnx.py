@@ -5,8 +5,9 @@ from typing import Any, ClassVar
 import jax
 from flax import nnx
 
+from jaxqat.errors import QuantizationError
 from jaxqat.quant._interpret import Evaluator, Mode, Switches
-from jaxqat.quant._plan.plan import LayerInfo, Plan, QuantizationError
+from jaxqat.quant._plan.plan import LayerInfo, Plan
 from jaxqat.quant._trace.arguments import Call
 from jaxqat.quant.models.function import QuantizedFunction, join_learned, nest, split_learned
 from jaxqat.quant.recipe import Recipe

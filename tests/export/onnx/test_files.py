@@ -11,7 +11,7 @@ from references import integer_graph
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
-from jaxqat.export import ExportError  # noqa: E402
+from jaxqat.errors import ExportError  # noqa: E402
 from jaxqat.export._onnx import builder as onnx_builder  # noqa: E402
 from jaxqat.export._onnx.model import export_onnx, onnx_model  # noqa: E402
 from jaxqat.export._onnx.runtime import run_onnx  # noqa: E402

@@ -10,7 +10,7 @@ from references import integer_graph
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
-from jaxqat.export import ExportError  # noqa: E402
+from jaxqat.errors import ExportError  # noqa: E402
 from jaxqat.export._onnx.grids import offsets  # noqa: E402
 from jaxqat.export._onnx.model import onnx_model  # noqa: E402
 from jaxqat.export._onnx.runtime import run_onnx  # noqa: E402

@@ -12,7 +12,7 @@ from references import integer_graph
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
 
-from jaxqat.export import ExportError  # noqa: E402
+from jaxqat.errors import ExportError  # noqa: E402
 from jaxqat.export._onnx.model import onnx_model  # noqa: E402
 from jaxqat.export._onnx.runtime import run_onnx, with_codes  # noqa: E402
 from jaxqat.integer import graph as g  # noqa: E402
