@@ -1,5 +1,8 @@
 """jaxqat: int8 quantization-aware training for JAX, by transforming a model's computation."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from jaxqat.analysis import Analysis, analyze
 from jaxqat.analysis._describe import Description, describe
 from jaxqat.errors import (
@@ -18,22 +21,39 @@ from jaxqat.integer._store.folder import load, save
 from jaxqat.integer._verify import Verification, verify
 from jaxqat.integer.graph import IntegerGraph
 from jaxqat.quant import (
+    BoundModel,
     LayerInfo,
-    QuantizedFunction,
-    QuantizedModule,
+    QuantizedModel,
     Recipe,
     Rule,
     calibrate,
-    join_learned,
     quantize,
-    split_learned,
 )
 
+if TYPE_CHECKING:
+    from jaxqat.export._onnx.model import export_onnx
+    from jaxqat.export._stablehlo import export_stablehlo, load_stablehlo
+
 __version__ = "0.1.0"
+
+# Loaded at first use: `onnx` is an optional dependency, and `jax.export` takes time to import.
+_LAZY = {
+    "export_onnx": "jaxqat.export._onnx.model",
+    "export_stablehlo": "jaxqat.export._stablehlo",
+    "load_stablehlo": "jaxqat.export._stablehlo",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'jaxqat' has no attribute {name!r}")
+
 
 __all__ = [
     "Analysis",
     "ArtifactError",
+    "BoundModel",
     "ConversionError",
     "Description",
     "ExecutionError",
@@ -44,8 +64,7 @@ __all__ = [
     "JaxqatError",
     "LayerInfo",
     "QuantizationError",
-    "QuantizedFunction",
-    "QuantizedModule",
+    "QuantizedModel",
     "Recipe",
     "RecipeError",
     "Rule",
@@ -55,11 +74,12 @@ __all__ = [
     "calibrate",
     "convert",
     "describe",
-    "join_learned",
+    "export_onnx",
+    "export_stablehlo",
     "load",
+    "load_stablehlo",
     "make_executor",
     "quantize",
     "save",
-    "split_learned",
     "verify",
 ]

@@ -19,7 +19,6 @@ import optax
 from sklearn.datasets import load_digits
 
 import jaxqat
-from jaxqat.export._onnx.model import export_onnx
 
 
 class Network(nn.Module):
@@ -82,22 +81,21 @@ def main() -> None:
     print(f"FP32: {np.mean(np.argmax(logits, -1) == test_y):.2%} of {len(test_y)} test images")
 
     batches = [normalize(x[i : i + 64]) for i in range(0, 512, 64)]
-    model, variables = jaxqat.calibrate(network, variables, batches, train=False)
-    jaxqat.describe(model, variables, normalize(x[:1]), train=False)
+    calibrated = jaxqat.calibrate(network, variables, batches=batches, train=False)
+    print(jaxqat.describe(calibrated, normalize(x[:1])))
     # Batch norm is frozen, so that what is trained is what will be deployed, and ranges move.
+    model = jaxqat.quantize(network)
     apply = lambda v, x: model.apply(v, x, train=False, mutable=["quant"])  # noqa: E731
     epochs = max(options.epochs // 3, 1)
-    variables = train(apply, variables, x, y, epochs=epochs, learning_rate=0.001)
+    variables = train(apply, calibrated.variables, x, y, epochs=epochs, learning_rate=0.001)
+    trained = model.bind(variables, train=False)
 
-    example = normalize(x[:1])
-    graph = jaxqat.convert(model, variables, example, preprocess=normalize, train=False)
+    graph = jaxqat.convert(trained, normalize(x[:1]), preprocess=normalize)
     logits = jaxqat.make_executor(graph)(test_x)
     print(f"int8: {np.mean(np.argmax(logits, -1) == test_y):.2%} of {len(test_y)} test images")
-    check = jaxqat.verify(
-        model, variables, graph=graph, batches=[test_x], preprocess=normalize, train=False
-    )
+    check = jaxqat.verify(trained, graph=graph, batches=[test_x], preprocess=normalize)
     print(f"{check.differing} of {check.codes:,} codes differ from the trained network's")
-    path = export_onnx(graph, options.output, input="uint8", overwrite=True)
+    path = jaxqat.export_onnx(graph, options.output, input="uint8", overwrite=True)
     print(f"{path}: {path.stat().st_size:,} bytes")
 
 

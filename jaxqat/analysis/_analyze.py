@@ -11,12 +11,11 @@ from jaxqat.analysis.result import Analysis, LayerAnalysis, Sensitivity, TensorA
 from jaxqat.errors import QuantizationError
 from jaxqat.integer._verify import in_decibels
 from jaxqat.quant import LayerInfo
-from jaxqat.quant._trace.arguments import split_arrays
-from jaxqat.quant.models.function import Quantized
+from jaxqat.quant.models.bound import BoundModel, QuantizedModel
 
 
 def analyze(
-    model: Quantized,
+    model: QuantizedModel,
     *state: Any,
     batches: Iterable[Any],
     labels: Iterable[Any] | None = None,
@@ -37,7 +36,7 @@ def analyze(
 
     Args:
         model: What `jaxqat.quantize` returned.
-        *state: Its variables; of a function, its parameters and ranges; of an NNX module, nothing.
+        *state: Its variables; nothing for a model that holds them.
         batches: Inputs, a batch each; a tuple holds several arguments. Batches of one size are
             compiled once.
         labels: Integer classes, an array for each batch.
@@ -51,11 +50,11 @@ def analyze(
         QuantizationError: There is nothing to analyze: no quantized model, layer or batch, a result
             that is not one finite array, or labels that do not fit it.
     """
-    if not isinstance(model, Quantized):
+    if not isinstance(model, QuantizedModel):
         raise QuantizationError(
             f"analyze takes what `jaxqat.quantize` returned, got {type(model).__name__}."
         )
-    runner = _Runner(model, state, kwargs)
+    runner = _Runner(model.bind(*state, **kwargs))
     for batch, classes in _paired(batches, labels):
         given = batch if preprocess is None else preprocess(batch)
         runner.add(given if isinstance(given, tuple) else (given,), classes)
@@ -81,9 +80,9 @@ def _paired(
 class _Runner:
     """Runs batches, and sums up what they say."""
 
-    def __init__(self, model: Any, state: tuple[Any, ...], kwargs: dict[str, Any]):
-        self.model, self.state, self.kwargs = model, state, kwargs
-        self.arrays, self.make_state = split_arrays(state)
+    def __init__(self, model: BoundModel):
+        self.model = model
+        self.arrays, self.rebuild = model.split_arrays()
         self.rows: list[LayerInfo] = []
         self.paths: list[str] = []
         self.scores: list[Score] = []
@@ -91,14 +90,12 @@ class _Runner:
         self.measure, self.run = jax.jit(self._measure), jax.jit(self._run)
 
     def _measure(self, arrays: Any, inputs: Any) -> Measured:
-        arguments = (*self.make_state(arrays), *inputs)
-        real = self.model.observe(*arguments, **self.kwargs)
-        return measure(real, self.model.record(*arguments, **self.kwargs))
+        model = self.rebuild(arrays)
+        return measure(model.observe(*inputs), model.record(*inputs))
 
     def _run(self, arrays: Any, on: Any, inputs: Any) -> list[Any]:
         switches = dict(zip(self.paths, on, strict=True))
-        arguments = (*self.make_state(arrays), *inputs)
-        return self.model.switched(switches, *arguments, **self.kwargs).results
+        return self.rebuild(arrays).switched(switches, *inputs).results
 
     def add(self, inputs: tuple[Any, ...], labels: np.ndarray | None) -> None:
         """Runs one batch in all ways."""
@@ -116,7 +113,7 @@ class _Runner:
             score.add(result, results[0], labels)
 
     def _plan(self, inputs: tuple[Any, ...]) -> None:
-        table = self.model.describe(*self.state[:1], *inputs, **self.kwargs)
+        table = self.model.layers(*inputs)
         self.rows = [row for row in table if row.settings is not None]
         self.paths = list(dict.fromkeys(row.path for row in self.rows))
         self.scores = [Score() for _ in self._choices()]

@@ -8,8 +8,8 @@ from typing import Any
 from jaxqat.integer._convert.convert import obstacles
 from jaxqat.integer._packing import packed_size
 from jaxqat.quant._plan.plan import NO_WEIGHTS, LayerInfo
-from jaxqat.quant.models.function import Quantized, QuantizedFunction, flatten
-from jaxqat.quant.models.linen import COLLECTION, QuantizedModule, quantize
+from jaxqat.quant.models.bound import QuantizedModel
+from jaxqat.quant.models.quantize import quantize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,53 +63,30 @@ class Description:
 
 
 def describe(model: Any, *arguments: Any, **kwargs: Any) -> Description:
-    """Prints what quantization makes of a model, and returns it.
+    """Return what quantization makes of a model.
 
-        jaxqat.describe(model, variables, images, train=False)
+        print(jaxqat.describe(model, variables, images, train=False))
 
     Args:
-        model: What `jaxqat.quantize` returned; or a model, to be quantized by the recipe 'int8'.
-        *arguments: As for the model's `apply` (variables, *inputs); for a quantized function
-            (parameters, ranges, *inputs), for another one (parameters, *inputs), for an NNX module
-            (*inputs). Only shapes and types of the inputs matter.
-        **kwargs: As for the model's `apply`.
+        model: What `jaxqat.quantize` or `jaxqat.calibrate` returned; or a model, to be quantized
+            by the recipe 'int8'.
+        *arguments: The arguments of the model's call: (variables, *inputs), or (*inputs) for a
+            model that holds its variables. Only shapes and types of the inputs matter.
+        **kwargs: Keyword arguments of the model's call, such as `train=False`.
 
     Raises:
-        QuantizationError: The model is none that can be quantized.
+        QuantizationError: The model cannot be quantized.
     """
-    quantized: Any = model if isinstance(model, Quantized) else quantize(model)
-    if isinstance(quantized, QuantizedFunction) and quantized is not model:
-        arguments = (arguments[0], None, *arguments[1:])  # It comes without ranges.
-    state, inputs = arguments[: quantized.state_arguments], arguments[quantized.state_arguments :]
-    before = state[:1]  # Variables or parameters, if the model does not hold them.
-    table = quantized.describe(*before, *inputs, **kwargs)
-    seen = _ranges(quantized, state)
-    empty = quantized.init_ranges(*before, *inputs, **kwargs)
-    found = _obstacles(quantized, state, inputs, kwargs, empty)
+    quantized = model if isinstance(model, QuantizedModel) else quantize(model)
+    bound, inputs = quantized.bind_call(arguments, kwargs)
+    table = bound.layers(*inputs)
+    # Obstacles do not depend on ranges, so none need to have been observed.
+    found = obstacles(bound.with_empty_ranges(*inputs), *inputs)
     told = tuple(f"{layer.path} ({layer.kind}): " for layer in table if layer.float_reason)
-    description = Description(
-        tuple(_described(layer, seen) for layer in table),
+    return Description(
+        tuple(_described(layer, bound.state) for layer in table),
         tuple(reason for reason in found if not reason.startswith(told)),
     )
-    print(description)
-    return description
-
-
-def _ranges(quantized: Any, state: tuple[Any, ...]) -> Mapping[Any, Any]:
-    if isinstance(quantized, QuantizedModule):
-        return flatten(state[0].get(COLLECTION, {}))
-    return flatten((state[1] or {}) if state else quantized.all_ranges())
-
-
-def _obstacles(
-    quantized: Any, state: tuple[Any, ...], inputs: Any, kwargs: Any, ranges: Any
-) -> tuple[str, ...]:
-    """With ranges that have seen nothing: obstacles do not depend on them."""
-    if isinstance(quantized, QuantizedModule):
-        return obstacles(quantized, {**state[0], COLLECTION: ranges}, *inputs, **kwargs)
-    if isinstance(quantized, QuantizedFunction):
-        return obstacles(quantized, state[0], ranges, *inputs, **kwargs)
-    return obstacles(quantized.with_ranges(ranges), *inputs, **kwargs)
 
 
 def _described(layer: LayerInfo, seen: Mapping[Any, Any]) -> LayerDescription:

@@ -16,7 +16,7 @@ from jaxqat.integer.graph import IntegerGraph
 from jaxqat.pipeline.data import normalize
 from jaxqat.pipeline.models import ModelConfig, build_model
 from jaxqat.pipeline.report.samples import read_samples
-from jaxqat.quant import quantize
+from jaxqat.quant import calibrate, quantize
 
 WIDTH = 64  # The paper's network.
 IMAGE_SHAPE, CLASSES = (32, 32, 3), 10
@@ -48,16 +48,11 @@ def random_network(width: int, *, seed: int = 0) -> IntegerGraph:
         return {"params": variables["params"], "batch_stats": statistics}
 
     variables = initial(first)
-    observe = jax.jit(lambda variables: model.calibrate(variables, images, train=False))
-    empty = model.init_ranges(variables, images, train=False)
-    variables = {**variables, "quant": observe({**variables, "quant": empty})}
     return convert(
-        model,
-        variables,
+        calibrate(model, variables, batches=[images], train=False),
         images[:1],
         preprocess=lambda pixels: normalize(pixels, MEAN, STD),
         metadata={"name": f"ResNet-18, width {width}, random weights"},
-        train=False,
     )
 
 

@@ -15,7 +15,6 @@ from jaxqat.pipeline.config import Experiment
 from jaxqat.pipeline.data import Dataset, Split
 from jaxqat.pipeline.networks import Networks, matmul_precision, stage_key
 from jaxqat.pipeline.training import (
-    PARAMETERS,
     Data,
     TrainState,
     init_state,
@@ -136,12 +135,10 @@ class Trainer:
             config = experiment.fp32
             # Both stages take the same steps, and without a warm-up the first of them moves.
             settings = dataclasses.replace(config.optimizer, warmup_epochs=0.0)
-            self._trained = self.networks.trained(variant.stage)
             optimizer = make_optimizer(
                 settings,
                 total_steps=10**6,
                 steps_per_epoch=STEPS_PER_EPOCH,
-                pair=self._trained is not PARAMETERS,
             )
             step = make_step(
                 forward=self.networks.forward(variant.stage),
@@ -150,7 +147,6 @@ class Trainer:
                 batch_size=batch,
                 steps_per_epoch=STEPS_PER_EPOCH,
                 label_smoothing=config.label_smoothing,
-                trained=self._trained,
             )
             self._data = Data(*jax.device_put((dataset.train.images, dataset.train.labels)))
             self._order = jnp.arange(len(dataset.train), dtype=jnp.int32)
@@ -171,9 +167,9 @@ class Trainer:
             variables = {"params": params, **collections}
             image = self.networks.one_image()
             # Ranges that have seen nothing are those of the first batch.
-            empty = self.networks.quantized.init_ranges(variables, image, train=False)
-            collections = {**collections, "quant": empty}
-        return jax.tree.map(jnp.array, init_state(params, collections, optimizer, self._trained))
+            collections = self.networks.quantized.init_quant(variables, image, train=False)
+            del collections["params"]
+        return jax.tree.map(jnp.array, init_state(params, collections, optimizer))
 
     def first_update(self) -> list[np.ndarray]:
         """What the first step adds to the parameters."""

@@ -12,6 +12,7 @@ from jaxqat.pipeline.data import load_dataset
 from jaxqat.pipeline.display import print_analysis
 from jaxqat.pipeline.evaluation import find_split
 from jaxqat.pipeline.networks import Networks, matmul_precision
+from jaxqat.pipeline.post_training import calibrated
 from jaxqat.pipeline.report import write_analysis
 from jaxqat.pipeline.run.folder import RunFolder, write_json
 from jaxqat.pipeline.run.results import describe_run
@@ -90,5 +91,4 @@ def _model(networks: Networks, folder: RunFolder, stage: str) -> Model:
     if stage == "qat":
         return restore_model(networks, folder, "qat")
     fp32 = restore_model(networks, folder, "fp32")
-    ranges = networks.calibrate(fp32.params, fp32.collections)
-    return dataclasses.replace(fp32, collections={**fp32.collections, "quant": ranges})
+    return calibrated(networks, fp32)

@@ -121,13 +121,13 @@ def _float_results(
     networks: Networks, folder: RunFolder, model: Model, command: str | None
 ) -> dict[str, Any]:
     """What results say of a run that ends with FP32, its layers as they were calibrated."""
-    dataset, collections = networks.dataset, dict(model.collections)
-    ranges = collections.pop("quant")
-    logits = partial(Evaluator(networks, "fp32").logits, model.params, collections)
+    dataset = networks.dataset
+    of_float = {k: v for k, v in model.collections.items() if k in networks.shapes("fp32")[1]}
+    logits = partial(Evaluator(networks, "fp32").logits, model.params, of_float)
     measured = {"fp32": measure(logits, dataset.test, dataset.class_names)}
     write_test_samples(folder, dataset)
     return {
         **describe_run(folder.load_config(), dataset, command),
         **describe_tests(measured, folder),
-        **describe_network(networks, model.params, ranges, None),
+        **describe_network(networks, model.params, model.collections, None),
     }

@@ -155,7 +155,7 @@ def _run(
         **untrained,
         **deployed,
         "speed": {**tested["speed"], **untrained["speed"], **deployed["speed"]},
-        **describe_network(networks, qat.params, qat.collections["quant"], graph),
+        **describe_network(networks, qat.params, qat.collections, graph),
     }
     write_test_samples(folder, networks.dataset)
     write_json(folder.results, results)

@@ -15,8 +15,7 @@ import numpy as np
 
 from jaxqat.integer._execute.executor import Executor, make_executor
 from jaxqat.integer.graph import IntegerGraph
-from jaxqat.quant._trace.arguments import split_arrays
-from jaxqat.quant.models.function import Quantized
+from jaxqat.quant.models.bound import QuantizedModel
 
 MOST_DIFFERING = 1e-5
 LARGEST_DIFFERENCE = 1
@@ -119,7 +118,7 @@ class Verification:
 
 
 def verify(
-    model: Quantized,
+    model: QuantizedModel,
     *state: Any,
     graph: IntegerGraph,
     batches: Iterable[np.ndarray],
@@ -133,7 +132,7 @@ def verify(
 
     Args:
         model: What `jaxqat.quantize` returned.
-        *state: Its variables; of a function, its parameters and ranges; of an NNX module, nothing.
+        *state: Its variables; nothing for a model that holds them.
         graph: What `convert` made of it.
         batches: Images, as the integer network takes them.
         preprocess: Makes the model's input from them; None if they are it.
@@ -150,31 +149,31 @@ def verify(
 
 
 def training_network(
-    model: Any, *state: Any, preprocess: Callable[[Any], Any], **kwargs: Any
+    model: QuantizedModel, *state: Any, preprocess: Callable[[Any], Any], **kwargs: Any
 ) -> Network:
     """The quantized model in inference mode."""
-    parameters, make_state = split_arrays(state)
+    arrays, rebuild = model.bind(*state, **kwargs).split_arrays()
 
     @jax.jit
-    def run(parameters, images):
-        evaluator = model.record(*make_state(parameters), preprocess(images), **kwargs)
+    def run(arrays, images):
+        evaluator = rebuild(arrays).record(preprocess(images))
         return {"/".join(k): c.codes for k, c in evaluator.codes.items()}, evaluator.results
 
-    return lambda images: _one_result(*run(parameters, images))
+    return lambda images: _one_result(*run(arrays, images))
 
 
 def float_network(
-    model: Any, *state: Any, preprocess: Callable[[Any], Any], **kwargs: Any
+    model: QuantizedModel, *state: Any, preprocess: Callable[[Any], Any], **kwargs: Any
 ) -> Network:
     """The model in float, with the real values of the tensors that are quantized."""
-    parameters, make_state = split_arrays(state)
+    arrays, rebuild = model.bind(*state, **kwargs).split_arrays()
 
     @jax.jit
-    def run(parameters, images):
-        evaluator = model.observe(*make_state(parameters), preprocess(images), **kwargs)
+    def run(arrays, images):
+        evaluator = rebuild(arrays).observe(preprocess(images))
         return {"/".join(k): x for k, x in evaluator.observed.items()}, evaluator.results
 
-    return lambda images: _one_result(*run(parameters, images))
+    return lambda images: _one_result(*run(arrays, images))
 
 
 def integer_network(executor: Executor) -> Network:

@@ -13,8 +13,8 @@ import numpy as np
 from jaxqat.pipeline.config import Experiment
 from jaxqat.pipeline.data import Dataset, augment, epoch_permutation, normalize
 from jaxqat.pipeline.models import build_model
-from jaxqat.pipeline.training import PARAMETERS, Collections, Forward, Trained
-from jaxqat.quant import LayerInfo, QuantizedModule, join_learned, quantize, split_learned
+from jaxqat.pipeline.training import Collections, Forward
+from jaxqat.quant import LayerInfo, QuantizedModule, calibrate, quantize
 
 # What a stage's random keys are folded with. The numbers are part of what a seed means.
 STAGE_STREAMS = {"init": 0, "fp32": 1, "qat": 2}
@@ -85,23 +85,7 @@ class Networks:
         """Every product of the network and how it is quantized."""
         params, collections = self.shapes("fp32")
         variables = {"params": params, **collections}
-        return self.quantized.describe(variables, self.one_image(), train=False)
-
-    def trained(self, stage: str) -> Trained:
-        """What gradients train in a stage: parameters, and step sizes if the recipe learns them."""
-        _, collections = self.shapes(stage)
-        if stage == "fp32" or not split_learned(collections["quant"])[0]:
-            return PARAMETERS
-
-        def split(params, collections):
-            learned, rest = split_learned(collections["quant"])
-            return (params, learned), {**collections, "quant": rest}
-
-        def join(values, rest):
-            params, learned = values
-            return params, {**rest, "quant": join_learned(learned, rest["quant"])}
-
-        return Trained(split, join)
+        return self.quantized.layers(variables, self.one_image(), train=False)
 
     def forward(self, stage: str, *, frozen: bool = False) -> Forward:
         """The network in training mode, or with all its collections frozen."""
@@ -128,26 +112,24 @@ class Networks:
         images = augment(key, images, crop_padding=config.crop_padding, flip=config.flip)
         return self.normalize(images)
 
-    def calibrate(self, params: Any, collections: Mapping[str, Any]) -> Any:
-        """Activation ranges of the float network on the first images of an order, as they are."""
+    def calibrate(self, params: Any, collections: Mapping[str, Any]) -> Collections:
+        """Return the collections with activation ranges of the float network added.
+
+        They are observed on the first training images of a random order, without augmentation.
+        """
         config, images = self.experiment.qat, self.dataset.train.images
-        variables = {"params": params, **collections}
-        ranges = self.quantized.init_ranges(variables, self.one_image(), train=False)
-        # Of the same types as `observe` returns them, which then compiles once.
-        ranges = jax.tree.map(lambda leaf: jnp.array(leaf, leaf.dtype), ranges)
-
-        @jax.jit
-        def observe(variables, ranges, batch):
-            variables = {**variables, "quant": ranges}
-            return self.quantized.calibrate(variables, self.normalize(batch), train=False)
-
         # Training counts its epochs from 1: the order of epoch 0 is calibration's own.
         order = np.asarray(epoch_permutation(self.experiment.seed, 0, len(images)))
         batches = min(config.calibration_batches, len(images) // config.batch_size)
-        for i in range(batches):
-            chosen = order[i * config.batch_size : (i + 1) * config.batch_size]
-            ranges = observe(variables, ranges, images[chosen])
-        return ranges
+        chosen = order[: batches * config.batch_size].reshape(batches, config.batch_size)
+        bound = calibrate(
+            self.quantized,
+            {"params": params, **collections},
+            batches=(images[indices] for indices in chosen),
+            preprocess=self.normalize,
+            train=False,
+        )
+        return {name: value for name, value in bound.variables.items() if name != "params"}
 
     def predictor(self, stage: str) -> Callable[[Any, jax.Array], jax.Array]:
         """(variables, uint8 images) -> logits, compiled once for all splits."""

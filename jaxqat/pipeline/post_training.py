@@ -21,8 +21,7 @@ from jaxqat.quant import Recipe
 
 def calibrated(networks: Networks, fp32: Model) -> Model:
     """The trained float network with activation ranges; QAT starts from it, too."""
-    ranges = networks.calibrate(fp32.params, fp32.collections)
-    return Model(fp32.params, {**fp32.collections, "quant": ranges}, fp32.step)
+    return Model(fp32.params, networks.calibrate(fp32.params, fp32.collections), fp32.step)
 
 
 def examine(

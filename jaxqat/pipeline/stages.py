@@ -1,7 +1,6 @@
 """A stage of an experiment in its run folder: what to train, from where, and where it is kept."""
 
 import dataclasses
-import functools
 import logging
 from collections.abc import Callable
 from functools import partial
@@ -29,14 +28,12 @@ from jaxqat.pipeline.run.snapshots import (
     split_state,
 )
 from jaxqat.pipeline.training import (
-    PARAMETERS,
     Data,
     DivergedError,
     QatConfig,
     Stage,
     StageConfig,
     StopRequest,
-    Trained,
     TrainState,
     init_state,
     make_optimizer,
@@ -103,7 +100,7 @@ class StageRun:
 
     def state_shapes(self) -> TrainState:
         """The training state as shapes and dtypes."""
-        init = partial(init_state, optimizer=self._optimizer(), trained=self._trained)
+        init = partial(init_state, optimizer=self._optimizer())
         return jax.eval_shape(init, *self.networks.shapes(self.name))
 
     def train(
@@ -127,7 +124,7 @@ class StageRun:
             restored = store.restore_newest_good(split_state(self.state_shapes()))
             if restored is None:
                 model, seconds = start(), 0.0
-                init = partial(init_state, optimizer=self._optimizer(), trained=self._trained)
+                init = partial(init_state, optimizer=self._optimizer())
                 state = jax.jit(init)(model.params, model.collections)
             else:
                 check_data(restored, self.dataset.fingerprint)
@@ -189,12 +186,7 @@ class StageRun:
             self.config.optimizer,
             total_steps=self.total_steps,
             steps_per_epoch=self.steps_per_epoch,
-            pair=self._trained is not PARAMETERS,
         )
-
-    @functools.cached_property
-    def _trained(self) -> Trained:
-        return self.networks.trained(self.name)
 
     def _stage(self) -> Stage:
         config, dataset, seed = self.config, self.dataset, self.networks.experiment.seed
@@ -232,7 +224,6 @@ class StageRun:
             batch_size=self.config.batch_size,
             steps_per_epoch=self.steps_per_epoch,
             label_smoothing=self.config.label_smoothing,
-            trained=self._trained,
         )
 
     def _validate(self, state: TrainState) -> dict[str, float]:

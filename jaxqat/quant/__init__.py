@@ -1,22 +1,23 @@
 """The quantization core: what is quantized, with which ranges, by which integer arithmetic."""
 
-from jaxqat.errors import QuantizationError, RecipeError
 from jaxqat.quant._plan.plan import LayerInfo
-from jaxqat.quant.models.calibrate import calibrate
-from jaxqat.quant.models.function import QuantizedFunction, join_learned, split_learned
-from jaxqat.quant.models.linen import QuantizedModule, quantize
-from jaxqat.quant.recipe import Recipe, Rule
+from jaxqat.quant.models.bound import BoundModel, QuantizedModel
+from jaxqat.quant.models.calibration import calibrate
+from jaxqat.quant.models.linen import QuantizedModule
+from jaxqat.quant.models.quantize import quantize
+from jaxqat.quant.models.stateless import QuantizedEquinox, QuantizedFunction
+from jaxqat.quant.recipe import Recipe, Rule, Settings
 
 __all__ = [
+    "BoundModel",
     "LayerInfo",
-    "QuantizationError",
+    "QuantizedEquinox",
     "QuantizedFunction",
+    "QuantizedModel",
     "QuantizedModule",
     "Recipe",
-    "RecipeError",
     "Rule",
+    "Settings",
     "calibrate",
-    "join_learned",
     "quantize",
-    "split_learned",
 ]

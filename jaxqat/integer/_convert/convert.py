@@ -22,11 +22,11 @@ from jaxqat.quant._forms.derive import Operand
 from jaxqat.quant._interpret import Evaluator
 from jaxqat.quant._plan.plan import STATISTICS
 from jaxqat.quant._trace.arguments import split_arrays
-from jaxqat.quant.models.function import Quantized
+from jaxqat.quant.models.bound import QuantizedModel
 
 
 def convert(
-    model: Quantized,
+    model: QuantizedModel,
     *arguments: Any,
     requantization: g.Requantization = "float",
     preprocess: Callable[[jax.Array], jax.Array] | None = None,
@@ -42,16 +42,15 @@ def convert(
 
     Args:
         model: What `jaxqat.quantize` returned.
-        *arguments: As for the model's `apply` (variables, *inputs), or for a function (parameters,
-            ranges, *inputs), or for an NNX module (*inputs). Only shapes and types of the inputs
-            matter.
+        *arguments: The arguments of the model's call: (variables, *inputs), or (*inputs) for a
+            model that holds its variables. Only shapes and types of the inputs matter.
         requantization: 'float': one float32 multiplication and a rounding; 'fixed_point': an int32
             multiplier and a rounding shift, no floating point between the input's codes and the
             last accumulator.
         preprocess: Makes the model's float input from uint8 images, value by value and channel by
             channel, as normalization does. With it the graph takes uint8 images too.
         metadata: Kept with the graph.
-        **kwargs: As for the model's `apply`.
+        **kwargs: Keyword arguments of the model's call, such as `train=False`.
 
     Returns:
         The graph.
@@ -61,7 +60,7 @@ def convert(
             range that has seen no data.
         QuantizationError: The variables hold no ranges for the model.
     """
-    if not isinstance(model, Quantized):
+    if not isinstance(model, QuantizedModel):
         raise ConversionError(
             "convert takes what `jaxqat.quantize` returned, trained or calibrated, got "
             f"{type(model).__name__}."
@@ -96,7 +95,7 @@ def convert(
         raise ConversionError(f"The model cannot be converted: {error}") from error
 
 
-def obstacles(model: Quantized, *arguments: Any, **kwargs: Any) -> tuple[str, ...]:
+def obstacles(model: QuantizedModel, *arguments: Any, **kwargs: Any) -> tuple[str, ...]:
     """What keeps a model from being an integer network: every part without an integer form.
 
     Nothing is computed: shapes and types of the arguments are enough, and ranges may be empty.
@@ -104,7 +103,7 @@ def obstacles(model: Quantized, *arguments: Any, **kwargs: Any) -> tuple[str, ..
     Args:
         model: What `jaxqat.quantize` returned.
         *arguments: As for `convert`.
-        **kwargs: As for the model's `apply`.
+        **kwargs: Keyword arguments of the model's call, such as `train=False`.
     """
     try:
         _Harvest(model, arguments, kwargs).trace()
@@ -183,16 +182,15 @@ class _Harvester(Emitter):
 class _Harvest:
     """A traced model, and what the arrays of its graph are made of."""
 
-    def __init__(self, model: Quantized, arguments: tuple[Any, ...], kwargs: dict[str, Any]):
-        state, inputs = arguments[: model.state_arguments], arguments[model.state_arguments :]
-        shapes, self._make_inputs = split_arrays((inputs, kwargs))
+    def __init__(self, model: QuantizedModel, arguments: tuple[Any, ...], kwargs: dict[str, Any]):
+        bound, inputs = model.bind_call(arguments, kwargs)
+        shapes, self._make_inputs = split_arrays((inputs, dict(bound.kwargs)))
         # JAX takes NumPy's int64 as int32 in an input, and warns of it in an array to make.
         dtypes = [jax.dtypes.canonicalize_dtype(x.dtype, allow_extended_dtype=True) for x in shapes]
         self._examples = [
             jax.ShapeDtypeStruct(x.shape, dtype) for x, dtype in zip(shapes, dtypes, strict=True)
         ]
-        self._parameters, self._make_state = split_arrays(state)
-        self._model = model
+        self._parameters, self._rebuild = bound.split_arrays()
         self._found: list[_Harvester] = []
 
     def trace(self) -> None:
@@ -206,9 +204,9 @@ class _Harvest:
         return self._found[-1], arrays
 
     def _function(self, parameters: list[Any], examples: list[Any]) -> list[jax.Array]:
-        state, (inputs, kwargs) = self._make_state(parameters), self._make_inputs(examples)
+        inputs, kwargs = self._make_inputs(examples)
         harvester = _Harvester()
-        harvester.model(self._model.record(*state, *inputs, **kwargs))
+        harvester.model(self._rebuild(parameters).record(*inputs, **kwargs))
         self._found.append(harvester)
         harvester.check(harvester.problems)
         return harvester.arrays

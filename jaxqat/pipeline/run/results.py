@@ -19,7 +19,7 @@ from jaxqat.pipeline.metrics import weight_bytes
 from jaxqat.pipeline.networks import Networks
 from jaxqat.pipeline.report import write_samples
 from jaxqat.pipeline.run.folder import RunFolder
-from jaxqat.quant.models.function import flatten
+from jaxqat.quant.models.state import flat_state
 
 SAMPLE_COUNT = 32
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "aqtp", "orbax-checkpoint", "numpy")
@@ -66,7 +66,7 @@ def _key(package: str) -> str:
 
 
 def describe_network(
-    networks: Networks, params: Any, ranges: Any, graph: IntegerGraph | None
+    networks: Networks, params: Any, collections: Any, graph: IntegerGraph | None
 ) -> dict[str, Any]:
     """Size, arithmetic and layers of the quantized network.
 
@@ -77,7 +77,7 @@ def describe_network(
     Args:
         networks: Which.
         params: Its parameters.
-        ranges: Its activation ranges, the 'quant' collection.
+        collections: Its other collections, with activation ranges.
         graph: Its integer network, if it has one.
     """
     layers = networks.describe()
@@ -87,7 +87,7 @@ def describe_network(
         "size_bytes": {"fp32": size["fp32"], **int8},
         "parameters": size["parameters"],
         "macs": sum(layer.macs for layer in layers),
-        "layers": [_describe_layer(layer, params, flatten(ranges)) for layer in layers],
+        "layers": [_describe_layer(layer, params, flat_state(collections)) for layer in layers],
     }
 
 

@@ -4,11 +4,9 @@ from jaxqat.pipeline.training.config import QatConfig, StageConfig
 from jaxqat.pipeline.training.loop import DivergedError, Record, Reporter, Stage, run_stage
 from jaxqat.pipeline.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from jaxqat.pipeline.training.step import (
-    PARAMETERS,
     Collections,
     Data,
     Forward,
-    Trained,
     TrainState,
     cross_entropy,
     init_state,
@@ -17,7 +15,6 @@ from jaxqat.pipeline.training.step import (
 from jaxqat.pipeline.training.stop import Stopped, StopRequest, stop_on_signals
 
 __all__ = [
-    "PARAMETERS",
     "Collections",
     "Data",
     "DivergedError",
@@ -31,7 +28,6 @@ __all__ = [
     "StopRequest",
     "Stopped",
     "TrainState",
-    "Trained",
     "cross_entropy",
     "init_state",
     "make_optimizer",

@@ -86,28 +86,33 @@ def make_schedule(
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), main], [warmup])
 
 
-def decays(params: Any) -> Any:
-    """Which parameters are weights of products: True for kernels, False for vectors and scalars."""
-    return jax.tree.map(lambda p: p.ndim > 1, params)
+def decays(trained: Any, *, norm_and_bias: bool = False) -> Any:
+    """Return which trained arrays decay: kernels, not vectors, scalars and learned step sizes.
+
+    Args:
+        trained: What is trained, by collection; `quant_params` never decay.
+        norm_and_bias: Whether vectors and scalars decay too.
+    """
+
+    def decay(path: Any, array: Any) -> bool:
+        learned = bool(path) and getattr(path[0], "key", None) == "quant_params"
+        return not learned and (norm_and_bias or array.ndim > 1)
+
+    return jax.tree_util.tree_map_with_path(decay, trained)
 
 
 def make_optimizer(
-    config: OptimizerConfig, *, total_steps: int, steps_per_epoch: int, pair: bool = False
+    config: OptimizerConfig, *, total_steps: int, steps_per_epoch: int
 ) -> optax.GradientTransformation:
-    """The update rule of the module's docstring.
+    """Return the update rule of the module's docstring.
 
     Args:
-        config: Step size, momentum and decay.
+        config: Learning rate, momentum and decay.
         total_steps: Updates in the whole stage, where the cosine reaches 0.
         steps_per_epoch: Updates in an epoch, the unit of the warm-up.
-        pair: Whether it gets a pair of the parameters and of what else is trained, which does not
-            decay.
     """
     schedule = make_schedule(config, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
-    mask = None if config.decay_norm_and_bias else decays
-    if pair:
-        of_params = mask or partial(jax.tree.map, lambda _: True)
-        mask = lambda both: (of_params(both[0]), jax.tree.map(lambda _: False, both[1]))  # noqa: E731
+    mask = partial(decays, norm_and_bias=config.decay_norm_and_bias)
     return optax.chain(
         optax.add_decayed_weights(config.weight_decay, mask),
         optax.sgd(schedule, momentum=config.momentum or None, nesterov=config.nesterov),

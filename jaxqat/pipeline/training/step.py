@@ -45,30 +45,28 @@ class Data(NamedTuple):
     labels: Int[Array, " n"]
 
 
-class Trained(NamedTuple):
-    """What gradients train: the parameters, or a pair of them and some of the collections."""
-
-    split: Callable[[Any, Collections], tuple[Any, Collections]]
-    """(params, collections) -> (what is trained, the rest of the collections)."""
-    join: Callable[[Any, Collections], tuple[Any, Collections]]
-    """The opposite."""
+QUANT_PARAMS = "quant_params"
+"""The collection of learned step sizes, which gradients train beside the parameters."""
 
 
-PARAMETERS = Trained(lambda params, rest: (params, rest), lambda params, rest: (params, rest))
+def split_trained(params: Any, collections: Collections) -> tuple[dict[str, Any], Collections]:
+    """Return what gradients train, `params` and `quant_params`, and all other collections."""
+    rest = dict(collections)
+    learned = {QUANT_PARAMS: rest.pop(QUANT_PARAMS)} if QUANT_PARAMS in rest else {}
+    return {"params": params, **learned}, rest
 
 
 def init_state(
     params: Any,
     collections: Collections,
     optimizer: optax.GradientTransformation,
-    trained: Trained = PARAMETERS,
 ) -> TrainState:
     """The state before the first step."""
     return TrainState(
         step=jnp.int32(0),
         params=params,
         collections=collections,
-        opt_state=optimizer.init(trained.split(params, collections)[0]),
+        opt_state=optimizer.init(split_trained(params, collections)[0]),
         loss_sum=jnp.float32(0),
         correct=jnp.int32(0),
     )
@@ -94,7 +92,6 @@ def make_step(
     batch_size: int,
     steps_per_epoch: int,
     label_smoothing: float,
-    trained: Trained = PARAMETERS,
 ) -> Callable[[TrainState, Data, Array, Array], tuple[TrainState, Array]]:
     """One update as a function (state, data, order, key) -> (state, loss of the batch).
 
@@ -105,7 +102,6 @@ def make_step(
         batch_size: Images a step.
         steps_per_epoch: Whole batches in an epoch; order[steps_per_epoch * batch_size:] is unused.
         label_smoothing: See `cross_entropy`.
-        trained: What is trained, and so what the optimizer gets.
     """
 
     def step(
@@ -116,17 +112,19 @@ def make_step(
         labels = data.labels[indices]
         images = prepare(jax.random.fold_in(key, state.step), data.images[indices])
 
-        values, rest = trained.split(state.params, state.collections)
+        trained, rest = split_trained(state.params, state.collections)
 
-        def loss_of(values):
-            logits, collections = forward(*trained.join(values, rest), images)
+        def loss_of(trained):
+            others = {name: value for name, value in trained.items() if name != "params"}
+            logits, collections = forward(trained["params"], {**rest, **others}, images)
             return cross_entropy(logits, labels, label_smoothing), (logits, collections)
 
         gradient = jax.value_and_grad(loss_of, has_aux=True)
-        (loss, (logits, collections)), grads = gradient(values)
-        updates, opt_state = optimizer.update(grads, state.opt_state, values)
-        _, rest = trained.split(state.params, collections)
-        params, collections = trained.join(optax.apply_updates(values, updates), rest)
+        (loss, (logits, collections)), grads = gradient(trained)
+        updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+        new: Any = optax.apply_updates(trained, updates)
+        params = new.pop("params")
+        collections = {**collections, **new}
         is_first = position == 0
         correct = jnp.sum(jnp.argmax(logits, axis=-1) == labels, dtype=jnp.int32)
         new_state = TrainState(

@@ -1,0 +1,103 @@
+"""`jaxqat.calibrate`: post-training quantization, ranges from a few batches without training."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxqat.errors import QuantizationError
+from jaxqat.quant._numerics.ranges import Range
+from jaxqat.quant._trace.arguments import Key
+from jaxqat.quant.models.bound import BoundModel, QuantizedModel
+from jaxqat.quant.models.quantize import quantize
+from jaxqat.quant.recipe import Recipe
+
+
+def calibrate(
+    model: Any,
+    *state: Any,
+    batches: Iterable[Any],
+    recipe: Recipe | str | None = None,
+    preprocess: Callable[[Any], Any] | None = None,
+    **kwargs: Any,
+) -> BoundModel:
+    """Return a quantized model with ranges observed on data, bound to its variables.
+
+    Post-training quantization (Krishnamoorthi 2018, arXiv:1806.08342, section 3.1), and the start
+    of quantization-aware training:
+
+        network = jaxqat.calibrate(module, variables, batches=batches, train=False)
+        graph = jaxqat.convert(network, images)
+
+    Args:
+        model: What `jaxqat.quantize` takes or returned.
+        *state: The model's variables: a dictionary with `params`. Nothing for an NNX or an Equinox
+            module, which hold them.
+        batches: Inputs of the model, one batch each; a tuple holds several arguments.
+        recipe: A `Recipe`, or the name of a preset; 'int8' by default. Only for a model that is
+            not quantized yet.
+        preprocess: Makes the model's input from a batch, compiled together with the model; None
+            if the batches are the input.
+        **kwargs: Keyword arguments of the model's call that select inference, such as
+            `train=False`.
+
+    Returns:
+        The bound model. Its `variables` hold the ranges; `model` is the quantized model itself.
+
+    Raises:
+        QuantizationError: There is no batch, or the values of a tensor are not finite.
+        RecipeError: The recipe does not fit the model, or there is no such preset.
+    """
+    quantized = _quantized(model, recipe)
+    bound = quantized.bind(*state, **kwargs)
+    arrays, rebuild = bound.split_arrays()
+
+    def prepare(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        if preprocess is None:
+            return inputs
+        given = preprocess(*inputs)
+        return given if isinstance(given, tuple) else (given,)
+
+    @jax.jit
+    def observe(arrays: Any, ranges: dict[Key, Range], inputs: tuple[Any, ...]) -> Any:
+        return rebuild(arrays).with_state(ranges).calibrate(*prepare(inputs)).state
+
+    ranges = None
+    for batch in batches:
+        inputs = batch if isinstance(batch, tuple) else (batch,)
+        if ranges is None:
+            # Strongly typed arrays, as `observe` returns them: it then compiles once.
+            start = bound.state or bound.with_empty_ranges(*jax.eval_shape(prepare, inputs)).state
+            ranges = jax.tree.map(lambda leaf: jnp.array(leaf, leaf.dtype), start)
+        ranges = observe(arrays, ranges, inputs)
+    if ranges is None:
+        raise QuantizationError(
+            "There is no batch to calibrate with: `batches` is empty; pass a few batches of inputs."
+        )
+    _check_finite(ranges)
+    return quantized.with_calibrated(bound.with_state(ranges))
+
+
+def _quantized(model: Any, recipe: Recipe | str | None) -> QuantizedModel:
+    if not isinstance(model, QuantizedModel):
+        return quantize(model, "int8" if recipe is None else recipe)
+    if recipe is not None:
+        raise QuantizationError(
+            "The model is quantized already; pass either a quantized model or a recipe."
+        )
+    return model
+
+
+def _check_finite(ranges: Mapping[Key, Range]) -> None:
+    wrong = [
+        "/".join(key)
+        for key, state in ranges.items()
+        if not all(np.isfinite(np.asarray(value)).all() for value in state.values())
+    ]
+    if wrong:
+        raise QuantizationError(
+            f"The values of {', '.join(wrong)} are not finite on these batches (NaN or infinite); "
+            "no range can be made of them."
+        )

@@ -1,0 +1,88 @@
+"""`jaxqat.quantize`: the quantized form of a model of any kind."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, overload
+
+import flax.linen as nn
+
+from jaxqat.errors import QuantizationError, RecipeError
+from jaxqat.quant.models.bound import QuantizedModel
+from jaxqat.quant.models.linen import QuantizedModule
+from jaxqat.quant.models.stateless import QuantizedEquinox, QuantizedFunction
+from jaxqat.quant.recipe import Recipe
+
+if TYPE_CHECKING:  # Importing flax.nnx imports optax.
+    from flax import nnx
+
+    from jaxqat.quant.models.nnx import QuantizedNNX
+
+
+@overload
+def quantize(model: nn.Module, recipe: Recipe | str = ...) -> QuantizedModule: ...
+@overload
+def quantize(model: "nnx.Module", recipe: Recipe | str = ...) -> "QuantizedNNX": ...
+@overload
+def quantize(model: Callable[..., Any], recipe: Recipe | str = ...) -> QuantizedFunction: ...
+def quantize(model: Any, recipe: Recipe | str = "int8") -> Any:
+    """Return a model whose convolutions and dense layers multiply int8 codes.
+
+    The given model is not changed: its computation is traced when the quantized model is called,
+    and evaluated with quantized products. The parameter tree stays the same.
+
+    Args:
+        model: A Flax module (Linen or NNX), an Equinox module, or a function of
+            (params, *inputs).
+        recipe: A `Recipe`, or the name of a preset (`Recipe.preset`).
+
+    Returns:
+        For a Linen module, an object with Linen's `init` and `apply` (`QuantizedModule`). For an
+        NNX module, an NNX module with a copy of it (`QuantizedNNX`). For a function, an object
+        with the same `apply` as Linen's (`QuantizedFunction`). For an Equinox module, likewise
+        (`QuantizedEquinox`): its inputs are batches, over which the module is mapped.
+
+    Raises:
+        QuantizationError: The model is none of these, or quantized already.
+        RecipeError: The recipe is neither a `Recipe` nor the name of a preset.
+    """
+    recipe = _recipe(recipe)
+    if isinstance(model, QuantizedModel):
+        raise QuantizationError(
+            f"{type(model).__name__} is quantized already; pass the model that it was made from."
+        )
+    if isinstance(model, nn.Module):
+        return QuantizedModule(model, recipe)
+    if _is_of("flax.nnx", model):
+        from jaxqat.quant.models.nnx import QuantizedNNX
+
+        return QuantizedNNX(model, recipe)
+    if _is_of("equinox", model) and callable(model):
+        return QuantizedEquinox(model, recipe)
+    if callable(model) and not isinstance(model, type):
+        return QuantizedFunction(model, recipe)
+    raise QuantizationError(
+        "quantize takes a Flax module (Linen or NNX), an Equinox module or a function of "
+        f"(params, *inputs), got {_described(model)}."
+    )
+
+
+def _recipe(recipe: Any) -> Recipe:
+    if isinstance(recipe, Recipe):
+        return recipe
+    if isinstance(recipe, str):
+        return Recipe.preset(recipe)
+    raise RecipeError(
+        "recipe must be a jaxqat.Recipe or the name of a preset such as 'int8', got "
+        f"{_described(recipe)}; for other bits, pass Recipe(weight_bits=4, act_bits=8)."
+    )
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, type):
+        return f"the class {value.__name__} (pass an instance of it)"
+    return f"{type(value).__name__} {value!r}" if isinstance(value, int) else type(value).__name__
+
+
+def _is_of(package: str, model: Any) -> bool:
+    """Whether a class of the model comes from a package, without importing the package."""
+    modules = {base.__module__ for base in type(model).__mro__}
+    return any(name == package or name.startswith(f"{package}.") for name in modules)
