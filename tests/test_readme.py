@@ -4,7 +4,14 @@ import json
 import re
 from pathlib import Path
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from flax import nnx
+
+import jaxqat
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -18,14 +25,13 @@ LOW_BITS = sorted(p for p, results in ALL_RESULTS.items() if "from_run" in resul
 
 def rows(results):
     """The table's rows, as the README prints them."""
-    names = {"fp32": "FP32", "qat": "QAT, int8 products", "int8": "int8, the integer network"}
+    names = {"fp32": "FP32", "qat": "QAT, quantized", "integer": "QAT, integer"}
     sizes = {stage: f"{size:,}" for stage, size in results["size_bytes"].items()}
-    # The size is the integer network's; a result of before it names the QAT graph's instead.
-    sizes["qat"] = "–" if "int8" in results else sizes["int8"]
-    for stage in (stage for stage in names if "test" in results.get(stage, {})):
+    for stage, name in names.items():
         test = results[stage]["test"]
         scores = (f"{100 * test[k]:.2f} %" for k in ("accuracy", "precision", "recall", "f1"))
-        yield f"| {names[stage]} | {' | '.join(scores)} | {sizes[stage]} |"
+        # The size is the integer network's, not that of the graph it was trained as.
+        yield f"| {name} | {' | '.join(scores)} | {sizes.get(stage, '–')} |"
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda p: p.parent.name)
@@ -55,7 +61,7 @@ def test_what_is_said_of_codes_and_classes_is_what_was_counted(path):
 
 def test_there_is_no_result_without_a_results_file():
     expected = {row for path in RESULTS for row in rows(json.loads(path.read_text()))}
-    assert set(re.findall(r"^\| (?:FP32|QAT|int8, ).*\|$", README, re.MULTILINE)) == expected
+    assert set(re.findall(r"^\| (?:FP32|QAT).*\|$", README, re.MULTILINE)) == expected
     assert expected
 
 
@@ -63,11 +69,9 @@ def row_of_bits(results):
     """The row of a network in the table of bits, as the README prints it."""
     inner = [layer for layer in results["layers"] if "stage" in layer["path"]]
     ((weights, acts),) = {(layer["weight_bits"], layer["act_bits"]) for layer in inner}
-    # A result of before 'ptq' has the same network's accuracy beside QAT's.
-    calibrated = results["ptq"] if "ptq" in results else results["qat"]["calibrated"]
-    tests = (results["fp32"], calibrated, results["int8"])
+    tests = (results["fp32"], results["ptq"], results["integer"])
     scores = " | ".join(f"{100 * each['test']['accuracy']:.2f} %" for each in tests)
-    return f"| W{weights}A{acts} | {scores} | {results['size_bytes']['int8']:,} |"
+    return f"| W{weights}A{acts} | {scores} | {results['size_bytes']['integer']:,} |"
 
 
 def test_every_row_of_the_table_of_bits_is_that_of_a_results_file():
@@ -115,3 +119,69 @@ def test_every_speed_is_that_of_the_benchmark():
 def test_every_configuration_is_in_the_table():
     files = {path.name for path in (ROOT / "configs").glob("*.yaml")}
     assert {name for name in files if f"`configs/{name}`" in README} == files
+
+
+def code_blocks(heading):
+    """The Python blocks under a heading, with a blank line for each line before them."""
+    section = re.split(r"^## ", README, flags=re.MULTILINE)
+    (text,) = [part for part in section if part.startswith(f"{heading}\n")]
+    return re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+class MyModel(nn.Module):
+    """What the README calls a user's Linen module."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.Conv(8, (3, 3), name="conv")(x)
+        x = nn.relu(nn.BatchNorm(use_running_average=not train, name="norm")(x))
+        return nn.Dense(3, name="head")(x.mean((1, 2)))
+
+
+class NNXModel(nnx.Module):
+    """What the README calls a user's NNX module."""
+
+    def __init__(self):
+        self.conv = nnx.Conv(3, 8, (3, 3), rngs=nnx.Rngs(0))
+        self.head = nnx.Linear(8, 3, rngs=nnx.Rngs(1))
+
+    def __call__(self, x):
+        return self.head(nnx.relu(self.conv(x)).mean((1, 2)))
+
+
+def test_the_library_examples_run_as_they_are_printed(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("onnxruntime")
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(6, 8, 8, 3)).astype(np.float32)
+    given = {
+        "MyModel": MyModel,
+        "images": images,
+        "labels": np.arange(6) % 3,
+        "variables": MyModel().init(jax.random.key(0), images, train=False),
+        "nnx_module": NNXModel(),
+        "function": lambda params, x: jnp.maximum(x @ params["a"], 0) @ params["b"],
+        "params": {
+            "a": rng.normal(size=(12, 8)).astype(np.float32),
+            "b": rng.normal(size=(8, 4)).astype(np.float32),
+        },
+        "rows": rng.normal(size=(16, 12)).astype(np.float32),
+    }
+    blocks = code_blocks("Use it as a library")
+    assert len(blocks) == 4
+    scope = dict(given)
+    exec(blocks[0], scope)
+    assert (scope["check"].differing, scope["check"].codes > 0) == (0, True)
+    assert (tmp_path / "model.onnx").is_file()
+    logits = scope["predict"](images)
+    np.testing.assert_array_equal(logits, scope["network"](images))
+    for block in blocks[1:]:
+        exec(block, {**given, "jaxqat": jaxqat})
+    assert "quantized against float, 6 examples" in capsys.readouterr().out
+
+
+def test_the_recipe_example_is_a_recipe():
+    (block,) = code_blocks("Recipes")
+    scope = {"jaxqat": jaxqat}
+    exec(block, scope)
+    assert isinstance(scope["recipe"], jaxqat.Recipe)
