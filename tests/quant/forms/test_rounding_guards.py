@@ -6,13 +6,15 @@ only. Either changes the last bit of a bias or a multiplier, and with it a few c
 The seeds are those for which the program without the guard gives other codes on a CPU.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jaxqat
-from jaxqat.quant._forms import forms
+from jaxqat.quant import _forms as forms
 from jaxqat.quant._numerics.grids import Grid
 
 EXAMPLES, CHANNELS = 256, 4096
@@ -35,11 +37,11 @@ def accumulator(seed):
 @jax.jit
 def compiled(total, input_scale, weight_scale, bias, gain, shift, output_scale):
     grid = Grid(output_scale, 1 / output_scale, jnp.int32(0), -128, 127)
-    no_correction, no_offset = jnp.int32(0), jnp.float32(0)
+    nowhere: Any = None
     form = forms.Accumulator(
-        total, no_correction, input_scale, weight_scale, no_offset, source=None
+        total, jnp.int32(0), input_scale, weight_scale, jnp.float32(0), nowhere
     )
-    return form.plus(bias).times(gain).plus(shift).steps(grid)
+    return form.plus(bias).times(gain).plus(shift).in_units(grid)
 
 
 def in_numpy(total, input_scale, weight_scale, bias, gain, shift, output_scale):
@@ -88,8 +90,8 @@ def test_a_product_of_parameters_is_not_contracted_with_the_addition_behind_it()
     @jax.jit
     def run(params, state, x):
         record = quantized.record(params, state, x)
-        clamp, tensor = record.made_from["b", "input"], record.codes["b", "input"]
-        form, grid = clamp.inner, tensor.grid
+        clamp, tensor = record.forms["b", "input"], record.codes["b", "input"]
+        form, grid = clamp.inner, tensor.grid  # pyright: ignore[reportAttributeAccessIssue]
         integers = form.total, form.correction, form.input_scale, form.weight_scale
         return *integers, grid.scale, grid.zero, tensor.codes
 
