@@ -14,8 +14,8 @@ from jaxtyping import Array, Float, Int
 from jaxqat.analysis.result import Effect
 from jaxqat.errors import QuantizationError
 from jaxqat.integer._verify import in_decibels
-from jaxqat.quant._interpret import Evaluated, Evaluator
-from jaxqat.quant._numerics.activations import dequantize, in_steps
+from jaxqat.quant._interpret import EvaluatedLayer, Evaluator
+from jaxqat.quant._numerics.activations import dequantize, in_units
 from jaxqat.quant._numerics.grids import Grid
 from jaxqat.quant._plan.plan import Pair
 
@@ -99,7 +99,7 @@ def _wide(x: Any) -> np.ndarray:
 def measure(real: Evaluator, quantized: Evaluator) -> Measured:
     """Compares an evaluation in float with one on integers, of the same batch."""
     outputs = [
-        Noise.of(each.result, quantized.products[row].result) for row, each in real.products.items()
+        Noise.of(each.result, quantized.layers[row].result) for row, each in real.layers.items()
     ]
     tensors, spreads, extremes, ends, edges = {}, {}, {}, {}, {}
     for key, codes in quantized.codes.items():
@@ -109,15 +109,16 @@ def measure(real: Evaluator, quantized: Evaluator) -> Measured:
         edges[name] = _edges(codes.grid)
         spreads[name] = _spread(values, codes.grid, edges[name])
         extremes[name] = jnp.stack([values.min(), -values.max()])
-    weights = [_weight_noise(each) for each in real.products.values()]
+    weights = [_weight_noise(each) for each in real.layers.values()]
     return Measured(Sums(weights, outputs, tensors, spreads), extremes, ends, edges)
 
 
-def _weight_noise(each: Evaluated) -> Noise | None:
+def _weight_noise(each: EvaluatedLayer) -> Noise | None:
     if isinstance(each.layer, Pair):
         return None
-    how = each.layer.how
-    return Noise.of(each.weights, how.dequantize(*how.quantize(each.weights, each.step)))
+    quantizer = each.layer.quantizer
+    codes, scale = quantizer.quantize(each.weights, each.step_size)
+    return Noise.of(each.weights, quantizer.dequantize(codes, scale))
 
 
 def _code_ends(grid: Grid) -> np.ndarray:
@@ -132,7 +133,7 @@ def _edges(grid: Grid) -> Float[Array, "bins+1"]:
 
 
 def _spread(values: Float[Array, "..."], grid: Grid, edges: Float[Array, "bins+1"]) -> Spread:
-    codes = jnp.round(in_steps(values, grid)) + grid.zero
+    codes = jnp.round(in_units(values, grid)) + grid.zero
     clipped = jnp.sum((codes < grid.low) | (codes > grid.high))
     bins = len(edges) - 1
     # Inner edges alone: what is beyond the outer ones falls into the first and the last bin.

@@ -17,8 +17,7 @@ from jaxqat.errors import ConversionError
 from jaxqat.integer import graph as g
 from jaxqat.integer._convert.emit import OUTPUT, Emitter, Pending
 from jaxqat.integer._convert.geometry import UnconvertibleError
-from jaxqat.quant._forms import forms
-from jaxqat.quant._forms.derive import Operand
+from jaxqat.quant import _forms as forms
 from jaxqat.quant._interpret import Evaluator
 from jaxqat.quant._plan.plan import STATISTICS
 from jaxqat.quant._trace.arguments import split_arrays
@@ -132,7 +131,7 @@ class _Harvester(Emitter):
             self.require(
                 jnp.isfinite(codes.grid.scale), f"{'/'.join(key)}: its range is not finite"
             )
-            self._try("/".join(key), lambda k=key, c=codes: self.site(k, evaluator.made_from[k], c))
+            self._try("/".join(key), lambda k=key, c=codes: self.site(k, evaluator.forms[k], c))
         self._try("the model's output", lambda: self._result(evaluator.outputs))
         if self.problems and STATISTICS in evaluator.plan.level:
             self.problems.append(
@@ -159,7 +158,7 @@ class _Harvester(Emitter):
             if not self.problems:
                 raise
 
-    def _result(self, outputs: list[Operand]) -> None:
+    def _result(self, outputs: list[forms.Operand]) -> None:
         if len(outputs) != 1:
             raise UnconvertibleError(f"has {len(outputs)} arrays; an integer network has one")
         form, values = outputs[0].form, outputs[0].values
@@ -169,7 +168,7 @@ class _Harvester(Emitter):
         if isinstance(form, forms.Codes):
             self.output = (self.read(form), form.codes.shape[1:])
             return None
-        reason = outputs[0].blame or (
+        reason = outputs[0].float_reason or (
             "an addition, a clipping or a reshaping of the last product" if form else "the input"
         )
         shape = () if values is None else tuple(values.shape)

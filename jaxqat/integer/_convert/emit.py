@@ -22,7 +22,7 @@ from jaxqat.integer._convert.geometry import (
     move_fields,
     pool_fields,
 )
-from jaxqat.quant._forms import forms
+from jaxqat.quant import _forms as forms
 from jaxqat.quant._numerics.grids import Grid
 
 OUTPUT = "output"
@@ -204,8 +204,8 @@ class Emitter:
         self.nodes.append((g.SumPool, fields))
 
     def _quantize(self, form: forms.Real, grid: Grid, name: str, shape, bounds: Bounds) -> None:
-        if form.blame is not None:
-            raise UnconvertibleError(f"{name}: {form.blame} before it has no integer form")
+        if form.float_reason is not None:
+            raise UnconvertibleError(f"{name}: {form.float_reason} before it has no integer form")
         if self.input_shape is not None:
             raise UnconvertibleError(f"{name}: a second float input; a graph has one")
         self.input_shape = shape
@@ -240,7 +240,7 @@ class Emitter:
         if form.operation.name == "pad" and not bounds.hold_zero():
             self.emit(form, grid, inner := self._name(f"{name}/padded"), shape, Bounds())
             return self._add(name, (inner,), (grid,), grid, shape, bounds)
-        before = jax.eval_shape(lambda: form.inner.steps(grid)).shape
+        before = jax.eval_shape(lambda: form.inner.in_units(grid)).shape
         source = self._name(f"{name}/unmoved")
         self.emit(form.inner, grid, source, before[1:], bounds)
         self._tensor_like(source, name, shape, form.operation, grid)
@@ -257,7 +257,7 @@ class Emitter:
             raise UnconvertibleError(f"{name}: a concatenation of batches")
         names = []
         for number, part in enumerate(form.parts):
-            part_shape = jax.eval_shape(lambda part=part: part.steps(grid)).shape[1:]
+            part_shape = jax.eval_shape(lambda part=part: part.in_units(grid)).shape[1:]
             names.append(self._name(f"{name}/part{number}"))
             self.emit(part, grid, names[-1], part_shape, bounds)
         self._tensor(name, grid, shape, bounds)

@@ -1,1 +1,56 @@
-"""The integer form of a value, and how operations carry it along."""
+"""The integer form of a value, and how operations carry it along.
+
+The interpreter computes every tensor in floating point, as the model wrote it, and beside it,
+where it can, a *form*: the tensor as an expression over codes and accumulators (`forms`,
+`accumulators`). Quantizing a tensor asks its form for the value in units of the output's scale s,
+rounded to integers:
+
+    product, affine operations after it:  round((acc + b) * m), b = round(offset / scale) - z sum(k)
+    a tensor that is codes already:       round((code - z) * m)
+    a residual addition:                  the sum of its terms, each on an int8 grid by itself
+    ReLU, clipping, pooling, reshaping:   the same operation on the rounded values
+
+with m the ratio of the form's scale to s: the requantization of Jacob et al. 2018
+(arXiv:1712.05877, section 2.2), with the bias added to the accumulator before the one
+multiplication. No compiler can change a bit in this order by contracting a multiply-add. It is the
+arithmetic of the deployed network, so training that runs it trains what will be served. Batch norm
+with batch statistics has no such form (its coefficients depend on the batch): there the float value
+is rounded, and additions still work as above.
+
+`primitives` is the one table of what the quantizer knows about each JAX primitive; its entries
+derive the form of a result from the forms of the operands (`rules`).
+"""
+
+from jaxqat.quant._forms.accumulators import Accumulator, Coefficients, Multiplied, Summed
+from jaxqat.quant._forms.exact import quotient, uncontracted
+from jaxqat.quant._forms.forms import (
+    Clamp,
+    Codes,
+    Either,
+    Form,
+    Joined,
+    Moved,
+    Operation,
+    Real,
+    Sum,
+)
+from jaxqat.quant._forms.operand import Operand
+
+__all__ = [
+    "Accumulator",
+    "Clamp",
+    "Codes",
+    "Coefficients",
+    "Either",
+    "Form",
+    "Joined",
+    "Moved",
+    "Multiplied",
+    "Operand",
+    "Operation",
+    "Real",
+    "Sum",
+    "Summed",
+    "quotient",
+    "uncontracted",
+]

@@ -1,10 +1,9 @@
-"""The differentiable integer operations: quantize a tensor, multiply codes.
+"""Quantize a tensor, with a straight-through gradient.
 
-Forward passes run on integers. Backward passes are straight-through (Bengio et al. 2013,
-arXiv:1308.3432): rounding has the derivative 1, and a value that was clipped gets the gradient 0.
-What is kept for them is int8: the codes of both operands, not their float values. AQT quantizes
-(its scaling, its absmax calibration, its numerics as an extension point); the products are ours,
-since AQT's convolution has no gradient and multiplies in floating point.
+The forward pass computes codes. The backward pass is straight-through (Bengio et al. 2013,
+arXiv:1308.3432): rounding has the derivative 1, and a clipped value gets the gradient 0. AQT
+quantizes (its scaling, and its numerics as an extension point); the products are our own
+(`multiply`), since AQT's convolution has no gradient and multiplies in floating point.
 """
 
 import functools
@@ -40,11 +39,11 @@ class AffineInt(aqt_numerics.AqtNumerics):
         return jnp.int8
 
     def get_quant_bound(self):
-        """Steps from the zero point of a symmetric grid to its last code."""
+        """Codes from the zero point of a symmetric grid to its last code."""
         return self.high
 
     def vjp_fwd(self, x, context):
-        """Codes, and what was not clipped: all that the backward pass needs."""
+        """Return codes, and which values were not clipped, for the backward pass."""
         del context
         # Added as floats: u may lie beyond int32, and below 2**24 the sum is exact.
         codes = jnp.round(x) + self.zero
@@ -52,7 +51,7 @@ class AffineInt(aqt_numerics.AqtNumerics):
         return jnp.clip(codes, self.low, self.high).astype(jnp.int8), kept
 
     def vjp_bwd(self, res, grad):
-        """The gradient where the value was not clipped, 0 where it was."""
+        """Return the gradient where the value was not clipped, and 0 where it was."""
         return (jnp.where(res, grad, jnp.zeros_like(grad)), None)
 
 
@@ -60,8 +59,8 @@ def _numerics(grid: Grid) -> AffineInt:
     return AffineInt(zero=grid.zero, low=grid.low, high=grid.high)
 
 
-def in_steps(x: Float[Array, "..."], grid: Grid) -> Float[Array, "..."]:
-    """A tensor in units of the grid's scale, u = x / scale, before rounding (by AQT's QTensor)."""
+def in_units(x: Float[Array, "..."], grid: Grid) -> Float[Array, "..."]:
+    """Return x in units of the grid's scale, u = x / scale, not rounded (by AQT's QTensor)."""
     x = x.astype(jnp.float32)
     quantizer = _Quantizer(
         numerics=_numerics(grid),
@@ -76,48 +75,48 @@ def in_steps(x: Float[Array, "..."], grid: Grid) -> Float[Array, "..."]:
 
 
 def dequantize(codes: Int8[Array, "..."], grid: Grid, dtype: Any) -> Float[Array, "..."]:
-    """Real values of codes: scale * (code - zero_point), computed in float32."""
-    steps = codes.astype(jnp.float32) - grid.zero
-    return (steps * grid.scale).astype(dtype)
+    """Return real values of codes, scale * (code - zero_point), computed in float32."""
+    units = codes.astype(jnp.float32) - grid.zero
+    return (units * grid.scale).astype(dtype)
 
 
 def quantize(
     x: Float[Array, "..."],
-    steps: Float[Array, "..."],
+    units: Float[Array, "..."],
     grid: Grid,
     *,
     learned: Literal["lsq", "pact"] | None = None,
 ) -> tuple[Float[Array, "..."], Int8[Array, "..."]]:
-    """A tensor on a grid: its dequantized value, which carries the gradient, and its codes.
+    """Quantize a tensor: return its dequantized value, which has the gradient, and its codes.
 
-    code = clip(round(u) + z, low, high); the gradient with respect to x is that of the
-    dequantized value where low <= round(u) + z <= high, and 0 elsewhere. A learned scale s has
-    one too: of a value that was clipped, code - z; of another, code - z - u with 'lsq' (Esser et
-    al. 2020, arXiv:1902.08153, equation 3), all of it times 1 / sqrt(N Q_P) with N values an
-    example and Q_P codes on the longer side of zero (section 2.2), and 0 with 'pact' (Choi et al.
-    2018, arXiv:1805.06085, equation 3, for the bound s Q_P in the place of s). What is clipped is
-    told by the rounded value here, by the value itself in both papers.
+    code = clip(round(u) + z, low, high). The gradient with respect to x is that of the
+    dequantized value where low <= round(u) + z <= high, and 0 elsewhere. A learned scale s has a
+    gradient too. For a clipped value it is code - z. For any other value it is code - z - u with
+    'lsq' (Esser et al. 2020, arXiv:1902.08153, equation 3), and 0 with 'pact' (Choi et al. 2018,
+    arXiv:1805.06085, equation 3, for the bound s Q_P in place of s). 'lsq' multiplies all of it by
+    1 / sqrt(N Q_P), with N values per example and Q_P codes on the longer side of zero (section
+    2.2). Both papers compare the value itself with the bounds; here the rounded value counts.
 
     Args:
-        x: The real tensor; only its gradient path and its type are used, and, for a learned
-            scale, its values.
-        steps: u, the same tensor in units of the grid's scale (`in_steps`, or the integer form
-            of the operations that made it), rounded or not.
-        grid: Where to put it.
-        learned: How the grid's scale is learned; None if it is not.
+        x: The real tensor. Only its gradient path and type are used, and its values if the scale
+            is learned.
+        units: u, the same tensor in units of the grid's scale (from `in_units`, or the integer
+            form of the operations that made it), rounded or not.
+        grid: The grid to quantize to.
+        learned: Method that learns the grid's scale; None if it is not learned.
     """
     scale = grid.scale if learned else None
-    return _straight_through(learned, x, jax.lax.stop_gradient(steps), grid, scale)
+    return _straight_through(learned, x, jax.lax.stop_gradient(units), grid, scale)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _straight_through(learned, x, steps, grid, scale):
-    return _straight_through_forward(learned, x, steps, grid, scale)[0]
+def _straight_through(learned, x, units, grid, scale):
+    return _straight_through_forward(learned, x, units, grid, scale)[0]
 
 
-def _straight_through_forward(learned, x, steps, grid, scale):
+def _straight_through_forward(learned, x, units, grid, scale):
     del scale  # It is the grid's.
-    codes, kept = _numerics(grid).vjp_fwd(steps, estimate.CONTEXT)
+    codes, kept = _numerics(grid).vjp_fwd(units, estimate.CONTEXT)
     values = x if learned else None
     return (dequantize(codes, grid, x.dtype), codes), (kept, grid, values, codes)
 
@@ -142,7 +141,7 @@ _straight_through.defvjp(_straight_through_forward, _straight_through_backward)
 
 @jax.custom_vjp
 def in_place_of(x: Float[Array, "..."], exact: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The tensor `exact`, with the gradient of x: both stand for the same value."""
+    """Return `exact` with the gradient of x: both are the same value, computed in two ways."""
     return exact.astype(x.dtype)
 
 

@@ -1,8 +1,7 @@
-"""Range estimators: which real values the codes of a batch of activations, or of weights, cover.
+"""Range estimators: the real values that codes of weights, or of one batch of activations, cover.
 
-Codes have two errors, of rounding and of clipping, and a narrower range trades one for the other
-(Krishnamoorthi 2018, arXiv:1806.08342, section 3.1). What is estimated here from one batch,
-`ranges.observe` averages over batches.
+Codes have two errors, rounding and clipping, and a narrower range trades one for the other
+(Krishnamoorthi 2018, arXiv:1806.08342, section 3.1). `ranges.observe` averages over batches.
 """
 
 import functools
@@ -33,12 +32,12 @@ Extent = tuple[Float[Array, ""], Float[Array, ""]]
 
 
 def activation_extent(x: Float[Array, "..."], settings: Settings) -> Extent:
-    """The range of one batch, in float32, outside of differentiation.
+    """Return the range of one batch, in float32 and without a gradient.
 
     Args:
         x: The tensor.
-        settings: `act_range` says how: by 'percentile', 'mse' or 'snr'; the minimum and the
-            maximum otherwise.
+        settings: `act_range` is the method: 'percentile', 'mse' or 'snr'; any other takes the
+            minimum and the maximum.
 
     Returns:
         Smallest and largest real value to cover.
@@ -61,7 +60,7 @@ def activation_extent(x: Float[Array, "..."], settings: Settings) -> Extent:
 
 
 def _least_error(x: Float[Array, "..."], low: Array, high: Array, settings: Settings) -> Extent:
-    """The range (f low, f high) of least squared error among the fractions f."""
+    """Return the range (f low, f high) of least squared error among the fractions f."""
     assert settings.act_bits is not None
     bits, symmetric = settings.act_bits, settings.activations == "symmetric"
 
@@ -69,7 +68,7 @@ def _least_error(x: Float[Array, "..."], low: Array, high: Array, settings: Sett
         g = grid(fraction * low, fraction * high, bits=bits, symmetric=symmetric)
         return jnp.mean(jnp.square(_rounded(x, g) - x))
 
-    fractions = jnp.asarray(FRACTIONS[::-1])  # Of equal errors the widest range.
+    fractions = jnp.asarray(FRACTIONS[::-1])  # The widest range wins a tie.
     best = fractions[jnp.argmin(jax.lax.map(error, fractions))]
     return best * low, best * high
 
@@ -82,10 +81,10 @@ def _rounded(x: Float[Array, "..."], g: Grid) -> Float[Array, "..."]:
 def weight_scale(
     weights: Float[Array, "..."], settings: Settings, axes: tuple[int, ...]
 ) -> Float[Array, "..."]:
-    """Scales of weights that stand for less than the largest of them, by `weight_range`.
+    """Return scales of weights that clip the largest ones, by `weight_range`.
 
-    'percentile': scale = percentile(|w|) / (2**(bits-1) - 1). 'mse': of the bounds f max|w|, with
-    f among `FRACTIONS`, that of the least squared error. 'snr': the same search, by AQT.
+    'percentile': scale = percentile(|w|) / (2**(bits-1) - 1). 'mse': the bound f max|w|, f in
+    `FRACTIONS`, of least squared error. 'snr': the same search, by AQT.
 
     Args:
         weights: Float32.
@@ -115,21 +114,21 @@ def weight_scale(
     return _positive(best * largest / top)
 
 
-def first_step(magnitude: Float[Array, "..."], positive_codes: Any) -> Float[Array, "..."]:
-    """The step size that learning starts from, 2 mean|v| / sqrt(Q_P) (LSQ, section 2.1).
+def first_step_size(magnitude: Float[Array, "..."], positive_codes: Any) -> Float[Array, "..."]:
+    """Return the first value of a learned step size, 2 mean|v| / sqrt(Q_P) (LSQ, section 2.1).
 
     Args:
-        magnitude: mean|v| of what shares the step.
+        magnitude: mean|v| of the values that share the step size.
         positive_codes: Q_P, the number of codes above zero.
     """
-    step = 2 * magnitude / jnp.sqrt(jnp.asarray(positive_codes, jnp.float32))
-    return jnp.where(step > 0, step, 1.0)
+    step_size = 2 * magnitude / jnp.sqrt(jnp.asarray(positive_codes, jnp.float32))
+    return jnp.where(step_size > 0, step_size, 1.0)
 
 
 def absmax(
     weights: Float[Array, "..."], bits: int, axes: tuple[int, ...]
 ) -> tuple[Array, Float[Array, "..."]]:
-    """Codes and scales of weights by AQT: scale = max|w| / (2**(bits-1) - 1)."""
+    """Return codes and scales of weights by AQT: scale = max|w| / (2**(bits-1) - 1)."""
     return _by_aqt(weights, bits, axes, aqt_calibration.AbsMaxCalibration)
 
 
@@ -140,7 +139,7 @@ def _by_aqt(
         numerics=_IntSymmetric(
             bits=bits,
             preserve_zero=True,
-            preserve_max_val=True,  # Without it, AQT divides by 127.5 and wastes half a code.
+            preserve_max_val=True,  # Without it, AQT divides by 127.5 and loses half a code.
             clip=True,
             clip_gradient=False,  # The caller knows what was clipped.
             round=True,

@@ -1,7 +1,6 @@
-"""Dense layers whose weights have a scale for each group of inputs.
+"""Dense layers whose weights have one scale per group of inputs.
 
-The sum over the inputs is split: integers are summed within a group, and the groups' sums are
-scaled and added as real numbers,
+Integers are summed within each group; the sums are scaled and added as real numbers,
 
     y = s_x sum_g s_g (sum_{i in g} q_i k_i - z sum_{i in g} k_i),
 
@@ -18,10 +17,10 @@ from jaxqat.quant._numerics.products import Dot
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class GroupedDot(Dot):
-    """A dot over one axis, as a batch of dots, one for each group; the first axis of its results.
+    """A dot over one axis as a batch of dots, one per group; groups are the results' first axis.
 
     Attributes:
-        group_size: Inputs in a group; divides their number.
+        group_size: Inputs in a group; divides the number of inputs.
     """
 
     group_size: int
@@ -32,11 +31,11 @@ class GroupedDot(Dot):
         return (self.channel_axes[0] + 1,)
 
     def split_weights(self, weights: Array) -> Array:
-        """The weights with their summed axis as two: groups, and inputs within one."""
+        """Return the weights with the summed axis split into groups and inputs in a group."""
         return self._split(weights, self.channel_axes[0])
 
     def over_output(self, values: Array) -> Array:
-        """Values of the split weights' rank, as they spread over the sums of all groups."""
+        """Return values of the split weights' rank as they broadcast over all groups' sums."""
         return self._inner.over_output(values)
 
     def data_over_output(self, values: Array) -> Array:

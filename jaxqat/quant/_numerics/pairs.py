@@ -1,4 +1,4 @@
-"""Products of two activations, as attention has them, on integers."""
+"""Integer products of two activations, as in attention."""
 
 import functools
 import math
@@ -13,7 +13,7 @@ from jaxqat.quant._numerics.products import Dot, backward
 
 
 class Quantized(NamedTuple):
-    """A quantized tensor: its dequantized values, which carry the gradient, codes and grid."""
+    """A quantized tensor: dequantized values, which have the gradient, codes and grid."""
 
     values: Any
     codes: Any
@@ -22,16 +22,16 @@ class Quantized(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def multiply(dot: Dot, dtype: Any, left: Quantized, right: Quantized) -> Array:
-    """An integer dot of two quantized activations, with the gradients of the float dot.
+    """Multiply two quantized activations, with the gradients of the float dot.
 
-    y = s_1 s_2 (sum(q k) - z_1 sum(k) - z_2 sum(q) + n z_1 z_2), sums over the n pairs (Jacob et
-    al. 2018, arXiv:1712.05877, equation 7).
+    y = s_1 s_2 (sum(q k) - z_1 sum(k) - z_2 sum(q) + n z_1 z_2), sums over n pairs (Jacob et al.
+    2018, arXiv:1712.05877, equation 7).
 
     Args:
         dot: The product, whose `weight_side` is 1.
-        dtype: Of the result.
-        left: Its left operand.
-        right: Its right operand.
+        dtype: Type of the result.
+        left: The left operand.
+        right: The right operand.
     """
     return _forward(dot, dtype, left, right)[0]
 
@@ -51,9 +51,9 @@ def _forward(dot, dtype, left, right):
     return real, (q, s, x[..., :0], k, t, y[..., :0])
 
 
-def _backward(dot, dtype, kept, gradient):
+def _backward(dot, dtype, residuals, gradient):
     del dtype
-    q, s, x_like, k, t, y_like = kept
+    q, s, x_like, k, t, y_like = residuals
     x, y = dequantize(q, s, x_like.dtype), dequantize(k, t, y_like.dtype)
     of_x, of_y = backward(dot, x, y, gradient)
     return Quantized(of_x, None, None), Quantized(of_y, None, None)

@@ -1,16 +1,16 @@
 """The two products of neural networks, convolution and dot, as integer and as float operations.
 
-A product is described by the equation that the model's trace holds, so every stride, dilation,
-grouping, layout and batch dimension is the model's own. With codes q of the activations (zero
+A product has the parameters of the traced equation, so every stride, dilation, grouping, layout
+and batch dimension is the model's own. With codes q of the activations (zero
 point z) and codes k of the weights,
 
     sum((q - z) * k) = sum(q * k) - z * sum(k)
 
 (Jacob et al. 2018, arXiv:1712.05877, equation 7): `accumulate` gives the first sum and
-`zero_sums` what the zero point is multiplied with. A border holds real zeros, that is the code z,
-which the formula's second form leaves out of both sums: the codes are padded with 0, and the
-weights are summed over the taps that meet the tensor. That is one small map for the whole batch,
-and saves copying every tensor into a larger one.
+`zero_sums` the factor of the zero point. A border holds real zeros, that is the code z, for which
+both terms on the right cancel: codes are padded with 0, and weights are summed over the taps that
+meet the tensor. This is one small map for the whole batch, and no tensor is copied into a larger
+one.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from jaxtyping import Array, Int, Int8
 
 
 class Product(Protocol):
-    """What conversion, training and tables need to know of a product."""
+    """A product as conversion, training and tables use it."""
 
     @property
     def kind(self) -> str:
@@ -33,11 +33,11 @@ class Product(Protocol):
 
     @property
     def channel_axes(self) -> tuple[int, ...]:
-        """Axes of the weights that are summed over: one scale per index of the others."""
+        """Axes of the weights that are summed over: they share one scale."""
         ...
 
     def over_output(self, values: Array) -> Array:
-        """Per-channel values, kept in the weights' rank, as they broadcast over the output."""
+        """Return per-channel values of the weights' rank as they broadcast over the output."""
         ...
 
     @property
@@ -46,31 +46,31 @@ class Product(Protocol):
         ...
 
     def data_over_output(self, values: Array) -> Array:
-        """Values of the activations' rank, 1 along `data_axes`, as they spread over the output."""
+        """Return values of the activations' rank, size 1 along `data_axes`, likewise."""
         ...
 
     def accumulate(
         self, codes: Int8[Array, "..."], weights: Int8[Array, "..."]
     ) -> Int[Array, "..."]:
-        """s8 x s8 -> s32 sums of code products."""
+        """Return the sums of code products, s8 x s8 -> s32."""
         ...
 
     def zero_sums(self, shape: tuple[int, ...], weights: Int8[Array, "..."]) -> Int[Array, "..."]:
-        """Sums of the weight codes that meet a tensor of this shape; spreads over the output."""
+        """Return sums of weight codes that meet a tensor of this shape, for the output."""
         ...
 
     def real(self, x: Array, weights: Array) -> Array:
-        """The product in floating point, as the model wrote it."""
+        """Return the float product, as the model computes it."""
         ...
 
     def macs(self, weight_shape: tuple[int, ...], output_shape: tuple[int, ...]) -> int:
-        """Multiply-accumulates for an output of this shape."""
+        """Return the multiply-accumulates for an output of this shape."""
         ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Convolution:
-    """`conv_general_dilated` with the parameters of one traced equation; weights on the right."""
+    """`conv_general_dilated` with the parameters of one equation; weights on the right."""
 
     primitive: Any
     params: dict[str, Any]
@@ -112,9 +112,9 @@ class Convolution:
         return self.accumulate(ones, weights)
 
     def _by_cudnn(self, codes, weights):
-        """Through float32, since cuDNN has no s8 convolution with s32 output: exact below 2**24.
+        """Return the sums by way of float32, exact below 2**24: cuDNN has no s8 -> s32 convolution.
 
-        The bounds keep XLA from taking the two conversions for none.
+        The bounds keep XLA from removing the two conversions.
         """
         sums = self._integer(codes, weights).astype(jnp.float32)
         return jnp.clip(sums, -(2.0**30), 2.0**30).astype(jnp.int32)
@@ -134,10 +134,10 @@ class Convolution:
         )
 
     def _widened(self, codes, weights):
-        """The same sums in channel counts for which XLA's CPU backend has a fast kernel.
+        """Return the sums, with channels padded so that XLA's CPU backend uses a fast kernel.
 
-        It sends an s8 convolution to its library only if one side has more than 16 channels, and
-        runs it up to 10 times slower otherwise; 3 input channels are slow as well.
+        It uses its library for an s8 convolution only if one side has more than 16 channels;
+        otherwise it is up to 10 times slower. 3 input channels are slow as well.
         """
         if self.params["feature_group_count"] != 1:
             return self._integer(codes, weights)
@@ -168,7 +168,7 @@ class Dot:
         primitive: JAX's dot_general primitive.
         params: The equation's parameters.
         output_rank: Rank of the result.
-        weight_side: 0 if the weights are the left operand, 1 if the right one.
+        weight_side: 0 if the weights are the left operand, 1 if they are the right one.
     """
 
     primitive: Any
@@ -192,7 +192,7 @@ class Dot:
         return self._spread(values, 1 - self.weight_side)
 
     def _spread(self, values: Array, side: int) -> Array:
-        """Values of an operand's rank, 1 along what is summed over, in the output's axes."""
+        """Return values of an operand's rank, size 1 along summed axes, in the output's axes."""
         summed, batch = (axes[side] for axes in self.params["dimension_numbers"])
         free = [a for a in range(values.ndim) if a not in batch and a not in summed]
         values = jnp.transpose(values, (*batch, *free, *summed))
@@ -232,6 +232,6 @@ def _pad_end(x: Array, more: dict[int, int]) -> Array:
 
 
 def backward(product: Product, x: Array, weights: Array, gradient: Array) -> tuple[Array, Array]:
-    """Gradients of the float product at (x, weights) for the gradient of its output."""
+    """Return the gradients of the float product at (x, weights) for that of its output."""
     output, pullback = jax.vjp(product.real, x, weights)
     return pullback(gradient.astype(output.dtype))

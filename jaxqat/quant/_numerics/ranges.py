@@ -1,12 +1,8 @@
-"""Activation ranges over time, and the integer grid that a range stands for.
+"""Activation ranges over time.
 
-A range is a small explicit state, `{"min", "max", "count"}`: an exponential moving average of the
-minimum and maximum of a tensor (Jacob et al. 2018, arXiv:1712.05877, section 3.1), which begins
-as the plain mean of what was seen. A grid turns a range into a scale and an integer zero point,
-
-    real = scale * (code - zero_point),
-
-with zero always a code (ibid., equation 1). `GridCalibration` hands a grid's scale to AQT.
+A range is a small explicit state, `{"min", "max", "count"}`: exponential moving averages of the
+minimum and maximum of a tensor (Jacob et al. 2018, arXiv:1712.05877, section 3.1), which start as
+plain means. `grids` turns a range into a scale and a zero point.
 """
 
 import jax.numpy as jnp
@@ -16,7 +12,7 @@ Range = dict[str, Array]
 
 
 def empty_range() -> Range:
-    """A range that has seen nothing yet: float32 zeros and a count of 0."""
+    """Return the range before the first batch: float32 zeros and a count of 0."""
     zero = jnp.zeros((), jnp.float32)
     return {"min": zero, "max": zero, "count": jnp.zeros((), jnp.int32)}
 
@@ -24,17 +20,17 @@ def empty_range() -> Range:
 def observe(
     state: Range, low: Float[Array, ""], high: Float[Array, ""], decay: float | None
 ) -> Range:
-    """The range after one more batch.
+    """Return the range after one more batch.
 
-    m <- m + k (m_batch - m) with k = max(1 / (count + 1), 1 - decay): the mean of what was seen
-    during the first 1 / (1 - decay) batches, a moving average from then on. Without the first
-    part an average that starts at zero would clip for hundreds of batches.
+    m <- m + k (m_batch - m) with k = max(1 / (count + 1), 1 - decay): the mean of the first
+    1 / (1 - decay) batches, then a moving average. An average that started at zero would clip for
+    hundreds of batches.
 
     Args:
         state: The range so far.
         low: Minimum of the batch.
         high: Maximum of the batch.
-        decay: Share of the old value kept by a batch, 0 up to 1; None keeps the extremes instead.
+        decay: Weight of the old value, 0 up to 1; None takes the extremes of all batches.
     """
     if decay is None:
         seen = state["count"] > 0
@@ -54,5 +50,5 @@ def observe(
 
 
 def averaged(state: Range, leaf: str, new: Float[Array, ""]) -> Float[Array, ""]:
-    """The mean of a leaf of the state over the batches seen, with one more."""
+    """Return the mean of a leaf of the state over all batches, with one more."""
     return state[leaf] + (new - state[leaf]) / (state["count"] + 1)

@@ -1,21 +1,22 @@
-"""What each variable of a program depends on, and which parameter it is."""
+"""What each variable of a program depends on, and which parameter names it."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
+from jaxqat.quant._forms.primitives import primitive_of
 from jaxqat.quant._plan.plan import DATA, PARAMETERS, STATISTICS
 from jaxqat.quant._trace.arguments import Key
 from jaxqat.quant._trace.program import Node, Program
-
-_REDUCTIONS = ("reduce_sum", "reduce_max", "reduce_min", "reduce_prod")
 
 
 def dependence(
     program: Program, paths: Sequence[Key | None], is_data: Sequence[bool]
 ) -> tuple[list[int], dict[int, Key]]:
-    """What each variable depends on, and the parameter that one of parameters alone is named by.
+    """Return what each variable depends on, and names of those that depend on parameters only.
+
+    The name is the path of the first parameter that went into the variable.
 
     Args:
         program: The traced computation.
@@ -31,25 +32,25 @@ def dependence(
     for node in program.nodes:
         reads = [a for a in node.inputs if isinstance(a, int)]
         depends = max((level[a] for a in reads), default=PARAMETERS)
-        if node.name in _REDUCTIONS and _is_statistic(node, program):
+        if primitive_of(node.name).may_be_statistic and _is_statistic(node, program):
             depends = min(depends, STATISTICS)
         if any(a in program.carried and is_float(program.avals[a]) for a in node.outputs):
-            depends = DATA  # From the second turn on, if not before.
+            depends = DATA  # From the second iteration on, if not before.
         name = next((names[a] for a in reads if a in names), None)
         for number in node.outputs:
             level[number] = depends
             if depends == PARAMETERS and name is not None:
-                turn = program.turns.get(number)
-                names[number] = name if turn is None else (*name[:-1], str(turn), name[-1])
+                index = program.iterations.get(number)
+                names[number] = name if index is None else (*name[:-1], str(index), name[-1])
     return level, names
 
 
 def _is_statistic(node: Node, program: Program) -> bool:
-    """Whether a reduction leaves at most one axis, and that not the first, as batch norm's do."""
+    """Return whether a reduction leaves at most one axis, not the first, as in batch norm."""
     axes = node.equation.params["axes"]
     return 0 in axes and len(axes) >= len(program.aval(node.inputs[0]).shape) - 1
 
 
 def is_float(aval: Any) -> bool:
-    """Whether a tensor holds real numbers."""
+    """Return whether a tensor holds real numbers."""
     return jnp.issubdtype(aval.dtype, jnp.floating)

@@ -1,4 +1,4 @@
-"""What is to be quantized in a traced computation, as plain data; `trace` finds it."""
+"""What to quantize in a traced program, as plain data; `planner` decides it."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -7,18 +7,18 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from jaxqat.quant._numerics.grids import Grid, grid, with_scale
-from jaxqat.quant._numerics.multiply import QuantizedProduct
+from jaxqat.quant._numerics.multiply import ProductQuantizer
 from jaxqat.quant._numerics.products import Dot
 from jaxqat.quant._numerics.ranges import empty_range
-from jaxqat.quant._numerics.weights import QuantizedWeights
+from jaxqat.quant._numerics.weights import WeightQuantizer
 from jaxqat.quant._trace.arguments import Key
 from jaxqat.quant._trace.program import Atom, Node, Program
 from jaxqat.quant.recipe import Recipe, Settings
 
-# What a value depends on, in this order: it takes the largest of what it is made of.
+# What a value depends on: the largest of its operands' levels.
 PARAMETERS, STATISTICS, DATA = 0, 1, 2
 
-# The leaf of a tensor's state that gradients train, by how.
+# The leaf of a tensor's state that gradients train, by the method in `Settings.act_range`.
 LEARNED = {"lsq": "step", "pact": "bound"}
 
 LEFT_BY_RECIPE = "the recipe leaves it in float"
@@ -27,43 +27,43 @@ NO_WEIGHTS = "both operands depend on the data"
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """A quantized product: its module's path, which operand is what, how it is multiplied.
+    """A quantized product of activations and weights.
 
     Attributes:
-        row: Of the plan's table.
-        path: Of the module.
-        how: The product and the quantization of its weights.
+        index: Place in the plan's table.
+        path: Path of its module.
+        quantizer: The product and the quantizer of its weights.
         data: The activations that it reads.
         weights: The weights.
-        step_key: Where the state holds the weights' learned step sizes, if they have any.
-        dynamic: Whether the activations' range is that of each example, found when it is run.
+        step_size_key: Key of the weights' learned step sizes in the state, if they have any.
+        dynamic: Whether each example has a range of its own, computed when the program runs.
     """
 
-    row: int
+    index: int
     path: str
-    how: QuantizedProduct
+    quantizer: ProductQuantizer
     data: int
     weights: Atom
-    step_key: Key | None = None
+    step_size_key: Key | None = None
     dynamic: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Lookup:
-    """A table of embeddings whose rows are quantized: what is looked up are their real values."""
+    """A quantized table of embeddings; a look-up gives dequantized rows."""
 
-    row: int
+    index: int
     path: str
-    how: QuantizedWeights
+    quantizer: WeightQuantizer
     weights: Atom
-    step_key: Key | None = None
+    step_size_key: Key | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """A product of two quantized activations, as attention has it."""
+    """A product of two quantized activations, as in attention."""
 
-    row: int
+    index: int
     path: str
     dot: Dot
     left: int
@@ -72,8 +72,8 @@ class Pair:
 
 
 @dataclasses.dataclass(frozen=True)
-class Site:
-    """A tensor to quantize: where its range is kept, and how wide and of which kind it is."""
+class QuantizedTensor:
+    """A tensor to quantize: the key of its range in the state, and its settings."""
 
     key: Key
     settings: Settings
@@ -86,17 +86,17 @@ class Site:
 
     @property
     def learned(self) -> Literal["lsq", "pact"] | None:
-        """How its scale is learned, if it is."""
-        how = self.settings.act_range
-        return how if how in ("lsq", "pact") else None  # pyright: ignore[reportReturnType]
+        """Method that learns its scale; None if it is not learned."""
+        method = self.settings.act_range
+        return method if method == "lsq" or method == "pact" else None
 
     @property
     def leaf(self) -> str | None:
-        """What of its state gradients train, if anything."""
+        """The leaf of its state that gradients train; None if there is none."""
         return LEARNED.get(self.settings.act_range)
 
     def grid(self, low: Any, high: Any, learned: Any = None) -> Grid:
-        """The grid of a range, with a learned step size or bound if there is one."""
+        """Return the grid of a range, with a learned step size or bound if there is one."""
         symmetric = self.settings.activations == "symmetric"
         found = grid(low, high, bits=self.bits, symmetric=symmetric)
         if learned is None:
@@ -104,7 +104,7 @@ class Site:
         return with_scale(found, learned if self.leaf == "step" else learned / found.top)
 
     def covered(self, state: Any) -> tuple[float, float] | None:
-        """Smallest and largest real value that codes stand for; None if nothing was seen yet."""
+        """Return the smallest and largest real value of its codes; None before the first batch."""
         if state is None or int(state["count"]) == 0:
             return None
         if self.leaf is None:
@@ -114,28 +114,28 @@ class Site:
         return float(low), float(high)
 
     def empty(self) -> Any:
-        """Its state before anything was seen."""
+        """Return its state before the first batch."""
         leaf = self.leaf
         return {**empty_range(), **({leaf: jnp.ones((), jnp.float32)} if leaf else {})}
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerInfo:
-    """One product of the model, and what quantization makes of it.
+    """One product of the model, and its quantization.
 
     Attributes:
         path: Path of its parameter's module, such as 'stage1/block0/conv1'.
         kind: 'conv', 'dense', 'embed' (a table of embeddings), 'attention' (a product of two
-            activations) or 'any' (products inside of something else).
+            activations) or 'any' (products inside a call that stays whole).
         weight_shape: Shape of the weights.
         weight_bits: Width of the weight codes; None if the layer stays in float.
         act_bits: Width of its input's codes; None if the layer stays in float.
         macs: Multiply-accumulates for the traced input (all its examples).
         weight_path: Path of the parameter itself.
-        range_key: Where the state holds the range of its input; None if it has none: it stays in
-            float, or its range is dynamic.
+        range_key: Key of its input's range in the state; None if the layer stays in float or the
+            range is dynamic.
         float_reason: Why the layer stays in float; None if it does not.
-        settings: How it is quantized; None if it stays in float.
+        settings: Its settings; None if it stays in float.
     """
 
     path: str
@@ -150,11 +150,11 @@ class LayerInfo:
     settings: Settings | None = None
 
     def covered(self, ranges: Mapping[Key, Any]) -> tuple[float, float] | None:
-        """Smallest and largest real value of its input's codes; None without a range."""
+        """Return the smallest and largest real value of its input's codes; None without a range."""
         if self.range_key is None or self.settings is None:
             return None
         settings = dataclasses.replace(self.settings, act_bits=self.act_bits)
-        return Site(self.range_key, settings).covered(ranges.get(self.range_key))
+        return QuantizedTensor(self.range_key, settings).covered(ranges.get(self.range_key))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -164,27 +164,27 @@ class Plan:
     Attributes:
         program: The traced computation.
         level: What each variable depends on.
-        layers: Quantized products, and tables of embeddings, by node.
-        sites: Tensors to quantize by variable.
-        steps: Shapes of learned step sizes of weights, by where the state holds them.
+        layers: Quantized products and tables of embeddings, by node.
+        tensors: Tensors to quantize, by variable.
+        step_sizes: Shapes of the weights' learned step sizes, by key in the state.
         table: Every product, quantized or not, in order.
     """
 
     program: Program
     level: list[int]
     layers: dict[Node, Layer | Lookup | Pair]
-    sites: dict[int, Site]
-    steps: dict[Key, tuple[int, ...]]
+    tensors: dict[int, QuantizedTensor]
+    step_sizes: dict[Key, tuple[int, ...]]
     table: tuple[LayerInfo, ...]
 
     def empty_state(self) -> dict[Key, Any]:
-        """What is kept of activations and of learned step sizes, before anything was seen."""
-        state = {site.key: site.empty() for site in self.sites.values()}
-        for key, shape in self.steps.items():
+        """Return all ranges and learned step sizes before the first batch."""
+        state = {tensor.key: tensor.empty() for tensor in self.tensors.values()}
+        for key, shape in self.step_sizes.items():
             state[key] = {"step": jnp.ones(shape, jnp.float32), "count": jnp.zeros((), jnp.int32)}
         return state
 
     def check_rules(self, recipe: Recipe) -> None:
-        """Refuses a rule of the recipe that decides about no layer (`Recipe.check_rules`)."""
+        """Raise RecipeError if a rule of the recipe decides about no layer."""
         able = [i for i in self.table if i.float_reason in (None, LEFT_BY_RECIPE)]
         recipe.check_rules([(info.path, info.kind) for info in able])

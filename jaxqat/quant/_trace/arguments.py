@@ -1,4 +1,4 @@
-"""The arguments of a function, taken apart into traced arrays and everything static."""
+"""The arguments of a function, split into traced arrays and static values."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -7,14 +7,14 @@ from typing import Any, Self
 import jax
 import numpy as np
 
-# Path of a parameter, or of what is kept of a tensor, in a tree of dictionaries.
+# Path in a tree of dictionaries: of a parameter, or of a tensor's state.
 Key = tuple[str, ...]
 
 
 def split_arrays(tree: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
-    """The array leaves of a tree, and what makes the tree from them: all other leaves are static.
+    """Return the array leaves of a tree, and a function that rebuilds the tree from them.
 
-    Such leaves stand among parameters too, as the functions that an Equinox module holds.
+    All other leaves are static; parameters can have some, as the functions in an Equinox module.
     """
     leaves, structure = jax.tree.flatten(tree)
 
@@ -31,13 +31,13 @@ def _is_array(leaf: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Call:
-    """A function's arguments, taken apart into traced arrays and everything static.
+    """A function's arguments, split into traced arrays and static values.
 
     Attributes:
         flat: The array leaves.
         names: Path of each array within the parameters; None if it is not one of them.
         is_data: Whether each array varies from call to call.
-        rebuild: Makes the arguments from array leaves.
+        rebuild: Makes the arguments from the array leaves.
     """
 
     flat: list[Any]
@@ -47,7 +47,7 @@ class Call:
 
     @classmethod
     def of(cls, parameters: Any, constants: Any, inputs: Any) -> Self:
-        """Takes (parameters, constants, inputs) apart; only the last varies from call to call."""
+        """Split (parameters, constants, inputs); only inputs vary from call to call."""
         leaves, structure = jax.tree_util.tree_flatten_with_path((parameters, constants, inputs))
         arrays = [(path, leaf) for path, leaf in leaves if _is_array(leaf)]
         statics = [None if _is_array(leaf) else (leaf,) for _, leaf in leaves]

@@ -1,9 +1,9 @@
-"""A traced computation as one flat list of operations, and who made and who depends on what.
+"""A traced computation as one flat list of operations.
 
-JAX nests jaxprs (jit inside jit, remat). Everything the quantizer has to see, which tensor two
-products share, or where a residual addition stands, crosses those borders, so calls that hold
-products are inlined, and short scans with products unrolled. Calls without products are kept
-whole: their own derivative rules stay.
+JAX nests jaxprs (jit inside jit, remat). The quantizer has to see across those borders which
+tensor two products share, or where a residual addition is. So calls that hold products are
+inlined, and short scans with products are unrolled. Other calls stay whole, and keep their own
+derivative rules.
 """
 
 import dataclasses
@@ -18,23 +18,23 @@ from jax.core import Tracer
 from jax.extend import core as jex_core
 
 PRODUCTS = frozenset({"conv_general_dilated", "dot_general"})
-# Calls that mean no more than their body (jnp.pad and many others are such calls). Inlining
-# `checkpoint` gives up its saving of memory, so that is done only where products are inside.
+# Calls that mean no more than their body (`jnp.pad` is one). Inlining `checkpoint` gives up its
+# saving of memory, so only those with products inside are inlined.
 _INLINED = frozenset({"jit", "pjit", "closed_call", "core_call"})
-# A scan with products inside is unrolled up to this length; a longer one stays in float.
-MAX_TURNS = 128
 _INLINED_FOR_PRODUCTS = frozenset({"checkpoint", "remat2"})
+# A scan with products inside is unrolled up to this length; a longer one stays in float.
+MAX_ITERATIONS = 128
 
 
 @dataclasses.dataclass(frozen=True)
 class Constant:
-    """A number written into the trace."""
+    """A number in the trace."""
 
     value: Any
 
     @property
     def aval(self) -> Any:
-        """Shape and type."""
+        """Its shape and type."""
         return jax.typeof(self.value)
 
 
@@ -43,14 +43,14 @@ Atom = int | Constant
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Node:
-    """One operation: reads atoms, makes variables (numbered over the whole program).
+    """One operation: it reads atoms and makes variables, which are numbered over the program.
 
     Attributes:
-        equation: What it does.
-        inputs: What it reads.
-        outputs: What it makes.
-        scope: The module that it stands in.
-        loop: The unrolled loops that it stands in, outermost first: the same in every turn.
+        equation: The jaxpr equation.
+        inputs: The atoms that it reads.
+        outputs: The variables that it makes.
+        scope: The module that it belongs to.
+        loop: The unrolled loops around it, outermost first; the same in every iteration.
     """
 
     equation: Any
@@ -61,7 +61,7 @@ class Node:
 
     @property
     def where(self) -> str:
-        """The operation and the module that it stands in, for messages."""
+        """The operation and its module, for messages."""
         return f"'{self.name}'" + (f" in {self.scope}" if self.scope else "")
 
     @property
@@ -70,14 +70,14 @@ class Node:
         return self.equation.primitive.name
 
     def bind(self, *operands: Any) -> list[Any]:
-        """Runs the operation."""
+        """Run the operation."""
         return bind_equation(self.equation, operands)
 
 
 def bind_equation(equation: Any, operands: Sequence[Any]) -> list[Any]:
-    """Runs one equation of a jaxpr on operands; always returns a list."""
+    """Run one equation of a jaxpr on operands; always return a list."""
     if next(inner_jaxprs(equation), None) is not None:
-        # A call: how its functions are handed to `bind` is JAX's own affair, so JAX evaluates it.
+        # A call: how `bind` takes its functions is internal to JAX, so JAX evaluates it.
         values = {
             v: operand
             for v, operand in zip(equation.invars, operands, strict=True)
@@ -94,7 +94,7 @@ def bind_equation(equation: Any, operands: Sequence[Any]) -> list[Any]:
 
 
 def inner_jaxprs(equation: Any) -> Iterator[Any]:
-    """The open jaxprs among an equation's parameters."""
+    """Yield the open jaxprs among an equation's parameters."""
     for value in equation.params.values():
         for item in value if isinstance(value, (tuple, list)) else (value,):
             if isinstance(item, jex_core.ClosedJaxpr):
@@ -104,7 +104,7 @@ def inner_jaxprs(equation: Any) -> Iterator[Any]:
 
 
 def products_inside(jaxpr: Any) -> int:
-    """How many products a jaxpr holds, calls inside it included."""
+    """Return how many products a jaxpr holds, with those in calls inside it."""
     return sum(
         (e.primitive.name in PRODUCTS) + sum(map(products_inside, inner_jaxprs(e)))
         for e in jaxpr.eqns
@@ -118,11 +118,12 @@ class Program:
         nodes: Operations in order.
         avals: Shape and type of each variable, by number.
         inputs: Variables that receive the function's flat arguments.
-        constants: Variables bound to arrays that the function closes over, and those arrays.
+        constants: Arrays that the function closes over, by variable.
         outputs: The flat results.
         made_by: The node that makes a variable; inputs and constants have none.
-        turns: Of a variable that is one turn's part of what a loop goes over, which turn.
-        carried: What unrolled loops carry, before their first turn.
+        iterations: Iteration of an unrolled loop, by the variable that is its slice of the
+            arrays that the loop scans over.
+        carried: Variables that unrolled loops carry, before their first iteration.
     """
 
     def __init__(self, closed_jaxpr: Any):
@@ -130,13 +131,13 @@ class Program:
         self.avals: list[Any] = []
         self.made_by: dict[int, Node] = {}
         self.constants: dict[int, Any] = {}
-        self.turns: dict[int, int] = {}
+        self.iterations: dict[int, int] = {}
         self.carried: set[int] = set()
         self.inputs = tuple(self._variable(v.aval) for v in closed_jaxpr.jaxpr.invars)
         self.outputs = self._inline(closed_jaxpr.jaxpr, closed_jaxpr.consts, self.inputs)
 
     def aval(self, atom: Atom) -> Any:
-        """Shape and type of what an operation reads."""
+        """Return the shape and type of an atom."""
         return atom.aval if isinstance(atom, Constant) else self.avals[atom]
 
     def _variable(self, aval: Any) -> int:
@@ -189,7 +190,7 @@ class Program:
     def _unroll(
         self, equation: Any, operands: tuple[Atom, ...], scope: str, loop: tuple[int, ...]
     ) -> list[Atom]:
-        """The turns of a scan one after the other: its results, carried and stacked."""
+        """Inline all iterations of a scan; return its results, carried and stacked."""
         params = equation.params
         body, constants, carried = params["jaxpr"], params["num_consts"], params["num_carry"]
         shared, carry = operands[:constants], list(operands[constants : constants + carried])
@@ -199,24 +200,24 @@ class Program:
         self.carried.update(a for a in carry if isinstance(a, int))
         avals = [self.aval(a) for a in over]
         made: dict[int, list[Atom]] = {}
-        turns = range(params["length"])
-        for turn in reversed(turns) if params["reverse"] else turns:
-            take = jax.make_jaxpr(lambda *xs, turn=turn: [x[turn] for x in xs])(*avals)
+        iterations = range(params["length"])
+        for iteration in reversed(iterations) if params["reverse"] else iterations:
+            take = jax.make_jaxpr(lambda *xs, i=iteration: [x[i] for x in xs])(*avals)
             parts = self._inline(take.jaxpr, take.consts, over, scope)
-            self.turns.update((a, turn) for a in parts if isinstance(a, int))
+            self.iterations.update((a, iteration) for a in parts if isinstance(a, int))
             results = self._inline(body.jaxpr, body.consts, (*shared, *carry, *parts), scope, loop)
-            carry, made[turn] = results[:carried], results[carried:]
+            carry, made[iteration] = results[:carried], results[carried:]
         stacked = []
-        for column in zip(*(made[turn] for turn in turns), strict=True):
+        for column in zip(*(made[i] for i in iterations), strict=True):
             join = jax.make_jaxpr(lambda *xs: jnp.stack(xs))(*(self.aval(a) for a in column))
             stacked += self._inline(join.jaxpr, join.consts, column, scope)
         return [*carry, *stacked]
 
 
 def _is_unrolled(equation: Any) -> bool:
-    """Whether a scan is taken apart: it holds products, and is short."""
+    """Return whether a scan is unrolled: it holds products, and is short."""
     inner = next(inner_jaxprs(equation))
-    return 0 < equation.params["length"] <= MAX_TURNS and products_inside(inner) > 0
+    return 0 < equation.params["length"] <= MAX_ITERATIONS and products_inside(inner) > 0
 
 
 def _is_jaxpr(value: Any) -> bool:
@@ -224,7 +225,7 @@ def _is_jaxpr(value: Any) -> bool:
 
 
 def trace(function: Callable, arguments: Sequence[Any]) -> tuple[Program, Any]:
-    """Traces a function of flat array arguments.
+    """Trace a function of flat array arguments.
 
     Returns:
         The program, and the tree structure of the function's result.

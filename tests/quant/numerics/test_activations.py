@@ -43,7 +43,7 @@ def test_the_gradient_of_quantize_is_one_inside_the_range_and_zero_where_clipped
     x = np.linspace(-5, 5, 2001, dtype=np.float32)
 
     def weighted(x):
-        values, _ = activations.quantize(x, activations.in_steps(x, g), g)
+        values, _ = activations.quantize(x, activations.in_units(x, g), g)
         return jnp.sum(values * jnp.arange(x.size))
 
     # Clipped, by the definition: round(x / s) + z outside of the codes. In float64; no point of
@@ -72,7 +72,7 @@ def setup(symmetric):
     x = rng.normal(size=(2, 6, 6, 4)).astype(np.float32)
     w = rng.normal(size=(3, 3, 4, 8)).astype(np.float32)
     product, float_convolution = product_of(x, w)
-    how = multiply.QuantizedProduct(Settings(), (0, 1, 2), jnp.float32, product)
+    how = multiply.ProductQuantizer(Settings(), (0, 1, 2), jnp.float32, product)
     return x, w, grid(-1.5, 2.0, symmetric=symmetric), how, float_convolution
 
 
@@ -82,7 +82,7 @@ def test_a_product_and_its_gradients_are_the_analytic_straight_through_ones(symm
     cotangent = np.random.default_rng(2).normal(size=(2, 3, 3, 8)).astype(np.float32)
 
     def quantized(x, w):
-        values, codes = activations.quantize(x, activations.in_steps(x, g), g)
+        values, codes = activations.quantize(x, activations.in_units(x, g), g)
         return multiply.multiply(how, values, codes, g, w).real
 
     y, pullback = jax.vjp(quantized, jnp.asarray(x), jnp.asarray(w))
@@ -121,7 +121,7 @@ def test_a_convolution_keeps_int8_and_no_float_tensor_for_the_backward_pass():
     x, w, g, how, _ = setup(False)
 
     def quantized(x, w):
-        values, codes = activations.quantize(x, activations.in_steps(x, g), g)
+        values, codes = activations.quantize(x, activations.in_units(x, g), g)
         return multiply.multiply(how, values, codes, g, w).real
 
     _, pullback = jax.vjp(quantized, jnp.asarray(x), jnp.asarray(w))
@@ -137,7 +137,7 @@ def test_a_convolution_keeps_int8_and_no_float_tensor_for_the_backward_pass():
 def test_without_a_straight_through_estimator_a_kernel_would_get_no_gradient():
     """What AQT's own convolution does (its issue 285); the reason for `multiply`."""
     x, w, g, how, _ = setup(True)
-    codes = activations.quantize(jnp.asarray(x), activations.in_steps(jnp.asarray(x), g), g)[1]
+    codes = activations.quantize(jnp.asarray(x), activations.in_units(jnp.asarray(x), g), g)[1]
 
     def through_the_codes(w):
         weight_codes, scale = weights.quantize_weights(w, Settings(), (0, 1, 2))
@@ -153,16 +153,16 @@ def test_without_a_straight_through_estimator_a_kernel_would_get_no_gradient():
 def test_bfloat16_models_multiply_codes_of_their_float32_weights():
     x, w, g, _, _ = setup(True)
     product, _ = product_of(x.astype(jnp.bfloat16), w.astype(jnp.bfloat16))
-    how = multiply.QuantizedProduct(Settings(), (0, 1, 2), jnp.bfloat16, product)
+    how = multiply.ProductQuantizer(Settings(), (0, 1, 2), jnp.bfloat16, product)
 
     def quantized(x, w):
-        values, codes = activations.quantize(x, activations.in_steps(x, g), g)
+        values, codes = activations.quantize(x, activations.in_units(x, g), g)
         return multiply.multiply(how, values, codes, g, w)
 
     x = jnp.asarray(x, jnp.bfloat16)
     result, pullback = jax.vjp(quantized, x, jnp.asarray(w))
     assert result.real.dtype == jnp.bfloat16
-    codes = np.asarray(activations.quantize(x, activations.in_steps(x, g), g)[1], np.int64)
+    codes = np.asarray(activations.quantize(x, activations.in_units(x, g), g)[1], np.int64)
     expected = integers.conv2d(
         codes, integers.weight_codes(w)[0], stride=(2, 2), padding=((1, 1), (1, 1))
     )

@@ -47,7 +47,7 @@ def test_the_gradient_of_a_step_size_is_the_formula_of_its_paper(learned, symmet
 
     def loss(scale):
         grid = grids.with_scale(base, scale)
-        values, _ = activations.quantize(x, activations.in_steps(x, grid), grid, learned=learned)
+        values, _ = activations.quantize(x, activations.in_units(x, grid), grid, learned=learned)
         return jnp.sum(values * g)
 
     s = 0.25
@@ -63,10 +63,10 @@ def test_the_gradient_of_weight_steps_is_the_formula_in_each_channel():
     w = RNG.normal(size=(12, 5)).astype(np.float32)
     step = np.full((1, 5), 0.2, np.float32)
     g = RNG.normal(size=w.shape).astype(np.float32)
-    how = weights.QuantizedWeights(Settings(weight_bits=4, weight_range="lsq"), (0,), jnp.float32)
+    how = weights.WeightQuantizer(Settings(weight_bits=4, weight_range="lsq"), (0,), jnp.float32)
 
     def loss(w, step):
-        values: Any = weights.look_up_weights(how, w, step)
+        values: Any = weights.dequantized_weights(how, w, step)
         return jnp.sum(values * g)
 
     of_weights, of_step = jax.grad(loss, argnums=(0, 1))(w, step)

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from jaxqat.quant._numerics import grids, ranges
-from jaxqat.quant._numerics.activations import in_steps, quantize
+from jaxqat.quant._numerics.activations import in_units, quantize
 
 RANGES = [(-1.0, 3.0), (0.0, 6.0), (-5.0, 0.0), (0.5, 2.0), (-3.0, -1.0), (-1e-3, 1e3)]
 
@@ -18,7 +18,7 @@ def grid(low, high, **options):
 def test_a_real_zero_is_exactly_a_code(low, high, bits, symmetric):
     g = grid(low, high, bits=bits, symmetric=symmetric)
     zero = np.zeros((3,), np.float32)
-    values, codes = quantize(jnp.asarray(zero), in_steps(jnp.asarray(zero), g), g)
+    values, codes = quantize(jnp.asarray(zero), in_units(jnp.asarray(zero), g), g)
     np.testing.assert_array_equal(values, zero)
     np.testing.assert_array_equal(codes, np.full(3, int(g.zero)))
     assert g.low <= int(g.zero) <= g.high
@@ -33,7 +33,7 @@ def test_every_value_of_the_range_is_within_one_step_and_inner_ones_within_half(
 ):
     x = np.linspace(low, high, 1001, dtype=np.float32)
     g = grid(low, high, bits=bits, symmetric=symmetric)
-    values, _ = quantize(jnp.asarray(x), in_steps(jnp.asarray(x), g), g)
+    values, _ = quantize(jnp.asarray(x), in_units(jnp.asarray(x), g), g)
     top = 2 ** (bits - 1) - 1
     if symmetric:
         scale = max(abs(low), abs(high)) / top
@@ -54,7 +54,7 @@ def test_every_value_of_the_range_is_within_one_step_and_inner_ones_within_half(
 def test_a_range_that_holds_only_zeros_quantizes_to_zeros():
     g = grid(0.0, 0.0, bits=8, symmetric=False)
     assert float(g.scale) == 1.0
-    values, codes = quantize(jnp.zeros(2), in_steps(jnp.zeros(2), g), g)
+    values, codes = quantize(jnp.zeros(2), in_units(jnp.zeros(2), g), g)
     assert not np.asarray(values).any() and (np.asarray(codes) == -128).all()
 
 

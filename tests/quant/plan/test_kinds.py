@@ -104,7 +104,7 @@ def test_an_embedding_is_codes_and_one_scale_a_row():
     q, s = codes(weights, (1,))
     seen = model.observe(variables, TOKENS)  # Calibration is in float.
     np.testing.assert_array_equal(seen.observed["head", "input"], weights[TOKENS])
-    frozen = model.record(variables, TOKENS).made_from["head", "input"].values
+    frozen = model.record(variables, TOKENS).forms["head", "input"].values
     np.testing.assert_allclose(frozen, (q * s)[TOKENS], rtol=2 * 2**-23)
 
 

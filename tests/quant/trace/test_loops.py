@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import jaxqat
-from jaxqat.quant._trace.program import MAX_TURNS
+from jaxqat.quant._trace.program import MAX_ITERATIONS
 
 RNG = np.random.default_rng(0)
 SEQUENCES = RNG.normal(size=(4, 5, 6)).astype(np.float32)
@@ -133,7 +133,7 @@ def test_a_scanned_stack_of_linen_layers_becomes_an_integer_network():
 def test_a_loop_of_too_many_turns_stays_in_float_and_is_named():
     def function(params, x):
         turn = lambda c, _: (jnp.tanh(c @ params["state"]), None)  # noqa: E731
-        return jax.lax.scan(turn, x @ params["in"], length=MAX_TURNS + 1)[0]
+        return jax.lax.scan(turn, x @ params["in"], length=MAX_ITERATIONS + 1)[0]
 
     model, _, ranges = jaxqat.calibrate(function, PARAMS, [ROWS])
     table = model.describe(PARAMS, ROWS)
@@ -165,7 +165,7 @@ def test_all_turns_of_a_first_layer_have_the_bits_of_the_first_layer():
     model, _, ranges = jaxqat.calibrate(function, PARAMS, [SEQUENCES], recipe)
     record = model.record(PARAMS, ranges, SEQUENCES)
     layers = [layer for layer in record.plan.layers.values() if layer.path == "state"]
-    assert [layer.how.bits for layer in layers] == [8, 8, 8, 4]
+    assert [layer.quantizer.bits for layer in layers] == [8, 8, 8, 4]
 
 
 def test_a_loop_without_turns_gives_what_it_is_given():

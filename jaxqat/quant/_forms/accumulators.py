@@ -1,0 +1,119 @@
+"""The form of an int32 sum of code products, with the affine operations that follow it."""
+
+import dataclasses
+from typing import NamedTuple, Self
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Int8
+
+from jaxqat.quant._forms.exact import quotient, uncontracted
+from jaxqat.quant._forms.forms import Codes, Operation
+from jaxqat.quant._numerics.grids import Grid
+from jaxqat.quant._numerics.products import Product
+
+# A bias of more accumulator units than int32 holds means that the channel is a constant, as when
+# batch norm's gamma is 0.
+_LARGEST_BIAS = 2.0**30
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Multiplied:
+    """Source of an accumulator of products; conversion finds layer, input and weights here."""
+
+    path: str
+    product: Product
+    codes: Codes
+    weight_codes: Int8[Array, "..."]
+    weight_bits: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Summed:
+    """Source of an accumulator of codes alone, as in average pooling."""
+
+    operation: Operation
+    codes: Codes
+
+
+class Coefficients(NamedTuple):
+    """What requantizes an accumulator: round((total + bias) * multiplier).
+
+    Attributes:
+        depends_on_total: Whether the channel depends on the total; otherwise it is the constant
+            bias * multiplier.
+        bias: In accumulator units, int32, without the zero points' correction.
+        weight_scale: Real units per weight code.
+        multiplier: (input_scale * weight_scale) / grid.scale; without a grid not divided.
+    """
+
+    depends_on_total: Bool[Array, "..."]
+    bias: Int[Array, "..."]
+    weight_scale: Float[Array, "..."]
+    multiplier: Float[Array, "..."]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Accumulator:
+    """input_scale * weight_scale * (total + correction) + offset, with integers in the brackets.
+
+    Attributes:
+        total: Sum of products of codes, int32.
+        correction: Integer added to it: the zero points' part.
+        input_scale: Real units per code of the input; a scalar.
+        weight_scale: Real units per code of the weights, times later factors; broadcastable to
+            total.
+        offset: Bias in real units; broadcastable to total.
+        source: What was summed.
+    """
+
+    total: Int[Array, "..."]
+    correction: Int[Array, "..."]
+    input_scale: Float[Array, ""]
+    weight_scale: Float[Array, "..."]
+    offset: Float[Array, "..."]
+    source: Multiplied | Summed
+
+    def in_units(self, grid: Grid) -> Float[Array, "..."]:
+        """Return the tensor in units of the grid's scale, rounded to integers, not clipped."""
+        return jnp.round(self._scaled(grid))
+
+    def real(self) -> Float[Array, "..."]:
+        """Return the tensor as the integer network computes it: bias in whole accumulator units."""
+        return self._scaled(None)
+
+    def _scaled(self, grid: Grid | None) -> Float[Array, "..."]:
+        depends, bias, _, multiplier = self.coefficients(grid)
+        total = jnp.where(depends, self.total, 0)
+        correction = jnp.where(depends, self.correction, 0)
+        # One conversion of one int32 sum: in float32 the order of two additions would matter
+        # beyond 2**24.
+        return (total + (bias + correction)).astype(jnp.float32) * multiplier
+
+    def coefficients(self, grid: Grid | None) -> Coefficients:
+        """Return what requantizes the accumulator to a grid.
+
+        The order of these operations is that of ONNX Runtime's QLinearConv, so both have the same
+        bits.
+        """
+        scale = self.input_scale * self.weight_scale
+        depends = jnp.abs(self.offset) < jnp.abs(scale) * _LARGEST_BIAS
+        bias = jnp.round(self.offset / jnp.where(depends, scale, 1.0))
+        bias = jnp.where(depends, bias, 1.0).astype(jnp.int32)
+        constant = quotient(self.offset, self.input_scale)
+        weight_scale = jnp.where(depends, self.weight_scale, constant)
+        multiplier = self.input_scale * weight_scale
+        if grid is not None:
+            multiplier = quotient(multiplier, grid.scale)
+        return Coefficients(depends, bias, weight_scale, multiplier)
+
+    def times(self, factor: Array) -> Self:
+        """Return the form of the tensor multiplied by per-channel factors."""
+        return dataclasses.replace(
+            self,
+            weight_scale=self.weight_scale * factor,
+            offset=uncontracted(self.offset * factor),
+        )
+
+    def plus(self, term: Array) -> Self:
+        """Return the form of the tensor with per-channel terms added."""
+        return dataclasses.replace(self, offset=self.offset + term)

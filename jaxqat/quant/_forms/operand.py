@@ -1,0 +1,60 @@
+"""What an operation reads, and what its form rule asks about it."""
+
+import dataclasses
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import jax.numpy as jnp
+from jax.core import Tracer
+from jaxtyping import Array
+
+from jaxqat.quant._forms.forms import Either, Form, Real
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Operand:
+    """What an operation reads: a tensor and its form.
+
+    Attributes:
+        values: The float tensor; None inside a call that stays whole.
+        form: Its integer form, if it has one.
+        constant: Whether it depends on parameters and constants only, never on the data.
+        float_reason: The operation without an integer form before it, for messages.
+        holds: Whether the form describes the values: where layers are switched (`Evaluator`), a
+            boolean known when the program runs; else True.
+    """
+
+    values: Array | None
+    form: Form | None
+    constant: bool
+    float_reason: str | None = None
+    holds: Any = True
+
+    @property
+    def any_form(self) -> Form | None:
+        """The form, or the float tensor as one."""
+        real = None if self.values is None else Real(self.values, self.float_reason)
+        if self.form is None or self.holds is True or real is None:
+            return self.form or real
+        return Either(self.holds, self.form, real)
+
+
+def any_of(flags: Iterable[Any]) -> Any:
+    """Return whether one flag is set: True where that is known already, else an array."""
+    flags = list(flags)
+    return True if any(f is True for f in flags) else functools.reduce(jnp.logical_or, flags)
+
+
+def is_channelwise(shape: tuple[int, ...], output_shape: tuple[int, ...]) -> bool:
+    """Return whether coefficients of this shape are one per channel of an output, or one in all."""
+    if not shape:
+        return True
+    return len(shape) == len(output_shape) and sum(n != 1 for n in shape) <= 1
+
+
+def is_number(values: Any, equal_to: float | None = None) -> bool:
+    """Return whether this is a number known while tracing (and equal to the given one)."""
+    if values is None or isinstance(values, Tracer) or jnp.ndim(values) != 0:
+        return False
+    return equal_to is None or float(values) == equal_to

@@ -1,0 +1,120 @@
+"""The one table of what the quantizer knows about JAX primitives.
+
+The planner asks the table where a search may walk back through an operation, and the interpreter
+which integer form a result has. A primitive that is not in the table has no integer form, and no
+search walks through it. To support an operation, add its entry here, and its form rule to `rules`.
+"""
+
+import dataclasses
+import enum
+
+from jaxqat.quant._forms import rules
+from jaxqat.quant._forms.rules import FormRule
+from jaxqat.quant._trace.program import PRODUCTS
+
+
+class Kind(enum.Enum):
+    """What an operation does with values."""
+
+    CAST = "changes the type"
+    COPY = "returns the same values"
+    MOVE = "moves elements, or repeats or leaves out some"
+    PAD = "puts a border around a tensor"
+    PICK = "picks one element of each window"
+    JOIN = "puts tensors side by side"
+    AFFINE = "multiplies or adds, element by element"
+    CLIP = "bounds each element"
+    SELECT = "chooses each element from several tensors, as dropout does with a mask"
+    SUM = "sums elements, as average pooling does"
+    REDUCE = "reduces elements in another way"
+    CALL = "calls a function that the trace keeps whole, as `jax.nn.relu` is"
+    PRODUCT = "multiplies tensors: a layer, if one side depends on parameters only"
+    OTHER_PRODUCT = "multiplies tensors in a way that has no integer form here"
+    LOOKUP = "picks rows of a table: an embedding, if that depends on parameters only"
+    UNKNOWN = "is not in the table"
+
+
+@dataclasses.dataclass(frozen=True)
+class Primitive:
+    """What the quantizer knows about one primitive.
+
+    Attributes:
+        kind: What it does with values.
+        form: Derives the integer form of its result; None if it has none.
+        may_be_statistic: Whether reducing over the batch with it makes a batch statistic.
+        joins_branches: Whether two tensors that depend on the data meet in it as in a residual
+            addition.
+    """
+
+    kind: Kind
+    form: FormRule | None = None
+    may_be_statistic: bool = False
+    joins_branches: bool = False
+
+    @property
+    def is_pointwise(self) -> bool:
+        """Whether each element of the result depends on that element of the operands only."""
+        return self.kind in (Kind.CAST, Kind.COPY, Kind.AFFINE, Kind.CLIP, Kind.SELECT)
+
+    @property
+    def keeps_values(self) -> bool:
+        """Whether its result holds the operand's values, moved, or zeros: both share codes."""
+        return self.kind in (Kind.CAST, Kind.COPY, Kind.MOVE, Kind.PAD)
+
+    @property
+    def picks_values(self) -> bool:
+        """Whether its result holds some of the operand's values: codes go through it."""
+        return self.keeps_values or self.kind is Kind.PICK
+
+    @property
+    def is_walked_through(self) -> bool:
+        """Whether the search for a residual addition or a pool walks back through it.
+
+        A call is walked through if its body only clips; the planner looks inside.
+        """
+        return self.picks_values or self.is_pointwise
+
+
+PRIMITIVES: dict[str, Primitive] = {
+    "convert_element_type": Primitive(Kind.CAST, rules.same),
+    "copy": Primitive(Kind.COPY, rules.same),
+    "optimization_barrier": Primitive(Kind.COPY, rules.same),
+    "broadcast_in_dim": Primitive(Kind.MOVE, rules.moved),
+    "expand_dims": Primitive(Kind.MOVE, rules.moved),
+    "reshape": Primitive(Kind.MOVE, rules.moved),
+    "rev": Primitive(Kind.MOVE, rules.moved),
+    "slice": Primitive(Kind.MOVE, rules.moved),
+    "squeeze": Primitive(Kind.MOVE, rules.moved),
+    "transpose": Primitive(Kind.MOVE, rules.moved),
+    "pad": Primitive(Kind.PAD, rules.padded),
+    "reduce_window_max": Primitive(Kind.PICK, rules.moved),
+    "concatenate": Primitive(Kind.JOIN, rules.joined),
+    "add": Primitive(Kind.AFFINE, rules.added, joins_branches=True),
+    "sub": Primitive(Kind.AFFINE, rules.subtracted),
+    "mul": Primitive(Kind.AFFINE, rules.multiplied),
+    "div": Primitive(Kind.AFFINE, rules.divided),
+    "neg": Primitive(Kind.AFFINE, rules.negated),
+    "max": Primitive(Kind.CLIP, rules.at_least),
+    "min": Primitive(Kind.CLIP, rules.at_most),
+    "select_n": Primitive(Kind.SELECT),
+    "reduce_sum": Primitive(Kind.SUM, rules.summed, may_be_statistic=True),
+    "reduce_window_sum": Primitive(Kind.SUM, rules.summed),
+    "reduce_max": Primitive(Kind.REDUCE, may_be_statistic=True),
+    "reduce_min": Primitive(Kind.REDUCE, may_be_statistic=True),
+    "reduce_prod": Primitive(Kind.REDUCE, may_be_statistic=True),
+    # Its form is that of its body (`derive.form_of`).
+    "custom_jvp_call": Primitive(Kind.CALL),
+    # The trace already has to know these: it takes calls apart that hold them.
+    **{name: Primitive(Kind.PRODUCT) for name in sorted(PRODUCTS)},
+    "ragged_dot": Primitive(Kind.OTHER_PRODUCT),
+    "ragged_dot_general": Primitive(Kind.OTHER_PRODUCT),
+    "scaled_dot": Primitive(Kind.OTHER_PRODUCT),
+    "scaled_matmul": Primitive(Kind.OTHER_PRODUCT),
+    "gather": Primitive(Kind.LOOKUP),
+}
+_UNKNOWN = Primitive(Kind.UNKNOWN)
+
+
+def primitive_of(name: str) -> Primitive:
+    """Return the entry of the primitive of this name; an empty one if it has none."""
+    return PRIMITIVES.get(name, _UNKNOWN)

@@ -1,0 +1,153 @@
+"""Form rules: the integer form of an operation's result, given the forms of what it reads.
+
+Each rule takes the operation, its operands (at least one of them has a form) and the shape of the
+result, and returns the form of the result, or None if there is none. `primitives` says which
+primitive has which rule.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from jaxqat.quant._forms.accumulators import Accumulator, Summed
+from jaxqat.quant._forms.forms import Clamp, Codes, Form, Joined, Moved, Operation, Sum
+from jaxqat.quant._forms.operand import Operand, is_channelwise, is_number
+
+Shape = tuple[int, ...]
+FormRule = Callable[[Operation, list[Operand], Shape], Form | None]
+
+
+def same(operation: Operation, operands: list[Operand], shape: Shape) -> Form | None:
+    """Form of a result with the operand's own values (cast, copy)."""
+    del operation, shape
+    return operands[0].form
+
+
+def moved(operation: Operation, operands: list[Operand], shape: Shape) -> Form | None:
+    """Form of moved or picked elements: the operation on codes, or on rounded values."""
+    del shape
+    form = operands[0].form
+    if form is None:
+        return None
+    if isinstance(form, Codes):
+        return Codes(operation.bind(form.codes), form.grid, moved=(operation, form))
+    return Moved(form, operation)
+
+
+def padded(operation: Operation, operands: list[Operand], shape: Shape) -> Form | None:
+    """Form of a tensor with zeros around: its zero point around codes, 0 around rounded values."""
+    del shape
+    form, fill = operands[0].form, operands[1]
+    if form is None or not fill.constant or not is_number(fill.values, 0.0):
+        return None
+    if isinstance(form, Codes):
+        codes = operation.bind(form.codes, form.grid.zero.astype(jnp.int8))
+        return Codes(codes, form.grid, moved=(operation, form))
+
+    def bind(units: Array) -> Array:
+        return operation.bind(units, jnp.float32(0))
+
+    return Moved(form, Operation(operation.name, operation.params, bind))
+
+
+def joined(operation: Operation, operands: list[Operand], shape: Shape) -> Form | None:
+    """Form of tensors side by side: each of them is rounded to the common grid."""
+    del shape
+    parts = tuple(form for operand in operands if (form := operand.any_form) is not None)
+    return Joined(parts, operation) if len(parts) == len(operands) else None
+
+
+def summed(operation: Operation, operands: list[Operand], shape: Shape) -> Form | None:
+    """Form of a sum of elements: an int32 accumulator of codes."""
+    del shape
+    form = operands[0].form
+    if not isinstance(form, Codes):
+        return None
+    total = operation.bind(form.codes.astype(jnp.int32) - form.grid.zero.astype(jnp.int32))
+    source = Summed(operation, form)
+    nothing = jnp.float32(0)
+    return Accumulator(total, jnp.int32(0), form.grid.scale, jnp.float32(1), nothing, source)
+
+
+def at_least(operation: Operation, operands: list[Operand], shape: Shape) -> Form | None:
+    """Form of the maximum of a tensor and a number, as in ReLU."""
+    del operation, shape
+    found = _with_number(operands)
+    return None if found is None else Clamp(found[0], low=found[1])
+
+
+def at_most(operation: Operation, operands: list[Operand], shape: Shape) -> Form | None:
+    """Form of the minimum of a tensor and a number, as in ReLU6."""
+    del operation, shape
+    found = _with_number(operands)
+    return None if found is None else Clamp(found[0], high=found[1])
+
+
+def _with_number(operands: list[Operand]) -> tuple[Form, float] | None:
+    """A form and the number on the other side of it."""
+    for operand, bound in (operands, operands[::-1]):
+        if operand.form is not None and bound.constant and is_number(bound.values):
+            return operand.form, float(bound.values)  # pyright: ignore[reportArgumentType]
+    return None
+
+
+def negated(operation: Operation, operands: list[Operand], shape: Shape) -> Form | None:
+    """Form of -x, x an accumulator."""
+    del operation, shape
+    form = operands[0].form
+    return form.times(jnp.float32(-1)) if isinstance(form, Accumulator) else None
+
+
+def multiplied(operation: Operation, operands: list[Operand], shape: Shape) -> Form | None:
+    """Form of x * c, x an accumulator and c one factor per channel."""
+    del operation
+    found = _with_coefficients(operands, shape)
+    return None if found is None else found[0].times(found[1])
+
+
+def divided(operation: Operation, operands: list[Operand], shape: Shape) -> Form | None:
+    """Form of x / c, x an accumulator and c one divisor per channel."""
+    del operation
+    found = _with_coefficients(operands, shape)
+    if found is None:
+        return None
+    form, divisor, is_left = found
+    return form.times(1.0 / divisor) if is_left else None
+
+
+def subtracted(operation: Operation, operands: list[Operand], shape: Shape) -> Form | None:
+    """Form of x - c or c - x, x an accumulator and c one term per channel."""
+    del operation
+    found = _with_coefficients(operands, shape)
+    if found is None:
+        return None
+    form, term, is_left = found
+    return form.plus(-term) if is_left else form.times(jnp.float32(-1)).plus(term)
+
+
+def added(operation: Operation, operands: list[Operand], shape: Shape) -> Form | None:
+    """Form of x + c, x an accumulator and c one term per channel; or of a residual addition."""
+    del operation
+    found = _with_coefficients(operands, shape)
+    if found is not None:
+        return found[0].plus(found[1])
+    left, right = (operand.any_form for operand in operands)
+    if left is None or right is None or any(o.constant for o in operands):
+        return None
+    return Sum(left, right)
+
+
+def _with_coefficients(
+    operands: list[Operand], shape: Shape
+) -> tuple[Accumulator, Array, bool] | None:
+    """An accumulator, the coefficients on the other side, and whether it is the left operand."""
+    for is_left, (operand, other) in ((True, operands), (False, operands[::-1])):
+        form, values = operand.form, other.values
+        if not isinstance(form, Accumulator) or not other.constant or values is None:
+            continue
+        if form.total.shape != tuple(shape) or not is_channelwise(jnp.shape(values), shape):
+            continue
+        return form, jax.lax.stop_gradient(jnp.asarray(values, jnp.float32)), is_left
+    return None

@@ -1,0 +1,182 @@
+"""The loop over a plan's operations."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxqat.quant import _forms as forms
+from jaxqat.quant._forms.derive import form_of
+from jaxqat.quant._forms.operand import any_of
+from jaxqat.quant._interpret.layers import EvaluatedLayer, LayerEvaluator
+from jaxqat.quant._interpret.modes import LayerSwitches, Mode, Switches
+from jaxqat.quant._interpret.states import States
+from jaxqat.quant._numerics import activations, grids, ranges
+from jaxqat.quant._plan.plan import PARAMETERS, Pair, Plan, QuantizedTensor
+from jaxqat.quant._trace.arguments import Key
+from jaxqat.quant._trace.program import Atom, Constant, Node
+from jaxqat.quant.recipe import Recipe
+
+
+class Evaluator:
+    """Evaluates one plan.
+
+    With `switches`, one compiled program serves every choice of layers. A layer that is off
+    multiplies in float. A tensor is quantized if at least one layer that reads it is on, for all
+    its readers; likewise a sum or a pool before it. The result is that of a recipe with a rule that
+    leaves the other layers in float, except that a tensor that is not quantized is not rounded as a
+    term of a sum either.
+
+    Attributes:
+        plan: The plan.
+        state: All ranges before the evaluation.
+        new_ranges: All ranges after it; those that it did not meet are unchanged.
+        codes: Codes and grid of each quantized tensor, by key.
+        forms: The form that each of them was rounded from.
+        observed: The float tensors in their places, after calibration.
+        layers: Each planned layer with its result, by index in the plan's table; for a loop, of
+            the last iteration.
+        outputs: The results with their forms.
+        results: The results.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        recipe: Recipe,
+        state: Mapping[Key, ranges.Range],
+        mode: Mode,
+        switches: Switches | None = None,
+    ):
+        self.plan, self.state = plan, state
+        self.codes: dict[Key, forms.Codes] = {}
+        self.forms: dict[Key, forms.Form] = {}
+        self.observed: dict[Key, jax.Array] = {}
+        self.layers: dict[int, EvaluatedLayer] = {}
+        self.outputs: list[forms.Operand] = []
+        self.results: list[Any] = []
+        self._mode, self._switches = mode, LayerSwitches(plan, switches)
+        self._states = States(state, mode, recipe.range_decay)
+        self._known: dict[int, forms.Operand] = {}
+        self._layers = LayerEvaluator(plan, self._states, mode, self._switches, self._read)
+
+    @property
+    def new_ranges(self) -> dict[Key, ranges.Range]:
+        """All ranges after the evaluation."""
+        return self._states.after
+
+    def run(self, arguments: list[Any]) -> list[Any]:
+        """Run the program; return its results."""
+        program = self.plan.program
+        for number, value in (
+            *zip(program.inputs, arguments, strict=True),
+            *program.constants.items(),
+        ):
+            self._write(number, value, None, None)
+        for node in program.nodes:
+            if node in self.plan.layers:
+                self._run_layer(node)
+            else:
+                self._run_operation(node)
+        self.outputs = [self._read(a) for a in program.outputs]
+        self.results = [self._result(output) for output in self.outputs]
+        return self.results
+
+    def _run_layer(self, node: Node) -> None:
+        layer = self.plan.layers[node]
+        if not isinstance(layer, Pair):
+            self._states.observe_weights(layer, self._read(layer.weights).values)
+        if self._mode is Mode.CALIBRATE:
+            values = self._run_operation(node)[0]
+        else:
+            with jax.named_scope(layer.path):  # Kernels have the layer's name.
+                values, form, reason = self._layers.result(node, layer)
+            switch = self._switches.layer(layer.path)
+            self._write(node.outputs[0], values, form, reason, switch)
+        self.layers[layer.index] = self._layers.evaluated(layer, values)
+
+    def _run_operation(self, node: Node) -> list[Any]:
+        """Run an operation in float, and derive the form of its result."""
+        operands = [self._read(a) for a in node.inputs]
+        results = node.bind(*(o.values for o in operands))
+        form = form_of(node, operands, results[0]) if len(results) == 1 else None
+        reason = None if form is not None else self._float_reason(node, operands)
+        holds = True
+        if form is not None:
+            holds = any_of(o.holds for o in operands if o.form is not None)
+        for number, values in zip(node.outputs, results, strict=True):
+            self._write(number, self._uncontracted(node, number, values), form, reason, holds)
+        return results
+
+    def _result(self, output: forms.Operand) -> Any:
+        """Return an output of the model; with frozen ranges, the integer network's number."""
+        if self._mode is not Mode.FROZEN or not isinstance(output.form, forms.Accumulator):
+            return output.values
+        assert output.values is not None
+        real = output.form.real()
+        if output.holds is not True:
+            real = jnp.where(output.holds, real, output.values)
+        return activations.in_place_of(output.values, jax.lax.stop_gradient(real))
+
+    def _uncontracted(self, node: Node, number: int, values: Any) -> Any:
+        """Keep a product of parameters from being contracted (`forms.uncontracted`).
+
+        Forms take their coefficients from such products. Training, which follows its batch
+        statistics anyway, does not need it.
+        """
+        frozen = self._mode is Mode.FROZEN and self.plan.level[number] == PARAMETERS
+        if frozen and node.name == "mul" and values.dtype == jnp.float32:
+            return forms.uncontracted(values)
+        return values
+
+    def _float_reason(self, node: Node, operands: list[forms.Operand]) -> str | None:
+        before = next((o.float_reason for o in operands if o.float_reason is not None), None)
+        return before or (node.where if not all(o.constant for o in operands) else None)
+
+    def _read(self, atom: Atom) -> forms.Operand:
+        if isinstance(atom, Constant):
+            return forms.Operand(atom.value, None, True)
+        return self._known[atom]
+
+    def _write(
+        self,
+        number: int,
+        values: Any,
+        form: forms.Form | None,
+        float_reason: str | None,
+        holds: Any = True,
+    ) -> None:
+        """Set a variable; quantize it if the plan says so."""
+        tensor = self.plan.tensors.get(number)
+        constant = self.plan.level[number] == PARAMETERS
+        if tensor is not None:
+            real, before = values, forms.Operand(values, form, constant, float_reason, holds)
+            holds = self._switches.tensor(tensor)
+            values, form = self._quantize(
+                tensor, values, before.any_form or forms.Real(values, float_reason)
+            )
+            if holds is not True:
+                values = jnp.where(holds, values, real)
+        reason = float_reason if not form else None
+        self._known[number] = forms.Operand(values, form, constant, reason, holds)
+
+    def _quantize(
+        self, tensor: QuantizedTensor, values: Any, form: forms.Form
+    ) -> tuple[Any, forms.Form | None]:
+        """Round a tensor to its grid; only observe it while calibrating."""
+        grid = self._states.grid(tensor, values)
+        if grid is None:
+            self.observed[tensor.key] = values
+            return values, None
+        self.forms[tensor.key] = form
+        values, codes = activations.quantize(
+            values, form.in_units(_constant(grid)), grid, learned=tensor.learned
+        )
+        self.codes[tensor.key] = forms.Codes(codes, _constant(grid), tensor.key)
+        return values, self.codes[tensor.key]
+
+
+def _constant(grid: grids.Grid) -> grids.Grid:
+    """Return the grid without the gradient of a learned scale, which `quantize` gives it."""
+    return jax.tree.map(jax.lax.stop_gradient, grid)
