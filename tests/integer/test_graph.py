@@ -176,7 +176,7 @@ def test_an_addition_has_a_multiplier_for_each_input():
 
 @pytest.mark.parametrize("changes", [{"zero_point": 3}, {"low": -120}, {"high": 100}], ids=str)
 def test_codes_are_not_moved_onto_another_grid(changes):
-    """A lowering that stores codes by their bounds would read them with another offset."""
+    """A platform that stores codes by their bounds would read them with another offset."""
     with refused("node 'pool': moves codes .* from 'stem/output' to 'pool/output'.*the same"):
         with_tensor(GRAPH, "pool/output", **changes)
 
