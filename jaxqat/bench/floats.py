@@ -123,7 +123,7 @@ class FloatNetwork(ABC):
             case "pad":
                 return self.pad(x, node.padding)
             case "slice":
-                parts = zip(node.starts[1:], node.stops[1:], node.steps[1:], strict=True)
+                parts = zip(node.starts[1:], node.stops[1:], node.strides[1:], strict=True)
                 return x[(slice(None), *(slice(*part) for part in parts))]
 
 

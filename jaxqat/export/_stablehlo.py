@@ -138,7 +138,7 @@ def _program(graph: IntegerGraph, platforms: tuple[str, ...]) -> Any:
     def run(platform: Platform) -> Any:
         def on_platform(images: jax.Array, arrays: Any) -> jax.Array:
             parameters = platform.parameters_from(arrays)
-            apply = lambda x: platform.result(platform.run(parameters, x))  # noqa: E731
+            apply = lambda x: platform.result(platform.visit(x, parameters))  # noqa: E731
             return platform.batched(apply)(images)
 
         return on_platform

@@ -66,15 +66,15 @@ class Executor:
         """`__call__` as a pure function of the parameters, to be compiled by the caller."""
 
         def result(images: Array) -> Array:
-            return self._platform.result(self._platform.run(parameters, images))
+            return self._platform.result(self._platform.visit(images, parameters))
 
         return self._platform.batched(result)(images)
 
     def _all_codes(self, parameters: Any, images: Array) -> dict[str, Array]:
         def codes(images: Array) -> dict[str, Array]:
-            values = self._platform.run(parameters, images)
-            kept = (name for name in self.graph.tensors if name in values)
-            return {name: self._platform.codes(name, values[name]) for name in kept}
+            values = self._platform.visit(images, parameters)
+            present = (name for name in self.graph.tensors if name in values)
+            return {name: self._platform.codes(name, values[name]) for name in present}
 
         return self._platform.batched(codes)(images)
 
