@@ -29,7 +29,7 @@ from jaxqat.errors import (
     InputError,
     RunError,
 )
-from jaxqat.integer._execute.executor import LOWERINGS
+from jaxqat.integer._execute.executor import PLATFORMS
 from jaxqat.lowering import TARGETS
 from jaxqat.pipeline import config as configs
 from jaxqat.pipeline.config import Experiment
@@ -246,7 +246,7 @@ def add_lowering_arguments(parser: Parser) -> None:
     parser.add_argument("--target", choices=tuple(TARGETS), required=True, help="The device.")
     parser.add_argument(
         "--executor",
-        choices=tuple(LOWERINGS),
+        choices=tuple(PLATFORMS),
         default=None,
         help="A way to run on it; by default, the way that is taken on such a device.",
     )

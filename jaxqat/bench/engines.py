@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxqat.bench.floats import JaxNetwork, TorchNetwork
 from jaxqat.bench.timing import Call
-from jaxqat.integer._execute.executor import LOWERINGS, make_executor
+from jaxqat.integer._execute.executor import PLATFORMS, make_executor
 from jaxqat.integer.graph import IntegerGraph
 
 Bind = Callable[[np.ndarray], Call]
@@ -91,13 +91,12 @@ def engines_of(device: str) -> list[Engine]:
         Engine(f"jax_{p}", f"JAX {names[p]}", ("jax",), p, "float", _make_jax_float(p))
         for p in precisions
     ]
-    for lowering in LOWERINGS:
-        if lowering.split("_")[0] == device:
-            key = "jax_int8" + lowering.removeprefix(device)
-            label = f"JAX int8 ({lowering})" if device == "cuda" else "JAX int8"
-            kind = "near" if lowering.endswith("approximate") else "exact"
-            make = _make_jax_integer(lowering)
-            engines.append(Engine(key, label, ("jax",), "int8", kind, make))
+    for name in PLATFORMS:
+        if name.split("_")[0] == device:
+            key = "jax_int8" + name.removeprefix(device)
+            label = f"JAX int8 ({name})" if device == "cuda" else "JAX int8"
+            make = _make_jax_integer(name)
+            engines.append(Engine(key, label, ("jax",), "int8", "exact", make))
     return engines + (CPU_ENGINES if device == "cpu" else [])
 
 
@@ -114,8 +113,8 @@ def _make_jax_float(precision: str) -> Callable[[Setup], Bind]:
     return make
 
 
-def _make_jax_integer(lowering: str) -> Callable[[Setup], Bind]:
-    return lambda setup: _bind_jax(make_executor(setup.graph, platform=lowering))
+def _make_jax_integer(name: str) -> Callable[[Setup], Bind]:
+    return lambda setup: _bind_jax(make_executor(setup.graph, platform=name))
 
 
 def _bind_jax(function: Callable[[Any], jax.Array]) -> Bind:

@@ -1,12 +1,9 @@
 """The same network in float, in JAX and in PyTorch: what integers are compared with.
 
-Weights are code * weight_scale and biases bias * scale_in * weight_scale, batch norm folded into
-both as in the integer network, so that neither side does more than the other. Nothing is rounded
-to a grid; a tensor's grid shows only as ReLU, where its smallest code is its zero point, and as an
-upper bound, where the largest code that it holds is below 127.
+What the network in float is, `FloatVisitor` says; here are the operations of both libraries.
 """
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from typing import Any
 
 import jax
@@ -15,6 +12,7 @@ import numpy as np
 from jax import lax
 
 from jaxqat.integer import graph as g
+from jaxqat.integer._float_visitor import FloatVisitor
 
 Arrays = dict[str, tuple[Any, Any]]
 """Weights and bias of each product, by node."""
@@ -23,96 +21,31 @@ Arrays = dict[str, tuple[Any, Any]]
 _PRECISIONS = {"fp32": "float32", "tf32": "tensorfloat32", "bf16": "default"}
 
 
-class FloatNetwork(ABC):
-    """Evaluates a graph in float; tensors are in JAX's layout, channels last.
+class FloatNetwork(FloatVisitor[Any]):
+    """Computes a graph in float on arrays in JAX's layout, channels last."""
 
-    Attributes:
-        graph: Which.
-    """
-
-    def __init__(self, graph: g.IntegerGraph):
-        self.graph = graph
-
-    def folded(self) -> Arrays:
-        """float32 weights and biases."""
-        arrays = {}
-        for node in self.graph.products():
-            scale = self.graph.tensors[node.inputs[0]].scale * node.weight_scale
-            weights = node.weights.astype(np.float32) * node.weight_scale
-            arrays[node.name] = (weights, (node.bias * scale).astype(np.float32))
-        return arrays
+    def all_folded(self) -> Arrays:
+        """Return the float32 weights and bias of each product, by node."""
+        return {node.name: self.folded(node) for node in self.graph.products()}
 
     def run(self, arrays: Arrays, images: Any) -> Any:
-        """The network's result."""
-        values: dict[str, Any] = {}
-        for node in self.graph.nodes:
-            inputs = [values[name] for name in node.inputs]
-            values[node.output] = self._bounded(node, self._node(node, arrays, inputs, images))
-        return values[self.graph.output]
+        """Return the network's result."""
+        return self.visit(images, arrays)[self.graph.output]
 
-    @abstractmethod
-    def product(self, node: g.Product, weights: Any, bias: Any, x: Any) -> Any:
-        """A convolution or a dense layer."""
+    def quantize(self, node: g.Quantize, images: Any) -> Any:
+        """Return the images: nothing is rounded."""
+        return images
 
-    @abstractmethod
+    def add(self, node: g.Add, inputs: list[Any]) -> Any:
+        """Return the sum of one or two tensors."""
+        return inputs[0] if len(inputs) == 1 else inputs[0] + inputs[1]
+
     def sum_pool(self, node: g.SumPool, x: Any) -> Any:
-        """Sums of windows, or over all of space."""
+        """Return averages of windows, or over all of space."""
+        return self.window_sums(node, x) * self.pool_factor(node)
 
-    @abstractmethod
-    def max_pool(self, node: g.MaxPool, x: Any) -> Any:
-        """Maxima of windows; borders never win."""
-
-    @abstractmethod
-    def concatenate(self, values: list[Any], axis: int) -> Any:
-        """Tensors side by side."""
-
-    @abstractmethod
-    def pad(self, x: Any, padding: tuple[tuple[int, int], ...]) -> Any:
-        """Zeros before and after each axis."""
-
-    @abstractmethod
-    def permute(self, x: Any, axes: tuple[int, ...]) -> Any:
-        """Axes in another order."""
-
-    @abstractmethod
-    def flip(self, x: Any, axes: tuple[int, ...]) -> Any:
-        """Axes reversed."""
-
-    @abstractmethod
-    def bound(self, x: Any, low: float | None, high: float | None) -> Any:
-        """Values within bounds; None is no bound."""
-
-    def _node(self, node: g.Node, arrays: Arrays, inputs: list[Any], images: Any) -> Any:
-        match node:
-            case g.Quantize():
-                return images
-            case g.Product():
-                return self.product(node, *arrays[node.name], inputs[0])
-            case g.Add():
-                return inputs[0] if len(inputs) == 1 else inputs[0] + inputs[1]
-            case g.SumPool():
-                return self._scaled(node, self.sum_pool(node, inputs[0]))
-            case g.MaxPool():
-                return self.max_pool(node, inputs[0])
-            case g.Concat():
-                return self.concatenate(inputs, node.axis)
-            case g.Move():
-                return self._move(node, inputs[0])
-        raise ValueError(f"node {node.name!r}: {type(node).__name__} has no float form.")
-
-    def _bounded(self, node: g.Node, x: Any) -> Any:
-        out = self.graph.tensors.get(node.output)
-        if out is None or isinstance(node, g.Quantize | g.Move | g.MaxPool | g.Concat):
-            return x
-        low = 0.0 if out.low >= out.zero_point else None
-        top = float((out.high - out.zero_point) * out.scale) if out.high < g.CODE_MAX else None
-        return x if low is None and top is None else self.bound(x, low, top)
-
-    def _scaled(self, node: g.SumPool, total: Any) -> Any:
-        source, out = self.graph.tensors[node.inputs[0]], self.graph.tensors.get(node.output)
-        return total * float(node.multiplier * (1.0 if out is None else out.scale) / source.scale)
-
-    def _move(self, node: g.Move, x: Any) -> Any:
+    def move(self, node: g.Move, x: Any) -> Any:
+        """Return the elements in other places."""
         match node.kind:
             case "reshape":
                 return x.reshape(x.shape[0], *node.shape)
@@ -123,8 +56,23 @@ class FloatNetwork(ABC):
             case "pad":
                 return self.pad(x, node.padding)
             case "slice":
-                parts = zip(node.starts[1:], node.stops[1:], node.steps[1:], strict=True)
-                return x[(slice(None), *(slice(*part) for part in parts))]
+                return x[(slice(None), *node.slices)]
+
+    @abstractmethod
+    def window_sums(self, node: g.SumPool, x: Any) -> Any:
+        """Return sums of windows, or over all of space."""
+
+    @abstractmethod
+    def pad(self, x: Any, padding: tuple[tuple[int, int], ...]) -> Any:
+        """Add zeros before and after each axis."""
+
+    @abstractmethod
+    def permute(self, x: Any, axes: tuple[int, ...]) -> Any:
+        """Put the axes in another order."""
+
+    @abstractmethod
+    def flip(self, x: Any, axes: tuple[int, ...]) -> Any:
+        """Reverse axes."""
 
 
 class JaxNetwork(FloatNetwork):
@@ -143,7 +91,7 @@ class JaxNetwork(FloatNetwork):
 
     def arrays(self) -> Arrays:
         """On the device, in the precision they are computed with, laid out as it wants them."""
-        folded = self.folded()
+        folded = self.all_folded()
         if self.outputs_first:
             for node in self.graph.products():
                 weights, bias = folded[node.name]
@@ -156,8 +104,9 @@ class JaxNetwork(FloatNetwork):
         with jax.default_matmul_precision(_PRECISIONS[self.precision]):
             return self.run(arrays, images.astype(self.dtype)).astype(jnp.float32)
 
-    def product(self, node: g.Product, weights: Any, bias: Any, x: Any) -> Any:
-        """A convolution or a dense layer."""
+    def product(self, node: g.Product, arrays: Any, x: Any) -> Any:
+        """Compute a convolution or a dense layer."""
+        weights, bias = arrays
         if node.kind == "dense":
             return x.astype(self.dtype) @ weights + bias
         spatial = "DHW"[3 - len(node.window) :]
@@ -173,7 +122,7 @@ class JaxNetwork(FloatNetwork):
         )
         return total + bias
 
-    def sum_pool(self, node: g.SumPool, x: Any) -> Any:
+    def window_sums(self, node: g.SumPool, x: Any) -> Any:
         """Sums in float32, as networks of lower precision average."""
         x = x.astype(jnp.float32)
         if node.drop_axes:
@@ -185,9 +134,9 @@ class JaxNetwork(FloatNetwork):
         lowest = np.asarray(-np.inf, x.dtype)
         return lax.reduce_window(x, lowest, lax.max, *_window(node))
 
-    def concatenate(self, values: list[Any], axis: int) -> Any:
+    def concat(self, node: g.Concat, inputs: list[Any]) -> Any:
         """Tensors side by side."""
-        return jnp.concatenate(values, axis)
+        return jnp.concatenate(inputs, node.axis)
 
     def pad(self, x: Any, padding: tuple[tuple[int, int], ...]) -> Any:
         """Zeros around."""
@@ -201,7 +150,7 @@ class JaxNetwork(FloatNetwork):
         """Axes reversed."""
         return jnp.flip(x, axes)
 
-    def bound(self, x: Any, low: float | None, high: float | None) -> Any:
+    def bound(self, node: g.Node, x: Any, low: float | None, high: float | None) -> Any:
         """Values within bounds."""
         return jnp.clip(x, low, high)
 
@@ -218,7 +167,7 @@ class TorchNetwork(FloatNetwork):
         return {
             node.name: tuple(map(self._tensor, (_outputs_first(node, weights), bias)))
             for node, (weights, bias) in zip(
-                self.graph.products(), self.folded().values(), strict=True
+                self.graph.products(), self.all_folded().values(), strict=True
             )
         }  # pyright: ignore[reportReturnType]
 
@@ -227,8 +176,9 @@ class TorchNetwork(FloatNetwork):
         form = {4: self.torch.channels_last, 5: self.torch.channels_last_3d}.get(tensor.ndim)
         return tensor if form is None else tensor.contiguous(memory_format=form)
 
-    def product(self, node: g.Product, weights: Any, bias: Any, x: Any) -> Any:
-        """A convolution or a dense layer."""
+    def product(self, node: g.Product, arrays: Any, x: Any) -> Any:
+        """Compute a convolution or a dense layer."""
+        weights, bias = arrays
         if node.kind == "dense":
             return self.nn.linear(x, weights, bias)
         sides, padding = node.padding, tuple(low for low, _ in node.padding)
@@ -239,7 +189,7 @@ class TorchNetwork(FloatNetwork):
             convolve(_first(x), weights, bias, node.strides, padding, node.dilation, node.groups)
         )
 
-    def sum_pool(self, node: g.SumPool, x: Any) -> Any:
+    def window_sums(self, node: g.SumPool, x: Any) -> Any:
         """Sums of windows, or over all of space."""
         if node.drop_axes:
             return x.sum(tuple(range(1, x.ndim - 1)))
@@ -253,9 +203,9 @@ class TorchNetwork(FloatNetwork):
         pool = getattr(self.nn, f"max_pool{len(node.window)}d")
         return _last(pool(_first(x), node.window, node.strides))
 
-    def concatenate(self, values: list[Any], axis: int) -> Any:
+    def concat(self, node: g.Concat, inputs: list[Any]) -> Any:
         """Tensors side by side."""
-        return self.torch.cat(values, axis)
+        return self.torch.cat(inputs, node.axis)
 
     def pad(self, x: Any, padding: tuple[tuple[int, int], ...]) -> Any:
         """Zeros around."""
@@ -274,7 +224,7 @@ class TorchNetwork(FloatNetwork):
         """Axes reversed."""
         return x.flip(axes)
 
-    def bound(self, x: Any, low: float | None, high: float | None) -> Any:
+    def bound(self, node: g.Node, x: Any, low: float | None, high: float | None) -> Any:
         """Values within bounds."""
         return self.nn.relu(x) if low == 0 and high is None else x.clamp(low, high)
 

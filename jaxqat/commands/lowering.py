@@ -8,7 +8,7 @@ from rich.console import Console
 
 from jaxqat.bench.networks import WIDTH, random_network
 from jaxqat.commands.export import load_run_network
-from jaxqat.integer._execute.executor import LOWERINGS, make_executor
+from jaxqat.integer._execute.executor import PLATFORMS, make_executor
 from jaxqat.integer._execute.pallas_conv import COMPUTE_CAPABILITY
 from jaxqat.lowering import Compiled, LoweringError, Target, compile_for, print_lowering
 from jaxqat.lowering.targets import get_target
@@ -28,7 +28,7 @@ def lowering(
     Args:
         workdir: The run folder; None for a ResNet-18 with random weights.
         target: A name of `jaxqat.lowering.TARGETS`.
-        executor: A way to run on it, of `jaxqat.integer._execute.executor.LOWERINGS`; None for what
+        executor: A way to run on it, of `jaxqat.integer._execute.executor.PLATFORMS`; None for what
             `make_executor` would take on such a device.
         batch_size: Images at a time.
         width: Of the ResNet-18, where no run is given; None for 64.
@@ -58,7 +58,7 @@ def _executor_for(target: Target, executor: str | None) -> str:
     if executor is None:
         pallas = target.gpu is not None and target.gpu.capability >= COMPUTE_CAPABILITY
         return "cuda_pallas" if pallas else target.platform
-    fitting = [name for name in LOWERINGS if name.split("_")[0] == target.platform]
+    fitting = [name for name in PLATFORMS if name.split("_")[0] == target.platform]
     if executor not in fitting:
         raise LoweringError(
             f"executor must be one of {', '.join(fitting)} for {target.name}, got {executor!r}."

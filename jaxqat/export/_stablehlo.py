@@ -19,10 +19,10 @@ from jax import export, lax
 from jaxqat.errors import ExportError
 from jaxqat.export._files import check_target, write_file
 from jaxqat.integer._execute import Platform
-from jaxqat.integer._execute.executor import LOWERINGS
+from jaxqat.integer._execute.executor import PLATFORMS
 from jaxqat.integer.graph import IntegerGraph
 
-PLATFORMS = ("cpu", "cuda", "tpu")
+EXPORT_PLATFORMS = ("cpu", "cuda", "tpu")
 _MAGIC = b"jaxqat.stablehlo.1"
 
 
@@ -61,7 +61,7 @@ def export_stablehlo(
     path: Path | str,
     *,
     input: Literal["float", "uint8"] = "float",
-    platforms: Sequence[str] = PLATFORMS,
+    platforms: Sequence[str] = EXPORT_PLATFORMS,
     batch: int | None = None,
     overwrite: bool = False,
 ) -> None:
@@ -83,9 +83,11 @@ def export_stablehlo(
     """
     path = Path(path)
     check_target(path, overwrite)
-    unknown = [name for name in platforms if name not in PLATFORMS]
+    unknown = [name for name in platforms if name not in EXPORT_PLATFORMS]
     if unknown or not platforms:
-        raise ExportError(f"platforms must be among {', '.join(PLATFORMS)}, got {platforms!r}.")
+        raise ExportError(
+            f"platforms must be among {', '.join(EXPORT_PLATFORMS)}, got {platforms!r}."
+        )
     if input not in ("float", "uint8"):
         raise ExportError(f"input must be 'float' or 'uint8', got {input!r}.")
     if input == "uint8" and graph.quantize.table is None:
@@ -130,13 +132,13 @@ def _without_tracebacks() -> Iterator[None]:
 
 def _program(graph: IntegerGraph, platforms: tuple[str, ...]) -> Any:
     """Images to logits, with the weights held once for all platforms."""
-    lowered = {name: LOWERINGS[name](graph) for name in platforms}
+    lowered = {name: PLATFORMS[name](graph) for name in platforms}
     arrays = {p.name: {"weights": p.weights, "bias": p.bias} for p in graph.products()}
 
     def run(platform: Platform) -> Any:
         def on_platform(images: jax.Array, arrays: Any) -> jax.Array:
             parameters = platform.parameters_from(arrays)
-            apply = lambda x: platform.result(platform.run(parameters, x))  # noqa: E731
+            apply = lambda x: platform.result(platform.visit(x, parameters))  # noqa: E731
             return platform.batched(apply)(images)
 
         return on_platform

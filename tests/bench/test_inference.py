@@ -210,7 +210,7 @@ def test_all_engines_of_this_machine_agree_on_a_network():
 @pytest.mark.parametrize(
     ("device", "keys"),
     [
-        ("cuda", "jax_fp32 jax_tf32 jax_bf16 jax_int8 jax_int8_pallas jax_int8_approximate"),
+        ("cuda", "jax_fp32 jax_tf32 jax_bf16 jax_int8 jax_int8_pallas"),
         ("tpu", "jax_fp32 jax_bf16 jax_int8"),
     ],
 )

@@ -321,7 +321,7 @@ def moves(m: Maker):
     x = m.same(g.Move, "pad", x, kind="pad", padding=((0, 0), (1, 2), (0, 1), (0, 2)))
     x = m.same(g.Move, "turn", x, kind="transpose", axes=(0, 2, 1, 3))
     rows, columns, _ = m.tensors[x].shape
-    cut = {"starts": (0, 1, 0, 0), "stops": (-1, rows, columns, 6), "steps": (1, 2, 1, 1)}
+    cut = {"starts": (0, 1, 0, 0), "stops": (-1, rows, columns, 6), "strides": (1, 2, 1, 1)}
     x = m.same(g.Move, "cut", x, kind="slice", **cut)
     x = m.same(g.Move, "mirror", x, kind="reverse", axes=(2,))
     return m.finish(m.conv("conv2", x, 4, window=1, relu=False))

@@ -176,7 +176,7 @@ def test_an_addition_has_a_multiplier_for_each_input():
 
 @pytest.mark.parametrize("changes", [{"zero_point": 3}, {"low": -120}, {"high": 100}], ids=str)
 def test_codes_are_not_moved_onto_another_grid(changes):
-    """A lowering that stores codes by their bounds would read them with another offset."""
+    """A platform that stores codes by their bounds would read them with another offset."""
     with refused("node 'pool': moves codes .* from 'stem/output' to 'pool/output'.*the same"):
         with_tensor(GRAPH, "pool/output", **changes)
 
@@ -220,7 +220,7 @@ def test_an_accumulator_that_can_leave_int32_by_one_is_refused_by_the_layer_s_na
     inputs, most = 1000, 2**31 - 1
     bias = most - inputs * 127 * 127 if sign > 0 else -most
     graph = product_of(127, inputs, bias)
-    assert graph.accumulator_bound(next(graph.products())) == most
+    assert next(graph.products()).accumulator_bound(graph.tensors["x"]) == most
     with refused("node 'stage1/dense': its accumulator can reach 2147483648, beyond int32"):
         product_of(127, inputs, bias + sign)
 
@@ -237,7 +237,7 @@ def test_the_accumulator_bound_is_what_the_worst_codes_give(case, symmetric):
             # The codes that make a channel's sum as large, or as small, as it can be.
             codes = np.where(sign * weights > 0, tensor.high, tensor.low) - tensor.zero_point
             sums.append(np.abs((codes * weights).sum(0) + node.bias))
-        assert graph.accumulator_bound(node) == np.max(sums)
+        assert node.accumulator_bound(graph.tensors[node.inputs[0]]) == np.max(sums)
 
 
 def test_a_border_s_real_zeros_count_in_the_bound():
@@ -246,9 +246,10 @@ def test_a_border_s_real_zeros_count_in_the_bound():
     tensor = dataclasses.replace(graph.tensors["x"], low=90)
     graph = dataclasses.replace(graph, tensors={"x": tensor})
     node = next(graph.products())
-    assert graph.accumulator_bound(node) == 10 * 127 * 100 + 5
+    assert node.accumulator_bound(graph.tensors[node.inputs[0]]) == 10 * 127 * 100 + 5
+    # All taps on the border.
     node = dataclasses.replace(node, bias=np.array([-(10 * 127 * 100)], np.int32))
-    assert graph.accumulator_bound(node) == 10 * 127 * 100  # All taps on the border.
+    assert node.accumulator_bound(graph.tensors[node.inputs[0]]) == 10 * 127 * 100
 
 
 def test_size_is_that_of_the_arrays():

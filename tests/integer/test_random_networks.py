@@ -1,7 +1,7 @@
 """Networks that nobody thought of: drawn layer by layer, with a recipe and parameters of any kind.
 
 For each, the codes of the training graph in inference mode, of the interpreter in NumPy and of a
-lowering are the same integers.
+platform are the same integers.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from references import integer_graph
 
 from jaxqat import Recipe, Rule, make_executor
 from jaxqat.integer._execute import PallasCuda
-from jaxqat.integer._execute.executor import LOWERINGS
+from jaxqat.integer._execute.executor import PLATFORMS
 
 ACTIVATIONS = {
     "relu": nn.relu,
@@ -194,7 +194,7 @@ class Interpreted(PallasCuda):
 @pytest.fixture(autouse=True, scope="module")
 def interpreted():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(LOWERINGS, "cuda_pallas", Interpreted)
+        patch.setitem(PLATFORMS, "cuda_pallas", Interpreted)
         yield
 
 
@@ -209,11 +209,11 @@ def interpreted():
     recipe=recipes(),
     seed=st.integers(0, 1000),
     batch=st.integers(1, 10),
-    lowering=st.sampled_from(["cpu", "cpu", "tpu", "cuda", "cuda_pallas"]),
+    platform=st.sampled_from(["cpu", "cpu", "tpu", "cuda", "cuda_pallas"]),
     fixed=st.booleans(),
 )
 def test_training_reference_and_lowering_compute_the_same(
-    network, recipe, seed, batch, lowering, fixed
+    network, recipe, seed, batch, platform, fixed
 ):
     shape = (7, 6, 3)
     model = trained(network, recipe, images=inputs(6, shape, seed), seed=seed)
@@ -223,7 +223,7 @@ def test_training_reference_and_lowering_compute_the_same(
 
     if fixed:
         graph = dataclasses.replace(graph, requantization="fixed_point")
-    network = make_executor(graph, platform=lowering)
-    every = lowering != "cuda_pallas"  # It fuses branches of additions, which then are no tensors.
+    network = make_executor(graph, platform=platform)
+    every = platform != "cuda_pallas"  # It fuses branches of additions, which then are no tensors.
     found = network.codes(images), np.asarray(network(images))
     assert_same(found, integer_graph.run(graph, images), every=every)

@@ -158,5 +158,5 @@ def moved(node, x):
             return np.pad(x, node.padding)
         case "slice":
             stops = (len(x), *node.stops[1:])
-            return x[tuple(map(slice, node.starts, stops, node.steps))]
+            return x[tuple(map(slice, node.starts, stops, node.strides))]
     raise TypeError(f"no such move: {node.kind}")

@@ -1,8 +1,6 @@
-"""The same network in float32: the baseline of benchmarks, and what other quantizers start from.
+"""The same network in float32 as ONNX: a baseline, and what other quantizers start from.
 
-Weights are code * weight_scale and biases bias * scale_in * weight_scale, batch norm folded into
-both. Nothing is rounded: a tensor's grid shows only as ReLU, where its smallest code is its zero
-point, and as an upper bound, where it holds fewer codes than its grid's top, 127.
+What the network in float is, `FloatVisitor` says; here are the ONNX nodes.
 """
 
 from typing import Any
@@ -12,8 +10,8 @@ import numpy as np
 from jaxqat.export._onnx import moves as onnx_moves
 from jaxqat.export._onnx.builder import OPSET, Builder, channels_first, channels_last
 from jaxqat.export._onnx.nodes import geometry, oriented_weights
+from jaxqat.integer._float_visitor import FloatVisitor
 from jaxqat.integer.graph import (
-    CODE_MAX,
     Add,
     Concat,
     IntegerGraph,
@@ -35,12 +33,10 @@ def float_model(graph: IntegerGraph, *, opset: int = OPSET) -> Any:
         ExportError: If ONNX has no form of a node; names it.
         ImportError: If the package `onnx` is not installed.
     """
-    lowering = _FloatLowering(graph)
-    for node in graph.nodes:
-        lowering.write(node)
-    result = lowering.values[graph.output]
+    writer = OnnxFloatWriter(graph)
+    result = writer.visit(writer.builder.name("images"))[graph.output]
     rank = 1 + len(graph.output_shape)
-    builder = lowering.builder
+    builder = writer.builder
     builder.rename(builder.transpose(result, channels_last(rank), "last"), "logits")
     return builder.model(
         [("images", np.float32, graph.input_shape)],
@@ -50,89 +46,76 @@ def float_model(graph: IntegerGraph, *, opset: int = OPSET) -> Any:
     )
 
 
-class _FloatLowering:
-    """Writes nodes; `values` holds the ONNX name of each tensor, channels first."""
+class OnnxFloatWriter(FloatVisitor[str]):
+    """Writes each node in float; values are names of ONNX tensors, channels first.
+
+    Attributes:
+        builder: The ONNX graph so far.
+    """
 
     def __init__(self, graph: IntegerGraph):
-        self.graph, self.builder = graph, Builder()
-        self.values: dict[str, str] = {}
-        self._image = self.builder.name("images")
+        super().__init__(graph)
+        self.builder = Builder()
 
-    def write(self, node: Node) -> None:
-        handler = {
-            Quantize: self._quantize,
-            Product: self._product,
-            Add: self._add,
-            MaxPool: self._max_pool,
-            SumPool: self._sum_pool,
-            Move: self._move,
-            Concat: self._concat,
-        }[type(node)]
-        self.values[node.output] = self._bounded(node, handler(node))
+    def bound(self, node: Node, x: str, low: float | None, high: float | None) -> str:
+        """Write a ReLU, an upper bound, or both."""
+        if low is not None:
+            x = self.builder.add("Relu", [x], f"{node.output}/relu")
+        if high is not None:
+            top = self.builder.constant(np.float32(high), f"{node.output}/high")
+            x = self.builder.add("Clip", [x, "", top], f"{node.output}/clip")
+        return x
 
-    def _rank(self, node: Node) -> int:
-        return 1 + len(self.graph.tensors[node.inputs[0]].shape)
-
-    def _bounded(self, node: Node, value: str) -> str:
-        out = self.graph.tensors.get(node.output)
-        if out is None or isinstance(node, Quantize | Move | MaxPool | Concat):
-            return value
-        if out.low >= out.zero_point:
-            value = self.builder.add("Relu", [value], f"{out.name}/relu")
-        if out.high < CODE_MAX:
-            top = np.float32((out.high - out.zero_point) * out.scale)
-            top_name = self.builder.constant(top, f"{out.name}/high")
-            value = self.builder.add("Clip", [value, "", top_name], f"{out.name}/clip")
-        return value
-
-    def _quantize(self, node: Quantize) -> str:
+    def quantize(self, node: Quantize, images: str) -> str:
+        """Write the change to ONNX's layout."""
         rank = 1 + len(self.graph.input_shape)
-        return self.builder.transpose(self._image, channels_first(rank), "channels_first")
+        return self.builder.transpose(images, channels_first(rank), "channels_first")
 
-    def _product(self, node: Product) -> str:
+    def product(self, node: Product, arrays: Any, x: str) -> str:
+        """Write a Conv or a Gemm."""
+        weights, bias = self.folded(node)
         spatial = self._rank(node) - 2
-        real = node.weights.astype(np.float32) * node.weight_scale
-        scale = self.graph.tensors[node.inputs[0]].scale * node.weight_scale
+        weights = oriented_weights(weights, node.kind, spatial)
         inputs = [
-            self.values[node.inputs[0]],
-            self.builder.constant(
-                oriented_weights(real, node.kind, spatial), f"{node.name}/weights"
-            ),
-            self.builder.constant((node.bias * scale).astype(np.float32), f"{node.name}/bias"),
+            x,
+            self.builder.constant(weights, f"{node.name}/weights"),
+            self.builder.constant(bias, f"{node.name}/bias"),
         ]
         name = f"{node.name}/product"
         if spatial == 0:
             return self.builder.add("Gemm", inputs, name)
         return self.builder.add("Conv", inputs, name, **geometry(node, spatial))
 
-    def _add(self, node: Add) -> str:
-        terms = [self.values[name] for name in node.inputs]
-        return terms[0] if len(terms) == 1 else self.builder.add("Add", terms, node.output)
+    def add(self, node: Add, inputs: list[str]) -> str:
+        """Write an Add; of one term, nothing."""
+        return inputs[0] if len(inputs) == 1 else self.builder.add("Add", inputs, node.output)
 
-    def _max_pool(self, node: MaxPool) -> str:
-        return onnx_moves.max_pool(self.builder, node, self.values[node.inputs[0]])
+    def max_pool(self, node: MaxPool, x: str) -> str:
+        """Write a MaxPool."""
+        return onnx_moves.max_pool(self.builder, node, x)
 
-    def _sum_pool(self, node: SumPool) -> str:
-        source, out = self.graph.tensors[node.inputs[0]], self.graph.tensors.get(node.output)
-        value = self.values[source.name]
+    def sum_pool(self, node: SumPool, x: str) -> str:
+        """Write an average and, where the result is no plain average, a factor."""
         if node.drop_axes:
-            value = self.builder.add("GlobalAveragePool", [value], f"{node.name}/mean")
-            value = self.builder.add("Flatten", [value], f"{node.name}/flat")
+            x = self.builder.add("GlobalAveragePool", [x], f"{node.name}/mean")
+            x = self.builder.add("Flatten", [x], f"{node.name}/flat")
         else:
             window = onnx_moves.window_attributes(node)
             window["count_include_pad"] = 1
-            value = self.builder.add("AveragePool", [value], f"{node.name}/mean", **window)
-        unit = node.multiplier * (1.0 if out is None else out.scale) / source.scale
-        factor = float(unit) * np.prod(node.window)
+            x = self.builder.add("AveragePool", [x], f"{node.name}/mean", **window)
+        factor = self.pool_factor(node) * np.prod(node.window)
         if abs(factor - 1) < 1e-5:  # An average, up to the roundings of its scales.
-            return value
-        factor = self.builder.constant(np.float32(factor), f"{node.name}/factor")
-        return self.builder.add("Mul", [value, factor], f"{node.name}/scaled")
+            return x
+        factor_name = self.builder.constant(np.float32(factor), f"{node.name}/factor")
+        return self.builder.add("Mul", [x, factor_name], f"{node.name}/scaled")
 
-    def _move(self, node: Move) -> str:
-        value, rank = self.values[node.inputs[0]], self._rank(node)
-        return onnx_moves.move(self.builder, node, value, rank, np.float32(0))
+    def move(self, node: Move, x: str) -> str:
+        """Write a move of elements."""
+        return onnx_moves.move(self.builder, node, x, self._rank(node), np.float32(0))
 
-    def _concat(self, node: Concat) -> str:
-        values = [self.values[name] for name in node.inputs]
-        return onnx_moves.concat(self.builder, node, values, self._rank(node))
+    def concat(self, node: Concat, inputs: list[str]) -> str:
+        """Write a Concat."""
+        return onnx_moves.concat(self.builder, node, inputs, self._rank(node))
+
+    def _rank(self, node: Node) -> int:
+        return 1 + len(self.graph.tensors[node.inputs[0]].shape)

@@ -3,11 +3,11 @@
 The file's input is a batch of images in JAX's layout, (batch, *spatial, channels): float32 as the
 training graph takes them, or uint8 as they are on disk, with normalization inside. Its result is
 float32. The batch is of any size. Between them all tensors are uint8 and all weights int8, in
-QuantizeLinear/DequantizeLinear form (`onnx_nodes`).
+QuantizeLinear/DequantizeLinear form (`nodes`).
 
 On x86 processors without VNNI, ONNX Runtime's product of uint8 and int8 adds pairs of products in
 16 bits, which saturates where codes and weights are large. Its session option
-`session.x64quantprecision` = 1 asks for exact sums there (`onnx_run` sets it); codes of the recipe
+`session.x64quantprecision` = 1 asks for exact sums there (`run_onnx` sets it); codes of the recipe
 `int8_symmetric`, 0..127 behind a ReLU, cannot saturate.
 """
 
@@ -21,7 +21,7 @@ import numpy as np
 from jaxqat.errors import ExportError
 from jaxqat.export._files import check_target, write_file
 from jaxqat.export._onnx.builder import OPSET, library
-from jaxqat.export._onnx.nodes import Lowering
+from jaxqat.export._onnx.nodes import OnnxWriter
 from jaxqat.integer.graph import IntegerGraph
 
 Input = Literal["float", "uint8"]
@@ -50,16 +50,13 @@ def onnx_model(graph: IntegerGraph, *, input: Input = "float", opset: int = OPSE
             "products, for which ONNX has no operation; right would be to convert with "
             "requantization='float'."
         )
-    lowering = Lowering(graph, INPUT, OUTPUT, uint8=input == "uint8")
-    for node in graph.nodes:
-        if node.output in graph.tensors:
-            lowering.write(node)
-    lowering.finish()
-    return lowering.builder.model(
+    writer = OnnxWriter(graph, INPUT, OUTPUT, uint8=input == "uint8")
+    writer.write()
+    return writer.builder.model(
         [(INPUT, np.uint8 if input == "uint8" else np.float32, graph.input_shape)],
         [(OUTPUT, np.float32, graph.output_shape)],
         opset=opset,
-        properties=_properties(graph, input, lowering),
+        properties=_properties(graph, input, writer),
     )
 
 
@@ -90,14 +87,14 @@ def export_onnx(
     return path
 
 
-def _properties(graph: IntegerGraph, input: Input, lowering: Lowering) -> dict[str, str]:
+def _properties(graph: IntegerGraph, input: Input, writer: OnnxWriter) -> dict[str, str]:
     """What the file says about itself, as text: JSON, apart from single words."""
     described = {
         "layout": ["batch", *(f"space{i}" for i in range(len(graph.input_shape) - 1)), "channel"],
         "values": "0..255, normalized inside" if input == "uint8" else "normalized as in training",
     }
     codes = {
-        name: {"output": lowering.codes[name], "offset": lowering.offsets[name]}
+        name: {"output": writer.codes[name], "offset": writer.offsets[name]}
         for name in graph.tensors
     }
     metadata = {key: value for key, value in graph.metadata.items() if key != "labels"}

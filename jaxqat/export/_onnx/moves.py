@@ -42,7 +42,7 @@ def move(builder: Builder, node: Move, codes: str, rank: int, zero: np.generic) 
         case "slice":
             axes = [axis for axis in range(1, rank)]
             ends = [[field[order[a]] for a in axes] for field in (node.starts, node.stops)]
-            ends += [axes, [node.steps[order[a]] for a in axes]]
+            ends += [axes, [node.strides[order[a]] for a in axes]]
         case "pad":
             pads = [node.padding[a][side] for side in (0, 1) for a in order]
             pads = builder.constant(np.array(pads, np.int64), f"{node.name}/pads")

@@ -2,12 +2,15 @@
 
 Each tensor is uint8, made by a QuantizeLinear and read through a DequantizeLinear; between the
 two stands the float operation, which runtimes replace together with them by an integer kernel. So
-the fused kernels' arithmetic is the graph's own, to the bit (`onnx_grids` says how), and a runtime
+the fused kernels' arithmetic is the graph's own, to the bit (`grids` says how), and a runtime
 that fuses nothing computes the same real numbers up to float rounding.
 
 What uint8 saturation does not clip is clipped on the codes, behind QuantizeLinear: a float Clip
 or Relu in front of it would keep ONNX Runtime from an integer kernel.
 """
+
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +18,7 @@ from jaxqat.errors import ExportError
 from jaxqat.export._onnx import moves as onnx_moves
 from jaxqat.export._onnx.builder import Builder, channels_first, channels_last
 from jaxqat.export._onnx.grids import UINT8_MAX, offsets, pool_scale, sum_scales, weight_scales
+from jaxqat.integer._visitor import GraphVisitor
 from jaxqat.integer.graph import (
     Add,
     Concat,
@@ -64,47 +68,49 @@ def geometry(node: Product, spatial: int) -> dict[str, object]:
     }
 
 
-class Lowering:
-    """Writes the nodes of an integer graph.
+class OnnxWriter(GraphVisitor[str]):
+    """Writes each node in ONNX's quantized form; values are names of ONNX tensors.
+
+    They are the uint8 numbers of a tensor, channels first, or the network's real result, in JAX's
+    layout.
 
     Attributes:
         builder: The ONNX graph so far.
         offsets: Of each tensor: its uint8 number less its code.
-        codes: Of each tensor: the ONNX tensor of its uint8 numbers, channels first.
+        codes: Of each tensor: the ONNX tensor of its uint8 numbers.
     """
 
     def __init__(self, graph: IntegerGraph, image: str, result: str, *, uint8: bool):
-        self.graph, self.builder = graph, Builder()
+        super().__init__(graph)
+        self.builder = Builder()
         self.offsets = offsets(graph)
         self.codes: dict[str, str] = {}
         self._real: dict[tuple[str, float], str] = {}
         self._image, self._uint8 = self.builder.name(image), uint8
         self._result = self.builder.name(result)
 
-    def write(self, node: Node) -> None:
-        """Adds a node that makes codes."""
-        handler = {
-            Quantize: self._quantize,
-            Product: self._product,
-            Add: self._add,
-            MaxPool: self._max_pool,
-            SumPool: self._sum_pool,
-            Move: self._move,
-            Concat: self._concat,
-        }[type(node)]
-        self.codes[node.output] = handler(node, self.graph.tensors[node.output])
-
-    def finish(self) -> None:
-        """Adds the network's real result, in JAX's layout, under its name."""
+    def write(self) -> None:
+        """Write all nodes, and the network's real result under its name."""
+        result = self.visit(self._image)[self.graph.output]
         tensor = self.graph.tensors.get(self.graph.output)
-        if tensor is None:
-            node = next(n for n in self.graph.nodes if n.output == self.graph.output)
-            real = self._real_result(node)
-        else:
+        if tensor is not None:
             real = self.real(tensor.name, tensor.scale)
             axes = channels_last(1 + len(tensor.shape))
-            real = self.builder.transpose(real, axes, "channels_last")
-        self.builder.rename(real, self._result)
+            result = self.builder.transpose(real, axes, "channels_last")
+        self.builder.rename(result, self._result)
+
+    def node(
+        self,
+        node: Node,
+        values: Mapping[str, str],
+        images: str,
+        parameters: Mapping[str, Any],
+    ) -> str:
+        """Write one node, and note the codes that it makes."""
+        written = super().node(node, values, images, parameters)
+        if node.output in self.graph.tensors:
+            self.codes[node.output] = written
+        return written
 
     def real(self, name: str, scale: np.float32) -> str:
         """A tensor behind a DequantizeLinear of this scale."""
@@ -147,18 +153,20 @@ class Lowering:
         inputs = inputs if inputs[2] else inputs[:2]
         return self.builder.add("Clip", inputs, f"{tensor.name}/codes")
 
-    def _quantize(self, node: Quantize, out: Tensor) -> str:
+    def quantize(self, node: Quantize, images: str) -> str:
+        """Write the input's codes: a rounding, or a table of pixels."""
+        out = self.graph.tensors[node.output]
         builder, rank = self.builder, 1 + len(out.shape)
         if self._uint8:
-            codes = self._looked_up(node)
+            codes = self._looked_up(node, images)
         else:
             # The product as training computes it, and the rounding apart from it.
             inverse = builder.constant(np.float32(node.inverse), "inverse")
-            scaled = builder.add("Mul", [self._image, inverse], f"{out.name}/steps")
+            scaled = builder.add("Mul", [images, inverse], f"{out.name}/steps")
             codes = self._quantized(scaled, out, _ONE)
         return builder.transpose(codes, channels_first(rank), f"{out.name}/channels_first")
 
-    def _looked_up(self, node: Quantize) -> str:
+    def _looked_up(self, node: Quantize, images: str) -> str:
         """Normalization and quantization of pixels: entry 256 * channel + pixel of a table."""
         if node.table is None:
             raise ExportError(
@@ -167,7 +175,7 @@ class Lowering:
             )
         builder = self.builder
         table = (node.table.astype(np.int16) + self.offsets[node.output]).astype(np.uint8)
-        index = builder.add("Cast", [self._image], "pixel", to=INT32)
+        index = builder.add("Cast", [images], "pixel", to=INT32)
         if (table == table[:, :1]).all():
             table = table[:, 0]
         else:
@@ -176,8 +184,16 @@ class Lowering:
         entries = builder.constant(table.T.ravel(), "table")
         return builder.add("Gather", [entries, index], f"{node.output}/codes")
 
-    def _product(self, node: Product, out: Tensor) -> str:
-        return self._quantized(self._real_product(node, out), out)
+    def product(self, node: Product, arrays: Any, x: str) -> str:
+        """Write a Conv or a Gemm; at the network's end, its real result."""
+        out = self.graph.tensors.get(node.output)
+        if out is not None:
+            return self._quantized(self._real_product(node, out), out)
+        rank = 1 + len(self.graph.tensors[node.inputs[0]].shape)
+        if rank == 2:
+            return self._real_product(node, None)
+        sums = self._integer_sums(node)
+        return self.builder.transpose(sums, channels_last(rank), "channels_last")
 
     def _real_product(self, node: Product, out: Tensor | None) -> str:
         source = self.graph.tensors[node.inputs[0]]
@@ -217,7 +233,9 @@ class Lowering:
         ]
         return builder.add("DequantizeLinear", inputs, f"{node.name}/real_bias", axis=0)
 
-    def _add(self, node: Add, out: Tensor) -> str:
+    def add(self, node: Add, inputs: list[str]) -> str:
+        """Write an Add of dequantized terms."""
+        out = self.graph.tensors[node.output]
         scales = sum_scales(node, self.graph)
         if scales is not None:
             terms = [self.real(name, s) for name, s in zip(node.inputs, scales, strict=True)]
@@ -229,21 +247,25 @@ class Lowering:
         rounded = [self.builder.add("Round", [term], f"{node.name}/steps") for term in terms]
         return self._quantized(self.builder.add("Add", rounded, f"{node.name}/sum"), out, _ONE)
 
-    def _max_pool(self, node: MaxPool, out: Tensor) -> str:
-        codes = onnx_moves.max_pool(self.builder, node, self.codes[node.inputs[0]])
-        return self._clipped(codes, out, *self._all_bounds(node))
+    def max_pool(self, node: MaxPool, x: str) -> str:
+        """Write a MaxPool of codes."""
+        return self._moved(node, onnx_moves.max_pool(self.builder, node, x))
 
-    def _move(self, node: Move, out: Tensor) -> str:
+    def move(self, node: Move, x: str) -> str:
+        """Write a move of codes."""
         source = self.graph.tensors[node.inputs[0]]
         zero = np.uint8(source.zero_point + self.offsets[source.name])
         rank = 1 + len(source.shape)
-        codes = onnx_moves.move(self.builder, node, self.codes[source.name], rank, zero)
-        return self._clipped(codes, out, *self._all_bounds(node))
+        return self._moved(node, onnx_moves.move(self.builder, node, x, rank, zero))
 
-    def _concat(self, node: Concat, out: Tensor) -> str:
-        codes = [self.codes[name] for name in node.inputs]
-        codes = onnx_moves.concat(self.builder, node, codes, 1 + len(out.shape))
-        return self._clipped(codes, out, *self._all_bounds(node))
+    def concat(self, node: Concat, inputs: list[str]) -> str:
+        """Write a Concat of codes."""
+        rank = 1 + len(self.graph.tensors[node.output].shape)
+        return self._moved(node, onnx_moves.concat(self.builder, node, inputs, rank))
+
+    def _moved(self, node: Node, codes: str) -> str:
+        """Moved codes, within the bounds of their new tensor."""
+        return self._clipped(codes, self.graph.tensors[node.output], *self._all_bounds(node))
 
     def _all_bounds(self, node: Node) -> tuple[int, int]:
         """The smallest and the largest code that an operation reads, or that a border holds."""
@@ -254,17 +276,21 @@ class Lowering:
             bounds.append((zero, zero))
         return min(low for low, _ in bounds), max(high for _, high in bounds)
 
-    def _sum_pool(self, node: SumPool, out: Tensor) -> str:
+    def sum_pool(self, node: SumPool, x: str) -> str:
+        """Write an average; of windows, as a convolution by ones."""
+        out = self.graph.tensors.get(node.output)
+        if not node.drop_axes:
+            return self.product(self._as_depthwise(node), None, x)
+        if out is None:
+            return self._real_sum(node)
         area = int(np.prod(node.window))
-        scale = pool_scale(node.multiplier, area, out) if node.drop_axes else None
+        scale = pool_scale(node.multiplier, area, out)
         if scale is not None:
             real = self.real(node.inputs[0], scale)
             mean = self.builder.add("GlobalAveragePool", [real], f"{node.name}/mean")
             codes = self._quantized(mean, out)
             return self.builder.add("Flatten", [codes], f"{out.name}/flat")
-        if node.drop_axes:
-            return self._quantized(self._real_sum(node), out, _ONE)
-        return self._product(self._as_depthwise(node), out)
+        return self._quantized(self._real_sum(node), out, _ONE)
 
     def _as_depthwise(self, node: SumPool) -> Product:
         """A pool as a convolution by ones, whose integer kernel sums before it rounds."""
@@ -293,21 +319,6 @@ class Lowering:
         total = self.builder.add("ReduceSum", [steps, axes_name], f"{node.name}/sum", keepdims=0)
         multiplier = self.builder.constant(node.multiplier, f"{node.name}/multiplier")
         return self.builder.add("Mul", [total, multiplier], f"{node.name}/real")
-
-    def _real_result(self, node: Node) -> str:
-        """The result of a product or a pool that ends the network, channels last."""
-        if isinstance(node, SumPool):
-            if node.drop_axes:
-                return self._real_sum(node)
-            node = self._as_depthwise(node)
-        if not isinstance(node, Product):
-            raise ExportError(f"node {node.name!r}: {type(node).__name__} has no real result.")
-        rank = 1 + len(self.graph.tensors[node.inputs[0]].shape)
-        if rank == 2:
-            return self._real_product(node, None)
-        return self.builder.transpose(
-            self._integer_sums(node), channels_last(rank), "channels_last"
-        )
 
     def _integer_sums(self, node: Product) -> str:
         """(acc + bias) * multiplier of a convolution by ONNX's integer convolution.

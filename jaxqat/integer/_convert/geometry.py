@@ -122,14 +122,14 @@ def _reverse(params: dict[str, Any]) -> dict[str, Any] | None:
 
 def _slice(params: dict[str, Any]) -> dict[str, Any] | None:
     starts, stops = params["start_indices"], params["limit_indices"]
-    steps = params["strides"] or (1,) * len(starts)
-    if steps[0] != 1:
+    strides = params["strides"] or (1,) * len(starts)
+    if strides[0] != 1:
         return None
     return {
         "kind": "slice",
         "starts": tuple(starts),
         "stops": (-1, *stops[1:]),
-        "steps": tuple(steps),
+        "strides": tuple(strides),
     }
 
 

@@ -2,7 +2,7 @@
 
 from jaxqat.integer._execute.base import Platform
 from jaxqat.integer._execute.cpu import Cpu
-from jaxqat.integer._execute.cuda import Cuda, CudnnApproximate
+from jaxqat.integer._execute.cuda import Cuda
 from jaxqat.integer._execute.pallas import PallasCuda
 
-__all__ = ["Cpu", "Cuda", "CudnnApproximate", "PallasCuda", "Platform"]
+__all__ = ["Cpu", "Cuda", "PallasCuda", "Platform"]

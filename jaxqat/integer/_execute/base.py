@@ -6,7 +6,7 @@ accumulated, and nothing else. The results are the same integers everywhere.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -17,15 +17,16 @@ from jaxtyping import Array, Int
 
 from jaxqat.integer import graph as g
 from jaxqat.integer._execute.arithmetic import FixedPoint, rescale, rescale_fixed
+from jaxqat.integer._visitor import GraphVisitor
 
 Parameters = dict[str, dict[str, np.ndarray]]
 
 
-class Platform:
-    """Evaluates a graph.
+class Platform(GraphVisitor[Array]):
+    """Computes a graph: every tensor as it is stored, and the real result if there is one.
 
     Attributes:
-        graph: Which.
+        graph: The network.
         compiler_options: For `jax.jit`.
         parameters: Arrays of each product, laid out for this platform, by node.
     """
@@ -33,7 +34,7 @@ class Platform:
     compiler_options: ClassVar[dict[str, Any] | None] = None
 
     def __init__(self, graph: g.IntegerGraph):
-        self.graph = graph
+        super().__init__(graph)
         self.parameters: Parameters = {
             node.name: {**self.prepare(node), **self._multiplier(node)} for node in graph.products()
         }
@@ -133,33 +134,16 @@ class Platform:
         fixed = FixedPoint.of(node.multiplier)
         return {"mantissa": fixed.mantissa, "shift": fixed.shift}
 
-    def run(self, parameters: Any, images: Array) -> dict[str, Array]:
-        """Every tensor of the graph as it is stored, and the result under the output's name."""
-        values: dict[str, Array] = {}
-        for node in self.graph.nodes:
-            with jax.named_scope(node.name):
-                values[node.output] = self.node(node, parameters, values, images)
-        return values
-
-    def node(self, node: g.Node, parameters: Any, values: dict[str, Array], images: Array) -> Array:
-        """The result of one node."""
-        inputs = [values[name] for name in node.inputs]
-        if isinstance(node, g.Product):
-            return self.product(node, parameters[node.name], inputs[0])
-        if isinstance(node, g.Quantize):
-            return self.quantize(node, images)
-        if isinstance(node, g.Add):
-            return self.add(node, inputs)
-        if isinstance(node, g.SumPool):
-            return self.sum_pool(node, inputs[0])
-        if isinstance(node, g.MaxPool):
-            return self.max_pool(node, inputs[0])
-        if isinstance(node, g.Concat):
-            # Parts may be stored with other offsets than the whole.
-            codes = [self.codes(name, x) for name, x in zip(node.inputs, inputs, strict=True)]
-            return self.stored(node.output, jnp.concatenate(codes, node.axis))
-        assert isinstance(node, g.Move)
-        return self.move(node, inputs[0])
+    def node(
+        self,
+        node: g.Node,
+        values: Mapping[str, Array],
+        images: Array,
+        parameters: Mapping[str, Any],
+    ) -> Array:
+        """Compute one node, under its name in the program."""
+        with jax.named_scope(node.name):
+            return super().node(node, values, images, parameters)
 
     def quantize(self, node: g.Quantize, images: Array) -> Array:
         """The input as codes: float32 by rounding, uint8 by looking up."""
@@ -169,22 +153,22 @@ class Platform:
             index = images.astype(jnp.int32) * channels + np.arange(channels, dtype=np.int32)
             table = (node.table.astype(np.int32) + self.offset(tensor)).astype(self.stored_type)
             return jnp.take(jnp.asarray(table).reshape(-1), index, mode="clip")
-        steps = jnp.round(images.astype(jnp.float32) * node.inverse) + tensor.zero_point
-        return self.clipped(node.output, steps)
+        units = jnp.round(images.astype(jnp.float32) * node.inverse) + tensor.zero_point
+        return self.clipped(node.output, units)
 
-    def product(self, node: g.Product, own: dict[str, Array], codes: Array) -> Array:
+    def product(self, node: g.Product, arrays: dict[str, Array], x: Array) -> Array:
         """A convolution or a dense layer with its requantization."""
-        total = self.accumulate(node, own, codes)
+        total = self.accumulate(node, arrays, x)
         if node.output not in self.graph.tensors:
-            return total.astype(jnp.float32) * own["multiplier"]
-        if "mantissa" in own:
-            steps = rescale_fixed(total, own["mantissa"], own["shift"])
+            return total.astype(jnp.float32) * arrays["multiplier"]
+        if "mantissa" in arrays:
+            units = rescale_fixed(total, arrays["mantissa"], arrays["shift"])
         else:
-            steps = rescale(total, own["multiplier"])
-        return self.clipped(node.output, steps + self.graph.tensors[node.output].zero_point)
+            units = rescale(total, arrays["multiplier"])
+        return self.clipped(node.output, units + self.graph.tensors[node.output].zero_point)
 
     def rescaled(self, values: Int[Array, "..."], multiplier: np.float32) -> Array:
-        """Steps of one grid as steps of another."""
+        """Return units of one grid as units of another, rounded."""
         if self.graph.requantization == "float":
             return rescale(values, jnp.float32(multiplier))
         fixed = FixedPoint.of(multiplier)
@@ -197,36 +181,42 @@ class Platform:
             total = total + self.rescaled(codes.astype(jnp.int32) - self.zero(name), multiplier)
         return self.clipped(node.output, total)
 
-    def sum_pool(self, node: g.SumPool, codes: Array) -> Array:
-        """Average pooling."""
-        values = codes.astype(jnp.int32) - self.zero(node.inputs[0])
+    def sum_pool(self, node: g.SumPool, x: Array) -> Array:
+        """Average the codes of windows."""
+        values = x.astype(jnp.int32) - self.zero(node.inputs[0])
         if node.drop_axes:
             total = jnp.sum(values, axis=tuple(range(1, values.ndim - 1)))
         else:
-            total = lax.reduce_window(values, np.int32(0), lax.add, *_window(node))
+            total = lax.reduce_window(values, np.int32(0), lax.add, *pool_window(node))
         tensor = self.graph.tensors.get(node.output)
         if tensor is None:
             return total.astype(jnp.float32) * node.multiplier
         return self.clipped(node.output, self.rescaled(total, node.multiplier) + tensor.zero_point)
 
-    def max_pool(self, node: g.MaxPool, codes: Array) -> Array:
-        """Largest codes of windows."""
-        lowest = np.asarray(jnp.iinfo(codes.dtype).min, codes.dtype)
-        return lax.reduce_window(codes, lowest, lax.max, *_window(node))
+    def max_pool(self, node: g.MaxPool, x: Array) -> Array:
+        """Take the largest codes of windows."""
+        lowest = np.asarray(jnp.iinfo(x.dtype).min, x.dtype)
+        return lax.reduce_window(x, lowest, lax.max, *pool_window(node))
 
-    def move(self, node: g.Move, codes: Array) -> Array:
-        """Codes in other places."""
-        if node.kind == "reshape":
-            return codes.reshape(codes.shape[0], *node.shape)
-        if node.kind == "transpose":
-            return jnp.transpose(codes, node.axes)
-        if node.kind == "reverse":
-            return lax.rev(codes, node.axes)
-        if node.kind == "pad":
-            fill = np.asarray(self.zero(node.inputs[0]), codes.dtype)
-            return lax.pad(codes, fill, [(low, high, 0) for low, high in node.padding])
-        slices = zip(node.starts[1:], node.stops[1:], node.steps[1:], strict=True)
-        return codes[(slice(None), *(slice(*s) for s in slices))]
+    def move(self, node: g.Move, x: Array) -> Array:
+        """Put codes in other places."""
+        match node.kind:
+            case "reshape":
+                return x.reshape(x.shape[0], *node.shape)
+            case "transpose":
+                return jnp.transpose(x, node.axes)
+            case "reverse":
+                return lax.rev(x, node.axes)
+            case "pad":
+                fill = np.asarray(self.zero(node.inputs[0]), x.dtype)
+                return lax.pad(x, fill, [(low, high, 0) for low, high in node.padding])
+            case "slice":
+                return x[(slice(None), *node.slices)]
+
+    def concat(self, node: g.Concat, inputs: list[Array]) -> Array:
+        """Join codes; the parts may be stored with other offsets than the whole."""
+        codes = [self.codes(name, x) for name, x in zip(node.inputs, inputs, strict=True)]
+        return self.stored(node.output, jnp.concatenate(codes, node.axis))
 
     def clipped(self, name: str, codes: Array) -> Array:
         """Codes within a tensor's bounds, stored."""
@@ -249,8 +239,8 @@ class Platform:
         output, tensors = values[self.graph.output], self.graph.tensors
         if self.graph.output not in tensors:
             return output
-        steps = output.astype(jnp.int32) - self.zero(self.graph.output)
-        return steps.astype(jnp.float32) * tensors[self.graph.output].scale
+        units = output.astype(jnp.int32) - self.zero(self.graph.output)
+        return units.astype(jnp.float32) * tensors[self.graph.output].scale
 
 
 def is_depthwise(node: g.Product) -> bool:
@@ -318,6 +308,7 @@ def tap_sums(node: g.Product, shape: tuple[int, ...]) -> Any:
     return total
 
 
-def _window(node: g.SumPool | g.MaxPool) -> tuple[Any, ...]:
+def pool_window(node: g.SumPool | g.MaxPool) -> tuple[Any, ...]:
+    """Return window, strides and padding of a pool for `lax.reduce_window`."""
     padding = ((0, 0), *node.padding, (0, 0))
     return (1, *node.window, 1), (1, *node.strides, 1), padding

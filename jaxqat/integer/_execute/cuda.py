@@ -1,11 +1,9 @@
-"""Execution on NVIDIA GPUs: cuDNN's s8 convolutions, or Pallas kernels with the whole epilogue.
+"""Execution on NVIDIA GPUs, from sm_75 on, with cuDNN's s8 convolutions.
 
-`Cuda` compiles from sm_75 on. cuDNN has no s8 convolution with an s32 result, only with float32,
-which holds the sums exactly below 2**24: a layer that could exceed that is cut into groups of input
-channels that cannot, whose sums are added as int32, or, if its window alone is too large, becomes a
-dot over gathered windows. `PallasCuda` (sm_80 on) never leaves int32 and
-writes s8. `CudnnApproximate` uses cuDNN's own s8 output, with its one scale per tensor: an opt-in
-whose codes differ.
+cuDNN has no s8 convolution with an s32 result, only with float32, which holds sums exactly below
+2**24. A layer whose sums could be larger is cut into groups of input channels whose sums cannot;
+these sums are added as int32. If the window alone is too large, the layer becomes a dot over
+gathered windows. `PallasCuda` (sm_80 on) has kernels that stay in int32 and write s8.
 """
 
 import dataclasses
@@ -110,49 +108,3 @@ def exact_cuts(weights: np.ndarray) -> list[tuple[int, int]] | None:
     cuts.append((start, len(by_input)))
     exact = all(by_input[a:b].sum(0).max() < EXACT_FLOAT for a, b in cuts)
     return cuts if exact else None
-
-
-class CudnnApproximate(Cuda):
-    """cuDNN's fused convolution with s8 output: fast, and not the same codes.
-
-    Its epilogue is clip(sums * constant + bias + residual * constant), one scale per tensor and a
-    rounding of its own: the channels' multipliers have to go into the weights, which are rounded
-    to s8 once more, code by code w m_c / max(m). `jaxqat.integer._verify.compare` counts the codes
-    that differ.
-    """
-
-    def __init__(self, graph: g.IntegerGraph):
-        zeros = [t.name for t in graph.tensors.values() if t.zero_point != 0]
-        if zeros or graph.requantization != "float":
-            raise ValueError(
-                "'cuda_approximate' is for graphs of the recipe 'int8_symmetric' with float "
-                f"requantization; {zeros[0] if zeros else 'this one'} has "
-                f"{'a zero point' if zeros else 'fixed point'}."
-            )
-        super().__init__(graph)
-
-    def prepare(self, node: g.Product) -> dict[str, np.ndarray]:
-        """Weights and bias on one scale for all channels."""
-        if not _fuses(node, self.graph):
-            return super().prepare(node)
-        ratio = node.multiplier.astype(np.float64) / node.multiplier.max()
-        weights = np.rint(node.weights * ratio).astype(np.int8)
-        weights = np.ascontiguousarray(np.moveaxis(weights, -1, 0))
-        bias = (node.bias * node.multiplier.astype(np.float64)).astype(np.float32)
-        return {"weights": weights, "bias": bias}
-
-    def product(self, node: g.Product, own: dict[str, Array], codes: Array) -> Array:
-        """A convolution with cuDNN's epilogue."""
-        if not _fuses(node, self.graph):
-            return super().product(node, own, codes)
-        tensor = self.graph.tensors[node.output]
-        sums = convolve(node, codes, own["weights"], "o_i").astype(jnp.float32)
-        values = sums * jnp.float32(node.multiplier.max()) + own["bias"]
-        if tensor.low >= 0:
-            values = jnp.maximum(values, 0)
-        # cuDNN saturates to the whole of s8, and nothing else fuses.
-        return jnp.clip(values, g.CODE_MIN, g.CODE_MAX).astype(jnp.int8)
-
-
-def _fuses(node: g.Product, graph: g.IntegerGraph) -> bool:
-    return node.kind == "conv" and node.groups == 1 and node.output in graph.tensors

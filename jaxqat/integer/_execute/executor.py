@@ -9,15 +9,14 @@ from jaxtyping import Array, Int8
 
 from jaxqat.errors import ExecutionError
 from jaxqat.integer import graph as g
-from jaxqat.integer._execute import Cpu, Cuda, CudnnApproximate, PallasCuda, Platform
+from jaxqat.integer._execute import Cpu, Cuda, PallasCuda, Platform
 from jaxqat.integer._execute.pallas_conv import COMPUTE_CAPABILITY
 
-# What may be asked for: the platform, or one of several ways to run on it.
-LOWERINGS: dict[str, type[Platform]] = {
+# Names of platforms; "cuda" and "cuda_pallas" are two ways to run on one device.
+PLATFORMS: dict[str, type[Platform]] = {
     "cpu": Cpu,
     "cuda": Cuda,
     "cuda_pallas": PallasCuda,
-    "cuda_approximate": CudnnApproximate,
     "tpu": Platform,
 }
 
@@ -30,13 +29,13 @@ class Executor:
 
     Attributes:
         graph: Which.
-        lowering: How it runs: a key of `LOWERINGS`.
+        platform: Name of the platform it is laid out for: a key of `PLATFORMS`.
         parameters: The network's arrays, laid out for the platform; an argument of `apply`.
     """
 
-    def __init__(self, graph: g.IntegerGraph, lowering: str):
-        self.graph, self.lowering = graph, lowering
-        self._platform = LOWERINGS[lowering](graph)
+    def __init__(self, graph: g.IntegerGraph, platform: str):
+        self.graph, self.platform = graph, platform
+        self._platform = PLATFORMS[platform](graph)
         self.parameters = self._platform.parameters
         options = self._platform.compiler_options
         self._apply = jax.jit(self.apply, compiler_options=options)
@@ -60,22 +59,22 @@ class Executor:
         return self._apply(self._device_parameters(), self._checked(images))
 
     def codes(self, images: Any) -> dict[str, Int8[Array, "..."]]:
-        """The codes of every tensor that the lowering keeps, by name; a fused branch is not."""
+        """The codes of every tensor that is in memory, by name; a fused branch is not."""
         return self._codes(self._device_parameters(), self._checked(images))
 
     def apply(self, parameters: Any, images: Array) -> Array:
         """`__call__` as a pure function of the parameters, to be compiled by the caller."""
 
         def result(images: Array) -> Array:
-            return self._platform.result(self._platform.run(parameters, images))
+            return self._platform.result(self._platform.visit(images, parameters))
 
         return self._platform.batched(result)(images)
 
     def _all_codes(self, parameters: Any, images: Array) -> dict[str, Array]:
         def codes(images: Array) -> dict[str, Array]:
-            values = self._platform.run(parameters, images)
-            kept = (name for name in self.graph.tensors if name in values)
-            return {name: self._platform.codes(name, values[name]) for name in kept}
+            values = self._platform.visit(images, parameters)
+            present = (name for name in self.graph.tensors if name in values)
+            return {name: self._platform.codes(name, values[name]) for name in present}
 
         return self._platform.batched(codes)(images)
 
@@ -104,25 +103,25 @@ class Executor:
 def make_executor(graph: g.IntegerGraph, *, platform: str | None = None) -> Executor:
     """The integer network as a jitted function of images.
 
-    The codes are the same on every platform and with every lowering but 'cuda_approximate'.
+    The codes are the same on every platform.
 
     Args:
         graph: The network.
-        platform: A key of `LOWERINGS`, to compile for it without having it: 'cpu', 'tpu', 'cuda'
+        platform: A key of `PLATFORMS`, to compile for it without having it: 'cpu', 'tpu', 'cuda'
             (cuDNN, any GPU from sm_75 on), 'cuda_pallas' (from sm_80 on). None for the present
             device.
 
     Raises:
         ExecutionError: There is no such platform.
     """
-    lowering = default_lowering() if platform is None else platform
-    if lowering not in LOWERINGS:
-        raise ExecutionError(f"platform must be one of {', '.join(LOWERINGS)}, got {platform!r}.")
-    return Executor(graph, lowering)
+    name = default_platform() if platform is None else platform
+    if name not in PLATFORMS:
+        raise ExecutionError(f"platform must be one of {', '.join(PLATFORMS)}, got {platform!r}.")
+    return Executor(graph, name)
 
 
-def default_lowering() -> str:
-    """The lowering for the present device."""
+def default_platform() -> str:
+    """Return the name of the platform of the present device."""
     device = jax.devices()[0]
     if device.platform == "gpu":
         # "9.0" and the like; other vendors' GPUs have no such kernels.

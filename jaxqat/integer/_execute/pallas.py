@@ -5,6 +5,7 @@ block adds the shortcut too. Nothing wider than s8 goes to memory between layers
 does not compute (grouped, one- and three-dimensional convolutions, fixed point) runs as in `Cuda`.
 """
 
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -73,20 +74,31 @@ class PallasCuda(Cuda):
         )
         return {"weights": weights, "bias": bias}
 
-    def run(self, parameters: Any, images: Array) -> dict[str, Array]:
-        """Every tensor that is in memory, and the result; fused branches never are."""
-        values: dict[str, Array] = {}
-        for node in self.graph.nodes:
-            if node.name not in self._delayed:
-                with jax.named_scope(node.name):
-                    values[node.output] = self.node(node, parameters, values, images)
-        return values
+    def visited_nodes(self) -> Iterable[g.Node]:
+        """Return the nodes whose result is in memory; fused branches are not."""
+        return (node for node in self.graph.nodes if node.name not in self._delayed)
 
-    def node(self, node: g.Node, parameters: Any, values: dict[str, Array], images: Array) -> Array:
-        """The result of one node."""
+    def node(
+        self,
+        node: g.Node,
+        values: Mapping[str, Array],
+        images: Array,
+        parameters: Mapping[str, Any],
+    ) -> Array:
+        """Compute one node; an addition together with the branch that is fused with it."""
         branch = self.fused.get(node.name)
         if branch is None or not isinstance(node, g.Add):
-            return super().node(node, parameters, values, images)
+            return super().node(node, values, images, parameters)
+        with jax.named_scope(node.name):
+            return self._add_to_branch(node, branch, values, parameters)
+
+    def _add_to_branch(
+        self,
+        node: g.Add,
+        branch: g.Product,
+        values: Mapping[str, Array],
+        parameters: Mapping[str, Any],
+    ) -> Array:
         side = node.inputs.index(branch.output)
         other = node.inputs[1 - side]
         tensor = self.graph.tensors[branch.output]
@@ -101,11 +113,11 @@ class PallasCuda(Cuda):
         own, codes = parameters[branch.name], values[branch.inputs[0]]
         return self._convolve(branch, own, codes, node.output, residual)
 
-    def product(self, node: g.Product, own: dict[str, Array], codes: Array) -> Array:
-        """A convolution or a dense layer with its requantization."""
+    def product(self, node: g.Product, arrays: dict[str, Array], x: Array) -> Array:
+        """Compute a convolution or a dense layer with its requantization."""
         if self._geometry[node.name] is None:
-            return super().product(node, own, codes)
-        return self._convolve(node, own, codes, node.output, None)
+            return super().product(node, arrays, x)
+        return self._convolve(node, arrays, x, node.output, None)
 
     def _convolve(
         self,

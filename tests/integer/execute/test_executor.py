@@ -1,4 +1,4 @@
-"""Every lowering computes the integers of the interpreter in NumPy (`references.integer_graph`).
+"""Every platform computes the integers of the interpreter in NumPy (`references.integer_graph`).
 
 All of them are compiled for the CPU here, the Pallas kernels interpreted; `tests/lowering` shows
 what becomes of them on the devices they are for.
@@ -19,7 +19,7 @@ from jaxqat import ExecutionError, make_executor
 from jaxqat.integer import graph as g
 from jaxqat.integer._execute import PallasCuda
 from jaxqat.integer._execute.cpu import mixed_dot
-from jaxqat.integer._execute.executor import LOWERINGS
+from jaxqat.integer._execute.executor import PLATFORMS
 
 RECIPES = ["int8", "int8_symmetric"]
 EXACT = ["cpu", "tpu", "cuda"]
@@ -33,11 +33,11 @@ class Interpreted(PallasCuda):
 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
-    monkeypatch.setitem(LOWERINGS, "cuda_pallas", Interpreted)
+    monkeypatch.setitem(PLATFORMS, "cuda_pallas", Interpreted)
 
 
-def run(graph, lowering, images):
-    network = make_executor(graph, platform=lowering)
+def run(graph, platform, images):
+    network = make_executor(graph, platform=platform)
     return network.codes(images), network(images)
 
 
@@ -54,13 +54,13 @@ def test_converted_models_give_the_references_codes(name, recipe):
         assert_same((make_executor(graph, platform=other).codes(images), 0), (expected[0], 0))
 
 
-@pytest.mark.parametrize("lowering", ["cpu", "tpu"])
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
 @pytest.mark.parametrize("case", ["residual", "concat", "moves"])
-def test_fixed_point_gives_the_references_codes(case, lowering):
+def test_fixed_point_gives_the_references_codes(case, platform):
     graph = graphs.build(case, requantization="fixed_point")
     images = graphs.pixels(graph, 5)
     expected = integer_graph.run(graph, images)
-    assert_same(run(graph, lowering, images), expected)
+    assert_same(run(graph, platform, images), expected)
     # It is another rounding than the float one: ties and sums beyond float32 differ.
     assert graph.requantization == "fixed_point"
 
@@ -80,15 +80,15 @@ def test_pallas_fuses_the_addition_of_a_block_and_still_gives_all_other_codes():
     assert missing == {"block0/conv2/output", "block1/conv2/output"}
 
 
-@pytest.mark.parametrize("lowering", ["cpu", "tpu"])
-def test_the_batch_size_makes_no_difference(lowering):
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_the_batch_size_makes_no_difference(platform):
     """The CPU's batches are cut into chunks of 8, with or without a rest."""
     graph = graphs.build("chain")
     images = graphs.pixels(graph, 32)
     codes, logits = integer_graph.run(graph, images)
     for batch in (1, 11, 32):
         expected = {name: values[:batch] for name, values in codes.items()}, logits[:batch]
-        assert_same(run(graph, lowering, images[:batch]), expected)
+        assert_same(run(graph, platform, images[:batch]), expected)
 
 
 @pytest.mark.slow
@@ -98,19 +98,19 @@ def test_resnet18_on_the_cpu_gives_the_references_codes():
     assert_same(run(graph, "cpu", images), integer_graph.run(graph, images))
 
 
-@pytest.mark.parametrize("lowering", EXACT)
+@pytest.mark.parametrize("platform", EXACT)
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_codes_are_int8_however_they_are_stored(symmetric, lowering):
+def test_codes_are_int8_however_they_are_stored(symmetric, platform):
     graph = graphs.build("mlp", symmetric=symmetric)
-    codes = make_executor(graph, platform=lowering).codes(graphs.pixels(graph, 1))
+    codes = make_executor(graph, platform=platform).codes(graphs.pixels(graph, 1))
     assert {str(values.dtype) for values in codes.values()} == {"int8"}
 
 
-@pytest.mark.parametrize("lowering", EXACT)
-def test_pixels_and_their_normalized_values_give_the_same(lowering):
-    graph = graphs.build("chain", symmetric=lowering == "cpu")
+@pytest.mark.parametrize("platform", EXACT)
+def test_pixels_and_their_normalized_values_give_the_same(platform):
+    graph = graphs.build("chain", symmetric=platform == "cpu")
     images = graphs.pixels(graph, 3)
-    network = make_executor(graph, platform=lowering)
+    network = make_executor(graph, platform=platform)
     np.testing.assert_array_equal(network(images), network(graphs.normalized(images)))
 
 
@@ -180,14 +180,14 @@ WIDE = {
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("lowering", [*EXACT, "cuda_pallas"])
+@pytest.mark.parametrize("platform", [*EXACT, "cuda_pallas"])
 @pytest.mark.parametrize("name", WIDE)
-def test_sums_beyond_float32_are_exact(name, lowering, symmetric):
+def test_sums_beyond_float32_are_exact(name, platform, symmetric):
     kind, shape, weights, *groups = WIDE[name]
     groups = groups[0] if groups else 1
     graph, images, sums, totals = extremes(kind, shape, weights, symmetric=symmetric, groups=groups)
     assert np.abs(sums[0]).max() > 2**24
-    result = np.asarray(make_executor(graph, platform=lowering)(images))
+    result = np.asarray(make_executor(graph, platform=platform)(images))
     assert (result[0].reshape(-1, weights.shape[-1])[0] == 1).all()
     np.testing.assert_array_equal(result, totals.astype(np.float32))
 
@@ -239,7 +239,7 @@ def test_pixels_for_a_network_without_a_table_are_refused_with_both_repairs():
 def test_an_unknown_platform_is_refused_with_those_there_are():
     with pytest.raises(ExecutionError) as error:
         make_executor(graphs.build("mlp"), platform="npu")
-    assert all(name in str(error.value) for name in (*LOWERINGS, "'npu'"))
+    assert all(name in str(error.value) for name in (*PLATFORMS, "'npu'"))
 
 
 def test_a_list_of_numbers_is_an_image_too():

@@ -1,0 +1,66 @@
+"""Move: codes in other places."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+from jaxqat.integer._nodes.base import Node, Padding, Shape, Tensor
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Move(Node):
+    """Codes moved, not changed; axes count the batch as axis 0, which stays where it is.
+
+    Attributes:
+        kind: What is done.
+        shape: For 'reshape', the new shape without the batch.
+        axes: For 'transpose', the source axis of each axis; for 'reverse', the axes.
+        padding: For 'pad', zeros before and after each axis (real zeros: the code zero_point).
+        starts: For 'slice', the first index by axis.
+        stops: For 'slice', one past the last index by axis; -1 for the batch.
+        strides: For 'slice', the distance between indices by axis.
+    """
+
+    kind: Literal["reshape", "transpose", "reverse", "pad", "slice"]
+    shape: Shape = ()
+    axes: Shape = ()
+    padding: Padding = ()
+    starts: Shape = ()
+    stops: Shape = ()
+    strides: Shape = ()
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """For 'slice', what is taken of each axis behind the batch."""
+        parts = zip(self.starts[1:], self.stops[1:], self.strides[1:], strict=True)
+        return tuple(slice(*part) for part in parts)
+
+    def output_shape(self, inputs: Sequence[Shape]) -> Shape:
+        """Return the shape after the move."""
+        (source,) = inputs
+        match self.kind:
+            case "reshape":
+                if math.prod(self.shape) != math.prod(source):
+                    raise self.error(f"reshapes {source} to {self.shape}, another number of codes.")
+                return self.shape
+            case "transpose":
+                return tuple(source[axis - 1] for axis in self.axes[1:])
+            case "reverse":
+                return source
+            case "pad":
+                sizes = zip(source, self.padding[1:], strict=True)
+                return tuple(low + size + high for size, (low, high) in sizes)
+            case "slice":
+                parts = zip(source, self.slices, strict=True)
+                return tuple(len(range(*part.indices(size))) for size, part in parts)
+
+    def check(self, inputs: Sequence[Tensor], output: Tensor | None) -> None:
+        """Check that the codes stay on their grid, where padding adds the code of the real zero."""
+        if output is None:
+            return
+        (source,) = inputs
+        low, high = source.low, source.high
+        if self.kind == "pad":
+            low, high = min(low, source.zero_point), max(high, source.zero_point)
+        self.check_same_grid(source, output, (low, high))

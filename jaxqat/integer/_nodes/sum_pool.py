@@ -1,0 +1,44 @@
+"""SumPool: average pooling."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import ClassVar
+
+import numpy as np
+
+from jaxqat.integer._nodes.base import Node, Padding, Shape, Tensor, window_shape
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class SumPool(Node):
+    """Average pooling: clip(round(sum(q - zero_point_in) * multiplier) + zero_point, low, high).
+
+    Where `output` names no tensor of the graph, the result is the real sum(...) * multiplier.
+
+    Attributes:
+        window: Extent by spatial axis; with `drop_axes`, the whole of each.
+        strides: By spatial axis.
+        padding: Zeros before and after each spatial axis.
+        drop_axes: Whether the spatial axes are summed away: (n, h, w, c) to (n, c).
+        multiplier: float32.
+    """
+
+    window: Shape
+    strides: Shape
+    padding: Padding
+    drop_axes: bool
+    multiplier: np.float32
+
+    may_be_real: ClassVar[bool] = True
+
+    def output_shape(self, inputs: Sequence[Shape]) -> Shape:
+        """Return the positions of the window, unless they are summed away, and the channels."""
+        ((*spatial, channels),) = inputs
+        if self.drop_axes:
+            return (channels,)
+        return (*window_shape(tuple(spatial), self.window, self.strides, self.padding), channels)
+
+    def check(self, inputs: Sequence[Tensor], output: Tensor | None) -> None:
+        """Check that the multiplier is positive and finite."""
+        del inputs, output
+        self.check_factors("multiplier", (self.multiplier,))

@@ -1,0 +1,105 @@
+"""The one walk over an integer graph: a value for each tensor, by a method for each kind of node.
+
+Execution, the ONNX file and the float networks are visitors. A new kind of node is a case of
+`GraphVisitor.node` and an abstract method here, so that no visitor can be without it.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from typing import Any, Generic, TypeVar
+
+from jaxqat.integer.graph import (
+    Add,
+    Concat,
+    IntegerGraph,
+    MaxPool,
+    Move,
+    Node,
+    Product,
+    Quantize,
+    SumPool,
+)
+
+Value = TypeVar("Value")
+
+
+class GraphVisitor(ABC, Generic[Value]):
+    """Computes a value for each node of a graph.
+
+    Attributes:
+        graph: The graph.
+    """
+
+    def __init__(self, graph: IntegerGraph):
+        self.graph = graph
+
+    def visit(self, images: Value, parameters: Mapping[str, Any] | None = None) -> dict[str, Value]:
+        """Return the value of each node, by the name of its output.
+
+        Args:
+            images: Value of the network's input.
+            parameters: Arrays of each product by the node's name, for visitors that are given
+                them from outside.
+        """
+        values: dict[str, Value] = {}
+        for node in self.visited_nodes():
+            values[node.output] = self.node(node, values, images, parameters or {})
+        return values
+
+    def visited_nodes(self) -> Iterable[Node]:
+        """Return the nodes that have a value, in order."""
+        return self.graph.nodes
+
+    def node(
+        self,
+        node: Node,
+        values: Mapping[str, Value],
+        images: Value,
+        parameters: Mapping[str, Any],
+    ) -> Value:
+        """Return the value of one node, given those of the nodes before it."""
+        inputs = [values[name] for name in node.inputs]
+        match node:
+            case Quantize():
+                return self.quantize(node, images)
+            case Product():
+                return self.product(node, parameters.get(node.name), inputs[0])
+            case Add():
+                return self.add(node, inputs)
+            case MaxPool():
+                return self.max_pool(node, inputs[0])
+            case SumPool():
+                return self.sum_pool(node, inputs[0])
+            case Move():
+                return self.move(node, inputs[0])
+            case Concat():
+                return self.concat(node, inputs)
+        raise TypeError(f"node {node.name!r}: {type(node).__name__} is no kind of node.")
+
+    @abstractmethod
+    def quantize(self, node: Quantize, images: Value) -> Value:
+        """Visit the network's input."""
+
+    @abstractmethod
+    def product(self, node: Product, arrays: Any, x: Value) -> Value:
+        """Visit a convolution or a dense layer; `arrays` are its parameters, if given."""
+
+    @abstractmethod
+    def add(self, node: Add, inputs: list[Value]) -> Value:
+        """Visit a residual addition, or a requantization."""
+
+    @abstractmethod
+    def max_pool(self, node: MaxPool, x: Value) -> Value:
+        """Visit a pool of maxima."""
+
+    @abstractmethod
+    def sum_pool(self, node: SumPool, x: Value) -> Value:
+        """Visit an average pool."""
+
+    @abstractmethod
+    def move(self, node: Move, x: Value) -> Value:
+        """Visit a move of elements."""
+
+    @abstractmethod
+    def concat(self, node: Concat, inputs: list[Value]) -> Value:
+        """Visit a concatenation."""
