@@ -16,10 +16,10 @@ from jaxqat.pipeline import config as configs
 from jaxqat.pipeline.checkpoint import CheckpointStore
 from jaxqat.pipeline.checkpoint.store import MODEL, OPTIMIZER
 from jaxqat.pipeline.data import Dataset, epoch_permutation
-from jaxqat.pipeline.evaluation import Evaluator
+from jaxqat.pipeline.evaluation import Predictor
 from jaxqat.pipeline.metrics import classification_metrics
 from jaxqat.pipeline.networks import Networks, stage_key
-from jaxqat.pipeline.run.folder import RunFolder
+from jaxqat.pipeline.run.folder import RunFolder, RunFolderError
 from jaxqat.pipeline.run.snapshots import (
     Model,
     check_data,
@@ -33,8 +33,8 @@ from jaxqat.pipeline.training import (
     Data,
     DivergedError,
     QatConfig,
-    Stage,
     StageConfig,
+    StagePlan,
     StopRequest,
     Trained,
     TrainState,
@@ -48,7 +48,6 @@ from jaxqat.pipeline.training.progress import StageProgress
 
 logger = logging.getLogger(__name__)
 
-STAGES = ("fp32", "qat")
 MAX_STEPS_PER_DISPATCH = 50
 
 
@@ -60,13 +59,18 @@ class StageRun:
         name: 'fp32' or 'qat'.
         networks: The networks, the experiment and the data.
         folder: Where checkpoints and metrics go.
-        evaluator: Of this stage's network.
+        predictor: Gives the logits of this stage's network.
     """
 
     name: str
     networks: Networks
     folder: RunFolder
-    evaluator: Evaluator
+    predictor: Predictor
+
+    @classmethod
+    def of(cls, name: str, networks: Networks, folder: RunFolder) -> "StageRun":
+        """Return a stage of an experiment in its run folder."""
+        return cls(name, networks, folder, Predictor.of_stage(networks, name))
 
     @property
     def config(self) -> StageConfig:
@@ -166,7 +170,7 @@ class StageRun:
         with progress:
             reporter = FolderReporter(self, store, progress)
             return run_stage(
-                self._stage(), state, reporter=reporter, stop=stop, epoch_seconds=seconds
+                self._plan(), state, reporter=reporter, stop=stop, epoch_seconds=seconds
             )
 
     def _announce(self, console: Console, done: int) -> None:
@@ -196,7 +200,7 @@ class StageRun:
     def _trained(self) -> Trained:
         return self.networks.trained(self.name)
 
-    def _stage(self) -> Stage:
+    def _plan(self) -> StagePlan:
         config, dataset, seed = self.config, self.dataset, self.networks.experiment.seed
         steps = {frozen: self._step(frozen) for frozen in (False, True)}
         frozen_from = config.frozen_from if isinstance(config, QatConfig) else config.epochs + 1
@@ -206,7 +210,7 @@ class StageRun:
         if limit is None:
             limit = 1 if jax.default_backend() == "cpu" else MAX_STEPS_PER_DISPATCH
         images, labels = jax.device_put((dataset.train.images, dataset.train.labels))
-        return Stage(
+        return StagePlan(
             name=self.name,
             epochs=config.epochs,
             steps_per_epoch=self.steps_per_epoch,
@@ -239,14 +243,34 @@ class StageRun:
         split = self.dataset.validation
         if split is None:
             return {}
-        logits = self.evaluator.logits(state.params, state.collections, split)
+        variables = {"params": state.params, **state.collections}
+        logits = self.predictor.logits(split, variables)
         if not np.isfinite(logits).all():
             raise DivergedError(
                 f"{self.name}: logits of the validation split are infinite or NaN after step "
                 f"{int(state.step)}; checkpoints from before it are good."
             )
-        metrics = classification_metrics(split.labels, logits, self.dataset.class_names)
-        return {f"validation_{key}": metrics[key] for key in ("loss", "accuracy")}
+        scores = classification_metrics(split.labels, logits, self.dataset.class_names)
+        return {"validation_loss": scores.loss, "validation_accuracy": scores.accuracy}
+
+
+def check_finished(run: StageRun) -> int:
+    """Return the last step of a finished stage.
+
+    Raises:
+        RunFolderError: If the stage has no checkpoint, or not yet its last one.
+    """
+    folder, name = run.folder, run.name
+    if not folder.has_checkpoints(name):
+        raise RunFolderError(f"{folder.checkpoints(name)}: there are no checkpoints of {name}.")
+    with run.open_store(read_only=True) as store:
+        last = max(store.steps(), default=0)
+    if last < run.total_steps:
+        raise RunFolderError(
+            f"{folder.path}: its {name.upper()} stage is at step {last} of {run.total_steps}. Run "
+            "its `jaxqat train` again to finish it."
+        )
+    return last
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -12,11 +12,10 @@ from typing import Any
 
 from jaxqat.pipeline import config as configs
 from jaxqat.pipeline.config import Experiment
-from jaxqat.pipeline.evaluation import Evaluator
 from jaxqat.pipeline.networks import Networks
 from jaxqat.pipeline.run.folder import RunFolder, RunFolderError
 from jaxqat.pipeline.run.snapshots import check_data, split_state
-from jaxqat.pipeline.stages import StageRun
+from jaxqat.pipeline.stages import StageRun, check_finished
 
 # Settings that the float network does not depend on: all of the first part of their keys.
 OF_NO_MATTER = ("name", "quant", "qat", "evaluation_batch_size", "checkpoint")
@@ -91,16 +90,9 @@ def find_float_stage(networks: Networks, workdir: Path) -> FloatStage:
     """
     check_settings(networks.experiment, workdir)
     folder = RunFolder(workdir)
-    run = StageRun("fp32", networks, folder, Evaluator(networks, "fp32"))
-    if not folder.has_checkpoints("fp32"):
-        raise RunFolderError(f"{folder.checkpoints('fp32')}: there are no checkpoints of fp32.")
+    run = StageRun.of("fp32", networks, folder)
+    last = check_finished(run)
     with run.open_store(read_only=True) as store:
-        last = max(store.steps(), default=0)
-        if last < run.total_steps:
-            raise RunFolderError(
-                f"{workdir}: its FP32 stage is at step {last} of {run.total_steps}. Train it to "
-                "the end there, or train FP32 here without --from."
-            )
         best = store.best_step() if networks.experiment.select == "best" else None
         steps = tuple(sorted({last} if best is None else {last, best}))
         target = split_state(run.state_shapes())

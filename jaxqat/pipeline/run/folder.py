@@ -1,6 +1,6 @@
 """The run folder: whose it is, what lies where, and how it is written.
 
-    config.yaml, checkpoints/{fp32,qat}/STEP/, int8/, ptq/, metrics.jsonl, results.json,
+    config.yaml, checkpoints/{fp32,qat}/STEP/, integer/, ptq/, metrics.jsonl, results.json,
     report_data.npz, report.html, figures/, analysis.json, analysis.html, evaluations/
 
 One process trains in a folder at a time, and a folder belongs to one experiment.
@@ -16,8 +16,11 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from jaxqat.errors import InputError
+from jaxqat.integer._store.files import write_atomically, write_json
 from jaxqat.pipeline import config as configs
+from jaxqat.pipeline import results
 from jaxqat.pipeline.config import Experiment
+from jaxqat.pipeline.results import Results
 
 
 class RunFolderError(InputError):
@@ -56,13 +59,13 @@ class RunFolder:
         return self.path / "analysis.json"
 
     @property
-    def network(self) -> Path:
-        """The integer network."""
-        return self.path / "int8"
+    def integer(self) -> Path:
+        """The integer network of QAT."""
+        return self.path / "integer"
 
     @property
     def ptq(self) -> Path:
-        """The integer network of post-training quantization."""
+        """The integer network of post-training quantization (PTQ)."""
         return self.path / "ptq"
 
     def checkpoints(self, stage: str) -> Path:
@@ -88,7 +91,7 @@ class RunFolder:
 
     def has_work(self) -> bool:
         """Whether anything would be lost if the folder became another experiment's."""
-        return self.results.exists() or self.network.exists() or self.has_checkpoints()
+        return self.results.exists() or self.integer.exists() or self.has_checkpoints()
 
     def load_config(self) -> Experiment:
         """The experiment of the run.
@@ -100,13 +103,29 @@ class RunFolder:
             raise RunFolderError(f"{self.path}: is no run folder: it holds no config.yaml.")
         return configs.load(self.config)
 
-    def read_results(self) -> dict[str, Any]:
-        """The content of results.json.
+    def read_results(self) -> Results:
+        """Read results.json.
 
         Raises:
-            RunFolderError: If it is missing or broken.
+            RunFolderError: If it is missing or broken; names the key.
         """
-        return _read_json(self.results)
+        return results.read(self.results, error=RunFolderError)
+
+    def find_results(self) -> Results | None:
+        """Read results.json; None if there is none yet.
+
+        Raises:
+            RunFolderError: If it is broken; names the key.
+        """
+        return self.read_results() if self.results.exists() else None
+
+    def write_results(self, content: Results) -> None:
+        """Replace results.json in one step.
+
+        Raises:
+            RunFolderError: If it cannot be written.
+        """
+        results.write(self.results, content, error=RunFolderError)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The whole lines of metrics.jsonl; one that a killed process cut short is left out."""
@@ -132,7 +151,7 @@ class RunFolder:
             path.parent.mkdir(exist_ok=True)
         except OSError as error:
             raise RunFolderError(f"{path.parent}: cannot be made: {error.strerror}.") from error
-        write_json(path, result)
+        write_json(path, result, error=RunFolderError)
         return path
 
     def truncate_metrics(self, stage: str, last_step: int) -> None:
@@ -145,7 +164,8 @@ class RunFolder:
         """Put these epochs in the place of those of a stage."""
         lines = [*records, *(r for r in self.read_metrics() if r["stage"] != stage)]
         lines.sort(key=lambda record: record["stage"] != "fp32")
-        write_atomically(self.metrics, "".join(json.dumps(r) + "\n" for r in lines))
+        text = "".join(json.dumps(r) + "\n" for r in lines)
+        write_atomically(self.metrics, text, error=RunFolderError)
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Add an epoch."""
@@ -160,29 +180,6 @@ def _read_json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RunFolderError(f"{path}: cannot be read: {error}") from error
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file in one step, so that a reader or a crash never meets half of it.
-
-    Raises:
-        RunFolderError: If it cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise RunFolderError(f"{path}: cannot be written: {error.strerror}.") from error
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Replace a JSON file in one step."""
-    write_atomically(path, json.dumps(value, indent=1) + "\n")
 
 
 @contextmanager
