@@ -154,17 +154,18 @@ def check(
 ) -> list[Agreement]:
     """Compare every result with that of another engine.
 
-    Float engines are compared with JAX's FP32, integer ones with JAX's integer network; that one is compared
-    with FP32 itself, as is what quantizes the float network in its own way.
+    Float engines are compared with JAX FP32, integer engines with JAX integer. JAX integer itself
+    is compared with JAX FP32, and so are engines that quantize the float network on their own.
 
     Args:
-        engines: By key.
-        results: Of the engines that have one, by key; JAX's FP32 and integer networks are among them.
+        engines: Engines by key.
+        results: Results by key, for the engines that have one; JAX FP32 and JAX integer are among
+            them.
         graph: The network.
-        where: What was run, for the error.
+        where: What was run, for the error message.
 
     Raises:
-        BenchmarkError: Two results differ by more than they may.
+        BenchmarkError: If two results differ by more than the limit.
     """
     agreements = []
     for key, result in results.items():

@@ -128,9 +128,7 @@ def _references(result: Mapping[str, Any]) -> str:
     rows = [row for row in result["batches"][-1]["engines"] if "agreement" in row]
     of_integers = [r["label"] for r in rows if r["agreement"]["against"] == "jax_integer"]
     if of_integers:
-        text += (
-            f"; those of {', '.join(of_integers)}, the integer network as well, to JAX integer's"
-        )
+        text += f"; errors of {', '.join(of_integers)} are relative to JAX integer"
     return f"{text}."
 
 

@@ -188,7 +188,8 @@ def test_the_random_network_neither_vanishes_nor_saturates(compiled_once):
 
 def test_shares_of_the_roofline_and_reasons_are_shown(console):
     row = {
-        "key": "jax_integer", "label": "JAX integer (cuda)", "precision": "integer", "median_s": 0.5,
+        "key": "jax_integer", "label": "JAX integer (cuda)", "precision": "integer",
+        "median_s": 0.5,
         "quartiles_s": [0.25, 0.75], "images_per_s": 4.0, "ratio_to_jax_fp32": 2.0,
         "ratio_to_ort_fp32": None, "roofline_share": 0.375,
         "agreement": {"error": 0.0, "against": "jax_fp32"},
