@@ -320,7 +320,8 @@ def test_other_data_than_the_checkpoints_is_refused(
     (run / "results.json").unlink()
     dataset = load_dataset(tiny().data)
     other = dataclasses.replace(dataset, fingerprint={**dataset.fingerprint, "version": "other"})
-    monkeypatch.setattr(train, "load_dataset", lambda config: other)
+    for command in (train, evaluate):
+        monkeypatch.setattr(command, "load_dataset", lambda config: other)
     for call in (
         lambda: train.train(tiny(), run, console=console),
         lambda: evaluate.evaluate(run, stage="qat", console=console),

@@ -140,7 +140,7 @@ def test_a_folder_without_config_is_no_run(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [(None, "is missing"), ("{", "is not JSON"), ('{"name": 1}', "name: must be a text")],
+    [(None, "is missing"), ("{", "is not JSON"), ('{"nam": 1}', "nam: Results has no such field")],
     ids=["missing", "broken", "other"],
 )
 def test_results_that_cannot_be_read_are_named(tmp_path, text, message):
