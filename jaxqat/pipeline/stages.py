@@ -1,4 +1,4 @@
-"""A stage of an experiment in its run folder: what to train, from where, and where it is kept."""
+"""Training of one stage of an experiment in its run folder."""
 
 import dataclasses
 import functools
@@ -97,7 +97,7 @@ class StageRun:
         return open_store(self.networks.experiment, self.folder, self.name, read_only=read_only)
 
     def identity(self) -> dict[str, Any]:
-        """What every checkpoint says it belongs to."""
+        """Return what identifies the run in every checkpoint."""
         return {
             "stage": self.name,
             "config": configs.to_dict(self.networks.experiment),
@@ -106,7 +106,7 @@ class StageRun:
         }
 
     def state_shapes(self) -> TrainState:
-        """The training state as shapes and dtypes."""
+        """Return the training state as shapes and dtypes."""
         init = partial(init_state, optimizer=self._optimizer(), trained=self._trained)
         return jax.eval_shape(init, *self.networks.shapes(self.name))
 
@@ -120,12 +120,12 @@ class StageRun:
         """Train to the end of the stage, from its newest good checkpoint if there is one.
 
         Args:
-            start: Makes the network that a fresh stage starts from.
-            stop: Looked at after each dispatch.
-            console: Where progress is shown.
+            start: Returns the network that the stage starts from if it has no checkpoint.
+            stop: Checked after each dispatch.
+            console: Shows the progress.
 
         Returns:
-            The network that goes on: the last one, or the best one, as the experiment selects.
+            The network of the last or of the best checkpoint, as the experiment selects.
         """
         with self.open_store() as store:
             restored = store.restore_newest_good(split_state(self.state_shapes()))
@@ -204,7 +204,7 @@ class StageRun:
         config, dataset, seed = self.config, self.dataset, self.networks.experiment.seed
         steps = {frozen: self._step(frozen) for frozen in (False, True)}
         frozen_from = config.frozen_from if isinstance(config, QatConfig) else config.epochs + 1
-        # QAT goes on counting epochs where FP32 ended, so that it sees other orders.
+        # QAT continues the epoch count of FP32, so that it sees other orders of the images.
         offset = 0 if self.name == "fp32" else self.networks.experiment.fp32.epochs
         limit = config.steps_per_dispatch
         if limit is None:
@@ -275,7 +275,7 @@ def check_finished(run: StageRun) -> int:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FolderReporter:
-    """Keeps in the run folder, and shows, what the loop reports."""
+    """Writes what the loop reports to the run folder, and prints it."""
 
     run: StageRun
     store: CheckpointStore
@@ -298,7 +298,7 @@ class FolderReporter:
         epoch_seconds: float,
         stopping: bool,
     ) -> None:
-        """Write a checkpoint, if it is its turn."""
+        """Write a checkpoint if one is due."""
         step, every = int(state.step), self.run.networks.experiment.checkpoint.every_epochs
         is_last = step == self.run.total_steps
         if stopping or is_last or record is None or record["epoch"] % every == 0:
