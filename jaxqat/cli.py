@@ -34,7 +34,7 @@ from jaxqat.lowering import TARGETS
 from jaxqat.pipeline import config as configs
 from jaxqat.pipeline.config import Experiment
 from jaxqat.pipeline.evaluation import SPLITS
-from jaxqat.pipeline.integer_networks import NETWORKS
+from jaxqat.pipeline.results import INTEGER_STAGES, NETWORKS
 from jaxqat.pipeline.training import Stopped
 
 DONE, FAILED, BAD_INPUT = 0, 1, 2
@@ -129,10 +129,10 @@ def _chosen(options: Namespace, *names: str) -> dict[str, Any]:
 
 def _add_network(parser: Parser) -> None:
     parser.add_argument(
-        "--network",
-        choices=NETWORKS,
-        default="int8",
-        help="That of QAT, in RUN/int8, or that of post-training quantization, in RUN/ptq.",
+        "--stage",
+        choices=INTEGER_STAGES,
+        default="qat",
+        help="The integer network of QAT, RUN/integer, or of post-training quantization, RUN/ptq.",
     )
 
 
@@ -141,9 +141,9 @@ def add_evaluate_arguments(parser: Parser) -> None:
     parser.add_argument("run", type=Path, help="The run folder.")
     parser.add_argument(
         "--stage",
-        choices=("fp32", "qat", *NETWORKS),
-        default="int8",
-        help="Which network: of the two checkpoints, or an integer network, RUN/int8 or RUN/ptq.",
+        choices=NETWORKS,
+        default="integer",
+        help="fp32 and qat from their checkpoints; the integer networks RUN/integer and RUN/ptq.",
     )
     parser.add_argument("--split", choices=SPLITS, default="test", help="Which images.")
 
@@ -203,7 +203,7 @@ def add_export_arguments(parser: Parser) -> None:
 def export(options: Namespace, console: Console, argv: list[str]) -> int:
     """Run the command `export`."""
     del argv
-    chosen = _chosen(options, "network", "format", "input", "overwrite")
+    chosen = _chosen(options, "stage", "format", "input", "overwrite")
     export_command.export(options.run, options.output, **chosen, console=console)
     return DONE
 
@@ -229,7 +229,7 @@ def add_verify_arguments(parser: Parser) -> None:
 def verify(options: Namespace, console: Console, argv: list[str]) -> int:
     """Run the command `verify`."""
     del argv
-    chosen = _chosen(options, "network", "format", "split")
+    chosen = _chosen(options, "stage", "format", "split")
     verification = verify_command.verify(options.run, **chosen, console=console)
     return FAILED if verification.failures else DONE
 

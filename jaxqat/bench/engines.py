@@ -47,7 +47,7 @@ class Engine:
         key: Its name in JSON.
         label: For people.
         packages: What it needs installed; the first is whose version counts.
-        precision: 'fp32', 'tf32', 'bf16' or 'int8'.
+        precision: 'fp32', 'tf32', 'bf16' or 'integer'.
         kind: See `Kind`.
         make: Makes it.
     """
@@ -93,10 +93,10 @@ def engines_of(device: str) -> list[Engine]:
     ]
     for name in PLATFORMS:
         if name.split("_")[0] == device:
-            key = "jax_int8" + name.removeprefix(device)
-            label = f"JAX int8 ({name})" if device == "cuda" else "JAX int8"
+            key = "jax_integer" + name.removeprefix(device)
+            label = f"JAX integer ({name})" if device == "cuda" else "JAX integer"
             make = _make_jax_integer(name)
-            engines.append(Engine(key, label, ("jax",), "int8", "exact", make))
+            engines.append(Engine(key, label, ("jax",), "integer", "exact", make))
     return engines + (CPU_ENGINES if device == "cpu" else [])
 
 
@@ -225,13 +225,13 @@ _ORT, _OPENVINO = ("onnxruntime", "onnx"), ("openvino", "onnx")
 
 CPU_ENGINES = [
     Engine("ort_fp32", "ONNX Runtime FP32", _ORT, "fp32", "float", _make_onnx_float),
-    Engine("ort_int8", "ONNX Runtime int8", _ORT, "int8", "exact", _make_onnx_integer),
+    Engine("ort_integer", "ONNX Runtime integer", _ORT, "integer", "exact", _make_onnx_integer),
     Engine(
-        "ort_static", "ONNX Runtime's quantize_static", _ORT, "int8", "other", _make_onnx_static
+        "ort_static", "ONNX Runtime's quantize_static", _ORT, "integer", "other", _make_onnx_static
     ),
     Engine("openvino_fp32", "OpenVINO FP32", _OPENVINO, "fp32", "float", _make_openvino_float),
     Engine(
-        "openvino_int8", "OpenVINO int8", _OPENVINO, "int8", "near", _make_openvino_integer
+        "openvino_integer", "OpenVINO integer", _OPENVINO, "integer", "near", _make_openvino_integer
     ),
     Engine("torch_fp32", "PyTorch FP32", ("torch",), "fp32", "float", _make_torch),
 ]  # fmt: skip

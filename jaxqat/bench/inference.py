@@ -21,7 +21,7 @@ from jaxqat.bench.networks import are_usable, make_images
 from jaxqat.bench.timing import Call, add_ratios, alternate, summarize
 from jaxqat.integer.graph import IntegerGraph
 
-FLOAT, INTEGER, STATIC = "jax_fp32", "jax_int8", "ort_static"
+FLOAT, INTEGER, STATIC = "jax_fp32", "jax_integer", "ort_static"
 BASELINES = {"ratio_to_jax_fp32": FLOAT, "ratio_to_ort_fp32": "ort_fp32"}
 CALIBRATION_BATCHES, CALIBRATION_BATCH = 4, 16
 DEFAULT_BATCHES = {"cpu": (1, 32, 256)}
@@ -87,7 +87,7 @@ def _describe(graph: IntegerGraph) -> dict[str, Any]:
         "input_shape": list(graph.input_shape),
         "macs": roofline.macs(graph),
         "parameters": roofline.parameters(graph),
-        "int8_bytes": graph.size_bytes(),
+        "integer_bytes": graph.size_bytes(),
     }
 
 
@@ -154,17 +154,18 @@ def check(
 ) -> list[Agreement]:
     """Compare every result with that of another engine.
 
-    Float engines are compared with JAX's FP32, integer ones with JAX's int8; that one is compared
-    with FP32 itself, as is what quantizes the float network in its own way.
+    Float engines are compared with JAX FP32, integer engines with JAX integer. JAX integer itself
+    is compared with JAX FP32, and so are engines that quantize the float network on their own.
 
     Args:
-        engines: By key.
-        results: Of the engines that have one, by key; JAX's FP32 and int8 are among them.
+        engines: Engines by key.
+        results: Results by key, for the engines that have one; JAX FP32 and JAX integer are among
+            them.
         graph: The network.
-        where: What was run, for the error.
+        where: What was run, for the error message.
 
     Raises:
-        BenchmarkError: Two results differ by more than they may.
+        BenchmarkError: If two results differ by more than the limit.
     """
     agreements = []
     for key, result in results.items():
@@ -198,7 +199,7 @@ def _measure(
         if row["key"] not in seconds:
             continue
         row |= summarize(seconds[row["key"]], batch)
-        if row["precision"] == "int8" and device is not None:
+        if row["precision"] == "integer" and device is not None:
             row["roofline_share"] = roofline.least_seconds(graph, batch, device) / row["median_s"]
     add_ratios(rows, BASELINES)
 
@@ -212,10 +213,12 @@ def notes(rows: Sequence[Mapping[str, Any]], families: Mapping[str, str]) -> lis
     """
     measured = [row for row in rows if "median_s" in row]
     found = []
-    for row in (row for row in measured if row["precision"] == "int8"):
+    for row in (row for row in measured if row["precision"] == "integer"):
         for other in measured:
-            rival = other["precision"] != "int8" and families[row["key"]] == families[other["key"]]
-            if rival or (row["key"], other["key"]) == ("ort_int8", STATIC):
+            rival = (
+                other["precision"] != "integer" and families[row["key"]] == families[other["key"]]
+            )
+            if rival or (row["key"], other["key"]) == ("ort_integer", STATIC):
                 ratio = other["median_s"] / row["median_s"]
                 if round(ratio, 2) < 1:  # As it is told.
                     found.append(

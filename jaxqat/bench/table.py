@@ -126,9 +126,9 @@ def _references(result: Mapping[str, Any]) -> str:
     """What each error is relative to."""
     text = "Errors are root mean squares of logits relative to those of JAX FP32"
     rows = [row for row in result["batches"][-1]["engines"] if "agreement" in row]
-    of_integers = [r["label"] for r in rows if r["agreement"]["against"] == "jax_int8"]
+    of_integers = [r["label"] for r in rows if r["agreement"]["against"] == "jax_integer"]
     if of_integers:
-        text += f"; those of {', '.join(of_integers)}, the integer network as well, to JAX int8's"
+        text += f"; errors of {', '.join(of_integers)} are relative to JAX integer"
     return f"{text}."
 
 

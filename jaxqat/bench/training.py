@@ -53,9 +53,9 @@ class Variant:
 FP32 = Variant("fp32", "FP32", "fp32", "float32")
 TF32 = Variant("tf32", "TF32", "fp32", "tf32")
 BF16 = Variant("bf16", "bf16", "fp32", "bfloat16")
-QAT = Variant("qat", "QAT int8", "qat", "float32")
-QAT_TF32 = Variant("qat_tf32", "QAT int8, else TF32", "qat", "tf32")
-QAT_BF16 = Variant("qat_bf16", "QAT int8, else bf16", "qat", "bfloat16")
+QAT = Variant("qat", "QAT", "qat", "float32")
+QAT_TF32 = Variant("qat_tf32", "QAT, else TF32", "qat", "tf32")
+QAT_BF16 = Variant("qat_bf16", "QAT, else bf16", "qat", "bfloat16")
 
 VARIANTS = {
     "cpu": (FP32, BF16, QAT),

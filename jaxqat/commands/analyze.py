@@ -8,13 +8,15 @@ import numpy as np
 from rich.console import Console
 
 from jaxqat.analysis import analyze as analyze_layers
+from jaxqat.integer._store.files import write_json
 from jaxqat.pipeline.data import load_dataset
 from jaxqat.pipeline.display import print_analysis
 from jaxqat.pipeline.evaluation import find_split
 from jaxqat.pipeline.networks import Networks, matmul_precision
 from jaxqat.pipeline.post_training import calibrated
 from jaxqat.pipeline.report import write_analysis
-from jaxqat.pipeline.run.folder import RunFolder, write_json
+from jaxqat.pipeline.results import to_json
+from jaxqat.pipeline.run.folder import RunFolder, RunFolderError
 from jaxqat.pipeline.run.results import describe_run
 from jaxqat.pipeline.run.snapshots import Model, restore_model
 
@@ -73,7 +75,7 @@ def analyze(
             train=False,
         )
     result = {
-        **describe_run(experiment, dataset, None),
+        **to_json(describe_run(experiment, dataset, None)),
         "stage": stage,
         "split": split,
         "step": model.step,
@@ -81,7 +83,7 @@ def analyze(
     }
     title = f"{experiment.name}: {stage}, {len(chosen):,} images of the {split} split"
     print_analysis(title, found.rows(), found.summary(), console)
-    write_json(folder.analysis, result)
+    write_json(folder.analysis, result, error=RunFolderError)
     page = write_analysis(folder.path, result)
     console.print(f"analysis: {page}", highlight=False, soft_wrap=True)
     return result

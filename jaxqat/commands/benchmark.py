@@ -14,10 +14,12 @@ from jaxqat.bench.inference import benchmark_inference
 from jaxqat.bench.networks import CLASSES, IMAGE_SHAPE, WIDTH, random_network, run_pixels
 from jaxqat.bench.table import print_benchmark
 from jaxqat.bench.training import benchmark_training
+from jaxqat.integer._store.files import write_json
 from jaxqat.pipeline.config import Experiment
 from jaxqat.pipeline.integer_networks import load_network
 from jaxqat.pipeline.models import ModelConfig
-from jaxqat.pipeline.run.folder import RunFolder, write_json
+from jaxqat.pipeline.results import to_json
+from jaxqat.pipeline.run.folder import RunFolder, RunFolderError
 from jaxqat.pipeline.run.results import environment
 
 WHAT = ("inference", "train")
@@ -74,7 +76,7 @@ def benchmark(
         "what": what,
         "run": None if run is None else str(run),
         "command": command,
-        "environment": environment(),
+        "environment": to_json(environment()),
         "versions": versions() if what == "inference" else {},
         "threads": thread_count(),
         "rounds": rounds,
@@ -83,7 +85,7 @@ def benchmark(
     }
     print_benchmark(result, console)
     if json is not None:
-        write_json(json, result)
+        write_json(json, result, error=RunFolderError)
     return result
 
 

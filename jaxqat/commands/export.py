@@ -24,7 +24,7 @@ def export(
     output: Path,
     *,
     format: Literal["onnx", "stablehlo"],
-    network: str = "int8",
+    stage: Literal["qat", "ptq"] = "qat",
     input: Literal["uint8", "float"] = "uint8",
     overwrite: bool = False,
     console: Console | None = None,
@@ -35,7 +35,7 @@ def export(
         workdir: The run folder.
         output: File to write.
         format: 'onnx' or 'stablehlo'.
-        network: 'int8', that of QAT, or 'ptq', that of post-training quantization.
+        stage: 'qat', or 'ptq' for the network of post-training quantization.
         input: What the file takes: 'uint8', images as they are, or 'float', images normalized as
             in training.
         overwrite: Whether a file of that name may be replaced.
@@ -48,7 +48,7 @@ def export(
         ImportError: A package is not installed.
     """
     console = console or Console()
-    graph = load_run_network(workdir, network)
+    graph = load_run_network(workdir, stage)
     if format == "onnx":
         from jaxqat.export._onnx.model import export_onnx as write
     else:
@@ -59,7 +59,7 @@ def export(
     return output
 
 
-def load_run_network(workdir: Path, network: str = "int8") -> IntegerGraph:
+def load_run_network(workdir: Path, stage: str = "qat") -> IntegerGraph:
     """The integer network of a run folder, or that of post-training quantization, 'ptq'.
 
     Raises:
@@ -68,4 +68,4 @@ def load_run_network(workdir: Path, network: str = "int8") -> IntegerGraph:
     """
     folder = RunFolder(Path(workdir))
     folder.load_config()
-    return load_network(folder, network)
+    return load_network(folder, stage)

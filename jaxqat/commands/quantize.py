@@ -1,8 +1,7 @@
 """`jaxqat quantize`: quantize the FP32 network of a run without training."""
 
-from functools import partial
+import dataclasses
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -10,20 +9,16 @@ from jaxqat.integer._store.folder import save
 from jaxqat.pipeline.config import Experiment
 from jaxqat.pipeline.data import DataError, Dataset, load_dataset
 from jaxqat.pipeline.display import print_results
-from jaxqat.pipeline.evaluation import Evaluator, measure
+from jaxqat.pipeline.evaluation import Predictor, measure
 from jaxqat.pipeline.integer_networks import check_network
 from jaxqat.pipeline.networks import Networks, matmul_precision
-from jaxqat.pipeline.post_training import _changed, calibrated, examine
+from jaxqat.pipeline.post_training import calibrated, convert_and_test, with_quantization
 from jaxqat.pipeline.report import write_report
-from jaxqat.pipeline.run.folder import RunFolder, RunFolderError, claim, write_json
-from jaxqat.pipeline.run.results import (
-    describe_network,
-    describe_run,
-    describe_tests,
-    write_test_samples,
-)
+from jaxqat.pipeline.results import Results
+from jaxqat.pipeline.run.folder import RunFolder, claim
+from jaxqat.pipeline.run.results import float_results, verification_result, write_test_samples
 from jaxqat.pipeline.run.snapshots import Model, restore_model
-from jaxqat.pipeline.stages import StageRun
+from jaxqat.pipeline.stages import StageRun, check_finished
 from jaxqat.pipeline.training import stop_on_signals
 from jaxqat.quant import Recipe
 
@@ -35,7 +30,7 @@ def quantize(
     recipe: str | None = None,
     command: str | None = None,
     console: Console | None = None,
-) -> dict[str, Any]:
+) -> Results:
     """Quantize the trained float network of a run without training, test it, and report.
 
     Writes RUN/ptq, the entry 'ptq' of RUN/results.json, and the report, each in one step and only
@@ -66,22 +61,21 @@ def quantize(
     experiment = RunFolder(Path(workdir)).load_config()
     quant = experiment.quant if recipe is None else Recipe.preset(recipe)
     with claim(Path(workdir)) as folder, stop_on_signals() as stop, matmul_precision(experiment):
-        if not folder.has_checkpoints("fp32"):
-            raise RunFolderError(f"{folder.checkpoints('fp32')}: there are no checkpoints of fp32.")
         dataset = load_dataset(experiment.data)
-        changed = _changed(experiment, quant, _check_batches(experiment, dataset, batches))
-        networks = Networks.build(changed, dataset)
-        fp32 = restore_model(networks, folder, "fp32")
-        _check_trained(networks, folder)
-        model = calibrated(networks, fp32)
-        graph, tested = examine(networks, model, stop)
-        tested["ptq"]["preset"] = recipe
-        tested["ptq"]["verify"] = check_network(networks, model, graph, console).to_dict()
-        results = _results_without(folder) or _float_results(networks, folder, model, command)
+        batches = _check_batches(experiment, dataset, batches)
+        networks = Networks.build(with_quantization(experiment, quant, batches), dataset)
+        check_finished(StageRun.of("fp32", networks, folder))
+        model = calibrated(networks, restore_model(networks, folder, "fp32"))
+        graph, ptq, speed = convert_and_test(networks, model, stop, preset=recipe)
+        verification = verification_result(check_network(networks, model, graph, console))
+        ptq = dataclasses.replace(ptq, verify=verification)
+        results = folder.find_results()
+        if results is None or results.qat is None:
+            results = _float_results(networks, folder, model, command)
         stop.raise_if_set()
         save(graph, folder.ptq, overwrite=True)
-        results = {**results, **tested, "speed": {**results["speed"], **tested["speed"]}}
-        write_json(folder.results, results)
+        results = results.adding("ptq", ptq, speed)
+        folder.write_results(results)
         report = write_report(folder.path)
     print_results(results, console)
     console.print(f"report: {report}", highlight=False)
@@ -100,34 +94,15 @@ def _check_batches(experiment: Experiment, dataset: Dataset, batches: int | None
     return int(batches)  # The command's own integer type has no JSON form.
 
 
-def _check_trained(networks: Networks, folder: RunFolder) -> None:
-    run = StageRun("fp32", networks, folder, Evaluator(networks, "fp32"))
-    with run.open_store(read_only=True) as store:
-        done = max(store.steps())
-    if done < run.total_steps:
-        raise RunFolderError(
-            f"{folder.path}: its FP32 stage is at step {done} of {run.total_steps}. Run the same "
-            "`jaxqat train` again to train it to the end."
-        )
-
-
-def _results_without(folder: RunFolder) -> dict[str, Any] | None:
-    """The results of a run whose QAT is done; None where there are none yet."""
-    results = folder.read_results() if folder.results.exists() else {}
-    return results if "qat" in results else None
-
-
 def _float_results(
     networks: Networks, folder: RunFolder, model: Model, command: str | None
-) -> dict[str, Any]:
-    """What results say of a run that ends with FP32, its layers as they were calibrated."""
-    dataset = networks.dataset
-    of_float = {k: v for k, v in model.collections.items() if k in networks.shapes("fp32")[1]}
-    logits = partial(Evaluator(networks, "fp32").logits, model.params, of_float)
-    measured = {"fp32": measure(logits, dataset.test, dataset.class_names)}
+) -> Results:
+    """Return the results of a run that ends with FP32, its layers as they were calibrated."""
+    dataset, of_float = networks.dataset, {"params", *networks.shapes("fp32")[1]}
+    variables = {name: value for name, value in model.tree().items() if name in of_float}
+    predictor = Predictor.of_stage(networks, "fp32")
+    measured = measure(
+        lambda split: predictor.logits(split, variables), dataset.test, dataset.class_names
+    )
     write_test_samples(folder, dataset)
-    return {
-        **describe_run(folder.load_config(), dataset, command),
-        **describe_tests(measured, folder),
-        **describe_network(networks, model.params, model.collections, None),
-    }
+    return float_results(networks, folder, model, measured, command)

@@ -2,24 +2,24 @@
 
 The three functions are what the command line and the scripts call. `train` reads the test split
 after both stages only; until then nothing but training and validation images is looked at. What is
-called int8 is the integer network in RUN/int8; ptq, that of RUN/ptq, was never fine-tuned.
+called integer is the network in RUN/integer; ptq, that in RUN/ptq, was never fine-tuned.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from jaxqat.errors import ConversionError
+from jaxqat.integer._store.files import write_atomically
 from jaxqat.integer._store.folder import save
-from jaxqat.integer.graph import IntegerGraph
 from jaxqat.pipeline.config import Experiment, to_yaml
 from jaxqat.pipeline.data import DataError, Dataset, load_dataset
 from jaxqat.pipeline.display import print_results, warn
-from jaxqat.pipeline.evaluation import Evaluator, Logits, measure
+from jaxqat.pipeline.evaluation import Measured, measure
 from jaxqat.pipeline.integer_networks import (
     check_network,
     is_finished,
@@ -27,17 +27,19 @@ from jaxqat.pipeline.integer_networks import (
     measure_network,
 )
 from jaxqat.pipeline.networks import Networks, matmul_precision
-from jaxqat.pipeline.post_training import calibrated, examine
+from jaxqat.pipeline.post_training import calibrated, convert_and_test
 from jaxqat.pipeline.report import write_report
-from jaxqat.pipeline.run.folder import RunFolder, check_config, claim, write_atomically, write_json
+from jaxqat.pipeline.results import TRAINED_STAGES, IntegerResult, Results, Speed
+from jaxqat.pipeline.run.folder import RunFolder, RunFolderError, check_config, claim
 from jaxqat.pipeline.run.results import (
-    describe_network,
-    describe_run,
-    describe_tests,
+    bits_name,
+    float_results,
+    stage_result,
+    verification_result,
     write_test_samples,
 )
 from jaxqat.pipeline.run.snapshots import Model
-from jaxqat.pipeline.stages import STAGES, StageRun
+from jaxqat.pipeline.stages import StageRun
 from jaxqat.pipeline.takeover import FloatStage, find_float_stage
 from jaxqat.pipeline.training import StopRequest, stop_on_signals
 
@@ -49,7 +51,7 @@ def train(
     from_run: Path | None = None,
     command: str | None = None,
     console: Console | None = None,
-) -> dict[str, Any]:
+) -> Results:
     """Train both stages in a run folder, convert, test, and write results and report.
 
     A folder where this experiment was stopped is gone on with; one where it is finished is left
@@ -88,7 +90,7 @@ def train(
         with matmul_precision(experiment):
             networks = Networks.build(experiment, dataset)
             taken = _float_stage(networks, folder, from_run, console)
-            write_atomically(folder.config, to_yaml(experiment))
+            write_atomically(folder.config, to_yaml(experiment), error=RunFolderError)
             if taken is not None:
                 taken.copy_to(folder)
             results = _run(networks, folder, stop, console, command)
@@ -97,7 +99,7 @@ def train(
     return results
 
 
-def _already_finished(folder: RunFolder, console: Console) -> dict[str, Any]:
+def _already_finished(folder: RunFolder, console: Console) -> Results:
     results = folder.read_results()
     console.print(f"{folder.path}: this run is finished; nothing is left to do.", highlight=False)
     if not folder.report.exists():
@@ -107,7 +109,7 @@ def _already_finished(folder: RunFolder, console: Console) -> dict[str, Any]:
 
 
 def _check_sizes(experiment: Experiment, dataset: Dataset) -> None:
-    for name in STAGES:
+    for name in TRAINED_STAGES:
         batch_size = getattr(experiment, name).batch_size
         if batch_size > len(dataset.train):
             raise DataError(
@@ -132,78 +134,89 @@ def _float_stage(
 
 def _run(
     networks: Networks, folder: RunFolder, stop: StopRequest, console: Console, command: str | None
-) -> dict[str, Any]:
-    runs = {name: StageRun(name, networks, folder, Evaluator(networks, name)) for name in STAGES}
+) -> Results:
+    runs = {name: StageRun.of(name, networks, folder) for name in TRAINED_STAGES}
     fp32 = runs["fp32"].train(lambda: Model(*networks.init()), stop=stop, console=console)
     stop.raise_if_set()
     start = functools.cache(partial(calibrated, networks, fp32))
     qat = runs["qat"].train(start, stop=stop, console=console)
     stop.raise_if_set()
-    tests = {"fp32": _logits(runs["fp32"], fp32), "qat": _logits(runs["qat"], qat)}
-    test, names = networks.dataset.test, networks.dataset.class_names
-    measured = {name: measure(logits, test, names) for name, logits in tests.items()}
-    stop.raise_if_set()
-    graph, deployed = _deploy(networks, folder, qat, stop, console)
-    stop.raise_if_set()
-    untrained = (
-        {"speed": {}} if graph is None else _untrained(networks, folder, start, stop, console)
-    )
-    tested = describe_tests(measured, folder)
-    results = {
-        **describe_run(networks.experiment, networks.dataset, command),
-        **tested,
-        **untrained,
-        **deployed,
-        "speed": {**tested["speed"], **untrained["speed"], **deployed["speed"]},
-        **describe_network(networks, qat.params, qat.collections, graph),
+    measured = {
+        stage: _measure(runs[stage], model) for stage, model in (("fp32", fp32), ("qat", qat))
     }
+    stop.raise_if_set()
+    before = folder.find_results()
+    results = float_results(networks, folder, qat, measured["fp32"], command)
+    recipe = networks.experiment.quant
+    results = results.adding("qat", *stage_result(folder, "qat", measured["qat"], recipe))
+    results = _add_integer(results, networks, folder, qat, stop, console)
+    stop.raise_if_set()
+    if results.integer is not None:
+        results = _add_ptq(results, before, networks, folder, start, stop, console)
     write_test_samples(folder, networks.dataset)
-    write_json(folder.results, results)
+    folder.write_results(results)
     write_report(folder.path)
     return results
 
 
-def _deploy(
-    networks: Networks, folder: RunFolder, qat: Model, stop: StopRequest, console: Console
-) -> tuple[IntegerGraph | None, dict[str, Any]]:
-    """Convert the trained network, test and verify what came of it; and what results say of it."""
+def _add_integer(
+    results: Results,
+    networks: Networks,
+    folder: RunFolder,
+    qat: Model,
+    stop: StopRequest,
+    console: Console,
+) -> Results:
+    """Convert the network of QAT, test and verify it, and add it to the results."""
     try:
         graph = make_network(networks, folder, qat)
     except ConversionError as error:
         warn(f"this run has no integer network. {error}", console)
-        return None, {"int8": {"error": str(error)}, "speed": {}}
+        return dataclasses.replace(results, conversion_error=str(error))
     stop.raise_if_set()
-    metrics, images_per_s = measure_network(networks, graph)
+    measured = measure_network(networks, graph)
     stop.raise_if_set()
-    verification = check_network(networks, qat, graph, console)
-    return graph, {
-        "int8": {"test": metrics, "requantization": graph.requantization, "step": qat.step},
-        "verify": verification.to_dict(),
-        "speed": {"int8": {"evaluate_images_per_s": images_per_s}},
-    }
+    integer = IntegerResult(
+        test=measured.scores,
+        requantization=graph.requantization,
+        step=qat.step,
+        bits=bits_name(networks.experiment.quant),
+    )
+    return results.adding(
+        "integer",
+        integer,
+        Speed(evaluate_images_per_s=measured.images_per_s),
+        verify=verification_result(check_network(networks, qat, graph, console)),
+        size_bytes=dataclasses.replace(results.size_bytes, integer=graph.size_bytes()),
+    )
 
 
-def _untrained(
+def _add_ptq(
+    results: Results,
+    before: Results | None,
     networks: Networks,
     folder: RunFolder,
     start: Callable[[], Model],
     stop: StopRequest,
     console: Console,
-) -> dict[str, Any]:
-    """What results say of post-training quantization; a network of `quantize` stays as it is."""
-    before = folder.read_results() if folder.results.exists() else {}
-    if "ptq" in before and folder.ptq.is_dir():
-        return {"ptq": before["ptq"], "speed": {"ptq": before["speed"]["ptq"]}}
+) -> Results:
+    """Add post-training quantization to the results, unless `quantize` did before."""
+    if before is not None and before.ptq is not None and folder.ptq.is_dir():
+        return results.adding("ptq", before.ptq, before.speed["ptq"])
     if not networks.experiment.qat.test_calibrated:
-        return {"speed": {}}
+        return results
     try:
-        graph, tested = examine(networks, start(), stop)
+        graph, ptq, speed = convert_and_test(networks, start(), stop)
     except ConversionError as error:
-        warn(f"this run has no integer network without training. {error}", console)
-        return {"speed": {}}
+        warn(f"this run has no integer network of post-training quantization. {error}", console)
+        return results
     save(graph, folder.ptq, overwrite=True)
-    return tested
+    return results.adding("ptq", ptq, speed)
 
 
-def _logits(run: StageRun, model: Model) -> Logits:
-    return partial(run.evaluator.logits, model.params, model.collections)
+def _measure(run: StageRun, model: Model) -> Measured:
+    """Test a stage's network on the test split."""
+    variables, dataset = model.tree(), run.dataset
+    return measure(
+        lambda split: run.predictor.logits(split, variables), dataset.test, dataset.class_names
+    )

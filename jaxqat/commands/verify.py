@@ -20,8 +20,9 @@ from jaxqat.pipeline.integer_networks import (
 )
 from jaxqat.pipeline.networks import Networks, matmul_precision
 from jaxqat.pipeline.post_training import calibrated, experiment_of
+from jaxqat.pipeline.results import to_json
 from jaxqat.pipeline.run.folder import RunFolder
-from jaxqat.pipeline.run.results import describe_run
+from jaxqat.pipeline.run.results import describe_run, verification_result
 from jaxqat.pipeline.run.snapshots import restore_model
 
 # What `verify` compares the integer network with, by its format.
@@ -32,7 +33,7 @@ def verify(
     workdir: Path,
     *,
     format: Literal["onnx", "openvino"] | None = None,
-    network: str = "int8",
+    stage: Literal["qat", "ptq"] = "qat",
     split: str = "test",
     console: Console | None = None,
 ) -> Verification:
@@ -48,7 +49,7 @@ def verify(
     Args:
         workdir: The run folder.
         format: What to compare with.
-        network: 'int8', that of QAT, or 'ptq', that of post-training quantization.
+        stage: 'qat', or 'ptq' for the network of post-training quantization.
         split: 'test', 'train' or 'validation'.
         console: Where the comparison is shown; None for standard output.
 
@@ -65,32 +66,31 @@ def verify(
     """
     folder = RunFolder(Path(workdir))
     experiment = folder.load_config()
-    graph = load_network(folder, network)
+    graph = load_network(folder, stage)
     dataset = load_dataset(experiment.data)
     images = find_split(dataset, split)
     check_network_data(folder, graph, dataset)
     if format is not None:
         verification = _against_export(graph, images, format)
     else:
-        verification = _against_training(folder, graph, dataset, images, network)
-    of = "ptq" if network == "ptq" else None
+        verification = _against_training(folder, graph, dataset, images, stage)
+    of = "ptq" if stage == "ptq" else None
     compared = "the integer network" + (" of post-training quantization" if of else "")
-    result = {
-        **describe_run(experiment, dataset, None),
-        "of": f"{compared} and {AGAINST[format]}, {split} split",
-        **verification.to_dict(),
-    }
-    print_verification(result, console or Console())
+    of_what = f"{compared} and {AGAINST[format]}, {split} split"
+    counted = verification_result(verification)
+    print_verification(f"{experiment.name}: {of_what}", counted, console or Console())
+    info = describe_run(experiment, dataset, None)
+    result = {**to_json(info), "of": of_what, **to_json(counted)}
     folder.write_evaluation("_".join(filter(None, ("verify", of, format, split))), result)
     return verification
 
 
 def _against_training(
-    folder: RunFolder, graph: IntegerGraph, dataset: Dataset, images: Split, network: str
+    folder: RunFolder, graph: IntegerGraph, dataset: Dataset, images: Split, stage: str
 ) -> Verification:
     experiment = folder.load_config()
     with matmul_precision(experiment):
-        if network == "ptq":
+        if stage == "ptq":
             networks = Networks.build(experiment_of(experiment, graph), dataset)
             model = calibrated(networks, restore_model(networks, folder, "fp32"))
         else:

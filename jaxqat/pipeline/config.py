@@ -1,7 +1,7 @@
-"""The experiment: what a person decides, composed of the parts' config dataclasses.
+"""The config of an experiment, composed of the config dataclasses of the pipeline's parts.
 
-An experiment comes from YAML and from options such as `--qat.epochs 1`, typed by jsonargparse. Its
-canonical JSON identifies it: a run folder belongs to one experiment.
+An experiment is read from YAML and from options such as `--qat.epochs 1`, typed by jsonargparse.
+The hash of its canonical JSON identifies it: a run folder belongs to one experiment.
 """
 
 import dataclasses
@@ -35,30 +35,30 @@ class Experiment:
     """One run, from data to report."""
 
     name: str = "experiment"
-    """What the report calls it."""
+    """Name of the experiment, the title of its report."""
 
     seed: int = 0
-    """Source of all randomness: initial weights, order of images, augmentation."""
+    """Seed of all randomness: initial weights, order of images, augmentation."""
 
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"
-    """Of products in float: true float32; TF32 where the device has it; or bfloat16 activations,
-    with float32 parameters."""
+    """Precision of products in float: float32; tf32, on devices that have it; or bfloat16 for
+    activations, with float32 parameters."""
 
     evaluation_batch_size: int = 500
-    """Images per call in evaluation."""
+    """Images per batch in evaluation."""
 
     select: Literal["last", "best"] = "last"
-    """Which checkpoint goes on from a stage and is tested: the last, or the one best on the
-    validation split."""
+    """Checkpoint used for the next stage and for testing: the last one, or the one with the best
+    accuracy on the validation split."""
 
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
-    """Which images."""
+    """The data set."""
 
     augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
-    """Random changes to training images."""
+    """Augmentation: random changes to training images."""
 
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
-    """Which network."""
+    """The network."""
 
     fp32: StageConfig = dataclasses.field(default_factory=StageConfig)
     """Training of the float network."""
@@ -70,7 +70,7 @@ class Experiment:
     """How the network is quantized."""
 
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
-    """Which states are kept."""
+    """Which checkpoints are kept."""
 
     def __post_init__(self):
         if not 0 <= self.seed < 2**31:
@@ -93,23 +93,23 @@ class Experiment:
 
 
 def to_dict(experiment: Experiment) -> dict[str, Any]:
-    """The experiment as JSON-able values."""
+    """Return the experiment as JSON values."""
     return json.loads(json.dumps(dataclasses.asdict(experiment)))
 
 
 def to_yaml(experiment: Experiment) -> str:
-    """The experiment as YAML, in the order of its fields."""
+    """Return the experiment as YAML, in the order of its fields."""
     return yaml.safe_dump(to_dict(experiment), sort_keys=False, allow_unicode=True)
 
 
 def config_hash(experiment: Experiment) -> str:
-    """SHA-256 of the canonical JSON: sorted keys, no spaces."""
+    """Return the SHA-256 of the canonical JSON: sorted keys, no spaces."""
     text = json.dumps(to_dict(experiment), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def differences(old: Experiment, new: Experiment) -> list[str]:
-    """Every setting that differs, as 'dotted.key: old -> new'."""
+    """Return every setting that differs, as 'dotted.key: old -> new'."""
     before, after = (dict(_flatten(to_dict(e))) for e in (old, new))
     return [
         f"{key}: {json.dumps(before.get(key))} -> {json.dumps(after.get(key))}"
@@ -127,11 +127,11 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 
 def read_yaml(path: Path, also: Collection[str] = ()) -> dict[str, Any]:
-    """The settings in a file, their keys checked.
+    """Read the settings in a file and check their keys.
 
     Args:
         path: The file.
-        also: Keys that are no setting of an experiment and may stand in the file all the same.
+        also: Further keys that the file may have.
 
     Raises:
         ConfigError: If the file cannot be read, is not YAML, or has an unknown key.
@@ -152,10 +152,10 @@ def read_yaml(path: Path, also: Collection[str] = ()) -> dict[str, Any]:
 
 
 def load(path: Path) -> Experiment:
-    """The experiment in a YAML file.
+    """Read the experiment in a YAML file.
 
     Raises:
-        ConfigError: If anything in it is not as it should be.
+        ConfigError: If the file cannot be read, or a setting is unknown or invalid.
     """
     values = read_yaml(path)
     try:
@@ -165,7 +165,7 @@ def load(path: Path) -> Experiment:
 
 
 def from_dict(values: Mapping[str, Any]) -> Experiment:
-    """The experiment of nested settings; what is absent takes its default.
+    """Return the experiment of nested settings; absent ones have their defaults.
 
     Raises:
         ConfigError: If a key is unknown, a value ill-typed or out of range.
@@ -181,7 +181,7 @@ def from_dict(values: Mapping[str, Any]) -> Experiment:
 
 
 def build(typed: jsonargparse.Namespace) -> Experiment:
-    """The experiment of settings that jsonargparse has typed.
+    """Return the experiment of settings that jsonargparse has parsed.
 
     Raises:
         ConfigError: If a value is out of range; names its dotted key.
@@ -194,7 +194,7 @@ def _build(cls: type, values: Any, key: str) -> Any:
     if isinstance(values, jsonargparse.Namespace):  # As items of a list arrive.
         values = values.as_dict()
     if not isinstance(values, Mapping):
-        return values  # A default, or a section that jsonargparse has built already.
+        return values  # A default, or a section that jsonargparse has already built.
     hints = typing.get_type_hints(cls)
     kwargs = {
         name: _build_field(hints[name], value, f"{key}.{name}" if key else name)
@@ -218,16 +218,16 @@ def _build_field(hint: Any, value: Any, key: str) -> Any:
 
 
 def _item_dataclass(hint: Any) -> type | None:
-    """The dataclass of a field such as tuple[Rule, ...], None for any other field."""
+    """Return the dataclass of a field such as tuple[Rule, ...]; None for other fields."""
     items = [a for a in typing.get_args(hint) if dataclasses.is_dataclass(a)]
     return typing.cast(type, items[0]) if items else None
 
 
 def check_keys(cls: type, values: Mapping[str, Any], key: str = "") -> None:
-    """Refuse keys that no field has, at any depth.
+    """Check the keys of settings, at any depth.
 
     Raises:
-        ConfigError: Names the key and the nearest right one.
+        ConfigError: If a key is unknown; suggests the nearest one.
     """
     hints = typing.get_type_hints(cls)
     names = [field.name for field in dataclasses.fields(cls)]
@@ -253,5 +253,5 @@ def _check_section(cls: type, values: Any, key: str) -> None:
 
 
 def nearest(word: str, words: list[str]) -> str:
-    """The word most like the given one."""
+    """Return the most similar word."""
     return difflib.get_close_matches(word, words, 1, cutoff=0.0)[0]

@@ -1,9 +1,8 @@
-"""Networks on whole splits: every image once, in order, and what the answers are worth."""
+"""Networks on whole splits: the logits of every image, and their scores."""
 
 import time
-from collections.abc import Callable, Mapping
-from functools import partial
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -13,69 +12,65 @@ from jaxqat.integer.graph import IntegerGraph
 from jaxqat.pipeline.data import DataError, Dataset, Split, eval_batches
 from jaxqat.pipeline.metrics import classification_metrics
 from jaxqat.pipeline.networks import Networks
+from jaxqat.pipeline.results import Scores
 
 SPLITS = ("test", "train", "validation")
 
 Logits = Callable[[Split], np.ndarray]
 
 
-class Evaluator:
-    """Logits of a trained stage's network.
+class Measured(NamedTuple):
+    """Scores of a network on a split, and images per second."""
+
+    scores: Scores
+    images_per_s: float
+
+
+class Predictor:
+    """A compiled network that gives the logits of whole splits.
 
     Attributes:
-        predict: See `Networks.predictor`.
+        predict: (*variables, uint8 images) -> logits, compiled.
         batch_size: Images per call.
     """
 
-    def __init__(self, networks: Networks, stage: str):
-        self.predict = networks.predictor(stage)
-        self.batch_size = networks.experiment.evaluation_batch_size
-
-    def logits(self, params: Any, collections: Mapping[str, Any], split: Split) -> np.ndarray:
-        """Logits of every image of a split, each once."""
-        variables = jax.device_put({"params": params, **collections})
-        return _logits(partial(self.predict, variables), split, self.batch_size)
-
-
-class IntegerEvaluator:
-    """Logits of an integer network that takes images as they are, uint8.
-
-    Attributes:
-        predict: uint8 images -> logits, compiled.
-        batch_size: Images per call.
-    """
-
-    def __init__(self, graph: IntegerGraph, batch_size: int):
-        self.predict = make_executor(graph)
+    def __init__(self, predict: Callable[..., Any], batch_size: int):
+        self.predict = predict
         self.batch_size = batch_size
 
-    def logits(self, split: Split) -> np.ndarray:
-        """Logits of every image of a split, each once."""
-        return _logits(self.predict, split, self.batch_size)
+    @classmethod
+    def of_stage(cls, networks: Networks, stage: str) -> "Predictor":
+        """Return the predictor of a stage's network; `logits` takes its variables."""
+        return cls(networks.predictor(stage), networks.experiment.evaluation_batch_size)
+
+    @classmethod
+    def of_graph(cls, graph: IntegerGraph, batch_size: int) -> "Predictor":
+        """Return the predictor of an integer network; `logits` takes the split alone."""
+        return cls(make_executor(graph), batch_size)
+
+    def logits(self, split: Split, *variables: Any) -> np.ndarray:
+        """Return the logits of every image of a split, in order, each once."""
+        variables = jax.device_put(variables)
+        batches = eval_batches(split, self.batch_size)
+        logits = [self.predict(*variables, images) for images in batches.images]
+        return np.concatenate(jax.device_get(logits))[batches.mask.reshape(-1)]
 
 
-def _logits(predict: Callable[[Any], Any], split: Split, batch_size: int) -> np.ndarray:
-    batches = eval_batches(split, batch_size)
-    logits = [predict(images) for images in batches.images]
-    return np.concatenate(jax.device_get(logits))[batches.mask.reshape(-1)]
-
-
-def measure(
-    logits: Logits, split: Split, class_names: tuple[str, ...]
-) -> tuple[dict[str, Any], float]:
-    """Metrics over a split and images/s, the compilation not counted."""
+def measure(logits: Logits, split: Split, class_names: tuple[str, ...]) -> Measured:
+    """Return scores over a split and images per second, without the time of compilation."""
     logits(split.take(np.arange(1)))
     start = time.perf_counter()
     values = logits(split)
     seconds = time.perf_counter() - start
-    return classification_metrics(split.labels, values, class_names), len(split) / seconds
+    scores = classification_metrics(split.labels, values, class_names)
+    return Measured(scores, len(split) / seconds)
 
 
 def find_split(dataset: Dataset, name: str) -> Split:
-    """The split of this name.
+    """Return the split of this name.
 
     Raises:
-        DataError: If the data has none of this name.
+        DataError: If the data has no such split.
     """
     split = getattr(dataset, name)
     if split is None:

@@ -1,11 +1,12 @@
-"""The integer networks of a run: made from the trained ones, tested, compared with them.
+"""The integer networks of a run: converted, tested, and compared with their quantized networks.
 
-That of QAT is kept in RUN/int8, that of post-training quantization in RUN/ptq.
+RUN/integer holds that of QAT, RUN/ptq that of post-training quantization.
 """
 
 import dataclasses
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,45 +22,44 @@ from jaxqat.integer.graph import IntegerGraph
 from jaxqat.pipeline import config as configs
 from jaxqat.pipeline.data import Dataset, Split
 from jaxqat.pipeline.display import warn
-from jaxqat.pipeline.evaluation import IntegerEvaluator, measure
+from jaxqat.pipeline.evaluation import Measured, Predictor, measure
 from jaxqat.pipeline.networks import Networks
 from jaxqat.pipeline.run.folder import RunFolder, RunFolderError
 from jaxqat.pipeline.run.snapshots import Model, check_same_data
 
-# Images whose codes, and real values, of all tensors are held at a time: a few MB each.
+# Images whose codes and real values of all tensors are in memory at a time: a few MB each.
 VERIFIED_AT_A_TIME = 100
-NETWORKS = ("int8", "ptq")
 
 
 def make_network(networks: Networks, folder: RunFolder, model: Model) -> IntegerGraph:
-    """Convert the trained network and keep it in the run folder.
+    """Convert the network of QAT and save it in RUN/integer.
 
     Args:
-        networks: Of the experiment.
-        folder: The run folder; a network that it holds already is replaced.
-        model: The network that goes on from QAT.
+        networks: Networks of the experiment.
+        folder: The run folder; an integer network in it is replaced.
+        model: The trained network.
 
     Returns:
-        The integer network as it was read back from the folder: what is measured is what is there.
+        The integer network, read back from the folder, so that the saved one is measured.
 
     Raises:
-        ConversionError: Names every part of the network that has no integer form, and why.
-        ArtifactError: It cannot be written.
+        ConversionError: Lists each part of the network that has no integer form, and the reason.
+        ArtifactError: If it cannot be written.
     """
-    return load(save(convert_network(networks, model, stage="qat"), folder.network, overwrite=True))
+    return load(save(convert_network(networks, model, stage="qat"), folder.integer, overwrite=True))
 
 
 def convert_network(networks: Networks, model: Model, *, stage: str, **more: Any) -> IntegerGraph:
-    """The integer network of a trained or calibrated one, which it names in its metadata.
+    """Return the integer network of a trained or calibrated one, with its origin as metadata.
 
     Args:
-        networks: Of the experiment.
+        networks: Networks of the experiment.
         model: Parameters, statistics and ranges.
-        stage: 'qat', or 'ptq'.
-        **more: What its metadata say besides.
+        stage: 'qat' or 'ptq'.
+        **more: Further metadata.
 
     Raises:
-        ConversionError: Names every part of the network that has no integer form, and why.
+        ConversionError: Lists each part of the network that has no integer form, and the reason.
     """
     return convert(
         networks.quantized,
@@ -72,7 +72,7 @@ def convert_network(networks: Networks, model: Model, *, stage: str, **more: Any
 
 
 def _metadata(networks: Networks, step: int) -> dict[str, Any]:
-    """Which classes it tells apart, and where it comes from."""
+    """Return the names of the classes and where the network comes from."""
     experiment, dataset = networks.experiment, networks.dataset
     described = {
         "name": experiment.name,
@@ -88,33 +88,33 @@ def _metadata(networks: Networks, step: int) -> dict[str, Any]:
     return json.loads(json.dumps(described))
 
 
-def measure_network(networks: Networks, graph: IntegerGraph) -> tuple[dict[str, Any], float]:
-    """Metrics of an integer network on the test split, and images/s."""
+def measure_network(networks: Networks, graph: IntegerGraph) -> Measured:
+    """Return scores and speed of an integer network on the test split."""
     dataset, batch_size = networks.dataset, networks.experiment.evaluation_batch_size
-    logits = IntegerEvaluator(graph, batch_size).logits
+    logits = Predictor.of_graph(graph, batch_size).logits
     return measure(logits, dataset.test, dataset.class_names)
 
 
 def check_network(
     networks: Networks, model: Model, graph: IntegerGraph, console: Console
 ) -> Verification:
-    """Compare an integer network, on the test split, with its origin; warn of failures."""
+    """Compare an integer network with its quantized network on the test split; print failures."""
     verification = verify_network(networks, model, graph, networks.dataset.test)
     for failure in verification.failures:
-        warn(f"the integer network is not the trained one: {failure}.", console)
+        warn(f"the integer network differs from the quantized one: {failure}.", console)
     return verification
 
 
 def verify_network(
     networks: Networks, model: Model, graph: IntegerGraph, split: Split
 ) -> Verification:
-    """Compare every code of the trained network, in inference mode, with the integer network's.
+    """Compare every code of the quantized network, in inference mode, with the integer network.
 
     Args:
-        networks: Of the experiment.
-        model: What the integer network was made from.
+        networks: Networks of the experiment.
+        model: The quantized network that the integer network was made from.
         graph: The integer network.
-        split: On which images.
+        split: Images to compare them on.
     """
     return verify(
         networks.quantized,
@@ -127,51 +127,59 @@ def verify_network(
 
 
 def in_batches(split: Split) -> Iterator[np.ndarray]:
-    """The images of a split, a few at a time, none twice and none filled up."""
+    """Return the images of a split, a few at a time, without padding."""
     for start in range(0, len(split), VERIFIED_AT_A_TIME):
         yield split.images[start : start + VERIFIED_AT_A_TIME]
 
 
-def load_network(folder: RunFolder, name: str = "int8") -> IntegerGraph:
-    """An integer network of a run, from RUN/int8 or RUN/ptq alone.
+def network_folder(folder: RunFolder, stage: str) -> Path:
+    """Return where a stage's integer network is kept: RUN/integer of 'qat', RUN/ptq of 'ptq'."""
+    return {"qat": folder.integer, "ptq": folder.ptq}[stage]
+
+
+def load_network(folder: RunFolder, stage: str = "qat") -> IntegerGraph:
+    """Load the integer network of a stage from RUN/integer or RUN/ptq, without a checkpoint.
+
+    Args:
+        folder: The run folder.
+        stage: 'qat' or 'ptq'.
 
     Raises:
-        RunFolderError: The run has none; says why.
-        ArtifactError: It is damaged.
+        RunFolderError: If the run has none; gives the reason.
+        ArtifactError: If it is damaged.
     """
-    path, again = folder.path / name, "the same `jaxqat train`"
-    if name == "ptq":
-        again = f"`jaxqat quantize {folder.path}`"
+    path, command = network_folder(folder, stage), "the same `jaxqat train`"
+    if stage == "ptq":
+        command = f"`jaxqat quantize {folder.path}`"
     if not path.is_dir():
-        reason = f"{again} makes it." if name == "ptq" else _reason(folder)
-        raise RunFolderError(f"{folder.path}: holds no integer network ({name}/): {reason}")
+        reason = f"{command} makes it." if stage == "ptq" else _reason(folder)
+        raise RunFolderError(f"{folder.path}: holds no integer network ({path.name}/): {reason}")
     try:
         return load(path)
     except ArtifactError as error:
         raise ArtifactError(
             f"{error} To make the network again from the run's checkpoint, delete {path} and run "
-            f"{again} again."
+            f"{command} again."
         ) from error
 
 
 def check_network_data(folder: RunFolder, graph: IntegerGraph, dataset: Dataset) -> None:
-    """Refuse data other than that an integer network of a run was trained on.
+    """Check that the data is what an integer network of a run was trained on.
 
     Raises:
-        RunFolderError: Names what differs.
+        RunFolderError: If it is not; names what differs.
     """
     origin: Any = graph.metadata
-    path = folder.ptq if origin["stage"] == "ptq" else folder.network
+    path = network_folder(folder, origin["stage"])
     check_same_data(str(path), origin["data"], dataset.fingerprint)
 
 
 def _reason(folder: RunFolder) -> str:
-    if folder.results.is_file():
-        error = folder.read_results().get("int8", {}).get("error")
-        if error is not None:
-            return f"the trained network could not be converted. {error}"
+    results = folder.find_results()
+    if results is not None and results.conversion_error is not None:
+        return f"the trained network could not be converted. {results.conversion_error}"
     if folder.has_checkpoints("qat"):
-        return "run the same `jaxqat train` again: it goes on from the last checkpoint of QAT."
+        return "run the same `jaxqat train` again: it resumes from the last checkpoint of QAT."
     return (
         "its network was never quantized: there is no checkpoint of QAT to convert. Run the same "
         "`jaxqat train` again to train it to the end."
@@ -179,13 +187,11 @@ def _reason(folder: RunFolder) -> str:
 
 
 def is_finished(folder: RunFolder) -> bool:
-    """Whether nothing is left to do for a run.
+    """Return whether nothing is left to do for a run.
 
-    The run of an older version, which knew no integer networks, lacks one: it is gone on with as
-    long as it has the checkpoint that the network is made from.
+    A run whose integer network was deleted is not finished: it is made again.
     """
-    results = folder.read_results() if folder.results.exists() else {}
-    if "qat" not in results:  # Post-training quantization leaves results of FP32 alone.
+    results = folder.find_results()
+    if results is None or results.qat is None:  # `quantize` writes results without QAT.
         return False
-    answered = "error" in results.get("int8", {}) or folder.network.is_dir()
-    return answered or not folder.has_checkpoints("qat")
+    return results.conversion_error is not None or folder.integer.is_dir()

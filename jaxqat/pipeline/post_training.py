@@ -1,9 +1,9 @@
 """Post-training quantization of a run: its float network, calibrated, converted and tested.
 
 Nothing is trained (Krishnamoorthi 2018, arXiv:1806.08342, section 3.1): the activation ranges come
-from a few training batches, the weights are those of FP32. The integer network lies in RUN/ptq, its
-scores on the test split stand in results.json under 'ptq'. `train` makes the same at its end, and
-leaves out to verify it, which would take it longer than all else.
+from a few training batches, the weights from FP32. The integer network is saved in RUN/ptq, its
+scores on the test split in results.json under 'ptq'. `train` makes the same network at its end, but
+does not verify it, which would take longer than the rest.
 """
 
 import dataclasses
@@ -14,54 +14,62 @@ from jaxqat.pipeline import config as configs
 from jaxqat.pipeline.config import Experiment
 from jaxqat.pipeline.integer_networks import convert_network, measure_network
 from jaxqat.pipeline.networks import Networks
+from jaxqat.pipeline.results import PtqResult, Speed
+from jaxqat.pipeline.run.results import bits_name
 from jaxqat.pipeline.run.snapshots import Model
 from jaxqat.pipeline.training import StopRequest
 from jaxqat.quant import Recipe
 
 
 def calibrated(networks: Networks, fp32: Model) -> Model:
-    """The trained float network with activation ranges; QAT starts from it, too."""
+    """Return the trained float network with activation ranges; QAT starts from it, too."""
     return Model(fp32.params, networks.calibrate(fp32.params, fp32.collections), fp32.step)
 
 
-def examine(
-    networks: Networks, model: Model, stop: StopRequest
-) -> tuple[IntegerGraph, dict[str, Any]]:
-    """Convert a calibrated network, test what came of it; and what results say of it.
+def convert_and_test(
+    networks: Networks, model: Model, stop: StopRequest, *, preset: str | None = None
+) -> tuple[IntegerGraph, PtqResult, Speed]:
+    """Convert a calibrated network and test it.
+
+    Args:
+        networks: Networks of the experiment.
+        model: The calibrated network.
+        stop: Looked at after each part of the work.
+        preset: Name of the recipe, if a preset was asked for.
 
     Raises:
-        ConversionError: Names every part of the network that has no integer form, and why.
+        ConversionError: Lists each part of the network that has no integer form, and the reason.
         Stopped: A signal came.
     """
-    config = networks.experiment
+    quant, qat = networks.experiment.quant, networks.experiment.qat
     graph = convert_network(
-        networks, model, stage="ptq", calibration_batches=config.qat.calibration_batches
+        networks, model, stage="ptq", calibration_batches=qat.calibration_batches
     )
     stop.raise_if_set()
-    metrics, images_per_s = measure_network(networks, graph)
+    measured = measure_network(networks, graph)
     stop.raise_if_set()
-    return graph, {
-        "ptq": {
-            "test": metrics,
-            "requantization": graph.requantization,
-            "step": model.step,
-            "calibration_batches": config.qat.calibration_batches,
-            "calibration_images": config.qat.calibration_batches * config.qat.batch_size,
-            "preset": None,
-            "recipe": graph.metadata["recipe"],
-            "size_bytes": graph.size_bytes(),
-        },
-        "speed": {"ptq": {"evaluate_images_per_s": images_per_s}},
-    }
+    result = PtqResult(
+        test=measured.scores,
+        requantization=graph.requantization,
+        step=model.step,
+        bits=bits_name(quant),
+        calibration_batches=qat.calibration_batches,
+        calibration_images=qat.calibration_batches * qat.batch_size,
+        preset=preset,
+        recipe=configs.to_dict(networks.experiment)["quant"],
+        size_bytes=graph.size_bytes(),
+    )
+    return graph, result, Speed(evaluate_images_per_s=measured.images_per_s)
 
 
 def experiment_of(experiment: Experiment, graph: IntegerGraph) -> Experiment:
-    """The run's experiment with the recipe and the calibration that RUN/ptq was made by."""
+    """Return the run's experiment with the recipe and the calibration that made RUN/ptq."""
     origin: Any = graph.metadata
     quant = configs.from_dict({"quant": origin["recipe"]}).quant
-    return _changed(experiment, quant, origin["calibration_batches"])
+    return with_quantization(experiment, quant, origin["calibration_batches"])
 
 
-def _changed(experiment: Experiment, quant: Recipe, batches: int) -> Experiment:
+def with_quantization(experiment: Experiment, quant: Recipe, batches: int) -> Experiment:
+    """Return an experiment with another recipe and another number of calibration batches."""
     qat = dataclasses.replace(experiment.qat, calibration_batches=batches)
     return dataclasses.replace(experiment, quant=quant, qat=qat)

@@ -1,4 +1,4 @@
-"""A stage of an experiment in its run folder: what to train, from where, and where it is kept."""
+"""Training of one stage of an experiment in its run folder."""
 
 import dataclasses
 import logging
@@ -15,10 +15,10 @@ from jaxqat.pipeline import config as configs
 from jaxqat.pipeline.checkpoint import CheckpointStore
 from jaxqat.pipeline.checkpoint.store import MODEL, OPTIMIZER
 from jaxqat.pipeline.data import Dataset, epoch_permutation
-from jaxqat.pipeline.evaluation import Evaluator
+from jaxqat.pipeline.evaluation import Predictor
 from jaxqat.pipeline.metrics import classification_metrics
 from jaxqat.pipeline.networks import Networks, stage_key
-from jaxqat.pipeline.run.folder import RunFolder
+from jaxqat.pipeline.run.folder import RunFolder, RunFolderError
 from jaxqat.pipeline.run.snapshots import (
     Model,
     check_data,
@@ -31,8 +31,8 @@ from jaxqat.pipeline.training import (
     Data,
     DivergedError,
     QatConfig,
-    Stage,
     StageConfig,
+    StagePlan,
     StopRequest,
     TrainState,
     init_state,
@@ -45,7 +45,6 @@ from jaxqat.pipeline.training.progress import StageProgress
 
 logger = logging.getLogger(__name__)
 
-STAGES = ("fp32", "qat")
 MAX_STEPS_PER_DISPATCH = 50
 
 
@@ -57,13 +56,18 @@ class StageRun:
         name: 'fp32' or 'qat'.
         networks: The networks, the experiment and the data.
         folder: Where checkpoints and metrics go.
-        evaluator: Of this stage's network.
+        predictor: Gives the logits of this stage's network.
     """
 
     name: str
     networks: Networks
     folder: RunFolder
-    evaluator: Evaluator
+    predictor: Predictor
+
+    @classmethod
+    def of(cls, name: str, networks: Networks, folder: RunFolder) -> "StageRun":
+        """Return a stage of an experiment in its run folder."""
+        return cls(name, networks, folder, Predictor.of_stage(networks, name))
 
     @property
     def config(self) -> StageConfig:
@@ -90,7 +94,7 @@ class StageRun:
         return open_store(self.networks.experiment, self.folder, self.name, read_only=read_only)
 
     def identity(self) -> dict[str, Any]:
-        """What every checkpoint says it belongs to."""
+        """Return what identifies the run in every checkpoint."""
         return {
             "stage": self.name,
             "config": configs.to_dict(self.networks.experiment),
@@ -99,7 +103,7 @@ class StageRun:
         }
 
     def state_shapes(self) -> TrainState:
-        """The training state as shapes and dtypes."""
+        """Return the training state as shapes and dtypes."""
         init = partial(init_state, optimizer=self._optimizer())
         return jax.eval_shape(init, *self.networks.shapes(self.name))
 
@@ -113,12 +117,12 @@ class StageRun:
         """Train to the end of the stage, from its newest good checkpoint if there is one.
 
         Args:
-            start: Makes the network that a fresh stage starts from.
-            stop: Looked at after each dispatch.
-            console: Where progress is shown.
+            start: Returns the network that the stage starts from if it has no checkpoint.
+            stop: Checked after each dispatch.
+            console: Shows the progress.
 
         Returns:
-            The network that goes on: the last one, or the best one, as the experiment selects.
+            The network of the last or of the best checkpoint, as the experiment selects.
         """
         with self.open_store() as store:
             restored = store.restore_newest_good(split_state(self.state_shapes()))
@@ -163,7 +167,7 @@ class StageRun:
         with progress:
             reporter = FolderReporter(self, store, progress)
             return run_stage(
-                self._stage(), state, reporter=reporter, stop=stop, epoch_seconds=seconds
+                self._plan(), state, reporter=reporter, stop=stop, epoch_seconds=seconds
             )
 
     def _announce(self, console: Console, done: int) -> None:
@@ -188,17 +192,17 @@ class StageRun:
             steps_per_epoch=self.steps_per_epoch,
         )
 
-    def _stage(self) -> Stage:
+    def _plan(self) -> StagePlan:
         config, dataset, seed = self.config, self.dataset, self.networks.experiment.seed
         steps = {frozen: self._step(frozen) for frozen in (False, True)}
         frozen_from = config.frozen_from if isinstance(config, QatConfig) else config.epochs + 1
-        # QAT goes on counting epochs where FP32 ended, so that it sees other orders.
+        # QAT continues the epoch count of FP32, so that it sees other orders of the images.
         offset = 0 if self.name == "fp32" else self.networks.experiment.fp32.epochs
         limit = config.steps_per_dispatch
         if limit is None:
             limit = 1 if jax.default_backend() == "cpu" else MAX_STEPS_PER_DISPATCH
         images, labels = jax.device_put((dataset.train.images, dataset.train.labels))
-        return Stage(
+        return StagePlan(
             name=self.name,
             epochs=config.epochs,
             steps_per_epoch=self.steps_per_epoch,
@@ -230,19 +234,39 @@ class StageRun:
         split = self.dataset.validation
         if split is None:
             return {}
-        logits = self.evaluator.logits(state.params, state.collections, split)
+        variables = {"params": state.params, **state.collections}
+        logits = self.predictor.logits(split, variables)
         if not np.isfinite(logits).all():
             raise DivergedError(
                 f"{self.name}: logits of the validation split are infinite or NaN after step "
                 f"{int(state.step)}; checkpoints from before it are good."
             )
-        metrics = classification_metrics(split.labels, logits, self.dataset.class_names)
-        return {f"validation_{key}": metrics[key] for key in ("loss", "accuracy")}
+        scores = classification_metrics(split.labels, logits, self.dataset.class_names)
+        return {"validation_loss": scores.loss, "validation_accuracy": scores.accuracy}
+
+
+def check_finished(run: StageRun) -> int:
+    """Return the last step of a finished stage.
+
+    Raises:
+        RunFolderError: If the stage has no checkpoint, or not yet its last one.
+    """
+    folder, name = run.folder, run.name
+    if not folder.has_checkpoints(name):
+        raise RunFolderError(f"{folder.checkpoints(name)}: there are no checkpoints of {name}.")
+    with run.open_store(read_only=True) as store:
+        last = max(store.steps(), default=0)
+    if last < run.total_steps:
+        raise RunFolderError(
+            f"{folder.path}: its {name.upper()} stage is at step {last} of {run.total_steps}. Run "
+            "its `jaxqat train` again to finish it."
+        )
+    return last
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FolderReporter:
-    """Keeps in the run folder, and shows, what the loop reports."""
+    """Writes what the loop reports to the run folder, and prints it."""
 
     run: StageRun
     store: CheckpointStore
@@ -265,7 +289,7 @@ class FolderReporter:
         epoch_seconds: float,
         stopping: bool,
     ) -> None:
-        """Write a checkpoint, if it is its turn."""
+        """Write a checkpoint if one is due."""
         step, every = int(state.step), self.run.networks.experiment.checkpoint.every_epochs
         is_last = step == self.run.total_steps
         if stopping or is_last or record is None or record["epoch"] % every == 0:

@@ -1,7 +1,7 @@
-"""The float network of another run: its finished FP32 stage is taken over instead of trained again.
+"""Taking over the finished FP32 stage of another run instead of training it again.
 
-What was trained and how stays with it: its checkpoints name their own experiment, its lines of
-metrics.jsonl are its epochs, and `RunFolder.origin` says from which run they are.
+The stage keeps its history: its checkpoints name their own experiment, its lines of metrics.jsonl
+are copied, and `RunFolder.origin` names the run that trained it.
 """
 
 import dataclasses
@@ -12,22 +12,21 @@ from typing import Any
 
 from jaxqat.pipeline import config as configs
 from jaxqat.pipeline.config import Experiment
-from jaxqat.pipeline.evaluation import Evaluator
 from jaxqat.pipeline.networks import Networks
 from jaxqat.pipeline.run.folder import RunFolder, RunFolderError
 from jaxqat.pipeline.run.snapshots import check_data, split_state
-from jaxqat.pipeline.stages import StageRun
+from jaxqat.pipeline.stages import StageRun, check_finished
 
-# Settings that the float network does not depend on: all of the first part of their keys.
+# Settings that the float network does not depend on, by the first part of their keys.
 OF_NO_MATTER = ("name", "quant", "qat", "evaluation_batch_size", "checkpoint")
 
 
 @dataclasses.dataclass(frozen=True)
 class FloatStage:
-    """A finished FP32 stage that another run can go on from.
+    """A finished FP32 stage that another run can start from.
 
     Attributes:
-        folder: The run folder that it lies in.
+        folder: The run folder that holds it.
         steps: The checkpoints to take: the last one, and the best one if that is selected.
         origin: Name and config hash of the run that trained it.
     """
@@ -37,7 +36,7 @@ class FloatStage:
     origin: dict[str, Any]
 
     def copy_to(self, folder: RunFolder) -> None:
-        """Make it the FP32 stage of a run that has none; the last step of it is a rename."""
+        """Copy it to a run without an FP32 stage; atomic, as the last operation is a rename."""
         records = [r for r in self.folder.read_metrics() if r["stage"] == "fp32"]
         folder.replace_metrics("fp32", records)
         temporary, final = folder.path / ".fp32.tmp", folder.checkpoints("fp32")
@@ -58,10 +57,10 @@ class FloatStage:
 
 
 def check_settings(experiment: Experiment, workdir: Path) -> None:
-    """Refuse a run whose float network is another than the experiment's.
+    """Check that the float network of a run is the one that an experiment would train.
 
     Raises:
-        RunFolderError: It is no run folder, or shows every setting that differs.
+        RunFolderError: If it is no run folder, or a setting differs; lists every such setting.
     """
     theirs = RunFolder(workdir).load_config()
     differing = [
@@ -78,11 +77,11 @@ def check_settings(experiment: Experiment, workdir: Path) -> None:
 
 
 def find_float_stage(networks: Networks, workdir: Path) -> FloatStage:
-    """The finished FP32 stage of another run, its newest checkpoint verified.
+    """Find the finished FP32 stage of another run and verify its newest checkpoint.
 
     Args:
-        networks: Of the experiment that is to go on with it.
-        workdir: The other run's folder, of which nothing is changed.
+        networks: Networks of the experiment that will start from it.
+        workdir: The other run's folder; nothing in it is changed.
 
     Raises:
         RunFolderError: It is no run folder, of other settings or other data, or its FP32 stage is
@@ -91,16 +90,9 @@ def find_float_stage(networks: Networks, workdir: Path) -> FloatStage:
     """
     check_settings(networks.experiment, workdir)
     folder = RunFolder(workdir)
-    run = StageRun("fp32", networks, folder, Evaluator(networks, "fp32"))
-    if not folder.has_checkpoints("fp32"):
-        raise RunFolderError(f"{folder.checkpoints('fp32')}: there are no checkpoints of fp32.")
+    run = StageRun.of("fp32", networks, folder)
+    last = check_finished(run)
     with run.open_store(read_only=True) as store:
-        last = max(store.steps(), default=0)
-        if last < run.total_steps:
-            raise RunFolderError(
-                f"{workdir}: its FP32 stage is at step {last} of {run.total_steps}. Train it to "
-                "the end there, or train FP32 here without --from."
-            )
         best = store.best_step() if networks.experiment.select == "best" else None
         steps = tuple(sorted({last} if best is None else {last, best}))
         target = split_state(run.state_shapes())

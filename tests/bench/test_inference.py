@@ -19,7 +19,7 @@ from jaxqat.integer._execute.executor import make_executor
 GRAPH = graphs.build("residual")
 
 
-def engine(key, function, *, kind: Kind = "exact", precision="int8", packages=("jax",)):
+def engine(key, function, *, kind: Kind = "exact", precision="integer", packages=("jax",)):
     """An engine that computes what `function(graph, images)` says."""
 
     def make(setup):
@@ -45,7 +45,7 @@ def floats(graph, images):
 
 JAX = [
     engine("jax_fp32", floats, kind="float", precision="fp32"),
-    engine("jax_int8", integers),
+    engine("jax_integer", integers),
 ]
 
 
@@ -68,10 +68,10 @@ def rows_of(result):
 @pytest.mark.parametrize(
     ("kind", "precision", "wrong", "against"),
     [
-        ("exact", "int8", lambda g, x: integers(g, x) * np.float32(1.0001), "jax_int8"),
-        ("exact", "int8", lambda g, x: integers(g, x[::-1]), "jax_int8"),
-        ("near", "int8", lambda g, x: -integers(g, x), "jax_int8"),
-        ("other", "int8", lambda g, x: 0 * floats(g, x), "jax_fp32"),
+        ("exact", "integer", lambda g, x: integers(g, x) * np.float32(1.0001), "jax_integer"),
+        ("exact", "integer", lambda g, x: integers(g, x[::-1]), "jax_integer"),
+        ("near", "integer", lambda g, x: -integers(g, x), "jax_integer"),
+        ("other", "integer", lambda g, x: 0 * floats(g, x), "jax_fp32"),
         ("float", "fp32", lambda g, x: floats(g, x) * np.float32(1.001), "jax_fp32"),
         ("float", "fp32", lambda g, x: floats(g, x)[None], "jax_fp32"),
         ("float", "bf16", lambda g, x: floats(g, x) * np.nan, "jax_fp32"),
@@ -87,8 +87,8 @@ def test_an_engine_of_wrong_results_is_refused_and_both_are_named(
 
 
 def test_jax_s_integers_are_compared_with_the_float_network(monkeypatch):
-    bad = engine("jax_int8", lambda g, x: -integers(g, x))
-    with pytest.raises(BenchmarkError, match="jax_int8 and jax_fp32 disagree"):
+    bad = engine("jax_integer", lambda g, x: -integers(g, x))
+    with pytest.raises(BenchmarkError, match="jax_integer and jax_fp32 disagree"):
         measure(monkeypatch, JAX[0], bad)
 
 
@@ -97,7 +97,7 @@ def test_right_results_are_let_through_and_their_errors_told(monkeypatch):
     rows = rows_of(measure(monkeypatch, *JAX, engine("equal", integers), half))
     assert rows["equal"]["agreement"]["error"] == 0
     assert rows["equal"]["agreement"]["top1"] == 1
-    assert rows["equal"]["agreement"]["against"] == "jax_int8"
+    assert rows["equal"]["agreement"]["against"] == "jax_integer"
     assert rows["near"]["agreement"]["error"] == 0.5  # Powers of two are exact.
     assert "agreement" not in rows["jax_fp32"]
 
@@ -105,9 +105,9 @@ def test_right_results_are_let_through_and_their_errors_told(monkeypatch):
 def test_a_network_of_two_bits_is_measured_though_the_float_one_is_another(monkeypatch):
     graph = graphs.build("concat", bits=2)
     rows = rows_of(measure(monkeypatch, *JAX, graph=graph))
-    assert rows["jax_int8"]["agreement"]["error"] > 0.7
-    assert rows["jax_int8"]["agreement"]["limit"] is None
-    bad = engine("jax_int8", lambda g, x: integers(g, x) * np.nan)
+    assert rows["jax_integer"]["agreement"]["error"] > 0.7
+    assert rows["jax_integer"]["agreement"]["limit"] is None
+    bad = engine("jax_integer", lambda g, x: integers(g, x) * np.nan)
     with pytest.raises(BenchmarkError, match="right would be any finite number"):
         measure(monkeypatch, JAX[0], bad, graph=graph)
 
@@ -138,10 +138,10 @@ def test_an_engine_that_fails_is_listed_with_the_reason(monkeypatch, when):
     rows = rows_of(measure(monkeypatch, *JAX, failing))
     assert rows["failing"]["not_measured"] == "no kernel for Conv"
     assert "median_s" not in rows["failing"]
-    assert rows["jax_int8"]["median_s"] == 2.0
+    assert rows["jax_integer"]["median_s"] == 2.0
 
 
-@pytest.mark.parametrize("key", ["jax_fp32", "jax_int8"])
+@pytest.mark.parametrize("key", ["jax_fp32", "jax_integer"])
 def test_without_what_others_are_compared_with_there_is_no_benchmark(monkeypatch, key):
     def fail(graph, images):
         raise OwnError("out of memory")
@@ -154,10 +154,10 @@ def test_without_what_others_are_compared_with_there_is_no_benchmark(monkeypatch
 def test_times_and_ratios_are_those_of_the_clock(monkeypatch):
     ort = engine("ort_fp32", floats, kind="float", precision="fp32")
     rows = rows_of(measure(monkeypatch, *JAX, ort))
-    assert [rows[k]["median_s"] for k in ("jax_fp32", "jax_int8", "ort_fp32")] == [1.0, 2.0, 3.0]
-    assert rows["jax_int8"]["images_per_s"] == 1.0  # A batch of two.
-    assert rows["jax_int8"]["ratio_to_jax_fp32"] == 0.5
-    assert rows["jax_int8"]["ratio_to_ort_fp32"] == 1.5
+    assert [rows[k]["median_s"] for k in ("jax_fp32", "jax_integer", "ort_fp32")] == [1.0, 2.0, 3.0]
+    assert rows["jax_integer"]["images_per_s"] == 1.0  # A batch of two.
+    assert rows["jax_integer"]["ratio_to_jax_fp32"] == 0.5
+    assert rows["jax_integer"]["ratio_to_ort_fp32"] == 1.5
 
 
 def test_notes_say_where_integers_are_slower_than_floats_of_their_family():
@@ -167,10 +167,10 @@ def test_notes_say_where_integers_are_slower_than_floats_of_their_family():
     rows = [
         row("jax_fp32", "fp32", 1.0),
         row("jax_bf16", "bf16", 4.0),
-        row("jax_int8", "int8", 2.0),
+        row("jax_integer", "integer", 2.0),
         row("ort_fp32", "fp32", 1.0),
-        row("ort_int8", "int8", 0.5),
-        row("ort_static", "int8", 0.25),
+        row("ort_integer", "integer", 0.5),
+        row("ort_static", "integer", 0.25),
         {"key": "torch_fp32", "label": "", "precision": "fp32", "not_measured": "absent"},
     ]
     families = {r["key"]: r["key"].partition("_")[0] for r in rows}
@@ -198,20 +198,20 @@ def test_a_run_s_images_are_the_network_s_pixels_and_noise_is_called_noise(monke
 def test_all_engines_of_this_machine_agree_on_a_network():
     result = benchmark_inference(graphs.build("depthwise"), threads=1, batch_sizes=[3], rounds=1)
     rows = rows_of(result)
-    for key in ("jax_fp32", "jax_bf16", "jax_int8"):
+    for key in ("jax_fp32", "jax_bf16", "jax_integer"):
         assert rows[key]["median_s"] > 0
     for key, row in rows.items():
         assert ("median_s" in row) != ("not_measured" in row), key
         assert "not_measured" not in row or "is not installed" in row["not_measured"], row
-    if "agreement" in rows["ort_int8"]:
-        assert rows["ort_int8"]["agreement"]["limit"] < 1e-6
+    if "agreement" in rows["ort_integer"]:
+        assert rows["ort_integer"]["agreement"]["limit"] < 1e-6
 
 
 @pytest.mark.parametrize(
     ("device", "keys"),
     [
-        ("cuda", "jax_fp32 jax_tf32 jax_bf16 jax_int8 jax_int8_pallas"),
-        ("tpu", "jax_fp32 jax_bf16 jax_int8"),
+        ("cuda", "jax_fp32 jax_tf32 jax_bf16 jax_integer jax_integer_pallas"),
+        ("tpu", "jax_fp32 jax_bf16 jax_integer"),
     ],
 )
 def test_accelerators_run_jax_in_every_precision_and_nothing_on_the_host(device, keys):

@@ -69,8 +69,8 @@ def test_every_engine_has_its_row_with_times_and_ratios_or_the_reason_why_not(me
     _, result, _, _ = measured
     for batch in result["batches"]:
         rows = {row["key"]: row for row in batch["engines"]}
-        assert {"jax_fp32", "jax_bf16", "jax_int8", "ort_fp32", "ort_int8"} <= set(rows)
-        assert {"ort_static", "openvino_fp32", "openvino_int8", "torch_fp32"} <= set(rows)
+        assert {"jax_fp32", "jax_bf16", "jax_integer", "ort_fp32", "ort_integer"} <= set(rows)
+        assert {"ort_static", "openvino_fp32", "openvino_integer", "torch_fp32"} <= set(rows)
         for row in rows.values():
             if "not_measured" in row:
                 assert "is not installed" in row["not_measured"]
@@ -87,8 +87,8 @@ def test_notes_are_in_the_json_and_say_each_loss_of_int8(measured):
     _, result, printed, _ = measured
     for batch in result["batches"]:
         rows = {row["key"]: row for row in batch["engines"]}
-        loss = rows["jax_int8"]["median_s"] > rows["jax_fp32"]["median_s"]
-        said = any(n.startswith("JAX int8 is slower than JAX FP32") for n in batch["notes"])
+        loss = rows["jax_integer"]["median_s"] > rows["jax_fp32"]["median_s"]
+        said = any(n.startswith("JAX integer is slower than JAX FP32") for n in batch["notes"])
         assert said == loss
         assert all(note in printed for note in batch["notes"])
 
@@ -188,12 +188,13 @@ def test_the_random_network_neither_vanishes_nor_saturates(compiled_once):
 
 def test_shares_of_the_roofline_and_reasons_are_shown(console):
     row = {
-        "key": "jax_int8", "label": "JAX int8 (cuda)", "precision": "int8", "median_s": 0.5,
+        "key": "jax_integer", "label": "JAX integer (cuda)", "precision": "integer",
+        "median_s": 0.5,
         "quartiles_s": [0.25, 0.75], "images_per_s": 4.0, "ratio_to_jax_fp32": 2.0,
         "ratio_to_ort_fp32": None, "roofline_share": 0.375,
         "agreement": {"error": 0.0, "against": "jax_fp32"},
     }  # fmt: skip
-    absent = {"key": "x", "label": "JAX int8 (x)", "not_measured": "no [kernel] for sm_75"}
+    absent = {"key": "x", "label": "JAX integer (x)", "not_measured": "no [kernel] for sm_75"}
     result = {
         "what": "inference", "rounds": 1, "threads": 2, "load_average": None, "images": "noise",
         "network": {"name": "net [bold]", "macs": 1, "input_shape": [2]}, "roofline": {},
@@ -206,7 +207,7 @@ def test_shares_of_the_roofline_and_reasons_are_shown(console):
     assert "37.5 %" in text
     assert "100 %" in text  # Between the quartiles, of the median.
     assert "net [bold]: batch 2" in text
-    assert "JAX int8 (x) is not measured: no [kernel] for sm_75" in text
+    assert "JAX integer (x) is not measured: no [kernel] for sm_75" in text
     assert "int8 loses" in text
     assert "ORT" not in text
 

@@ -14,12 +14,11 @@ from tiny_run import STEPS, SmallNet, files, run_command, tiny
 
 import jaxqat
 from jaxqat.commands import evaluate, export, quantize, train, verify
-from jaxqat.pipeline import post_training
 from jaxqat.pipeline.data import epoch_permutation, load_dataset, normalize
 from jaxqat.pipeline.metrics import classification_metrics
 from jaxqat.pipeline.networks import Networks
+from jaxqat.pipeline.results import to_json
 from jaxqat.pipeline.run.folder import RunFolder
-from jaxqat.pipeline.run.results import summary_rows
 from jaxqat.pipeline.run.snapshots import restore_model
 
 compiled_once, small_network = tiny_run.compiled_once, tiny_run.small_network
@@ -39,7 +38,7 @@ def run(finished, tmp_path) -> Path:
 @pytest.fixture
 def float_run(run) -> Path:
     """A run that was stopped between FP32 and QAT."""
-    for name in ("int8", "ptq", "checkpoints/qat", "figures"):
+    for name in ("integer", "ptq", "checkpoints/qat", "figures"):
         shutil.rmtree(run / name)
     for name in ("results.json", "report.html", "report_data.npz"):
         (run / name).unlink()
@@ -63,8 +62,8 @@ def recomputed(run: Path, batches: int = 2, recipe: str = "int8"):
     image = jnp.zeros((1, 8, 8, 1))
     graph = jaxqat.convert(model, variables, image, preprocess=prepare, train=False)
     _, logits = integer_graph.run(graph, data.test.images)
-    metrics = classification_metrics(data.test.labels, logits, [str(i) for i in range(10)])
-    return graph, logits, metrics
+    scores = classification_metrics(data.test.labels, logits, [str(i) for i in range(10)])
+    return graph, logits, to_json(scores)
 
 
 def assert_is(run: Path, graph, logits, metrics) -> None:
@@ -97,29 +96,29 @@ def test_the_command_needs_fp32_alone_and_train_goes_on_from_there(
 ):
     checkpoints = files(float_run / "checkpoints")
     assert run_command("quantize", float_run) == 0
-    assert "ptq" in capsys.readouterr().out
+    assert "PTQ W8A8, integer" in capsys.readouterr().out
     assert_is(float_run, *recomputed(float_run))
     found, whole = results_of(float_run), results_of(finished)
-    assert "qat" not in found and "int8" not in found
+    assert "qat" not in found and "integer" not in found
     verification = found["ptq"].pop("verify")
     assert verification["differing"] == 0 and verification["images"] == 40
     assert found["fp32"] == whole["fp32"] and found["ptq"] == whole["ptq"]
     assert found["parameters"] == whole["parameters"]
     assert found["command"] == f"jaxqat quantize {float_run}"
     page = (float_run / "report.html").read_text()
-    assert "PTQ int8" in page and "QAT int8" not in page
+    assert "PTQ W8A8, integer" in page and "QAT W8A8, integer" not in page
     assert (float_run / "figures/confusion_ptq.png").is_file()
     assert files(float_run / "checkpoints") == checkpoints
     with monkeypatch.context() as patch:
-        patch.setattr(post_training, "write_report", lambda path: path)  # Spares seconds.
+        patch.setattr(quantize, "write_report", lambda path: path)  # Spares seconds.
         quantize.quantize(float_run, batches=1, console=console)
     asked_for, network = results_of(float_run)["ptq"], files(float_run / "ptq")
     assert asked_for["calibration_batches"] == 1
-    results = train.train(tiny(), float_run, console=console)
-    assert results["int8"] == whole["int8"] and results["ptq"] == asked_for
+    results = to_json(train.train(tiny(), float_run, console=console))
+    assert results["integer"] == whole["integer"] and results["ptq"] == asked_for
     assert files(float_run / "ptq") == network
     page = (float_run / "report.html").read_text()
-    assert "PTQ int8" in page and "QAT int8" in page
+    assert "PTQ W8A8, integer" in page and "QAT W8A8, integer" in page
 
 
 def test_another_recipe_and_other_batches_replace_what_was_there_and_are_recorded(
@@ -138,16 +137,17 @@ def test_another_recipe_and_other_batches_replace_what_was_there_and_are_recorde
         results["speed"].pop("ptq")
     assert after == before
     page = (run / "report.html").read_text()
-    assert "48 training images (3 batches), by the preset int8_symmetric" in page
-    assert "Confusion matrix of PTQ int8" in page and "Confusion matrix of QAT int8" in page
+    assert "48 training images (3 batches); preset int8_symmetric" in page
+    for name in ("PTQ W8A8, integer", "QAT W8A8, integer"):
+        assert f"Confusion matrix of {name}" in page
     # Made again from FP32 as it was made here, and not as the config says.
-    verification = verify.verify(run, network="ptq", console=console)
+    verification = verify.verify(run, stage="ptq", console=console)
     assert verification.differing == 0 and not verification.failures
     assert (run / "evaluations/verify_ptq_test.json").is_file()
     scores = evaluate.evaluate(run, stage="ptq", console=console)
     assert scores["metrics"] == entry["test"] and scores["step"] == STEPS
     output = run / "ptq.stablehlo"
-    export.export(run, output, format="stablehlo", network="ptq", console=console)
+    export.export(run, output, format="stablehlo", stage="ptq", console=console)
     from jaxqat.export._stablehlo import load_stablehlo
 
     images = load_dataset(tiny().data).test.images
@@ -156,19 +156,11 @@ def test_another_recipe_and_other_batches_replace_what_was_there_and_are_recorde
 
 
 def test_the_same_command_gives_the_same_network_and_scores(run, small_network, monkeypatch):
-    monkeypatch.setattr(post_training, "write_report", lambda path: path)  # Spares seconds.
+    monkeypatch.setattr(quantize, "write_report", lambda path: path)  # Spares seconds.
     before, network = results_of(run), files(run / "ptq")
     quantize.quantize(run)
     assert files(run / "ptq") == network
     assert results_of(run)["ptq"].items() > before["ptq"].items()
-
-
-def test_an_older_result_of_calibration_is_shown_unless_there_is_a_newer_one():
-    test: dict = {"test": {"accuracy": 0.5}}
-    results = {"fp32": test, "qat": {**test, "calibrated": test}}
-    assert [n for n, _ in summary_rows(results)] == ["fp32", "qat, calibrated only", "qat"]
-    results = {**results, "ptq": test, "int8": test}
-    assert [n for n, _ in summary_rows(results)] == ["fp32", "ptq", "qat", "int8"]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ from jaxqat.commands import evaluate, report, train
 from jaxqat.pipeline.checkpoint import CheckpointError
 from jaxqat.pipeline.config import config_hash
 from jaxqat.pipeline.data import DataError, load_dataset
-from jaxqat.pipeline.evaluation import Evaluator, IntegerEvaluator
+from jaxqat.pipeline.evaluation import Predictor
+from jaxqat.pipeline.results import to_json
 from jaxqat.pipeline.run.folder import RunFolder, RunFolderError
 from jaxqat.pipeline.training import DivergedError, Stopped
 from jaxqat.quant import RecipeError
@@ -35,7 +36,7 @@ def arrays(run: Path) -> dict[str, dict]:
 
 def network(run: Path) -> dict[str, bytes]:
     """The bytes of the integer network."""
-    return {path.name: path.read_bytes() for path in (run / "int8").iterdir()}
+    return {path.name: path.read_bytes() for path in (run / "integer").iterdir()}
 
 
 def losses(run: Path) -> list[tuple]:
@@ -47,7 +48,7 @@ def test_a_run_leaves_what_the_contract_says(finished):
         "checkpoints",
         "config.yaml",
         "figures",
-        "int8",
+        "integer",
         "metrics.jsonl",
         "ptq",
         "report.html",
@@ -74,7 +75,7 @@ def test_a_run_leaves_what_the_contract_says(finished):
         results["fp32"]["test"],
         results["qat"]["test"],
         results["ptq"]["test"],
-        results["int8"]["test"],
+        results["integer"]["test"],
     ):
         assert metrics["n"] == 40
         assert np.sum(metrics["confusion_matrix"]) == 40
@@ -84,10 +85,10 @@ def test_a_run_leaves_what_the_contract_says(finished):
     assert results["parameters"] == parameters
     assert results["size_bytes"]["fp32"] == 4 * parameters
     # A byte a weight; an int32 bias and a float32 multiplier per output channel (4, 4, 10).
-    assert results["size_bytes"]["int8"] == kernels + (4 + 4) * (4 + 4 + 10)
-    assert results["int8"]["requantization"] == "float"
-    assert results["int8"]["step"] == STEPS
-    assert set(results["speed"]["int8"]) == {"evaluate_images_per_s"}
+    assert results["size_bytes"]["integer"] == kernels + (4 + 4) * (4 + 4 + 10)
+    assert results["integer"]["requantization"] == "float"
+    assert results["integer"]["step"] == STEPS
+    assert set(results["speed"]["integer"]) == {"evaluate_images_per_s"}
     # 8x8 images at stride 2 make 4x4 outputs.
     assert results["macs"] == 16 * (3 * 3 * 1 * 4) + 16 * (3 * 3 * 4 * 4) + 4 * 10
     layers = {layer["path"]: layer for layer in results["layers"]}
@@ -106,7 +107,7 @@ def test_a_finished_run_is_left_as_it_is(finished, console):
     before = files(finished)
     results = train.train(tiny(), finished, console=console)
     assert "this run is finished" in console.file.getvalue()
-    assert results == json.loads((finished / "results.json").read_text())
+    assert to_json(results) == json.loads((finished / "results.json").read_text())
     assert files(finished) == before
 
 
@@ -131,7 +132,7 @@ def test_stopped_within_an_epoch_and_started_again_it_ends_on_the_same_bits(
     assert losses(run) == losses(finished)
     ours, theirs = (json.loads((r / "results.json").read_text()) for r in (run, finished))
     assert ours["qat"]["test"] == theirs["qat"]["test"]
-    assert ours["int8"] == theirs["int8"]
+    assert ours["integer"] == theirs["integer"]
     assert network(run) == network(finished)
     assert ours["layers"] == theirs["layers"]
 
@@ -157,7 +158,8 @@ def test_a_damaged_checkpoint_is_named_and_trained_again_to_the_same_bits(
 
 
 @pytest.mark.parametrize(
-    ("stage", "split"), [("qat", "test"), ("fp32", "train"), ("int8", "test"), ("int8", "train")]
+    ("stage", "split"),
+    [("qat", "test"), ("fp32", "train"), ("integer", "test"), ("integer", "train")],
 )
 def test_evaluate_needs_the_folder_only_and_writes_nothing_but_evaluations(
     finished, tmp_path, small_network, console, stage, split
@@ -207,19 +209,13 @@ def test_the_test_split_is_read_after_all_training_only(
     tmp_path, monkeypatch, no_report, small_network, console
 ):
     read = []
-    logits, int8_logits = Evaluator.logits, IntegerEvaluator.logits
+    logits = Predictor.logits
 
-    def watch(self, params, collections, split):
-        lines = len(RunFolder(tmp_path).read_metrics())
-        read.append((lines, len(split)))
-        return logits(self, params, collections, split)
-
-    def watch_int8(self, split):
+    def watch(self, split, *variables):
         read.append((len(RunFolder(tmp_path).read_metrics()), len(split)))
-        return int8_logits(self, split)
+        return logits(self, split, *variables)
 
-    monkeypatch.setattr(Evaluator, "logits", watch)
-    monkeypatch.setattr(IntegerEvaluator, "logits", watch_int8)
+    monkeypatch.setattr(Predictor, "logits", watch)
     changes = {"data__validation_size": 30, "data__test_limit": 41}
     train.train(tiny(**changes), tmp_path, console=console)
     # The validation images after each of the four epochs, whose line is written after it; then
@@ -243,7 +239,7 @@ def test_select_best_goes_on_from_the_best_checkpoint_and_tests_it(
     monkeypatch.setattr("jaxqat.pipeline.stages.StageRun._validate", validate)
     changes = {"data__validation_size": 30, "select": "best", "qat__optimizer__learning_rate": 1e-9}
     train.train(tiny(**changes), tmp_path, console=console)
-    for stage in ("fp32", "qat", "int8"):
+    for stage in ("fp32", "qat", "integer"):
         result = evaluate.evaluate(tmp_path, stage=stage, console=console)
         assert result["step"] == STEPS_PER_EPOCH
     kernels = {}
@@ -324,11 +320,12 @@ def test_other_data_than_the_checkpoints_is_refused(
     (run / "results.json").unlink()
     dataset = load_dataset(tiny().data)
     other = dataclasses.replace(dataset, fingerprint={**dataset.fingerprint, "version": "other"})
-    monkeypatch.setattr(train, "load_dataset", lambda config: other)
+    for command in (train, evaluate):
+        monkeypatch.setattr(command, "load_dataset", lambda config: other)
     for call in (
         lambda: train.train(tiny(), run, console=console),
         lambda: evaluate.evaluate(run, stage="qat", console=console),
-        lambda: evaluate.evaluate(run, stage="int8", console=console),
+        lambda: evaluate.evaluate(run, stage="integer", console=console),
     ):
         with pytest.raises(RunFolderError, match=r"the data is not what .* version: .*'other'"):
             call()
@@ -346,7 +343,7 @@ def test_a_checkpoint_is_due_every_so_many_epochs_and_at_the_end(
     results = train.train(settings, tmp_path, console=console)
     steps = sorted(map(int, os.listdir(tmp_path / "checkpoints" / "fp32")))
     assert steps == [2 * STEPS_PER_EPOCH, 3 * STEPS_PER_EPOCH]
-    assert "ptq" not in results
+    assert results.ptq is None
     assert not (tmp_path / "ptq").exists()
 
 

@@ -1,11 +1,13 @@
+import dataclasses
 import json
 import math
 
-import jax
 import numpy as np
 import pytest
 
-from jaxqat.pipeline.metrics import classification_metrics, weight_bytes
+from jaxqat.integer._store.typed_json import TypedJson
+from jaxqat.pipeline.metrics import classification_metrics
+from jaxqat.pipeline.results import Scores, to_json
 
 HAND_LABELS = np.array([0, 0, 1, 1, 2])
 HAND_PREDICTED = np.array([0, 1, 1, 1, 0])
@@ -36,13 +38,13 @@ def test_scores_are_those_counted_by_hand():
     logits = one_hot_logits(HAND_PREDICTED, 3)
     scores = classification_metrics(HAND_LABELS, logits, ["a", "b", "c"])
 
-    assert scores["confusion_matrix"] == [[1, 1, 0], [0, 2, 0], [1, 0, 0]]
-    assert scores["n"] == 5
+    assert scores.confusion_matrix == ((1, 1, 0), (0, 2, 0), (1, 0, 0))
+    assert scores.n == 5
     # Class b: 2 of 3 guesses right, both of its images found, F1 = 2·(2/3)/(5/3) = 4/5.
     # Three float64 roundings at most lie between these and the quotients.
     expected = {"accuracy": 3 / 5, "precision": 7 / 18, "recall": 1 / 2, "f1": 13 / 30}
-    assert {key: scores[key] for key in expected} == pytest.approx(expected, rel=4e-16)
-    assert scores["per_class"][1] == {
+    assert {key: getattr(scores, key) for key in expected} == pytest.approx(expected, rel=4e-16)
+    assert dataclasses.asdict(scores.per_class[1]) == {
         "name": "b",
         "precision": pytest.approx(2 / 3, rel=4e-16),
         "recall": 1.0,
@@ -56,9 +58,9 @@ def test_class_without_images_or_guesses_counts_zero_in_the_macro_averages():
     logits = one_hot_logits(np.array([0, 1]), 4)
     scores = classification_metrics(np.array([0, 1]), logits, list("abcd"))
 
-    assert [row["support"] for row in scores["per_class"]] == [1, 1, 0, 0]
-    assert (scores["precision"], scores["recall"], scores["f1"]) == (0.5, 0.5, 0.5)
-    assert scores["confusion_matrix"][2:] == [[0, 0, 0, 0], [0, 0, 0, 0]]
+    assert [row.support for row in scores.per_class] == [1, 1, 0, 0]
+    assert (scores.precision, scores.recall, scores.f1) == (0.5, 0.5, 0.5)
+    assert scores.confusion_matrix[2:] == ((0, 0, 0, 0), (0, 0, 0, 0))
 
 
 @pytest.mark.parametrize("k", [2, 10, 100])
@@ -70,19 +72,23 @@ def test_scores_equal_an_image_by_image_count(seed, k):
     scores = classification_metrics(labels.astype(np.int32), logits, [str(i) for i in range(k)])
 
     confusion, rows = reference(labels, logits.argmax(1), k)
-    assert scores["confusion_matrix"] == confusion
-    assert [row["support"] for row in scores["per_class"]] == [row[3] for row in rows]
+    assert scores.confusion_matrix == tuple(map(tuple, confusion))
+    assert [row.support for row in scores.per_class] == [row[3] for row in rows]
     for column, key in enumerate(("precision", "recall", "f1")):
         values = [row[column] for row in rows]
         # Each is one or two quotients, so within a few units of float64's 2**-53; the
         # mean adds k of them.
-        np.testing.assert_allclose([row[key] for row in scores["per_class"]], values, rtol=2**-50)
-        np.testing.assert_allclose(scores[key], math.fsum(values) / k, rtol=(k + 8) * 2**-53)
+        np.testing.assert_allclose(
+            [getattr(row, key) for row in scores.per_class], values, rtol=2**-50
+        )
+        np.testing.assert_allclose(
+            getattr(scores, key), math.fsum(values) / k, rtol=(k + 8) * 2**-53
+        )
 
 
 def test_loss_of_a_confident_right_answer_keeps_its_digits():
     logits = np.array([[20.0, 0.0]], np.float32)
-    loss = classification_metrics(np.array([0]), logits, ["a", "b"])["loss"]
+    loss = classification_metrics(np.array([0]), logits, ["a", "b"]).loss
 
     # Float32 would say 0. In float64, 1 + exp(-20) is rounded to 2**-53 of 1 before its log.
     assert loss == pytest.approx(math.log1p(math.exp(-20)), abs=2**-52)
@@ -90,7 +96,7 @@ def test_loss_of_a_confident_right_answer_keeps_its_digits():
 
 def test_loss_of_huge_logits_is_finite_and_exact():
     logits = np.array([[-1e30, 1e30], [3.0, 3.0]])
-    loss = classification_metrics(np.array([0, 0]), logits, ["a", "b"])["loss"]
+    loss = classification_metrics(np.array([0, 0]), logits, ["a", "b"]).loss
 
     assert loss == (2e30 + math.log(2)) / 2  # The second image is lost in the first's rounding.
 
@@ -98,14 +104,14 @@ def test_loss_of_huge_logits_is_finite_and_exact():
 def test_equal_logits_predict_the_first_class():
     scores = classification_metrics(np.array([0, 2]), np.zeros((2, 3)), list("abc"))
 
-    assert scores["confusion_matrix"] == [[1, 0, 0], [0, 0, 0], [1, 0, 0]]
+    assert scores.confusion_matrix == ((1, 0, 0), (0, 0, 0), (1, 0, 0))
 
 
 def test_scores_survive_json():
     labels = np.array([0, 1, 2], np.int32)
     scores = classification_metrics(labels, np.eye(3, dtype=np.float32), ["a", "b", "c"])
 
-    assert json.loads(json.dumps(scores)) == scores
+    assert TypedJson().decode(json.loads(json.dumps(to_json(scores))), Scores) == scores
 
 
 @pytest.mark.parametrize(
@@ -124,51 +130,3 @@ def test_scores_survive_json():
 def test_bad_predictions_are_refused_with_what_arrived(labels, logits, names, message):
     with pytest.raises(ValueError, match=message):
         classification_metrics(np.array(labels), logits, list(names))
-
-
-PARAMS = {
-    "stem_conv": {"kernel": np.zeros((3, 3, 2, 4))},  # 72 weights in 4 channels.
-    "stem_norm": {"scale": np.zeros(4), "bias": np.zeros(4)},
-    "head": {"kernel": np.zeros((4, 10)), "bias": np.zeros(10), "temperature": np.zeros(())},
-}
-PARAMETERS = 72 + 8 + 40 + 10 + 1
-
-
-@pytest.mark.parametrize(
-    ("bits", "int8"),
-    [
-        ({}, 4 * PARAMETERS),
-        ({"stem_conv": None}, 4 * PARAMETERS),
-        ({"stem_conv": 8}, 72 + 4 * 4 + 4 * (PARAMETERS - 72)),
-        ({"stem_conv": 4}, 72 + 4 * 4 + 4 * (PARAMETERS - 72)),
-        ({"stem_conv": 8, "head/kernel": 8}, 72 + 16 + 40 + 4 * 10 + 4 * (8 + 10 + 1)),
-        ({"head": 8, "head/kernel": 8}, 40 + 4 * 10 + 4 * (PARAMETERS - 40)),
-    ],
-    ids=["none", "float", "conv", "unpacked_int4", "all", "one_kernel_by_two_names"],
-)
-def test_bytes_are_codes_and_scales_of_quantized_kernels_and_four_of_all_else(bits, int8):
-    assert weight_bytes(PARAMS, bits) == {
-        "parameters": PARAMETERS,
-        "fp32": 4 * PARAMETERS,
-        "int8": int8,
-    }
-
-
-def test_bytes_need_shapes_only():
-    shapes = jax.eval_shape(lambda: PARAMS)
-
-    assert weight_bytes(shapes, {"head": 8}) == weight_bytes(PARAMS, {"head": 8})
-
-
-@pytest.mark.parametrize(
-    ("bits", "message"),
-    [
-        ({"stem": 8}, "bits names 'stem', which is no weight"),
-        ({"stem": None}, "bits names 'stem', which is no weight"),
-        ({"head": 1}, r"bits of 'head' must be in 2\.\.8 or None, got 1"),
-        ({"head": 9}, r"bits of 'head' must be in 2\.\.8 or None, got 9"),
-    ],
-)
-def test_bits_of_unknown_weights_or_widths_are_refused(bits, message):
-    with pytest.raises(ValueError, match=message):
-        weight_bytes(PARAMS, bits)

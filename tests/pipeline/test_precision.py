@@ -17,7 +17,7 @@ def test_bfloat16_trains_both_stages_and_is_recorded(tmp_path, monkeypatch, smal
     monkeypatch.setattr(train, "write_report", lambda path: path)
     changes = {"precision": "bfloat16", "fp32__epochs": 1, "qat__epochs": 1}
     results = train.train(tiny(**changes), tmp_path, console=console)
-    assert results["precision"] == "bfloat16"
+    assert results.precision == "bfloat16"
 
 
 def test_the_precision_asked_for_is_the_precision_of_the_products(small_network):

@@ -1,5 +1,6 @@
 """QAT that starts from the FP32 network of another run."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ from tiny_run import SETTINGS, STEPS, STEPS_PER_EPOCH, files, run_command, signa
 from jaxqat.commands import train
 from jaxqat.pipeline import config
 from jaxqat.pipeline.config import config_hash
+from jaxqat.pipeline.results import Origin
 from jaxqat.pipeline.run.folder import RunFolder, RunFolderError
 from jaxqat.pipeline.run.snapshots import check_data
 from jaxqat.pipeline.training import Stopped
@@ -34,7 +36,7 @@ OTHERS = {
 def float_run(finished, tmp_path) -> Path:
     """The finished run as it was after FP32."""
     path = tmp_path / "float"
-    shutil.copytree(finished, path, ignore=shutil.ignore_patterns("qat", "int8", "ptq", "re*"))
+    shutil.copytree(finished, path, ignore=shutil.ignore_patterns("qat", "integer", "ptq", "re*"))
     lines = [r for r in RunFolder(path).read_metrics() if r["stage"] == "fp32"]
     RunFolder(path).metrics.write_text("".join(json.dumps(r) + "\n" for r in lines))
     return path
@@ -52,18 +54,16 @@ def test_qat_from_another_runs_fp32_ends_as_the_run_that_trained_both(
     before, run = files(float_run), tmp_path / "run"
     arguments = ("--config", config_file(tmp_path), "--workdir", run, "--from", float_run)
     assert run_command("train", *arguments) == 0
-    assert files(run / "int8") == files(finished / "int8")
+    assert files(run / "integer") == files(finished / "integer")
     assert files(run / "ptq") == files(finished / "ptq")
     ours, theirs = (RunFolder(r) for r in (run, finished))
     ends = [[(r["stage"], r["loss"]) for r in f.read_metrics()] for f in (ours, theirs)]
     assert ends[0] == ends[1]
     fp32 = [r for r in theirs.read_metrics() if r["stage"] == "fp32"]
     assert ours.read_metrics()[: len(fp32)] == fp32  # Seconds and all: they are its epochs.
-    results = ours.read_results()
-    origin = results["fp32"].pop("from_run")
-    assert origin == {"name": "tiny", "config_hash": config_hash(tiny())}
-    assert results["fp32"] == theirs.read_results()["fp32"]
-    assert "from_run" not in theirs.read_results()["fp32"]
+    fp32 = ours.read_results().fp32
+    assert fp32.from_run == Origin(name="tiny", config_hash=config_hash(tiny()))
+    assert dataclasses.replace(fp32, from_run=None) == theirs.read_results().fp32
     assert files(float_run) == before
     assert not list(run.glob(".*"))
 
@@ -73,7 +73,7 @@ def test_what_the_float_network_does_not_depend_on_may_differ(
 ):
     run = tmp_path / "run"
     results = train.train(tiny(**OTHERS), run, from_run=finished, console=console)
-    assert results["fp32"]["from_run"]["config_hash"] == config_hash(tiny())
+    assert results.fp32.from_run == Origin(name="tiny", config_hash=config_hash(tiny()))
     ours, theirs = (files(r / "checkpoints/fp32" / str(STEPS)) for r in (run, finished))
     assert ours == theirs
     # Only what QAT goes on from, and where it is from.
@@ -86,7 +86,7 @@ def test_a_run_taken_over_from_names_the_run_that_trained(
     first, second = tmp_path / "first", tmp_path / "second"
     train.train(tiny(**OTHERS), first, from_run=finished, console=console)
     results = train.train(tiny(qat__epochs=1), second, from_run=first, console=console)
-    assert results["fp32"]["from_run"] == {"name": "tiny", "config_hash": config_hash(tiny())}
+    assert results.fp32.from_run == Origin(name="tiny", config_hash=config_hash(tiny()))
 
 
 @pytest.mark.parametrize("again", [True, False], ids=["with_from", "without_from"])
@@ -102,8 +102,8 @@ def test_a_run_stopped_in_qat_goes_on_from_its_own_checkpoints(
     from_run = tmp_path / "gone" if again else None
     results = train.train(tiny(), run, from_run=from_run, console=console)
     assert files(run / "checkpoints/fp32") == fp32
-    assert files(run / "int8") == files(finished / "int8")
-    assert results["fp32"]["from_run"]["name"] == "tiny"
+    assert files(run / "integer") == files(finished / "integer")
+    assert results.fp32.from_run and results.fp32.from_run.name == "tiny"
 
 
 def test_given_again_on_a_finished_run_it_changes_nothing(finished, float_run, console):
@@ -125,7 +125,7 @@ def test_the_best_checkpoint_comes_along_where_it_is_selected(
     best = tiny(data__validation_size=30, select="best", qat__test_calibrated=False)
     train.train(best, tmp_path / "both", console=console)
     train.train(best, tmp_path / "run", from_run=tmp_path / "both", console=console)
-    assert files(tmp_path / "run/int8") == files(tmp_path / "both/int8")
+    assert files(tmp_path / "run/integer") == files(tmp_path / "both/integer")
 
 
 def refused(folder: Path, from_run: Path, capsys, **changes) -> str:
@@ -195,4 +195,4 @@ def test_a_copy_that_fails_leaves_no_checkpoint_and_the_next_one_succeeds(
     assert not (run / ".fp32.tmp").exists()
     (run / ".fp32.tmp" / str(STEPS)).mkdir(parents=True)  # As after a kill.
     train.train(tiny(), run, from_run=finished, console=console)
-    assert files(run / "int8") == files(finished / "int8")
+    assert files(run / "integer") == files(finished / "integer")

@@ -7,16 +7,16 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """Which states are kept (config key `checkpoint`)."""
+    """Which checkpoints are kept (config key `checkpoint`)."""
 
     keep_last: int = 2
-    """Newest checkpoints to keep per stage; 2 leaves one to fall back on."""
+    """Newest checkpoints to keep per stage; 2 keeps one as a fallback."""
 
     keep_best: bool = True
-    """Whether to keep the one best on the validation split too, if there is such a split."""
+    """Whether to also keep the best checkpoint on the validation split, if there is one."""
 
     every_epochs: int = 1
-    """Epochs from one checkpoint to the next; the last epoch always gets one."""
+    """Epochs between checkpoints; the last epoch always has one."""
 
     def __post_init__(self):
         for name in ("keep_last", "every_epochs"):
@@ -28,11 +28,11 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class KeepLastAndBest:
-    """Orbax preservation policy: the newest steps, and the one with the best score.
+    """Orbax preservation policy that keeps the newest steps and the one with the best score.
 
     Attributes:
         last: How many of the newest to keep.
-        scores: Validation accuracy by step; among equals the newest is the best. A step without a
+        scores: Validation accuracy by step; the newest of equal ones is the best. A step without a
             score is never the best.
     """
 
@@ -40,7 +40,7 @@ class KeepLastAndBest:
     scores: Mapping[int, float]
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
-        """Which of the steps, in ascending order, stay; Orbax deletes the others."""
+        """Return for each step, in ascending order, whether it is kept."""
         del context
         steps = [checkpoint.step for checkpoint in checkpoints]
         kept = {*steps[-self.last :], best(self.scores, steps)}
@@ -48,7 +48,7 @@ class KeepLastAndBest:
 
 
 def best(scores: Mapping[int, float], steps: Sequence[int]) -> int | None:
-    """The step with the highest score, the newest of equal ones; None if none has a score."""
+    """Return the step with the highest score, the newest of equal ones; None without scores."""
     return max(
         (step for step in steps if step in scores), key=lambda s: (scores[s], s), default=None
     )

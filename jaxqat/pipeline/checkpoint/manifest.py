@@ -1,7 +1,6 @@
-"""What a checkpoint must hold: shape, dtype and SHA-256 of its arrays, compared before use."""
+"""The manifest of a checkpoint: shape, dtype and SHA-256 of its arrays."""
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,11 +28,6 @@ def manifest(tree: Any) -> dict[str, dict[str, Any]]:
         }
         for path, leaf in _leaves(tree)
     }
-
-
-def json_sha256(value: Mapping[str, Any]) -> str:
-    """SHA-256 of a JSON-able value, the same for any order of its keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _leaves(tree: Any) -> Iterator[tuple[str, Any]]:

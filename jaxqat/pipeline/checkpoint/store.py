@@ -24,9 +24,9 @@ from jaxqat.pipeline.checkpoint.manifest import (
     CheckpointError,
     DamagedCheckpointError,
     check_fits,
-    json_sha256,
     manifest,
 )
+from jaxqat.pipeline.hashing import json_sha256
 
 logger = logging.getLogger(__name__)
 

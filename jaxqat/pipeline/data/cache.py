@@ -1,25 +1,24 @@
-"""The cache of decoded data sets: one .npz file and its SHA-256 an entry.
+"""The cache of decoded data sets: each entry is an .npz file and its SHA-256.
 
-An entry is NAME-REQUEST-IDENTITY.npz. REQUEST is a hash of what was asked for (name, splits, image
-size), IDENTITY one of the source files' content, so that two copies of "cifar10" never pass for
-each other. Its checksum lies beside it in `sha256sum` form. Both are written to a temporary file
-and renamed: a stopped process leaves the old entry or none. Entries may be deleted at any time.
+An entry is NAME-REQUEST-IDENTITY.npz. REQUEST is a hash of the request (name, splits, image size),
+IDENTITY a hash of the source files' content, so that two copies of "cifar10" are never confused.
+The checksum is in a second file in `sha256sum` form. Both are written atomically: a stopped process
+leaves the old entry or none. Entries can be deleted at any time.
 """
 
-import contextlib
 import dataclasses
-import hashlib
 import json
 import logging
-import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
+from jaxqat.integer._store.files import write_atomically
 from jaxqat.pipeline.data.arrays import DataError, Decoded, Split
+from jaxqat.pipeline.hashing import file_sha256, json_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +31,8 @@ class Cache:
     """The entries of one request.
 
     Attributes:
-        directory: Where the entries lie; created at the first write.
-        request: What is asked for, JSON-able; `request["name"]` begins the file name.
+        directory: Folder of the entries; created at the first write.
+        request: The request as JSON values; `request["name"]` begins the file name.
     """
 
     directory: Path
@@ -41,7 +40,7 @@ class Cache:
 
     @property
     def prefix(self) -> str:
-        """Start of the file names of this request's entries, whatever copy they came from."""
+        """Start of the file names of this request's entries, of any copy of the source."""
         name = re.sub(r"[^A-Za-z0-9_.]+", "-", self.request["name"])
         return f"{name}-{json_sha256({'format': FORMAT, **self.request})[:12]}"
 
@@ -50,10 +49,10 @@ class Cache:
         return self.directory / f"{self.prefix}-{json_sha256(identity)[:16]}.npz"
 
     def get_or_decode(self, identity: dict[str, Any], decode: Callable[[], Decoded]) -> Decoded:
-        """The verified entry of this source, or else a fresh decoding, which is then stored.
+        """Return the verified entry of this source, or decode the source and store the result.
 
-        A damaged entry is said and replaced. A cache that cannot be written is said, and costs
-        no more than a decoding at the next start.
+        A damaged entry is logged and replaced. If the cache cannot be written, a warning is logged
+        and the next start decodes again.
         """
         path = self.path(identity)
         if path.exists():
@@ -69,10 +68,10 @@ class Cache:
         return decoded
 
     def only_entry(self) -> Decoded | None:
-        """The one verified entry of this request, when the source itself is not at hand.
+        """Return the only entry of this request, verified; for use without the source.
 
         Returns:
-            None if there is no entry.
+            The entry; None if there is none.
 
         Raises:
             DataError: If entries of different copies exist, or the only one is damaged.
@@ -87,23 +86,12 @@ class Cache:
         return read_entry(paths[0]) if paths else None
 
 
-def json_sha256(value: dict[str, Any]) -> str:
-    """SHA-256 of a JSON-able value, the same for any order of its keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _checksum_path(path: Path) -> Path:
     return path.with_name(path.name + ".sha256")
 
 
 def read_entry(path: Path) -> Decoded:
-    """Read one entry after its checksum has been verified.
+    """Read one entry and verify its checksum.
 
     Raises:
         DataError: If the checksum is missing or not that of the file.
@@ -128,31 +116,24 @@ def read_entry(path: Path) -> Decoded:
 
 
 def write_entry(path: Path, decoded: Decoded) -> None:
-    """Write one entry and its checksum, each atomically."""
+    """Write one entry and its checksum, each atomically.
+
+    Raises:
+        OSError: If one of them cannot be written.
+    """
     meta = {"class_names": decoded.class_names, "facts": decoded.facts}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _replacing(path) as temporary:
-        with temporary.open("wb") as file:
-            np.savez(
-                file,
-                allow_pickle=False,
-                train_images=decoded.train.images,
-                train_labels=decoded.train.labels,
-                test_images=decoded.test.images,
-                test_labels=decoded.test.labels,
-                meta=np.frombuffer(json.dumps(meta, sort_keys=True).encode(), np.uint8),
-            )
-        digest = file_sha256(temporary)
-    with _replacing(_checksum_path(path)) as temporary:
-        temporary.write_text(f"{digest}  {path.name}\n")
 
+    def save(file: IO[bytes]) -> None:
+        np.savez(
+            file,
+            allow_pickle=False,
+            train_images=decoded.train.images,
+            train_labels=decoded.train.labels,
+            test_images=decoded.test.images,
+            test_labels=decoded.test.labels,
+            meta=np.frombuffer(json.dumps(meta, sort_keys=True).encode(), np.uint8),
+        )
 
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary file that takes the place of `path` if all went well, and is gone if not."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, save)
+    write_atomically(_checksum_path(path), f"{file_sha256(path)}  {path.name}\n")

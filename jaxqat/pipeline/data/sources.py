@@ -24,6 +24,7 @@ from jaxqat.pipeline.data.arrays import (
     resize_grey,
     stratified_split,
 )
+from jaxqat.pipeline.hashing import file_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -59,8 +60,7 @@ def content_sha256(root: Path, files: Iterable[Path]) -> str:
     total = hashlib.sha256()
     for path in sorted(files):
         try:
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            digest = file_sha256(path)
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror}).") from error
         total.update(f"{path.relative_to(root).as_posix()} {digest}\n".encode())

@@ -5,10 +5,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from jaxqat.integer._store.files import write_atomically
 from jaxqat.pipeline.report import layer_figures as figures
-from jaxqat.pipeline.report.files import ReportError, write_atomically
+from jaxqat.pipeline.report.files import ReportError
 from jaxqat.pipeline.report.html import draw_all, template
-from jaxqat.pipeline.report.tables import DASH, count, minus, percent
+from jaxqat.pipeline.report.tables import DASH, count, decibels, minus, percent
 
 ANALYSIS_PAGE = "analysis.html"
 MAX_HISTOGRAMS = 6
@@ -45,10 +46,7 @@ def write_analysis(folder: Path, analysis: Mapping[str, Any]) -> Path:
         examples=count(analysis["examples"]),
     )
     path = Path(folder) / ANALYSIS_PAGE
-    try:
-        write_atomically(path, lambda file: file.write(page.encode()))
-    except OSError as error:
-        raise ReportError(f"{error.filename or path} cannot be written: {error}.") from error
+    write_atomically(path, page, error=ReportError)
     return path
 
 
@@ -101,8 +99,3 @@ def _effect(effect: Mapping[str, Any]) -> list[str]:
     """Noise, and the share of the classes that agree or are right."""
     shares = [effect["agreement"], effect["accuracy"]]
     return [decibels(effect["sqnr_db"]), *(DASH if s is None else percent(s) for s in shares)]
-
-
-def decibels(ratio: float | None) -> str:
-    """A ratio in dB as text."""
-    return DASH if ratio is None else minus(f"{ratio:.1f}")

@@ -15,6 +15,7 @@ from matplotlib.ticker import MaxNLocator
 
 from jaxqat.pipeline.report.samples import Samples
 from jaxqat.pipeline.report.theme import Theme, themed, to_png
+from jaxqat.pipeline.results import LayerResult, Scores, TensorDifferences
 
 WIDTH = 4.6  # Inches.
 MAX_SAMPLES = 20
@@ -44,7 +45,7 @@ def draw_samples(samples: Samples, theme: Theme) -> bytes:
 
 
 def draw_curves(
-    title: str, epochs: Sequence[Mapping[str, Any]], test: Mapping[str, Any] | None, theme: Theme
+    title: str, epochs: Sequence[Mapping[str, Any]], test: Scores | None, theme: Theme
 ) -> bytes:
     """Accuracy and loss of one stage by epoch (the paper's Figs. 3 and 5).
 
@@ -84,7 +85,7 @@ def _draw_curve(
     axes: Axes,
     score: str,
     epochs: Sequence[Mapping[str, Any]],
-    test: Mapping[str, Any] | None,
+    test: Scores | None,
     scale: float,
     theme: Theme,
 ) -> None:
@@ -100,7 +101,9 @@ def _draw_curve(
     if test is not None:
         marker = {"marker": "D", "color": theme.test, "linestyle": "none", "markersize": 5}
         marker["clip_on"] = False  # It may stand on the edge.
-        axes.plot(x[-1:], [scale * test[score]], label="test, read once", zorder=3, **marker)
+        axes.plot(
+            x[-1:], [scale * getattr(test, score)], label="test, read once", zorder=3, **marker
+        )
     frozen = [record["epoch"] for record in epochs if record.get("frozen")]
     if frozen:
         span = (min(frozen) - 0.5, max(frozen) + 0.5)
@@ -167,39 +170,37 @@ def _write_counts(axes: Axes, counts: np.ndarray, share: np.ndarray, theme: Them
         )
 
 
-def draw_ranges(layers: Sequence[Mapping[str, Any]], theme: Theme) -> bytes:
+def draw_ranges(layers: Sequence[LayerResult], theme: Theme) -> bytes:
     """Smallest to largest weight and activation of every layer, in the network's order."""
     with themed(theme):
         height = 0.9 + 0.19 * len(layers)
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         panels = figure.subplots(1, 2, sharey=True)
-        for axes, kind, label, color in zip(
-            panels,
-            ("weight", "act"),
-            ("Weights (value)", "Input activations (value)"),
-            (theme.train, theme.validation),
-            strict=True,
+        for axes, low, high, label, color in (
+            (panels[0], "weight_min", "weight_max", "Weights (value)", theme.train),
+            (panels[1], "act_min", "act_max", "Input activations (value)", theme.validation),
         ):
-            for row, layer in enumerate(layers):
-                if ends := layer_range(layer, kind):
-                    axes.hlines(row, *ends, color=color, linewidth=3.5)
+            for index, layer in enumerate(layers):
+                if getattr(layer, low) is not None:
+                    ends = getattr(layer, low), getattr(layer, high)
+                    axes.hlines(index, *ends, color=color, linewidth=3.5)
             axes.axvline(0, color=theme.muted, linewidth=0.8)
             axes.set_xlabel(label)
             axes.grid(axis="y", visible=False)
             axes.xaxis.set_major_locator(MaxNLocator(4))
             axes.tick_params(axis="y", length=0)
-        names = [shorten(str(layer["path"]), 28) for layer in layers]
+        names = [shorten(layer.path, 28) for layer in layers]
         panels[0].set_yticks(range(len(layers)), names, fontsize=7)
         panels[0].set_ylim(len(layers) - 0.5, -0.5)
         return to_png(figure)
 
 
-def draw_errors(tensors: Sequence[Mapping[str, Any]], theme: Theme) -> bytes:
+def draw_errors(tensors: Sequence[TensorDifferences], theme: Theme) -> bytes:
     """Signal to quantization noise of every tensor, in the network's order."""
     with themed(theme):
         figure = Figure(figsize=(WIDTH, 0.9 + 0.19 * len(tensors)), layout="constrained")
         axes = figure.subplots()
-        known = [(i, t["sqnr_db"]) for i, t in enumerate(tensors) if t["sqnr_db"] is not None]
+        known = [(i, t.sqnr_db) for i, t in enumerate(tensors) if t.sqnr_db is not None]
         rows, values = zip(*known, strict=True)
         axes.hlines(rows, min(0, *values), values, color=theme.grid, linewidth=1.2)
         axes.plot(values, rows, color=theme.train, marker="o", markersize=4.5, linestyle="none")
@@ -207,16 +208,10 @@ def draw_errors(tensors: Sequence[Mapping[str, Any]], theme: Theme) -> bytes:
         axes.set_xlim(left=min(0, *values))
         axes.grid(axis="y", visible=False)
         axes.tick_params(axis="y", length=0)
-        names = [shorten(str(tensor["name"]), 28) for tensor in tensors]
+        names = [shorten(tensor.name, 28) for tensor in tensors]
         axes.set_yticks(range(len(tensors)), names, fontsize=7)
         axes.set_ylim(len(tensors) - 0.5, -0.5)
         return to_png(figure)
-
-
-def layer_range(layer: Mapping[str, Any], kind: str) -> tuple[float, float] | None:
-    """The smallest and largest "weight" or "act" of a layer, or None if not recorded."""
-    low, high = layer.get(f"{kind}_min"), layer.get(f"{kind}_max")
-    return None if low is None or high is None else (low, high)
 
 
 def shorten(name: str, length: int = 13) -> str:

@@ -1,16 +1,18 @@
-"""The page itself: what is shown of a run, in which order, and with which figures."""
+"""The page of a run: its sections, tables and figures."""
 
 import base64
+import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jinja2
 
+from jaxqat.integer._store.files import write_atomically
 from jaxqat.pipeline.report import figures, paper, tables, theme
-from jaxqat.pipeline.report.files import ReportError, write_atomically
+from jaxqat.pipeline.report.files import ReportError
 from jaxqat.pipeline.report.read import Run, read_run
+from jaxqat.pipeline.results import Results
 
 REPORT_FILE = "report.html"
 FIGURES_FOLDER = "figures"
@@ -18,15 +20,15 @@ MAX_OPEN_ROWS = 20  # A longer per-class table starts folded.
 
 
 def write_report(workdir: Path) -> Path:
-    """Draws RUN/report.html and RUN/figures/*.png from what the run left in its folder.
+    """Write RUN/report.html and RUN/figures/*.png from the files of a run folder.
 
     Figures for which the run has no data (no QAT stage, no samples) are left out.
 
     Returns:
-        The page: one file that needs nothing else, no network and no script.
+        The page: one self-contained file, without scripts.
 
     Raises:
-        ReportError: If a file the report needs is missing or broken, or the folder cannot
+        ReportError: If a file that the report needs is missing or broken, or the folder cannot
             be written; the message names the file.
     """
     workdir = Path(workdir)
@@ -37,44 +39,33 @@ def write_report(workdir: Path) -> Path:
     folder = workdir / FIGURES_FOLDER
     try:
         folder.mkdir(exist_ok=True)
-        for name, png in light.items():
-            write_atomically(folder / f"{name}.png", partial(_write, png))
-        # Last, so that a new page never stands beside old figures.
-        write_atomically(path, partial(_write, page.encode()))
     except OSError as error:
-        raise ReportError(f"{error.filename or path} cannot be written: {error}.") from error
+        raise ReportError(f"{folder}: cannot be made: {error.strerror}.") from error
+    for name, png in light.items():
+        write_atomically(folder / f"{name}.png", png, error=ReportError)
+    # Last, so that a new page is never next to old figures.
+    write_atomically(path, page, error=ReportError)
     return path
 
 
-def _write(content: bytes, file: Any) -> None:
-    file.write(content)
-
-
 def _drawings(run: Run) -> dict[str, Callable[..., bytes]]:
-    """Every figure this run has the data for, by file name, still to be given a theme."""
+    """Return every figure that the run has data for, by file name, without its theme."""
     drawings: dict[str, Callable[..., bytes]] = {}
     if run.samples is not None and len(run.samples.images):
         drawings["samples"] = partial(figures.draw_samples, run.samples)
+    results, tested = run.results, {network.key: network for network in run.results.tested()}
     for stage, epochs in run.epochs.items():
-        test = run.results[stage]["test"] if stage in run.results else None
-        drawings[f"curves_{stage}"] = partial(
-            figures.draw_curves, tables.stage_name(stage), epochs, test
+        name, test = stage.upper(), tested[stage].test if stage in tested else None
+        drawings[f"curves_{stage}"] = partial(figures.draw_curves, name, epochs, test)
+    for key, name, test in tested.values():
+        classes = [each.name for each in test.per_class]
+        drawings[f"confusion_{key}"] = partial(
+            figures.draw_confusion, name, test.confusion_matrix, classes
         )
-    for stage in run.stages:
-        test = run.results[stage]["test"]
-        names = [str(row["name"]) for row in test["per_class"]]
-        drawings[f"confusion_{stage}"] = partial(
-            figures.draw_confusion, tables.stage_name(stage), test["confusion_matrix"], names
-        )
-    ranged = [
-        layer
-        for layer in run.results.get("layers") or []
-        if figures.layer_range(layer, "weight") or figures.layer_range(layer, "act")
-    ]
-    if ranged:
-        drawings["ranges"] = partial(figures.draw_ranges, ranged)
-    tensors = (run.results.get("verify") or {}).get("tensors", [])
-    if any(tensor["sqnr_db"] is not None for tensor in tensors):
+    if results.layers:
+        drawings["ranges"] = partial(figures.draw_ranges, results.layers)
+    tensors = () if results.verify is None else results.verify.tensors
+    if any(tensor.sqnr_db is not None for tensor in tensors):
         drawings["errors"] = partial(figures.draw_errors, tensors)
     return drawings
 
@@ -82,7 +73,7 @@ def _drawings(run: Run) -> dict[str, Callable[..., bytes]]:
 def draw_all(
     drawings: Mapping[str, Callable[..., bytes]],
 ) -> tuple[dict[str, bytes], dict[str, tuple[str, str]]]:
-    """Figures by name: in light colours as PNG, and in both as the page embeds them."""
+    """Draw figures: return the light ones as PNG, and both themes as the page embeds them."""
     light = {name: draw(theme=theme.LIGHT) for name, draw in drawings.items()}
     dark = {name: draw(theme=theme.DARK) for name, draw in drawings.items()}
     return light, {name: (_embed(light[name]), _embed(dark[name])) for name in drawings}
@@ -93,7 +84,7 @@ def _embed(png: bytes) -> str:
 
 
 def template(name: str) -> jinja2.Template:
-    """A page's template, which lies beside this file."""
+    """Return the template of a page from this folder."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("jaxqat.pipeline.report", "."),
         autoescape=True,
@@ -105,69 +96,62 @@ def template(name: str) -> jinja2.Template:
 
 
 def _render(run: Run, images: dict[str, tuple[str, str]]) -> str:
+    results = run.results
     return template("report.html.j2").render(
         run=run,
-        results=run.results,
+        results=results,
         images=images,
-        stages=[(stage, tables.stage_name(stage)) for stage in run.stages],
-        curves=[(stage, tables.stage_name(stage)) for stage in run.epochs],
-        headline=_headline(run),
+        title=tables.title(results),
+        networks=list(results.tested()),
+        curves=[(stage, stage.upper()) for stage in run.epochs],
+        headline=_headline(results),
         facts=_facts(run),
         scores=tables.scores(run),
         departures=paper.departures(run),
         on_paper_data=paper.is_on_paper_data(run),
-        test_images=_test_images(run),
-        per_class=tables.per_class(run),
-        fold_classes=len(tables.per_class(run)) > MAX_OPEN_ROWS,
-        confusions={stage: tables.confusions(run.results[stage]["test"]) for stage in run.stages},
+        test_images=tables.count(results.fp32.test.n),
+        per_class=tables.per_class(results),
+        fold_classes=len(results.fp32.test.per_class) > MAX_OPEN_ROWS,
+        confusions={n.key: tables.confusions(n.test) for n in results.tested()},
         frozen=any(record.get("frozen") for record in run.epochs.get("qat", [])),
-        layers=tables.layers(run),
-        verification=tables.verification(run),
-        post_training=tables.post_training(run),
-        size=tables.size(run),
-        speed=tables.speed(run),
-        device=(run.results.get("environment") or {}).get("device"),
+        layers=tables.layers(results),
+        verification=tables.verification(results),
+        post_training=tables.post_training(results),
+        size=tables.size(results),
+        speed=tables.speed(results),
+        device=results.environment.device,
     )
 
 
-def _headline(run: Run) -> list[tuple[str, str]]:
-    """The few numbers that a reader came for."""
-    numbers = [
-        (f"{tables.percent(run.results[stage]['test']['accuracy'])} %", tables.stage_name(stage))
-        for stage in run.stages
-    ]
-    last = run.stages[-1]
-    if run.stages[0] == "fp32" != last:
-        change = run.results[last]["test"]["accuracy"] - run.results["fp32"]["test"]["accuracy"]
-        label = f"points, {tables.stage_name(last)} − FP32"
+def _headline(results: Results) -> list[tuple[str, str]]:
+    """Return the most important numbers with their labels."""
+    tested = list(results.tested())
+    numbers = [(f"{tables.percent(n.test.accuracy)} %", n.name) for n in tested]
+    first, last = tested[0], tested[-1]
+    if first != last:
+        change = last.test.accuracy - first.test.accuracy
+        label = f"points, {last.name} − {first.name}"
         numbers.append((tables.minus(f"{100 * change:+.2f}"), label))
-    size = tables.size(run)
-    if size and size["ratio"] != tables.DASH:
-        numbers.append((f"{size['ratio']}×", "smaller weights"))
+    ratio = tables.size(results)["ratio"]
+    if ratio != tables.DASH:
+        numbers.append((f"{ratio}×", "smaller weights"))
     return numbers
 
 
-def _test_images(run: Run) -> str:
-    """Over how many images the scores were taken."""
-    test = run.results[run.stages[0]]["test"]
-    return tables.count(sum(sum(row) for row in test["confusion_matrix"]))
-
-
 def _facts(run: Run) -> list[tuple[str, str]]:
-    """What identifies a run, as terms and their values; what it did not record is left out."""
-    results, environment = run.results, dict(run.results.get("environment") or {})
-    data = results.get("data") or {}
+    """Return what identifies a run, as terms and their values."""
+    results, environment = run.results, dataclasses.asdict(run.results.environment)
     facts = [
         ("Model", _model(run)),
-        ("Data set", data.get("name")),
-        ("Description", data.get("description")),
-        ("Seed", results.get("seed")),
-        ("Precision", results.get("precision")),
-        ("Device", environment.pop("device", None)),
-        ("Date", environment.pop("date", None)),
+        ("Data set", results.data.get("name")),
+        ("Description", results.data.get("description")),
+        ("Seed", results.seed),
+        ("Precision", results.precision),
+        ("Device", environment.pop("device")),
+        ("Date", environment.pop("date")),
         ("Environment", ", ".join(f"{key} {value}" for key, value in environment.items())),
-        ("Config hash", results.get("config_hash")),
-        ("Command", results.get("command")),
+        ("Config hash", results.config_hash),
+        ("Command", results.command),
     ]
     return [(term, str(value)) for term, value in facts if value not in (None, "")]
 

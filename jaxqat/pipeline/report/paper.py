@@ -1,36 +1,37 @@
-"""What the paper reports, and whether a run may be held against it.
+"""What the paper reports, and whether a run can be compared with it.
 
 "8 Bit Quantized Neural Network" trains ResNet-18 on CIFAR-10 for 100 epochs in FP32 and
-fine-tunes it for 30 in int8.
+fine-tunes it for 30 in 8 bits.
 """
 
 from typing import Any
 
 from jaxqat.pipeline.report.read import Run
 
-# Of the paper's Table 1 we know its accuracies only (fractions of 1).
+# The accuracies of the paper's Table 1 (fractions of 1); its other columns are not compared.
 ACCURACY = {"fp32": 0.9479, "qat": 0.9460}
+BITS = "W8A8"
+NAMES = {"fp32": "FP32", "qat": f"QAT {BITS}"}
 DATASET = "cifar10"
 MODEL = {"depth": 18, "width": 64, "stem": "cifar"}
 EPOCHS = {"fp32": 100, "qat": 30}
 
 
 def dataset_name(run: Run) -> str:
-    """Name of the run's data set, without the version: 'cifar10' for 'cifar10:3.0.2'."""
-    name = (run.results.get("data") or {}).get("name") or _setting(run, "data", "name") or "unknown"
-    return str(name).split(":")[0]
+    """Return the name of the run's data set without its version: 'cifar10' for 'cifar10:3.0.2'."""
+    return str(run.results.data["name"]).split(":")[0]
 
 
 def is_on_paper_data(run: Run) -> bool:
-    """Whether the paper's figures have a place beside those of this run at all."""
+    """Return whether the run is on the paper's data set."""
     return dataset_name(run) == DATASET
 
 
 def departures(run: Run) -> list[str]:
-    """Why this run's figures are not comparable with the paper's; empty where they are.
+    """Return why a run cannot be compared with the paper; empty if it can.
 
-    Only what decides how good a network can get counts: data, size and length of training.
-    Another learning rate is another recipe for the same task.
+    Data, size of the model and length of training decide. Another learning rate is another recipe
+    for the same task.
     """
     if not is_on_paper_data(run):
         return [f"the data set is {dataset_name(run)}, the paper's is CIFAR-10"]
@@ -40,27 +41,17 @@ def departures(run: Run) -> list[str]:
         if (found := _setting(run, "model", key)) not in (None, wanted)
     ]
     for stage, wanted in EPOCHS.items():
-        found = stage_epochs(run, stage)
-        if found not in (None, wanted):
-            reasons.append(f"{stage.upper()} ran {found} epochs, the paper's {wanted}")
+        result = getattr(run.results, stage)
+        if result is not None and result.epochs != wanted:
+            reasons.append(f"{stage.upper()} ran {result.epochs} epochs, the paper's {wanted}")
+    if run.results.qat is not None and run.results.qat.bits != BITS:
+        reasons.append(f"QAT is {run.results.qat.bits}, the paper's is {BITS}")
     for key in ("train_limit", "test_limit"):
         if limit := _setting(run, "data", key):
             reasons.append(f"data.{key} keeps {limit} images only")
     if held_out := _setting(run, "data", "validation_size"):
         reasons.append(f"{held_out} training images were held out for validation")
     return reasons
-
-
-def stage_epochs(run: Run, stage: str) -> int | None:
-    """Epochs a stage took, or None where the run has no such stage."""
-    if stage not in run.results:
-        return None
-    recorded = run.results[stage].get("epochs")
-    return (
-        recorded
-        if recorded is not None
-        else max((record["epoch"] for record in run.epochs.get(stage, [])), default=None)
-    )
 
 
 def _setting(run: Run, section: str, key: str) -> Any:

@@ -1,9 +1,7 @@
-"""The run folder as the report reads it: checked once, here, and trusted from then on.
+"""Reading of a run folder for the report; every file is checked here, once.
 
-Needed are `results.json`, `metrics.jsonl` and `config.yaml`. The sample images in
-`report_data.npz` are optional; so are the parts of `results.json` beyond its name and its
-stages, because a run without a QAT stage has no int8 size and no quantized layers, and a run of an
-older version no integer network.
+`results.json`, `metrics.jsonl` and `config.yaml` are required, the sample images in
+`report_data.npz` are optional.
 """
 
 import json
@@ -13,37 +11,35 @@ from typing import Any
 
 import yaml
 
+from jaxqat.pipeline import results
 from jaxqat.pipeline.report.files import ReportError, check
 from jaxqat.pipeline.report.samples import Samples, read_samples
+from jaxqat.pipeline.results import Results
 
-STAGES = ("fp32", "ptq", "qat", "int8")
-SCORES = ("accuracy", "precision", "recall", "f1", "loss")
 _NUMBER = (int, float)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What one run left behind."""
+    """The content of a run folder.
+
+    Attributes:
+        config: Settings of the run.
+        config_text: The same, as the file has them.
+        results: The content of results.json.
+        epochs: Lines of metrics.jsonl by stage, in order.
+        samples: Test images to show; None if the run kept none.
+    """
 
     config: dict[str, Any]
     config_text: str
-    results: dict[str, Any]
-    epochs: dict[str, list[dict[str, Any]]]  # Lines of metrics.jsonl by stage, in order.
+    results: Results
+    epochs: dict[str, list[dict[str, Any]]]
     samples: Samples | None
-
-    @property
-    def stages(self) -> tuple[str, ...]:
-        """The stages that were evaluated, in the order in which they are made."""
-        return tuple(_evaluated(self.results))
-
-    @property
-    def no_network(self) -> str | None:
-        """Why the run has no integer network, where it was to have one."""
-        return (self.results.get("int8") or {}).get("error")
 
 
 def read_run(workdir: Path) -> Run:
-    """Reads and checks what the report needs of a run folder.
+    """Read and check the files of a run folder that the report needs.
 
     Raises:
         ReportError: If a file is missing or broken.
@@ -52,7 +48,7 @@ def read_run(workdir: Path) -> Run:
     return Run(
         config=_parse_config(config_text, workdir / "config.yaml"),
         config_text=config_text,
-        results=_read_results(workdir / "results.json"),
+        results=results.read(workdir / "results.json", error=ReportError),
         epochs=_read_epochs(workdir / "metrics.jsonl"),
         samples=read_samples(workdir),
     )
@@ -78,98 +74,6 @@ def _parse_config(text: str, path: Path) -> dict[str, Any]:
     return config
 
 
-def _read_results(path: Path) -> dict[str, Any]:
-    try:
-        results = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        raise ReportError(f"{path} is not JSON: {error}.") from error
-    check(isinstance(results, dict), path, "must hold an object")
-    check(isinstance(results.get("name"), str), path, "lacks the text 'name'")
-    int8 = results.get("int8") or {}
-    check(isinstance(int8, dict), path, "'int8' must be an object")
-    check(isinstance(int8.get("error", ""), str), path, "'int8.error' must be a text")
-    stages = _evaluated(results)
-    check(bool(stages), path, f"holds none of the stages {', '.join(STAGES)}")
-    for stage in stages:
-        _check_stage(results[stage], stage, path)
-    if "ptq" in stages:
-        failures = (results["ptq"].get("verify") or {}).get("failures", [])
-        check(isinstance(failures, list), path, "'ptq.verify.failures' must be a list")
-    classes = {len(results[stage]["test"]["per_class"]) for stage in stages}
-    check(len(classes) == 1, path, f"its stages know different numbers of classes, {classes}")
-    for key in ("size_bytes", "speed", "data", "environment"):
-        check(isinstance(results.get(key) or {}, dict), path, f"{key!r} must be an object")
-    if results.get("verify") is not None:
-        _check_verification(results["verify"], path)
-    layers = results.get("layers") or []
-    check(
-        isinstance(layers, list)
-        and all(isinstance(layer, dict) and "path" in layer for layer in layers),
-        path,
-        "'layers' must be a list of objects with a 'path'",
-    )
-    return results
-
-
-def _evaluated(results: dict[str, Any]) -> list[str]:
-    """The stages that results hold; an integer network that could not be made is none."""
-    made = "error" not in (results.get("int8") or {})
-    return [stage for stage in STAGES if stage in results and (made or stage != "int8")]
-
-
-def _check_stage(stage: Any, name: str, path: Path) -> None:
-    check(isinstance(stage, dict), path, f"{name!r} must be an object")
-    calibrated = stage.get("calibrated")
-    for key, split in ((name, stage), (f"{name}.calibrated", calibrated)):
-        if split is not None:
-            test = split.get("test") if isinstance(split, dict) else None
-            _check_scores(test, f"{key}.test", path)
-
-
-def _check_verification(verification: Any, path: Path) -> None:
-    check(isinstance(verification, dict), path, "'verify' must be an object")
-    for key in ("images", "codes", "differing", "largest", "top1_flips"):
-        check(_is_number(verification.get(key)), path, f"lacks the number 'verify.{key}'")
-    failures = verification.get("failures")
-    texts = isinstance(failures, list) and all(isinstance(text, str) for text in failures)
-    check(texts, path, "'verify.failures' must be a list of texts")
-    tensors = verification.get("tensors")
-    check(isinstance(tensors, list), path, "lacks the list 'verify.tensors'")
-    for row in tensors:
-        ok = (
-            isinstance(row, dict)
-            and isinstance(row.get("name"), str)
-            and all(_is_number(row.get(key)) for key in ("codes", "differing", "largest"))
-            and (row.get("sqnr_db") is None or _is_number(row["sqnr_db"]))
-        )
-        right = "name, codes, differing, largest and sqnr_db"
-        check(ok, path, f"'verify.tensors' must hold {right}")
-
-
-def _check_scores(test: Any, key: str, path: Path) -> None:
-    check(isinstance(test, dict), path, f"lacks the object '{key}'")
-    for score in SCORES:
-        check(_is_number(test.get(score)), path, f"lacks the number '{key}.{score}'")
-    per_class = test.get("per_class")
-    check(isinstance(per_class, list), path, f"lacks the list '{key}.per_class'")
-    for row in per_class:
-        check(
-            isinstance(row, dict)
-            and {"name", "precision", "recall", "f1", "support"} <= row.keys(),
-            path,
-            f"'{key}.per_class' must hold name, precision, recall, f1 and support",
-        )
-    matrix, k = test.get("confusion_matrix"), len(per_class)
-    check(
-        isinstance(matrix, list)
-        and len(matrix) == k
-        and all(isinstance(row, list) and len(row) == k for row in matrix)
-        and all(_is_number(count) for row in matrix for count in row),
-        path,
-        f"'{key}.confusion_matrix' must be {k} lists of {k} counts",
-    )
-
-
 def _read_epochs(path: Path) -> dict[str, list[dict[str, Any]]]:
     by_stage: dict[str, dict[int, dict[str, Any]]] = {}
     for number, line in enumerate(_read_text(path).splitlines(), start=1):
@@ -180,7 +84,7 @@ def _read_epochs(path: Path) -> dict[str, list[dict[str, Any]]]:
         except json.JSONDecodeError as error:
             raise ReportError(f"{path}, line {number} is not JSON: {error}.") from error
         _check_record(record, path, number)
-        # An epoch that a resumed run did again stands twice; its last line holds.
+        # An epoch that a resumed run repeated has two lines; the last one counts.
         by_stage.setdefault(record["stage"], {})[record["epoch"]] = record
     check(bool(by_stage), path, "holds no epoch")
     return {

@@ -4,11 +4,13 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from jaxqat.pipeline.report.files import ReportError, check, write_atomically
+from jaxqat.integer._store.files import write_atomically
+from jaxqat.pipeline.report.files import ReportError, check
 
 SAMPLES_FILE = "report_data.npz"
 
@@ -23,7 +25,7 @@ class Samples:
 
 
 def read_samples(workdir: Path) -> Samples | None:
-    """The sample images of a run, or None where it kept none.
+    """Read the sample images of a run; None if it kept none.
 
     Raises:
         ReportError: If the file is there and broken.
@@ -48,10 +50,11 @@ def write_samples(
     labels: Int[np.ndarray, "m"],
     class_names: Sequence[str],
 ) -> Path:
-    """Keeps a few images with their true labels in the run folder, for the report.
+    """Keep a few images with their true labels in the run folder, for the report.
 
     Raises:
         ValueError: If the images are not uint8[m, h, w, c] or the labels do not fit them.
+        ReportError: If the file cannot be written.
     """
     images, labels = np.asarray(images), np.asarray(labels)
     if not _are_samples(images, labels):
@@ -61,9 +64,11 @@ def write_samples(
         )
     names = np.array([str(name) for name in class_names])
     path = workdir / SAMPLES_FILE
-    write_atomically(
-        path, lambda file: np.savez(file, images=images, labels=labels, class_names=names)
-    )
+
+    def save(file: IO[bytes]) -> None:
+        np.savez(file, images=images, labels=labels, class_names=names)
+
+    write_atomically(path, save, error=ReportError)
     return path
 
 

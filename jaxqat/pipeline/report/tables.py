@@ -1,90 +1,91 @@
-"""The tables of a report, as plain rows of text for the page to lay out."""
+"""The tables of a report, as rows of text."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from jaxqat.pipeline.report import paper
-from jaxqat.pipeline.report.figures import MAX_NAMED_CLASSES, layer_range
+from jaxqat.pipeline.report.figures import MAX_NAMED_CLASSES
 from jaxqat.pipeline.report.read import Run
+from jaxqat.pipeline.results import (
+    LayerResult,
+    Results,
+    Scores,
+    StageResult,
+    TensorDifferences,
+    VerificationResult,
+)
 
-STAGE_NAMES = {"fp32": "FP32", "ptq": "PTQ int8", "qat": "QAT", "int8": "QAT int8"}
 DASH = "–"
-CLASS_SCORES = ("precision", "recall", "f1")
 MANY_CONFUSIONS = 8
 
 
-def stage_name(stage: str) -> str:
-    """How the page calls a stage."""
-    return STAGE_NAMES.get(stage, stage)
+def title(results: Results) -> str:
+    """Return what the run did to the bits: 'FP32 to W4A4'."""
+    last = results.qat or results.ptq
+    return "FP32" if last is None else f"FP32 to {last.bits}"
 
 
 def percent(fraction: float) -> str:
-    """A fraction of 1 in percent: 10,000 test images make steps of 0.01 %."""
+    """Return a fraction of 1 in percent; with 10,000 test images it moves by 0.01 %."""
     return f"{100 * fraction:.2f}"
 
 
 def minus(text: str) -> str:
-    """A number with a minus sign as wide as its plus sign."""
+    """Return a number with a minus sign as wide as its plus sign."""
     return text.replace("-", "−")
 
 
 def count(value: Any) -> str:
-    """A whole number with thousands set apart, or a dash for None."""
+    """Return a whole number with thousands separators, or a dash for None."""
     return DASH if value is None else f"{round(value):,}"
 
 
 def rate(value: float | None) -> str:
-    """Images per second: whole ones, or three digits where there are few."""
+    """Return images per second as text, with three digits below 100."""
     if value is None:
         return DASH
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def scores(run: Run) -> list[dict[str, Any]]:
-    """The paper's Table 1: every stage of this run, each with the paper's figure below it."""
+    """Return the paper's Table 1: every network of this run, and the paper's figure below it."""
     rows = []
-    for stage in run.stages:
-        result = run.results[stage]
-        # Runs of before 'ptq' tested the calibrated network as QAT computes it.
-        if result.get("calibrated") and "ptq" not in run.stages:
-            test = result["calibrated"]["test"]
-            rows.append(_score_row("Calibrated only, before fine-tuning", "this run", test))
-        rows.append(_score_row(stage_name(stage), "this run", result["test"]))
-        if stage in paper.ACCURACY and paper.is_on_paper_data(run):
-            accuracy = percent(paper.ACCURACY[stage])
+    for network in run.results.tested():
+        rows.append({"name": network.name, "source": "this run", "cells": _scores(network.test)})
+        if network.key in paper.ACCURACY and paper.is_on_paper_data(run):
+            accuracy = percent(paper.ACCURACY[network.key])
             cells = [accuracy, DASH, DASH, DASH, DASH]
-            rows.append({"name": stage_name(stage), "source": "paper", "cells": cells})
+            rows.append({"name": paper.NAMES[network.key], "source": "paper", "cells": cells})
     return rows
 
 
-def _score_row(name: str, source: str, test: Mapping[str, Any]) -> dict[str, Any]:
-    quality = [percent(test[score]) for score in ("accuracy", "precision", "recall", "f1")]
-    return {"name": name, "source": source, "cells": [*quality, f"{test['loss']:.4f}"]}
+def _scores(test: Scores) -> list[str]:
+    shares = (test.accuracy, test.precision, test.recall, test.f1)
+    return [*map(percent, shares), f"{test.loss:.4f}"]
 
 
-def per_class(run: Run) -> list[dict[str, Any]]:
-    """Precision, recall and F1 of every class and stage, in percent.
+def per_class(results: Results) -> list[dict[str, Any]]:
+    """Return precision, recall and F1 of every class and network, in percent.
 
-    Where the confusion matrix has no room for names, its indices stand here as well.
+    Where the confusion matrix has no room for names, its indices are given here as well.
     """
-    tests = [run.results[stage]["test"]["per_class"] for stage in run.stages]
+    tests = [network.test.per_class for network in results.tested()]
     indexed = len(tests[0]) > MAX_NAMED_CLASSES
     return [
         {
-            "name": f"{i} {rows[0]['name']}" if indexed else rows[0]["name"],
-            "support": count(rows[0]["support"]),
-            "cells": [percent(row[score]) for row in rows for score in CLASS_SCORES],
+            "name": f"{i} {each[0].name}" if indexed else each[0].name,
+            "support": count(each[0].support),
+            "cells": [percent(s) for c in each for s in (c.precision, c.recall, c.f1)],
         }
-        for i, rows in enumerate(zip(*tests, strict=True))
+        for i, each in enumerate(zip(*tests, strict=True))
     ]
 
 
-def confusions(test: Mapping[str, Any]) -> list[str]:
-    """The most frequent errors, as 'cat taken for dog: 61'; ties in the order of classes."""
-    names = [row["name"] for row in test["per_class"]]
+def confusions(test: Scores) -> list[str]:
+    """Return the most frequent errors, as 'cat taken for dog: 61'; ties in the order of classes."""
+    names = [each.name for each in test.per_class]
     errors = [
         (number, i, j)
-        for i, row in enumerate(test["confusion_matrix"])
+        for i, row in enumerate(test.confusion_matrix)
         for j, number in enumerate(row)
         if i != j and number > 0
     ]
@@ -92,113 +93,112 @@ def confusions(test: Mapping[str, Any]) -> list[str]:
     return [f"{names[i]} taken for {names[j]}: {count(n)}" for n, i, j in errors[:MANY_CONFUSIONS]]
 
 
-def layers(run: Run) -> list[dict[str, Any]]:
-    """Every layer with its bits, its ranges and, where it stays in float, the reason."""
+def layers(results: Results) -> list[dict[str, Any]]:
+    """Return every layer with its bits, its ranges and, if it stays in float, the reason."""
     return [
         {
-            "path": layer["path"],
-            "kind": layer.get("kind") or DASH,
-            "shape": "×".join(map(str, layer.get("weight_shape") or ())) or DASH,
-            "bits": f"{_bits(layer, 'weight')} / {_bits(layer, 'act')}",
-            "macs": count(layer.get("macs")),
-            "weights": _ends(layer_range(layer, "weight")),
-            "acts": _ends(layer_range(layer, "act")),
+            "path": layer.path,
+            "kind": layer.kind,
+            "shape": "×".join(map(str, layer.weight_shape)) or DASH,
+            "bits": f"{_bits(layer.weight_bits)} / {_bits(layer.act_bits)}",
+            "macs": count(layer.macs),
+            "weights": _ends(layer.weight_min, layer.weight_max),
+            "acts": _ends(layer.act_min, layer.act_max),
             "is_float": is_float(layer),
-            "reason": layer.get("float_reason") or ("not recorded" if is_float(layer) else ""),
+            "reason": layer.float_reason or ("not recorded" if is_float(layer) else ""),
         }
-        for layer in run.results.get("layers") or []
+        for layer in results.layers
     ]
 
 
-def is_float(layer: Mapping[str, Any]) -> bool:
-    """Whether a layer computes in float: one side without codes leaves no integer product."""
-    return bool(layer.get("float_reason")) or None in (
-        layer.get("weight_bits"),
-        layer.get("act_bits"),
-    )
+def is_float(layer: LayerResult) -> bool:
+    """Return whether a layer computes in float: an integer product needs codes on both sides."""
+    return bool(layer.float_reason) or None in (layer.weight_bits, layer.act_bits)
 
 
-def _bits(layer: Mapping[str, Any], kind: str) -> str:
-    bits = layer.get(f"{kind}_bits")
+def _bits(bits: int | None) -> str:
     return "float" if bits is None else str(bits)
 
 
-def _ends(ends: tuple[float, float] | None) -> str:
-    return DASH if ends is None else minus(f"{ends[0]:.3g} … {ends[1]:.3g}")
+def _ends(low: float | None, high: float | None) -> str:
+    return DASH if low is None or high is None else minus(f"{low:.3g} … {high:.3g}")
 
 
-def verification(run: Run) -> dict[str, Any] | None:
-    """How far the integer network is from the training graph, tensor by tensor and in total."""
-    check = run.results.get("verify")
+def verification(results: Results) -> dict[str, Any] | None:
+    """Return where the integer network differs from the quantized one, by tensor and in total."""
+    check = results.verify
     if check is None:
         return None
-    tensors = [{"name": t["name"], "cells": _differences(t)} for t in check["tensors"]]
-    flips = check.get("top1_flips_fp32")
+    flips = check.top1_flips_fp32
     return {
-        "tensors": tensors,
-        "total": _differences(check),
-        "images": count(check["images"]),
-        "flips": count(check["top1_flips"]),
+        "tensors": [
+            {"name": t.name, "cells": [*_differences(t), decibels(t.sqnr_db)]}
+            for t in check.tensors
+        ],
+        "total": [*_differences(check), DASH],
+        "images": count(check.images),
+        "flips": count(check.top1_flips),
         "flips_fp32": None if flips is None else count(flips),
-        "failures": check["failures"],
+        "failures": check.failures,
     }
 
 
-def _differences(counted: Mapping[str, Any]) -> list[str]:
-    decibels = counted.get("sqnr_db")
-    counts = [count(counted[key]) for key in ("codes", "differing", "largest")]
-    return [*counts, DASH if decibels is None else minus(f"{decibels:.1f}")]
+def _differences(counted: TensorDifferences | VerificationResult) -> list[str]:
+    return [count(n) for n in (counted.codes, counted.differing, counted.largest)]
 
 
-def post_training(run: Run) -> dict[str, Any] | None:
-    """How the network of post-training quantization was made, where there is one."""
-    ptq = run.results.get("ptq")
+def decibels(ratio: float | None) -> str:
+    """Return a ratio in dB as text."""
+    return DASH if ratio is None else minus(f"{ratio:.1f}")
+
+
+def post_training(results: Results) -> dict[str, Any] | None:
+    """Return how the network of post-training quantization was made, if there is one."""
+    ptq = results.ptq
     if ptq is None:
         return None
     return {
-        "batches": count(ptq.get("calibration_batches")),
-        "images": count(ptq.get("calibration_images")),
-        "preset": ptq.get("preset"),
-        "failures": (ptq.get("verify") or {}).get("failures", []),
+        "batches": count(ptq.calibration_batches),
+        "images": count(ptq.calibration_images),
+        "preset": ptq.preset,
+        "failures": () if ptq.verify is None else ptq.verify.failures,
     }
 
 
-def size(run: Run) -> dict[str, str] | None:
-    """Bytes of the FP32 network and of the integer network, and how many times smaller."""
-    sizes = run.results.get("size_bytes") or {}
-    fp32, untrained = sizes.get("fp32"), run.results.get("ptq") or {}
-    int8 = sizes.get("int8", untrained.get("size_bytes"))
-    if fp32 is None:
-        return None
+def size(results: Results) -> dict[str, str]:
+    """Return the bytes of the FP32 network and of the integer network, and their ratio."""
+    fp32, integer = results.size_bytes.fp32, results.size_bytes.integer
+    if integer is None and results.ptq is not None:
+        integer = results.ptq.size_bytes
     return {
         "fp32": count(fp32),
-        "int8": count(int8),
-        "ratio": f"{fp32 / int8:.2f}" if int8 else DASH,
-        "parameters": count(run.results.get("parameters")),
-        "macs": count(run.results.get("macs")),
+        "integer": count(integer),
+        "ratio": f"{fp32 / integer:.2f}" if integer else DASH,
+        "parameters": count(results.parameters),
+        "macs": count(results.macs),
     }
 
 
-def speed(run: Run) -> list[dict[str, Any]]:
-    """Images per second of each stage, training and evaluating, and its training time."""
+def speed(results: Results) -> list[dict[str, Any]]:
+    """Return images per second of each network, training and evaluating, and its training time."""
     rows = []
-    for stage in run.stages:
-        measured = (run.results.get("speed") or {}).get(stage) or {}
-        seconds = run.results[stage].get("train_seconds")
+    for network in results.tested():
+        measured, stage = results.speed.get(network.key), getattr(results, network.key)
+        trained = isinstance(stage, StageResult)
         cells = [
-            rate(measured.get("train_images_per_s")),
-            rate(measured.get("evaluate_images_per_s")),
-            DASH if seconds is None else duration(seconds),
-            count(paper.stage_epochs(run, stage)),
+            rate(measured and measured.train_images_per_s),
+            rate(measured and measured.evaluate_images_per_s),
+            duration(stage.train_seconds) if trained else DASH,
+            count(stage.epochs) if trained else DASH,
         ]
-        if cells[:3] != [DASH] * 3:
-            rows.append({"name": stage_name(stage), "cells": cells})
+        if measured is not None:
+            rows.append({"name": network.name, "cells": cells})
     return rows
 
 
 def duration(seconds: float) -> str:
-    """A time in the largest two units that fit: '1 h 05 min', '2 min 40 s', '8.3 s'."""
-    if seconds < 59.95:  # What is less would be written as 60.0 s.
+    """Return a time in the largest two units that fit: '1 h 05 min', '2 min 40 s', '8.3 s'."""
+    if seconds < 59.95:  # From here on, one digit would round it to 60.0 s.
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:

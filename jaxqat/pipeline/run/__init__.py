@@ -1,1 +1,1 @@
-"""The run folder: what lies where, what is saved, what the results say."""
+"""The run folder: its files, the saved states and the results."""

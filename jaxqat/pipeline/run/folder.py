@@ -1,6 +1,6 @@
-"""The run folder: whose it is, what lies where, and how it is written.
+"""The run folder: its files, how they are written, and who may write them.
 
-    config.yaml, checkpoints/{fp32,qat}/STEP/, int8/, ptq/, metrics.jsonl, results.json,
+    config.yaml, checkpoints/{fp32,qat}/STEP/, integer/, ptq/, metrics.jsonl, results.json,
     report_data.npz, report.html, figures/, analysis.json, analysis.html, evaluations/
 
 One process trains in a folder at a time, and a folder belongs to one experiment.
@@ -16,17 +16,20 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from jaxqat.errors import InputError
+from jaxqat.integer._store.files import write_atomically, write_json
 from jaxqat.pipeline import config as configs
+from jaxqat.pipeline import results
 from jaxqat.pipeline.config import Experiment
+from jaxqat.pipeline.results import Results
 
 
 class RunFolderError(InputError):
-    """A folder that cannot be used as asked; the message says which and why."""
+    """A run folder that cannot be used; the message names the folder and the reason."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RunFolder:
-    """Paths in a run folder, and the small files in it."""
+    """Paths in a run folder, and its small files."""
 
     path: Path
 
@@ -37,45 +40,45 @@ class RunFolder:
 
     @property
     def metrics(self) -> Path:
-        """One JSON line an epoch."""
+        """Metrics, one JSON line per epoch."""
         return self.path / "metrics.jsonl"
 
     @property
     def results(self) -> Path:
-        """What came of it; the run is finished once it holds the stage QAT."""
+        """Scores and everything else that was measured; written when the run is finished."""
         return self.path / "results.json"
 
     @property
     def report(self) -> Path:
-        """The page of the run."""
+        """The report."""
         return self.path / "report.html"
 
     @property
     def analysis(self) -> Path:
-        """What `analyze` found of its layers; the page of it lies beside."""
+        """The result of `analyze`."""
         return self.path / "analysis.json"
 
     @property
-    def network(self) -> Path:
-        """The integer network."""
-        return self.path / "int8"
+    def integer(self) -> Path:
+        """The integer network of QAT."""
+        return self.path / "integer"
 
     @property
     def ptq(self) -> Path:
-        """The integer network of post-training quantization."""
+        """The integer network of post-training quantization (PTQ)."""
         return self.path / "ptq"
 
     def checkpoints(self, stage: str) -> Path:
-        """Folder of a stage's checkpoints."""
+        """Return the folder of a stage's checkpoints."""
         return self.path / "checkpoints" / stage
 
     @property
     def origin(self) -> Path:
-        """Which run the FP32 stage was taken over from, if it was; beside its checkpoints."""
+        """Origin of the FP32 stage if another run trained it; next to its checkpoints."""
         return self.checkpoints("fp32") / "from_run.json"
 
     def read_origin(self) -> dict[str, Any] | None:
-        """Name and config hash of the run that trained the FP32 stage; None for this one.
+        """Return name and config hash of the run that trained the FP32 stage; None for this run.
 
         Raises:
             RunFolderError: If they cannot be read.
@@ -83,15 +86,15 @@ class RunFolder:
         return _read_json(self.origin) if self.origin.exists() else None
 
     def has_checkpoints(self, stage: str = "*") -> bool:
-        """Whether a stage has got anywhere; by default, whether any has."""
+        """Return whether a stage, by default any stage, has a checkpoint."""
         return any(step.name.isdigit() for step in self.path.glob(f"checkpoints/{stage}/*"))
 
     def has_work(self) -> bool:
-        """Whether anything would be lost if the folder became another experiment's."""
-        return self.results.exists() or self.network.exists() or self.has_checkpoints()
+        """Return whether the folder holds results, a network or checkpoints."""
+        return self.results.exists() or self.integer.exists() or self.has_checkpoints()
 
     def load_config(self) -> Experiment:
-        """The experiment of the run.
+        """Read the experiment of the run.
 
         Raises:
             RunFolderError: If this is no run folder.
@@ -100,16 +103,32 @@ class RunFolder:
             raise RunFolderError(f"{self.path}: is no run folder: it holds no config.yaml.")
         return configs.load(self.config)
 
-    def read_results(self) -> dict[str, Any]:
-        """The content of results.json.
+    def read_results(self) -> Results:
+        """Read results.json.
 
         Raises:
-            RunFolderError: If it is missing or broken.
+            RunFolderError: If it is missing or broken; names the key.
         """
-        return _read_json(self.results)
+        return results.read(self.results, error=RunFolderError)
+
+    def find_results(self) -> Results | None:
+        """Read results.json; None if there is none yet.
+
+        Raises:
+            RunFolderError: If it is broken; names the key.
+        """
+        return self.read_results() if self.results.exists() else None
+
+    def write_results(self, content: Results) -> None:
+        """Replace results.json in one step.
+
+        Raises:
+            RunFolderError: If it cannot be written.
+        """
+        results.write(self.results, content, error=RunFolderError)
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """The whole lines of metrics.jsonl; one that a killed process cut short is left out."""
+        """Read metrics.jsonl, without a last line that a killed process left incomplete."""
         if not self.metrics.exists():
             return []
         lines = self.metrics.read_text(encoding="utf-8").splitlines()
@@ -122,7 +141,7 @@ class RunFolder:
         return records
 
     def write_evaluation(self, name: str, result: Mapping[str, Any]) -> Path:
-        """Keep what was measured after training, as RUN/evaluations/NAME.json.
+        """Write a measurement to RUN/evaluations/NAME.json.
 
         Raises:
             RunFolderError: If it cannot be written.
@@ -132,23 +151,24 @@ class RunFolder:
             path.parent.mkdir(exist_ok=True)
         except OSError as error:
             raise RunFolderError(f"{path.parent}: cannot be made: {error.strerror}.") from error
-        write_json(path, result)
+        write_json(path, result, error=RunFolderError)
         return path
 
     def truncate_metrics(self, stage: str, last_step: int) -> None:
-        """Forget the epochs of a stage that end after a step: they are about to be done again."""
+        """Remove the epochs of a stage that end after a step, which will be repeated."""
         if self.metrics.exists():
             own = [r for r in self.read_metrics() if r["stage"] == stage]
             self.replace_metrics(stage, [r for r in own if r["step"] <= last_step])
 
     def replace_metrics(self, stage: str, records: Sequence[Mapping[str, Any]]) -> None:
-        """Put these epochs in the place of those of a stage."""
+        """Replace the epochs of a stage."""
         lines = [*records, *(r for r in self.read_metrics() if r["stage"] != stage)]
         lines.sort(key=lambda record: record["stage"] != "fp32")
-        write_atomically(self.metrics, "".join(json.dumps(r) + "\n" for r in lines))
+        text = "".join(json.dumps(r) + "\n" for r in lines)
+        write_atomically(self.metrics, text, error=RunFolderError)
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
-        """Add an epoch."""
+        """Append an epoch."""
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
             file.flush()
@@ -162,35 +182,12 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise RunFolderError(f"{path}: cannot be read: {error}") from error
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file in one step, so that a reader or a crash never meets half of it.
-
-    Raises:
-        RunFolderError: If it cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise RunFolderError(f"{path}: cannot be written: {error.strerror}.") from error
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Replace a JSON file in one step."""
-    write_atomically(path, json.dumps(value, indent=1) + "\n")
-
-
 @contextmanager
 def claim(path: Path) -> Iterator[RunFolder]:
-    """A folder to train in, made if need be, that no other process trains in meanwhile.
+    """Lock a run folder for this process; create it if it is missing.
 
-    The lock ends with the process, however it ends. A folder that was made here and is still
-    empty at the end, as after bad input, is taken away again.
+    The lock ends with the process, however it ends. A folder that was created here and is still
+    empty at the end, for example after bad input, is removed.
 
     Raises:
         RunFolderError: If it cannot be written, another process has it, or it holds parts of a
@@ -212,7 +209,7 @@ def claim(path: Path) -> Iterator[RunFolder]:
 
 
 def _make_folder(path: Path) -> Sequence[Path]:
-    """Make a folder; returns those that were missing, the innermost first."""
+    """Create a folder; return the folders that were missing, the innermost first."""
     missing = [p for p in (path, *path.absolute().parents) if not p.exists()]
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -231,7 +228,7 @@ def _remove_empty(folders: Sequence[Path]) -> None:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[TextIO]:
-    """An open file that this process alone has locked."""
+    """Open a file and lock it for this process alone."""
     while True:
         try:
             lock = path.open("a+", encoding="utf-8")
@@ -265,10 +262,10 @@ def _check_content(folder: RunFolder) -> None:
 
 
 def check_config(folder: RunFolder, experiment: Experiment) -> None:
-    """Refuse to go on in the folder of another experiment, if it has got anywhere.
+    """Check that a folder with work in it belongs to this experiment.
 
     Raises:
-        RunFolderError: Shows every setting that differs.
+        RunFolderError: If not; lists every setting that differs.
     """
     if not folder.config.exists() or not folder.has_work():
         return

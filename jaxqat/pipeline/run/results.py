@@ -1,170 +1,198 @@
-"""results.json: what a run achieved, on what, with which software."""
+"""How the entries of results.json are made from a run's networks, metrics and environment."""
 
+import dataclasses
 import datetime
 import importlib.metadata
 import os
 import platform
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxqat.integer.graph import IntegerGraph
+from jaxqat.integer._verify import Verification
 from jaxqat.pipeline import config as configs
 from jaxqat.pipeline.config import Experiment
 from jaxqat.pipeline.data import Dataset
-from jaxqat.pipeline.metrics import weight_bytes
+from jaxqat.pipeline.evaluation import Measured
 from jaxqat.pipeline.networks import Networks
 from jaxqat.pipeline.report import write_samples
+from jaxqat.pipeline.results import (
+    Environment,
+    LayerResult,
+    Origin,
+    Results,
+    RunInfo,
+    SizeBytes,
+    Speed,
+    StageResult,
+    TensorDifferences,
+    VerificationResult,
+)
 from jaxqat.pipeline.run.folder import RunFolder
+from jaxqat.pipeline.run.snapshots import Model
+from jaxqat.quant import LayerInfo, Recipe
 from jaxqat.quant.models.state import flat_state
 
 SAMPLE_COUNT = 32
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "aqtp", "orbax-checkpoint", "numpy")
+FLOAT32_BYTES = 4
 
 
-def describe_run(experiment: Experiment, dataset: Dataset, command: str | None) -> dict[str, Any]:
-    """What is known before any number is: name, seed, data, environment."""
-    return {
-        "name": experiment.name,
-        "seed": experiment.seed,
-        "precision": experiment.precision,
-        "command": command,
-        "config_hash": configs.config_hash(experiment),
-        "data": dataset.fingerprint,
-        "environment": environment(),
-    }
+def describe_run(experiment: Experiment, dataset: Dataset, command: str | None) -> RunInfo:
+    """Return what is known before anything is measured: name, seed, data, environment."""
+    return RunInfo(
+        name=experiment.name,
+        seed=experiment.seed,
+        precision=experiment.precision,
+        config_hash=configs.config_hash(experiment),
+        data=dataset.fingerprint,
+        environment=environment(),
+        command=command,
+    )
 
 
-def environment() -> dict[str, Any]:
-    """Versions, device and date."""
-    device = jax.devices()[0]
-    return {
-        "python": platform.python_version(),
-        **{_key(name): importlib.metadata.version(name) for name in _PACKAGES},
-        "device": device.device_kind,
-        "platform": device.platform,
-        "devices": jax.device_count(),
-        "cpu_count": os.cpu_count(),
-        "processor": processor(),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
+def environment() -> Environment:
+    """Return the versions of the packages, the device and the date."""
+    device, version = jax.devices()[0], importlib.metadata.version
+    return Environment(
+        python=platform.python_version(),
+        jax=version("jax"),
+        jaxlib=version("jaxlib"),
+        flax=version("flax"),
+        optax=version("optax"),
+        aqtp=version("aqtp"),
+        orbax=version("orbax-checkpoint"),
+        numpy=version("numpy"),
+        device=device.device_kind,
+        platform=device.platform,
+        devices=jax.device_count(),
+        cpu_count=os.cpu_count(),
+        processor=processor(),
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    )
 
 
 def processor() -> str:
-    """Model and architecture of the host's processor, as far as the system tells."""
+    """Return model and architecture of the host's processor, as far as the system tells."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"{(models or [platform.processor() or 'unknown'])[0]} ({platform.machine()})"
 
 
-def _key(package: str) -> str:
-    return "orbax" if package == "orbax-checkpoint" else package
-
-
-def describe_network(
-    networks: Networks, params: Any, collections: Any, graph: IntegerGraph | None
-) -> dict[str, Any]:
-    """Size, arithmetic and layers of the quantized network.
-
-    The bytes of FP32 are those of all parameters, four each; the bytes of int8 are those of the
-    integer network's arrays as they are saved: a byte for each weight (two codes of 3 or 4 bits
-    share one, or four of 2 bits), an int32 bias and a float32 multiplier for each output channel.
+def float_results(
+    networks: Networks, folder: RunFolder, model: Model, measured: Measured, command: str | None
+) -> Results:
+    """Return the results of a run that ends with FP32; later networks are added to them.
 
     Args:
-        networks: Which.
-        params: Its parameters.
-        collections: Its other collections, with activation ranges.
-        graph: Its integer network, if it has one.
+        networks: Networks of the experiment.
+        folder: The run folder, for its config and its metrics.
+        model: The quantized network whose layers are listed, trained or calibrated.
+        measured: Scores and speed of the FP32 network.
+        command: What was typed.
     """
+    info = describe_run(folder.load_config(), networks.dataset, command)
+    stage, speed = stage_result(folder, "fp32", measured)
     layers = networks.describe()
-    size = weight_bytes(params, {layer.path: layer.weight_bits for layer in layers})
-    int8 = {} if graph is None else {"int8": graph.size_bytes()}
-    return {
-        "size_bytes": {"fp32": size["fp32"], **int8},
-        "parameters": size["parameters"],
-        "macs": sum(layer.macs for layer in layers),
-        "layers": [_describe_layer(layer, params, flat_state(collections)) for layer in layers],
-    }
+    parameters = count_parameters(model.params)
+    ranges = flat_state(model.collections)
+    return Results(
+        **{field.name: getattr(info, field.name) for field in dataclasses.fields(info)},
+        fp32=stage,
+        parameters=parameters,
+        macs=sum(layer.macs for layer in layers),
+        size_bytes=SizeBytes(fp32=FLOAT32_BYTES * parameters),
+        layers=tuple(_layer_result(layer, model.params, ranges) for layer in layers),
+        speed={"fp32": speed},
+    )
 
 
-def _describe_layer(layer: Any, params: Any, ranges: Any) -> dict[str, Any]:
-    weight = np.asarray(_at(params, layer.weight_path))
+def count_parameters(params: Any) -> int:
+    """Return how many numbers a tree of arrays holds."""
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
+
+
+def _layer_result(layer: LayerInfo, params: Any, ranges: Any) -> LayerResult:
+    weight = params
+    for name in layer.weight_path:
+        weight = weight[name]
+    weight = np.asarray(weight)
     low, high = layer.covered(ranges) or (None, None)
-    return {
-        "path": layer.path,
-        "kind": layer.kind,
-        "weight_shape": list(layer.weight_shape),
-        "weight_bits": layer.weight_bits,
-        "act_bits": layer.act_bits,
-        "macs": layer.macs,
-        "weight_min": float(weight.min()),
-        "weight_max": float(weight.max()),
-        "act_min": low,
-        "act_max": high,
-        "float_reason": layer.float_reason,
-    }
+    return LayerResult(
+        path=layer.path,
+        kind=layer.kind,
+        weight_shape=tuple(layer.weight_shape),
+        weight_bits=layer.weight_bits,
+        act_bits=layer.act_bits,
+        macs=layer.macs,
+        weight_min=float(weight.min()),
+        weight_max=float(weight.max()),
+        act_min=low,
+        act_max=high,
+        float_reason=layer.float_reason,
+    )
 
 
-def _at(tree: Any, path: tuple[str, ...]) -> Any:
-    for name in path:
-        tree = tree[name]
-    return tree
-
-
-def describe_tests(
-    measured: Mapping[str, tuple[dict[str, Any], float]], folder: RunFolder
-) -> dict[str, Any]:
-    """Scores on the test split, time and speed of the trained networks.
+def stage_result(
+    folder: RunFolder, stage: str, measured: Measured, recipe: Recipe | None = None
+) -> tuple[StageResult, Speed]:
+    """Return the result and the speed of a trained stage.
 
     Args:
-        measured: Metrics and images/s of 'fp32' and, once it is trained, of 'qat'.
-        folder: The run folder, for its metrics and for where its FP32 network came from.
+        folder: The run folder, for the stage's lines of metrics.jsonl.
+        stage: 'fp32' or 'qat'.
+        measured: Scores and speed on the test split.
+        recipe: The recipe of a quantized network.
     """
-    results: dict[str, Any] = {}
-    speed = {}
-    records, origin = folder.read_metrics(), folder.read_origin()
-    for name, (metrics, images_per_s) in measured.items():
-        timing = stage_seconds(records, name)
-        speed[name] = {
-            "train_images_per_s": timing.pop("train_images_per_s"),
-            "evaluate_images_per_s": images_per_s,
-        }
-        results[name] = {"test": metrics, **timing}
-        if name == "fp32" and origin is not None:
-            results[name]["from_run"] = origin
-    return {**results, "speed": speed}
+    records = [r for r in folder.read_metrics() if r["stage"] == stage]
+    origin = folder.read_origin() if stage == "fp32" else None
+    result = StageResult(
+        test=measured.scores,
+        train_seconds=sum(r["seconds"] for r in records),
+        epochs=len(records),
+        bits=None if recipe is None else bits_name(recipe),
+        from_run=None if origin is None else Origin(**origin),
+    )
+    images_per_s = float(np.median([r["images_per_s"] for r in records]))
+    return result, Speed(
+        evaluate_images_per_s=measured.images_per_s, train_images_per_s=images_per_s
+    )
 
 
-def stage_seconds(records: list[dict[str, Any]], stage: str) -> dict[str, Any]:
-    """Time, epochs and training speed of a stage, from its lines of metrics.jsonl."""
-    own = [r for r in records if r["stage"] == stage]
-    return {
-        "train_seconds": sum(r["seconds"] for r in own),
-        "epochs": len(own),
-        "train_images_per_s": float(np.median([r["images_per_s"] for r in own])),
-    }
+def bits_name(recipe: Recipe) -> str:
+    """Return the bits of weights and activations outside of a recipe's exceptions: 'W4A8'."""
+    weights, acts = (32 if b is None else b for b in (recipe.weight_bits, recipe.act_bits))
+    return f"W{weights}A{acts}"
+
+
+def verification_result(found: Verification) -> VerificationResult:
+    """Return a comparison as results.json holds it, with its totals."""
+    tensors = tuple(
+        TensorDifferences(
+            name=t.name,
+            codes=t.codes,
+            differing=t.differing,
+            largest=t.largest,
+            sqnr_db=t.sqnr_db,
+        )
+        for t in found.tensors
+    )
+    return VerificationResult(
+        tensors=tensors,
+        images=found.images,
+        codes=found.codes,
+        differing=found.differing,
+        largest=found.largest,
+        top1_flips=found.top1_flips,
+        top1_flips_fp32=found.top1_flips_fp32,
+        logits_only=found.logits_only,
+        failures=found.failures,
+    )
 
 
 def write_test_samples(folder: RunFolder, dataset: Dataset) -> None:
     """Keep the test images that the report shows."""
     shown = dataset.test.take(np.arange(min(SAMPLE_COUNT, len(dataset.test))))
     write_samples(folder.path, shown.images, shown.labels, dataset.class_names)
-
-
-def summary_rows(results: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The tested networks and their metrics, in the order in which they were made."""
-    if "fp32" in results:
-        yield "fp32", results["fp32"]["test"]
-    if "ptq" in results:
-        yield "ptq", results["ptq"]["test"]
-    if "qat" in results:
-        # Runs of before 'ptq' tested the calibrated network as QAT computes it.
-        if "calibrated" in results["qat"] and "ptq" not in results:
-            yield "qat, calibrated only", results["qat"]["calibrated"]["test"]
-        yield "qat", results["qat"]["test"]
-    if "test" in results.get("int8", {}):
-        yield "int8", results["int8"]["test"]

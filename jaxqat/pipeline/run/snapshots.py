@@ -1,4 +1,4 @@
-"""Between a training state and a checkpoint: what is saved of a stage, and what of it is used."""
+"""Conversion between training states and checkpoints."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -14,12 +14,12 @@ from jaxqat.pipeline.training import Collections, TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """The numbers of a network: what evaluation needs.
+    """Parameters and collections of a network, as evaluation needs them.
 
     Attributes:
         params: Parameters.
-        collections: All else: batch statistics, activation ranges.
-        step: Updates that its stage has made; 0 where it has yet to begin.
+        collections: Batch statistics and activation ranges.
+        step: Number of updates in its stage; 0 before training.
     """
 
     params: Any
@@ -28,24 +28,24 @@ class Model:
 
     @classmethod
     def of(cls, restored: Restored) -> "Model":
-        """The network in a checkpoint."""
+        """Return the network in a checkpoint."""
         tree = dict(restored.parts[MODEL])
         return cls(tree.pop("params"), tree, restored.step)
 
     def tree(self) -> dict[str, Any]:
-        """As a checkpoint holds it: 'params' and the collections."""
+        """Return 'params' and the collections in one dictionary."""
         return {"params": self.params, **self.collections}
 
 
 def split_state(state: TrainState) -> dict[str, Any]:
-    """The two parts of a checkpoint: what evaluation needs, and the rest."""
+    """Return the two parts of a checkpoint: the model and the optimizer's state."""
     rest = state._asdict()
     model = {"params": rest.pop("params"), **rest.pop("collections")}
     return {MODEL: model, OPTIMIZER: rest}
 
 
 def join_state(restored: Restored) -> TrainState:
-    """The training state in a checkpoint."""
+    """Return the training state in a checkpoint."""
     model = Model.of(restored)
     return TrainState(
         params=model.params, collections=model.collections, **restored.parts[OPTIMIZER]
@@ -55,7 +55,7 @@ def join_state(restored: Restored) -> TrainState:
 def open_store(
     experiment: configs.Experiment, folder: RunFolder, stage: str, *, read_only: bool = False
 ) -> CheckpointStore:
-    """The checkpoints of a stage; without a validation split none of them is the best."""
+    """Open the checkpoints of a stage; without a validation split there is no best one."""
     config = experiment.checkpoint
     if not experiment.data.validation_size:
         config = dataclasses.replace(config, keep_best=False)
@@ -63,7 +63,7 @@ def open_store(
 
 
 def restore_selected(store: CheckpointStore, networks: Networks, stage: str) -> Restored:
-    """The network that the experiment selects, verified.
+    """Restore and verify the checkpoint that the experiment selects.
 
     Raises:
         CheckpointError: If there is none, it is damaged, or of another model.
@@ -77,7 +77,7 @@ def restore_selected(store: CheckpointStore, networks: Networks, stage: str) -> 
 
 
 def restore_model(networks: Networks, folder: RunFolder, stage: str) -> Model:
-    """The network that the experiment selects of a stage, from its run folder.
+    """Restore the network of a stage that the experiment selects, from its run folder.
 
     Raises:
         CheckpointError: It is damaged, or of another model.
@@ -90,24 +90,24 @@ def restore_model(networks: Networks, folder: RunFolder, stage: str) -> Model:
 
 
 def check_data(restored: Restored, fingerprint: dict[str, Any]) -> None:
-    """Refuse data other than that a checkpoint was trained on.
+    """Check that the data is what a checkpoint was trained on.
 
     Raises:
-        RunFolderError: Names what differs.
+        RunFolderError: If not; names what differs.
     """
     check_same_data(f"the checkpoint of step {restored.step}", restored.info["data"], fingerprint)
 
 
 def check_same_data(what: str, saved: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> None:
-    """Refuse data other than that something was trained on.
+    """Check that the data is what a network was trained on.
 
     Args:
-        what: What it is, for the error.
-        saved: The fingerprint of what it was trained on.
-        fingerprint: Of the data that there is.
+        what: Name of the network, for the error message.
+        saved: Fingerprint of the data that it was trained on.
+        fingerprint: Fingerprint of the present data.
 
     Raises:
-        RunFolderError: Names what differs.
+        RunFolderError: If not; names what differs.
     """
     differing = sorted(
         key for key in saved.keys() | fingerprint.keys() if saved.get(key) != fingerprint.get(key)

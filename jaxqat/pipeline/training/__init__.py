@@ -1,7 +1,7 @@
 """Training stages: the update rule, the step, and the loop with its stops and resumes."""
 
 from jaxqat.pipeline.training.config import QatConfig, StageConfig
-from jaxqat.pipeline.training.loop import DivergedError, Record, Reporter, Stage, run_stage
+from jaxqat.pipeline.training.loop import DivergedError, Record, Reporter, StagePlan, run_stage
 from jaxqat.pipeline.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from jaxqat.pipeline.training.step import (
     Collections,
@@ -23,8 +23,8 @@ __all__ = [
     "QatConfig",
     "Record",
     "Reporter",
-    "Stage",
     "StageConfig",
+    "StagePlan",
     "StopRequest",
     "Stopped",
     "TrainState",

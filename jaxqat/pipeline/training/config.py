@@ -1,4 +1,4 @@
-"""What a person decides about a stage of training, as plain data."""
+"""The config of a training stage."""
 
 import dataclasses
 
@@ -7,22 +7,22 @@ from jaxqat.pipeline.training.optimizer import OptimizerConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StageConfig:
-    """A stage of training (config key `fp32`)."""
+    """Training of the float network (config key `fp32`)."""
 
     epochs: int = 100
     """Passes over the training split."""
 
     batch_size: int = 128
-    """Images per update; the last, smaller batch of an epoch is dropped."""
+    """Images per update; an incomplete last batch of an epoch is dropped."""
 
     label_smoothing: float = 0.0
     """Share of the target spread evenly over all classes, 0 up to (not including) 1."""
 
     steps_per_dispatch: int | None = None
-    """Updates per call of the device; null chooses: 1 on a CPU, up to 50 elsewhere."""
+    """Updates per device call; null for 1 on a CPU and up to 50 elsewhere."""
 
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
-    """How parameters are updated."""
+    """The optimizer."""
 
     def __post_init__(self):
         for name in ("epochs", "batch_size"):
@@ -46,23 +46,23 @@ class QatConfig(StageConfig):
     """Fine-tuning of the quantized network (config key `qat`)."""
 
     epochs: int = 30
-    """Passes over the training split, the frozen ones included."""
+    """Passes over the training split, including the frozen ones."""
 
     calibration_batches: int = 8
-    """Training batches, not augmented, that the activation ranges are first observed on."""
+    """Training batches, without augmentation, for the calibration of the activation ranges."""
 
     freeze_epochs: int | None = None
-    """Epochs at the end with ranges and batch-norm statistics frozen; null for a fifth of all
-    epochs, and at least one if there are two or more."""
+    """Last epochs with frozen ranges and batch-norm statistics; null for a fifth of all epochs, at
+    least one if there are two or more."""
 
     test_calibrated: bool = True
-    """Whether to make and test, at the end, also the integer network of post-training quantization:
-    calibrated, never fine-tuned."""
+    """Whether to also convert and test the network of post-training quantization: calibrated, but
+    not fine-tuned."""
 
     optimizer: OptimizerConfig = dataclasses.field(
         default_factory=lambda: OptimizerConfig(learning_rate=1e-3)
     )
-    """How parameters are updated."""
+    """The optimizer."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -78,7 +78,7 @@ class QatConfig(StageConfig):
 
     @property
     def frozen_from(self) -> int:
-        """The first epoch, counted from 1, in which ranges and statistics are frozen."""
+        """The first epoch, counted from 1, with frozen ranges and statistics."""
         frozen = self.freeze_epochs
         if frozen is None:
             frozen = max(self.epochs // 5, 1) if self.epochs >= 2 else 0

@@ -1,8 +1,8 @@
 """One stage of training, epoch by epoch, from wherever its state stands.
 
-The loop knows neither the model nor the files: it is given the compiled work (`Stage`) and where
-to report (`Reporter`). Within an epoch the host only dispatches, at most `MAX_IN_FLIGHT` calls
-ahead of the device; sums are kept on the device and read once an epoch.
+The loop knows neither the model nor the files: it gets the compiled work (`StagePlan`) and a
+`Reporter`. Within an epoch the host only dispatches, at most `MAX_IN_FLIGHT` calls ahead of the
+device; sums stay on the device and are read once an epoch.
 """
 
 import dataclasses
@@ -53,7 +53,7 @@ class Reporter(Protocol):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Stage:
+class StagePlan:
     """The work of a stage.
 
     Attributes:
@@ -87,7 +87,7 @@ class Stage:
 class _Dispatcher:
     """Compiled dispatches by step function and length, each compiled once."""
 
-    def __init__(self, stage: Stage):
+    def __init__(self, stage: StagePlan):
         self.stage = stage
         self.length = dispatch_length(stage.steps_per_epoch, stage.steps_per_dispatch)
         self.compiled: dict[tuple[Callable, int], Callable] = {}
@@ -108,7 +108,7 @@ class _Dispatcher:
 
 
 def run_stage(
-    stage: Stage,
+    stage: StagePlan,
     state: TrainState,
     *,
     reporter: Reporter,
@@ -203,7 +203,7 @@ def check_finite(stage: str, state: TrainState, epoch: int) -> None:
 
 
 def _record(
-    stage: Stage,
+    stage: StagePlan,
     state: TrainState,
     epoch: int,
     frozen: bool,

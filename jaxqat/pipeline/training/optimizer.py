@@ -20,7 +20,7 @@ SCHEDULES = ("cosine", "constant")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """How parameters are updated (config keys `fp32.optimizer`, `qat.optimizer`)."""
+    """The optimizer (config keys `fp32.optimizer`, `qat.optimizer`)."""
 
     learning_rate: float = 0.1
     """Peak step size, reached after the warm-up."""
@@ -29,19 +29,19 @@ class OptimizerConfig:
     """Decay of the accumulated gradient per step, 0 up to (not including) 1."""
 
     nesterov: bool = False
-    """Whether to look ahead by one momentum step (Sutskever et al. 2013)."""
+    """Whether to use Nesterov momentum (Sutskever et al. 2013)."""
 
     weight_decay: float = 1e-4
     """Coefficient of the L2 penalty's gradient, added to the gradient before the momentum."""
 
     decay_norm_and_bias: bool = True
-    """Whether weight decay reaches batch norm's parameters and the biases too."""
+    """Whether weight decay also applies to batch norm's parameters and to biases."""
 
     schedule: Literal["cosine", "constant"] = "cosine"
-    """Learning rate after the warm-up: to 0 along half a cosine (arXiv:1608.03983), or flat."""
+    """Learning rate after the warm-up: half a cosine to 0 (arXiv:1608.03983), or constant."""
 
     warmup_epochs: float = 0.0
-    """Epochs over which the learning rate rises from 0 in a straight line."""
+    """Epochs in which the learning rate rises linearly from 0."""
 
     def __post_init__(self):
         if not self.learning_rate > 0:

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 from PIL import Image
+from pipeline.report.made_up import layer, scores, tensor
 
 from jaxqat.pipeline.report.figures import (
     draw_confusion,
@@ -43,7 +44,6 @@ def epochs(n: int, frozen: int = 0) -> list[dict]:
 
 @THEMES
 def test_ground_is_the_theme_s_and_width_fits_a_phone(theme):
-    layer = {"path": "a", "weight_min": -1.0, "weight_max": 1.0}
     samples = Samples(
         images=np.zeros((7, 8, 8, 3), np.uint8), labels=np.arange(7), class_names=tuple("abcdefg")
     )
@@ -51,8 +51,8 @@ def test_ground_is_the_theme_s_and_width_fits_a_phone(theme):
         draw_samples(samples, theme),
         draw_curves("FP32", epochs(3), None, theme),
         draw_confusion("FP32", [[3, 1], [0, 2]], ["a", "b"], theme),
-        draw_ranges([layer], theme),
-        draw_errors([{"name": "a", "sqnr_db": 40.0}], theme),
+        draw_ranges([layer()], theme),
+        draw_errors([tensor("a", 40.0)], theme),
     ):
         image = pixels(png)
         assert image.shape[1] == WIDTH_PIXELS
@@ -76,7 +76,7 @@ def test_shaded_ground_covers_exactly_the_frozen_epochs():
     assert abs(shaded_width(10, frozen=6) - 2 * shaded_width(10, frozen=3)) <= 3
 
 
-@pytest.mark.parametrize("test", [None, {"accuracy": 0.9, "loss": 0.4}], ids=["no_test", "test"])
+@pytest.mark.parametrize("test", [None, scores("ab", 0.9, seed=0)], ids=["no_test", "test"])
 def test_single_epoch_without_validation_is_a_visible_point(test):
     image = pixels(draw_curves("FP32", epochs(1), test, LIGHT))
 
@@ -146,7 +146,7 @@ def test_samples_show_the_pixels_of_their_images(m, channels):
 
 
 def test_unknown_ranges_are_left_blank():
-    layers = [{"path": "a", "weight_min": -1.0, "weight_max": 2.0, "act_min": None}] * 3
+    layers = [layer(act_min=None, act_max=None)] * 3
     image = pixels(draw_ranges(layers, LIGHT))
 
     assert is_color(image, LIGHT.train).any()
@@ -155,7 +155,7 @@ def test_unknown_ranges_are_left_blank():
 
 def points(*decibels: float | None) -> list[tuple[float, float]]:
     """Centre (row, column) of each point of the figure of errors, from above."""
-    tensors = [{"name": "same", "sqnr_db": value} for value in decibels]
+    tensors = [tensor("same", value) for value in decibels]
     image = pixels(draw_errors(tensors, LIGHT))
     colored = is_color(image, LIGHT.train)
     rows = np.flatnonzero(colored.any(1))

@@ -60,7 +60,7 @@ def test_embedded_images_are_the_files_beside_the_page(write_run):
 
     assert sorted(files) == [
         "confusion_fp32.png",
-        "confusion_int8.png",
+        "confusion_integer.png",
         "confusion_qat.png",
         "curves_fp32.png",
         "curves_qat.png",
@@ -74,16 +74,14 @@ def test_embedded_images_are_the_files_beside_the_page(write_run):
 
 def test_run_of_one_epoch_and_no_qat_renders_what_it_has(write_run):
     workdir = write_run(data="digits", fp32_epochs=1, qat_epochs=0, validation=False, channels=1)
-    for key in ("size_bytes", "speed", "layers"):
-        results = json.loads((workdir / "results.json").read_text())
-        results[key] = None
-        (workdir / "results.json").write_text(json.dumps(results))
+    results = json.loads((workdir / "results.json").read_text())
+    (workdir / "results.json").write_text(json.dumps(results | {"layers": []}))
     (workdir / "report_data.npz").unlink()
     page = Page(write_report(workdir).read_text())
 
     names = sorted(path.name for path in (workdir / "figures").iterdir())
     assert names == ["confusion_fp32.png", "curves_fp32.png"]
-    assert "QAT" not in [row[0] for row in page.rows]
+    assert not any(row[0].startswith("QAT") for row in page.rows)
     assert "Not comparable with the paper" in page.text
     assert "the data set is digits" in page.text
 
@@ -129,65 +127,65 @@ def test_table_one_holds_the_scores_of_results(show):
     assert ["FP32", "this run", "91.23", "50.00", "25.00", "33.33", "0.3142"] in page.rows
 
 
-def test_later_stages_and_calibration_get_their_rows_and_figures(show):
-    def change(results):
-        results["qat"]["calibrated"] = {"test": results["fp32"]["test"]}
+def test_the_integer_network_gets_its_row_and_figures(show):
+    page = show(fp32_epochs=2, qat_epochs=1, deployed=True)
+    names = [row[0] for row in page.rows if row[1:2] == ["this run"]]
 
-    page = show(change, fp32_epochs=2, qat_epochs=1, deployed=True)
-    stages = [row[0] for row in page.rows if row[1:2] == ["this run"]]
-
-    assert stages == [
-        "FP32",
-        "Calibrated only, before fine-tuning",
-        "QAT",
-        "QAT int8",
-    ]
+    assert names == ["FP32", "QAT W8A8, quantized", "QAT W8A8, integer"]
     assert len(page.images) == 16
-    assert any(row[:3] == ["QAT int8", "–", "9,120"] for row in page.rows)
-    assert "points, QAT int8 − FP32" in page.text
-    assert "int8 is the integer network" in page.text
-    assert "a byte for each weight" in page.text
+    assert any(row[:3] == ["QAT W8A8, integer", "–", "9,120"] for row in page.rows)
+    assert "points, QAT W8A8, integer − FP32" in page.text
+    assert "FP32 to W8A8: report of one run" in page.text
+    assert "Integer: the integer network converted from it" in page.text
+    assert "Each weight takes one byte" in page.text
+
+
+def ptq(results, **changes):
+    """Post-training quantization as results.json holds it, with the scores of FP32."""
+    entry = {"test": results["fp32"]["test"], "requantization": "float", "step": 390}
+    entry |= {"bits": "W4A8", "calibration_batches": 8, "calibration_images": 1024}
+    return entry | {"preset": "w4a8", "recipe": {}, "size_bytes": 11_250_000} | changes
 
 
 def test_post_training_quantization_stands_beside_fine_tuning(show):
     def change(results):
-        ptq = {"test": results["fp32"]["test"], "calibration_batches": 8}
-        results["ptq"] = ptq | {"calibration_images": 1024, "preset": "w4a8"}
-        results["qat"]["calibrated"] = {"test": results["fp32"]["test"]}
+        results["ptq"] = ptq(results)
         results["speed"]["ptq"] = {"evaluate_images_per_s": 8110.0}
 
     page = show(change, fp32_epochs=2, qat_epochs=1, deployed=True)
 
-    # As QAT computed it, of an older version, the same network is not shown a second time.
     names = [row[0] for row in page.rows if row[1:2] == ["this run"]]
-    assert names == ["FP32", "PTQ int8", "QAT", "QAT int8"]
-    assert any("Confusion matrix of PTQ int8:" in a.get("alt", "") for _, a in page.tags)
-    assert any(row[:3] == ["PTQ int8", "–", "8,110"] for row in page.rows)
-    assert "ranges of 1,024 training images (8 batches), by the preset w4a8" in page.text
-    assert "points, QAT int8 − FP32" in page.text
+    integer = ["PTQ W4A8, integer", "QAT W8A8, quantized", "QAT W8A8, integer"]
+    assert names == ["FP32", *integer]
+    assert any("Confusion matrix of PTQ W4A8, integer:" in a.get("alt", "") for _, a in page.tags)
+    assert any(row[:3] == ["PTQ W4A8, integer", "–", "8,110"] for row in page.rows)
+    assert "ranges from 1,024 training images (8 batches); preset w4a8" in page.text
+    assert "points, QAT W8A8, integer − FP32" in page.text
+
+
+def test_a_network_of_four_bits_is_called_int8_nowhere(write_run, undrawn):
+    workdir = write_run(fp32_epochs=2, qat_epochs=1, deployed=True)
+    path = workdir / "results.json"
+    path.write_text(path.read_text().replace("W8A8", "W4A4"))
+
+    text = write_report(workdir).read_text()
+    assert "QAT W4A4, integer" in text and "int8" not in text
 
 
 def test_a_run_without_fine_tuning_compares_fp32_with_ptq(show):
     def change(results):
-        results["ptq"] = {"test": results["fp32"]["test"], "size_bytes": 11_250_000}
-        results["ptq"]["verify"] = {"failures": ["7 codes differ"]}
-        results["size_bytes"].pop("int8")
+        verify = {"tensors": [], "images": 40, "codes": 9, "differing": 7, "largest": 1}
+        verify |= {"top1_flips": 0, "top1_flips_fp32": None, "logits_only": False}
+        results["ptq"] = ptq(results, verify=verify | {"failures": ["7 codes differ"]})
 
     page = show(change, fp32_epochs=2, qat_epochs=0)
 
-    assert "points, PTQ int8 − FP32" in page.text
+    assert "points, PTQ W4A8, integer − FP32" in page.text
     assert next(row for row in page.rows if row[:1] == ["All layers"])[2:4] == [
         "11,250,000",
         "3.97",
     ]
-    assert "PTQ int8 is not the network it was made from: 7 codes differ." in page.text
-
-
-def test_a_run_of_before_the_integer_network_says_nothing_of_it(show):
-    page = show(fp32_epochs=2, qat_epochs=1)
-
-    assert "points, QAT − FP32" in page.text
-    assert "integer network" not in page.text
+    assert "differs from the quantized network that it was made from: 7 codes differ." in page.text
 
 
 def test_codes_that_differ_are_counted_by_tensor_and_in_total(show):
@@ -196,9 +194,9 @@ def test_codes_that_differ_are_counted_by_tensor_and_in_total(show):
     assert ["stem_conv/input", "8,000,000", "0", "0", "–"] in page.rows
     assert ["stage1/block1/conv2/input", "8,000,000", "3", "1", "36.0"] in page.rows
     assert ["Total", "168,000,000", "3", "1", "–"] in page.rows
-    assert "3 of 168,000,000 codes differ, by 1 at most; 0 images change their class" in page.text
-    assert "in float, 12 do" in page.text
-    assert "is not what was trained" not in page.text
+    assert "3 of 168,000,000 codes differ, by at most 1; 0 images change their class" in page.text
+    assert "in float, 12 images change their class" in page.text
+    assert "differs from the trained one" not in page.text
 
 
 def test_a_broken_contract_stands_out(show):
@@ -207,20 +205,19 @@ def test_a_broken_contract_stands_out(show):
 
     page = show(change, fp32_epochs=2, qat_epochs=1, deployed=True)
 
-    assert "is not what was trained: 2 of 10000 images change their class." in page.text
+    assert "differs from the trained one: 2 of 10000 images change their class." in page.text
 
 
 def test_a_network_that_could_not_be_converted_is_named_with_the_reason(show):
     def change(results):
-        results["int8"] = {"error": "It cannot:\n  stem (conv): <rule>"}
-        results["size_bytes"].pop("int8")
+        results["conversion_error"] = "It cannot:\n  stem (conv): <rule>"
 
     page = show(change, fp32_epochs=2, qat_epochs=1)
 
     assert "This run has no integer network. It cannot:\n  stem (conv): <rule>" in page.text
-    assert "QAT int8" not in [row[0] for row in page.rows]
+    assert "QAT W8A8, integer" not in [row[0] for row in page.rows]
     assert next(row for row in page.rows if row[:1] == ["All layers"])[2:4] == ["–", "–"]
-    assert "points, QAT − FP32" in page.text
+    assert "points, QAT W8A8, quantized − FP32" in page.text
 
 
 def test_layer_in_float_is_named_with_its_reason(show):

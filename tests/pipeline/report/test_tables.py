@@ -1,6 +1,7 @@
-import json
+import dataclasses
 
 import pytest
+from pipeline.report.made_up import layer, scores
 
 from jaxqat.pipeline.report import paper, tables
 from jaxqat.pipeline.report.read import read_run
@@ -12,13 +13,13 @@ def by_source(run):
 
 def test_paper_s_two_accuracies_stand_below_a_run_of_its_recipe(write_run):
     run = read_run(write_run())
-    own = {s: tables.percent(run.results[s]["test"]["accuracy"]) for s in ("fp32", "qat")}
+    own = {network.key: tables.percent(network.test.accuracy) for network in run.results.tested()}
 
     assert by_source(run) == [
         ("FP32", "this run", own["fp32"]),
         ("FP32", "paper", "94.79"),
-        ("QAT", "this run", own["qat"]),
-        ("QAT", "paper", "94.60"),
+        ("QAT W8A8, quantized", "this run", own["qat"]),
+        ("QAT W8A8", "paper", "94.60"),
     ]
     # No other figure of the paper is known.
     assert all(
@@ -49,25 +50,21 @@ def test_every_departure_from_the_paper_s_recipe_is_said(write_run):
     ]
 
 
-def test_epochs_that_results_do_not_give_are_counted_in_the_metrics(write_run):
-    workdir = write_run(fp32_epochs=7, qat_epochs=0)
+def test_other_bits_than_the_paper_s_are_a_departure(write_run):
+    workdir = write_run()
     path = workdir / "results.json"
-    results = json.loads(path.read_text())
-    del results["fp32"]["epochs"]
-    path.write_text(json.dumps(results))
+    path.write_text(path.read_text().replace("W8A8", "W4A4"))
     run = read_run(workdir)
 
-    assert paper.stage_epochs(run, "fp32") == 7
-    assert paper.stage_epochs(run, "qat") is None
+    assert paper.departures(run) == ["QAT is W4A4, the paper's is W8A8"]
+    assert tables.title(run.results) == "FP32 to W4A4"
 
 
 def test_errors_are_listed_most_frequent_first_and_in_class_order():
-    test = {
-        "per_class": [{"name": "a"}, {"name": "b"}, {"name": "c"}],
-        "confusion_matrix": [[9, 2, 0], [2, 9, 5], [0, 1000, 9]],
-    }
+    test = scores("abc", 0.9, seed=0)
+    matrix = ((9, 2, 0), (2, 9, 5), (0, 1000, 9))
 
-    assert tables.confusions(test) == [
+    assert tables.confusions(dataclasses.replace(test, confusion_matrix=matrix)) == [
         "c taken for b: 1,000",
         "b taken for c: 5",
         "a taken for b: 2",
@@ -76,23 +73,23 @@ def test_errors_are_listed_most_frequent_first_and_in_class_order():
 
 
 @pytest.mark.parametrize(
-    ("layer", "expected"),
+    ("changes", "expected"),
     [
-        ({"weight_bits": 8, "act_bits": 8, "float_reason": None}, False),
-        ({"weight_bits": 4, "act_bits": 8}, False),
-        ({"weight_bits": 8, "act_bits": None}, True),
-        ({"weight_bits": None, "act_bits": 8}, True),
-        ({"weight_bits": 8, "act_bits": 8, "float_reason": "complex numbers"}, True),
+        ({}, False),
+        ({"weight_bits": 4}, False),
+        ({"act_bits": None}, True),
+        ({"weight_bits": None}, True),
+        ({"float_reason": "complex numbers"}, True),
     ],
 )
-def test_layer_is_integer_only_with_codes_on_both_sides(layer, expected):
-    assert tables.is_float(layer) is expected
+def test_layer_is_integer_only_with_codes_on_both_sides(changes, expected):
+    assert tables.is_float(layer(**changes)) is expected
 
 
 def test_float_layer_without_a_recorded_reason_says_so(write_run):
-    run = read_run(write_run())
-    run.results["layers"] = [{"path": "a", "weight_bits": None, "act_bits": 8}]
-    row = tables.layers(run)[0]
+    results = read_run(write_run()).results
+    in_float = layer(weight_bits=None, act_min=None, act_max=None)
+    row = tables.layers(dataclasses.replace(results, layers=(in_float,)))[0]
 
     assert (row["reason"], row["bits"], row["acts"]) == ("not recorded", "float / 8", "–")
 
@@ -112,11 +109,11 @@ def test_durations_read_as_people_say_them(seconds, text):
 
 
 def test_size_says_how_many_times_smaller_the_weights_are(write_run):
-    run = read_run(write_run())
+    results = read_run(write_run(deployed=True)).results
 
-    assert tables.size(run) == {
+    assert tables.size(results) == {
         "fp32": "44,695,848",
-        "int8": "11,248,816",
+        "integer": "11,248,816",
         "ratio": "3.97",
         "parameters": "11,173,962",
         "macs": "555,422,720",

@@ -13,8 +13,6 @@ from jaxqat.pipeline.run.folder import (
     RunFolderError,
     check_config,
     claim,
-    write_atomically,
-    write_json,
 )
 
 open_tmp = tiny_run.open_tmp
@@ -23,7 +21,7 @@ open_tmp = tiny_run.open_tmp
 def test_a_folder_is_made_and_has_one_trainer_at_a_time(tmp_path):
     path = tmp_path / "runs" / "a"
     with claim(path) as folder:
-        write_atomically(folder.config, "")
+        folder.config.write_text("")
         with (
             pytest.raises(RunFolderError, match=rf"another process .*\(process {os.getpid()}\)"),
             claim(path),
@@ -77,7 +75,7 @@ def test_parts_of_a_run_without_a_config_are_refused(tmp_path):
 def test_another_config_is_shown_key_by_key(tmp_path):
     folder = RunFolder(tmp_path)
     check_config(folder, tiny())
-    write_atomically(folder.config, to_yaml(tiny()))
+    folder.config.write_text(to_yaml(tiny()))
     check_config(folder, tiny())
     (folder.checkpoints("fp32") / "6").mkdir(parents=True)
     check_config(folder, tiny())
@@ -89,10 +87,10 @@ def test_another_config_is_shown_key_by_key(tmp_path):
 
 def test_a_folder_without_a_checkpoint_may_become_another_configs(tmp_path):
     folder = RunFolder(tmp_path)
-    write_atomically(folder.config, to_yaml(tiny()))
+    folder.config.write_text(to_yaml(tiny()))
     folder.checkpoints("fp32").mkdir(parents=True)
     check_config(folder, tiny(qat__epochs=5))
-    write_atomically(folder.results, "{}")
+    folder.results.write_text("{}")
     with pytest.raises(RunFolderError, match=r"belongs to another config"):
         check_config(folder, tiny(qat__epochs=5))
 
@@ -122,17 +120,17 @@ def test_a_line_that_a_killed_process_cut_short_is_dropped(tmp_path):
 
 
 def test_a_file_that_cannot_be_replaced_stays_as_it_was(tmp_path, monkeypatch):
-    path = tmp_path / "results.json"
-    write_json(path, {"a": 1})
+    folder = RunFolder(tmp_path)
+    path = folder.write_evaluation("a", {"a": 1})
 
     def fail(descriptor):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(RunFolderError, match=r"results.json: cannot be written: No space left"):
-        write_json(path, {"a": 2})
+    with pytest.raises(RunFolderError, match=r"a.json: cannot be written: No space left"):
+        folder.write_evaluation("a", {"a": 2})
     assert json.loads(path.read_text()) == {"a": 1}
-    assert list(tmp_path.iterdir()) == [path]
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_a_folder_without_config_is_no_run(tmp_path):
@@ -140,9 +138,13 @@ def test_a_folder_without_config_is_no_run(tmp_path):
         RunFolder(tmp_path).load_config()
 
 
-@pytest.mark.parametrize("text", [None, "{"], ids=["missing", "broken"])
-def test_results_that_cannot_be_read_are_named(tmp_path, text):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [(None, "is missing"), ("{", "is not JSON"), ('{"nam": 1}', "nam: Results has no such field")],
+    ids=["missing", "broken", "other"],
+)
+def test_results_that_cannot_be_read_are_named(tmp_path, text, message):
     if text is not None:
         (tmp_path / "results.json").write_text(text)
-    with pytest.raises(RunFolderError, match=r"results.json: cannot be read"):
+    with pytest.raises(RunFolderError, match=rf"results.json .*{message}"):
         RunFolder(tmp_path).read_results()

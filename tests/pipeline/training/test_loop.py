@@ -13,7 +13,7 @@ import tiny_run
 from jaxqat.pipeline.training import (
     Data,
     DivergedError,
-    Stage,
+    StagePlan,
     Stopped,
     StopRequest,
     init_state,
@@ -59,7 +59,7 @@ def make_stage(*, learning_rate: float = 0.5, steps_per_dispatch: int = 1, valid
         )
         for f in (forward, frozen_forward)
     ]
-    stage = Stage(
+    stage = StagePlan(
         name="fp32",
         epochs=EPOCHS,
         steps_per_epoch=STEPS_PER_EPOCH,

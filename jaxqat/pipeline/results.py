@@ -1,0 +1,384 @@
+"""What a run achieved, as typed data: the content of results.json.
+
+`write` and `read` are the only way in and out of that file, so that what one part of the pipeline
+writes is what another part reads. Keys that are absent from the file have their default.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxqat.errors import JaxqatError
+from jaxqat.integer._store.files import write_json
+from jaxqat.integer._store.typed_json import TypedJson
+
+TRAINED_STAGES = ("fp32", "qat")
+"""Stages that are trained, in order; each has checkpoints."""
+INTEGER_STAGES = ("qat", "ptq")
+"""Stages whose network is converted: RUN/integer is that of QAT, RUN/ptq that of PTQ."""
+NETWORKS = ("fp32", "ptq", "qat", "integer")
+"""Networks that are tested, in the order of the report."""
+
+_JSON = TypedJson(defaults=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClassScores:
+    """Quality of the predictions for one class.
+
+    Attributes:
+        name: Name of the class.
+        precision: Share of its predictions that are right, 0..1.
+        recall: Share of its images that are found, 0..1.
+        f1: Harmonic mean of the two.
+        support: Number of its images.
+    """
+
+    name: str
+    precision: float
+    recall: float
+    f1: float
+    support: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scores:
+    """Quality of a classifier on a split.
+
+    Attributes:
+        accuracy: Share of the images that are classified correctly, 0..1.
+        precision: Mean over the classes, with equal weights.
+        recall: Likewise.
+        f1: Likewise.
+        loss: Mean cross-entropy, in nats.
+        confusion_matrix: Counts of images, by true class (row) and predicted class (column).
+        per_class: Scores of each class, in the order of the matrix.
+        n: Number of images.
+    """
+
+    accuracy: float
+    precision: float
+    recall: float
+    f1: float
+    loss: float
+    confusion_matrix: tuple[tuple[int, ...], ...]
+    per_class: tuple[ClassScores, ...]
+    n: int
+
+    def __post_init__(self):
+        k = len(self.per_class)
+        lengths = [len(row) for row in self.confusion_matrix]
+        if lengths != [k] * k:
+            raise ValueError(
+                f"confusion_matrix must be {k} lists of {k} counts, one for each class of "
+                f"per_class; got lists of {lengths}."
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Origin:
+    """The run that trained an FP32 stage, if another one did."""
+
+    name: str
+    config_hash: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StageResult:
+    """A trained stage.
+
+    Attributes:
+        test: Scores on the test split.
+        train_seconds: Time that its epochs took.
+        epochs: Number of epochs.
+        bits: Bits of weights and activations, such as 'W4A4'; None for a float network.
+        from_run: The run that trained it, if another one did.
+    """
+
+    test: Scores
+    train_seconds: float
+    epochs: int
+    bits: str | None = None
+    from_run: Origin | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TensorDifferences:
+    """Codes of one tensor in two networks.
+
+    Attributes:
+        name: Name of the tensor.
+        codes: Number of codes that were compared.
+        differing: Number of codes that differ.
+        largest: Largest difference, in codes.
+        sqnr_db: Signal to quantization noise against the float network, in dB; None without one.
+    """
+
+    name: str
+    codes: int
+    differing: int
+    largest: int
+    sqnr_db: float | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VerificationResult:
+    """An integer network compared with the quantized network that it was made from.
+
+    Attributes:
+        tensors: Each tensor.
+        images: Number of images.
+        codes: Number of codes, all tensors together.
+        differing: Number of codes that differ.
+        largest: Largest difference, in codes.
+        top1_flips: Images whose class differs between the two.
+        top1_flips_fp32: Images whose class differs between the integer network and the same
+            weights in float; None if that was not compared.
+        logits_only: Whether one of the two shows no tensor inside, so that only classes count.
+        failures: How the contract is broken; empty if it is kept.
+    """
+
+    tensors: tuple[TensorDifferences, ...]
+    images: int
+    codes: int
+    differing: int
+    largest: int
+    top1_flips: int
+    top1_flips_fp32: int | None
+    logits_only: bool
+    failures: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class IntegerResult:
+    """The integer network of QAT.
+
+    Attributes:
+        test: Scores on the test split.
+        requantization: How accumulators become codes: 'float' or 'fixed_point'.
+        step: Training step of the checkpoint that it was made from.
+        bits: Bits of weights and activations, such as 'W4A4'.
+    """
+
+    test: Scores
+    requantization: str
+    step: int
+    bits: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PtqResult(IntegerResult):
+    """The integer network of post-training quantization.
+
+    Attributes:
+        calibration_batches: Training batches that the activation ranges come from.
+        calibration_images: Images in these.
+        preset: Name of the recipe, if a preset was asked for instead of the config's recipe.
+        recipe: The recipe.
+        size_bytes: Bytes of the network's arrays, as they are saved.
+        verify: The comparison with the quantized network, if there was one.
+    """
+
+    calibration_batches: int
+    calibration_images: int
+    preset: str | None
+    recipe: dict[str, Any]
+    size_bytes: int
+    verify: VerificationResult | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Speed:
+    """Images per second of a network; training is None where nothing was trained."""
+
+    evaluate_images_per_s: float
+    train_images_per_s: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SizeBytes:
+    """Bytes of the weights.
+
+    Attributes:
+        fp32: All parameters, four bytes each.
+        integer: The arrays of QAT's integer network, as they are saved; None if there is none.
+    """
+
+    fp32: int
+    integer: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerResult:
+    """A product of the network and how it is quantized.
+
+    Attributes:
+        path: Path of its module.
+        kind: 'conv', 'dense', 'embed' or 'attention'.
+        weight_shape: Shape of its weights.
+        weight_bits: Bits of the weights' codes; None in float.
+        act_bits: Bits of its input's codes; None in float.
+        macs: Multiply-accumulate operations for one image.
+        weight_min: Smallest weight.
+        weight_max: Largest weight.
+        act_min: Lower end of the activation range; None if there is none.
+        act_max: Upper end of the activation range; None if there is none.
+        float_reason: Why it stays in float; None if it is quantized.
+    """
+
+    path: str
+    kind: str
+    weight_shape: tuple[int, ...]
+    weight_bits: int | None
+    act_bits: int | None
+    macs: int
+    weight_min: float
+    weight_max: float
+    act_min: float | None
+    act_max: float | None
+    float_reason: str | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Environment:
+    """Versions of the packages, the device and the date."""
+
+    python: str
+    jax: str
+    jaxlib: str
+    flax: str
+    optax: str
+    aqtp: str
+    orbax: str
+    numpy: str
+    device: str
+    platform: str
+    devices: int
+    cpu_count: int | None
+    processor: str
+    date: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunInfo:
+    """What identifies a run.
+
+    Attributes:
+        name: Name of the experiment.
+        seed: Its seed.
+        precision: Precision of products in float.
+        config_hash: SHA-256 of its config.
+        data: Fingerprint of the data.
+        environment: Software and device.
+        command: What was typed.
+    """
+
+    name: str
+    seed: int
+    precision: str
+    config_hash: str
+    data: dict[str, Any]
+    environment: Environment
+    command: str | None = None
+
+
+class Tested(NamedTuple):
+    """A tested network: its key in results.json, its name for a reader, its scores."""
+
+    key: str
+    name: str
+    test: Scores
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Results(RunInfo):
+    """The content of results.json.
+
+    Attributes:
+        fp32: The FP32 stage.
+        parameters: Number of parameters.
+        macs: Multiply-accumulate operations for one image.
+        size_bytes: Bytes of the weights.
+        layers: Every product of the network.
+        speed: Speed of each tested network.
+        ptq: Post-training quantization; None if there was none.
+        qat: The QAT stage; None if it is not finished.
+        integer: QAT's integer network; None if there is none.
+        conversion_error: Why QAT's network could not be converted; None if it was.
+        verify: The integer network compared with QAT's quantized network.
+    """
+
+    fp32: StageResult
+    parameters: int
+    macs: int
+    size_bytes: SizeBytes
+    layers: tuple[LayerResult, ...]
+    speed: dict[str, Speed]
+    ptq: PtqResult | None = None
+    qat: StageResult | None = None
+    integer: IntegerResult | None = None
+    conversion_error: str | None = None
+    verify: VerificationResult | None = None
+
+    def __post_init__(self):
+        counts = {len(network.test.per_class) for network in self.tested()}
+        if len(counts) > 1:
+            raise ValueError(f"the networks have different numbers of classes: {sorted(counts)}.")
+
+    def tested(self) -> Iterator[Tested]:
+        """Return the tested networks, in the order in which they are made."""
+        yield Tested("fp32", "FP32", self.fp32.test)
+        if self.ptq is not None:
+            yield Tested("ptq", f"PTQ {self.ptq.bits}, integer", self.ptq.test)
+        if self.qat is not None:
+            yield Tested("qat", f"QAT {self.qat.bits}, quantized", self.qat.test)
+        if self.integer is not None:
+            yield Tested("integer", f"QAT {self.integer.bits}, integer", self.integer.test)
+
+    def adding(self, network: str, result: Any, speed: Speed, **more: Any) -> "Results":
+        """Return these results with one more network, or another one in its place."""
+        speeds = {**self.speed, network: speed}
+        return dataclasses.replace(self, **{network: result}, speed=speeds, **more)
+
+
+def to_json(value: Any) -> dict[str, Any]:
+    """Return one of the dataclasses above as plain JSON values."""
+    return _JSON.encode(value, type(value))
+
+
+def write(path: Path, results: Results, *, error: type[JaxqatError]) -> None:
+    """Replace results.json in one step.
+
+    Raises:
+        error: If it cannot be written.
+    """
+    write_json(path, to_json(results), error=error)
+
+
+def read(path: Path, *, error: type[JaxqatError]) -> Results:
+    """Read results.json.
+
+    Args:
+        path: The file.
+        error: What to raise.
+
+    Raises:
+        error: If it is missing, cannot be read, or its content is not as it should be; names the
+            file and the key.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as problem:
+        raise error(f"{path} is missing: the run has not been evaluated yet.") from problem
+    except (OSError, UnicodeDecodeError) as problem:
+        raise error(f"{path} cannot be read: {problem}.") from problem
+    try:
+        content = json.loads(text)
+    except ValueError as problem:
+        raise error(f"{path} is not JSON: {problem}.") from problem
+    try:
+        return _JSON.decode(content, Results)
+    except ValueError as problem:
+        raise error(f"{path} is broken: {problem}") from problem

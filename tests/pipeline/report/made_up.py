@@ -1,0 +1,149 @@
+"""Made-up results with the shape and the numbers of real ones."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxqat.pipeline.metrics import classification_metrics
+from jaxqat.pipeline.results import (
+    Environment,
+    IntegerResult,
+    LayerResult,
+    Results,
+    Scores,
+    SizeBytes,
+    Speed,
+    TensorDifferences,
+    VerificationResult,
+)
+
+CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer"]
+CIFAR10 += ["dog", "frog", "horse", "ship", "truck"]
+
+
+def scores(class_names: Sequence[str], accuracy: float, *, seed: int, per_class: int = 100):
+    """Scores of a made-up classifier that errs towards the neighbouring classes."""
+    rng = np.random.default_rng(seed)
+    k = len(class_names)
+    labels = np.repeat(np.arange(k), per_class)
+    wrong = rng.random(labels.size) > accuracy
+    predicted = (labels + wrong * rng.geometric(0.6, labels.size)) % k
+    logits = 4.0 * np.eye(k)[predicted] + rng.normal(size=(labels.size, k)) * 0.1
+    return classification_metrics(labels, logits, class_names)
+
+
+def records(stage: str, epochs: int, *, frozen: int = 0, validation: bool = True):
+    """Lines of metrics.jsonl with curves that rise and fall as training does."""
+    rng = np.random.default_rng(len(stage) + epochs)
+    start = 0.4 if stage == "fp32" else 0.9
+    for epoch in range(1, epochs + 1):
+        accuracy = start + (0.96 - start) * (1 - np.exp(-4 * epoch / epochs))
+        noise = rng.normal(scale=0.004, size=2)
+        yield {
+            "stage": stage,
+            "epoch": epoch,
+            "step": epoch * 390,
+            "learning_rate": 0.1 / epoch,
+            "loss": float(2.3 * (1 - accuracy) + noise[0]),
+            "accuracy": float(accuracy + noise[0]),
+            "validation_loss": float(2.4 * (1 - accuracy) + 0.06) if validation else None,
+            "validation_accuracy": float(accuracy - 0.02 + noise[1]) if validation else None,
+            "images_per_s": 1520.0,
+            "seconds": 33.1,
+            "frozen": epoch > epochs - frozen,
+        }
+
+
+def layer(path: str = "a", **changes: Any) -> LayerResult:
+    """A quantized convolution; `changes` sets other fields."""
+    fields: dict[str, Any] = {
+        "kind": "conv",
+        "weight_shape": (3, 3, 64, 64),
+        "weight_bits": 8,
+        "act_bits": 8,
+        "macs": 37_748_736,
+        "weight_min": -1.0,
+        "weight_max": 1.0,
+        "act_min": 0.0,
+        "act_max": 6.0,
+        "float_reason": None,
+    }
+    return LayerResult(path=path, **fields | changes)
+
+
+def layers() -> tuple[LayerResult, ...]:
+    """The 21 layers of ResNet-18, the last one left in float."""
+    rng = np.random.default_rng(1)
+    blocks = [(stage, block) for stage in (1, 2, 3, 4) for block in (0, 1)]
+    paths = ["stem_conv"]
+    for stage, block in blocks:
+        names = ["conv1", "conv2"] + (["shortcut_conv"] if stage > 1 and block == 0 else [])
+        paths += [f"stage{stage}/block{block}/{name}" for name in names]
+    rows = [
+        layer(
+            path,
+            weight_min=-float(rng.uniform(0.2, 1.2)),
+            weight_max=float(rng.uniform(0.2, 1.2)),
+            act_min=-2.1 if path == "stem_conv" else 0.0,
+            act_max=float(rng.uniform(1, 7)),
+        )
+        for path in paths
+    ]
+    in_float = {"weight_bits": None, "act_bits": None, "act_min": None, "act_max": None}
+    reason = "the recipe's rule 'head' leaves it in float"
+    shape = (512, 10)
+    head = layer("head", kind="dense", weight_shape=shape, float_reason=reason, **in_float)
+    return (*rows, head)
+
+
+def tensor(name: str, sqnr_db: float | None, differing: int = 0) -> TensorDifferences:
+    """Eight million codes of a tensor, of which some differ by one."""
+    return TensorDifferences(
+        name=name,
+        codes=8_000_000,
+        differing=differing,
+        largest=int(differing > 0),
+        sqnr_db=sqnr_db,
+    )
+
+
+def deploy(results: Results, test: Scores) -> Results:
+    """Add the integer network of `layers`: some of its codes differ."""
+    tensors = tuple(
+        tensor(f"{layer.path}/input", 40.0 - i if i else None, 3 * (i == 4))
+        for i, layer in enumerate(layers())
+    )
+    verification = VerificationResult(
+        tensors=tensors,
+        images=10_000,
+        codes=168_000_000,
+        differing=3,
+        largest=1,
+        top1_flips=0,
+        top1_flips_fp32=12,
+        logits_only=False,
+        failures=(),
+    )
+    integer = IntegerResult(test=test, requantization="float", step=11_700, bits="W8A8")
+    speed = Speed(evaluate_images_per_s=9120.0)
+    size = SizeBytes(fp32=44_695_848, integer=11_248_816)
+    return results.adding("integer", integer, speed, verify=verification, size_bytes=size)
+
+
+ENVIRONMENT = Environment(
+    python="3.11.7",
+    jax="0.10.2",
+    jaxlib="0.10.2",
+    flax="0.12.8",
+    optax="0.2.8",
+    aqtp="0.9.0",
+    orbax="0.12.8",
+    numpy="2.4.6",
+    device="NVIDIA H200",
+    platform="gpu",
+    devices=1,
+    cpu_count=2,
+    processor="AMD EPYC (x86_64)",
+    date="2026-11-23T11:49:31+00:00",
+)
