@@ -1,4 +1,5 @@
-"""What a person decides about quantization: bits, grids and exceptions, as plain data."""
+# pyright: strict
+"""What a user decides about quantization: bits, grids and exceptions, as plain data."""
 
 import dataclasses
 import difflib
@@ -55,34 +56,34 @@ def _check_numbers(key: str, settings: Any) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How one layer is quantized; `Recipe` has the defaults, a `Rule` what departs from them.
+    """How one layer is quantized; a `Recipe` has the defaults, its `Rule`s have exceptions.
 
-    Of a table of embeddings the settings of weights count, with rows in the place of channels; of
-    a product of two activations those of activations, for both.
+    A table of embeddings uses the settings of weights, with rows as channels. A product of two
+    activations uses the settings of activations for both.
 
     Attributes:
         weight_bits: Width of the weight codes, 2 to 8; null leaves the layer in float.
         act_bits: Width of the codes of the layer's input, 2 to 8; null leaves it in float.
-        weight_granularity: What has a scale of its own: 'per_channel' (each output channel),
-            'per_tensor', or 'per_group' (each `group_size` inputs of each output; dense layers).
+        weight_granularity: Weights that share one scale: 'per_channel' (each output channel),
+            'per_tensor', or 'per_group' (each `group_size` inputs of an output; dense layers).
         group_size: Inputs that share a scale under 'per_group'.
-        weight_range: Largest weight that a code stands for: 'absmax', the largest there is;
-            'percentile' of the magnitudes; 'mse', the one of least squared error among fractions
-            of the largest; 'snr', that search as AQT does it; 'lsq', learned step sizes (Esser
-            et al. 2020, arXiv:1902.08153).
+        weight_range: Method that sets the largest weight with a code: 'absmax', the largest
+            magnitude; 'percentile' of the magnitudes; 'mse', the fraction of the largest with the
+            least squared error; 'snr', the same search by AQT; 'lsq', learned step sizes (Esser et
+            al. 2020, arXiv:1902.08153).
         activations: 'affine' (an integer zero point, all 2**bits codes) or 'symmetric' (zero
             point 0, the weights' codes).
-        act_range: Range of real values that the input's codes cover: 'ema', moving averages of
-            each batch's minimum and maximum; 'minmax', the extremes ever seen; moving averages of
-            each batch's 'percentile', 'mse' or 'snr' range; 'lsq', a learned step size; 'pact', a
-            learned clipping bound (Choi et al. 2018, arXiv:1805.06085); 'dynamic', the largest
-            magnitude of each example, as AQT does by default (needs 'symmetric').
-        percentile: Of the values to cover by 'percentile' ranges, in percent; what is left out
-            is left out at each end.
-        rounding: Of weights while ranges move in training: to the 'nearest' code, or 'stochastic',
-            up with the probability of the rest (Gupta et al. 2015, arXiv:1502.02551, section 3).
-            The count of the layer's activation range is the seed. In inference always to the
-            nearest.
+        act_range: Method that sets the range of the input's codes: 'ema', moving averages of each
+            batch's minimum and maximum; 'minmax', the extremes of all batches; 'percentile', 'mse'
+            or 'snr', moving averages of each batch's range of that kind; 'lsq', a learned step
+            size; 'pact', a learned clipping bound (Choi et al. 2018, arXiv:1805.06085); 'dynamic',
+            the largest magnitude of each example, AQT's default (needs 'symmetric').
+        percentile: Percentile that 'percentile' ranges end at; the same share is left out at the
+            lower end of activations.
+        rounding: Rounding of weights while ranges move in training: to the 'nearest' code, or
+            'stochastic', up with the probability of the fractional part (Gupta et al. 2015,
+            arXiv:1502.02551, section 3), seeded by the count of the layer's activation range.
+            Inference always rounds to the nearest code.
     """
 
     weight_bits: int | None = 8
@@ -102,8 +103,8 @@ class Settings:
         _check_numbers("quant", self)
         if self.act_range == "dynamic" and self.activations != "symmetric":
             raise RecipeError(
-                "quant.act_range 'dynamic' needs quant.activations 'symmetric': a zero point of "
-                f"its own for each example has no integer product here, got {self.activations!r}."
+                "quant.act_range 'dynamic' needs quant.activations 'symmetric': integer products "
+                f"take no zero point per example here, got {self.activations!r}."
             )
         if self.act_range == "dynamic" and self.rounding == "stochastic":
             raise RecipeError(
@@ -122,17 +123,16 @@ SETTINGS = tuple(field.name for field in dataclasses.fields(Settings))
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rule:
-    """How the layers whose path and kind match are quantized; the first matching rule wins.
+    """Exceptions for the layers whose path and kind match; the first matching rule wins.
 
-    What a rule does not set ('inherit', or null where null says nothing else) is as the recipe
-    has it; see `Settings` for the meaning of all but the first two.
+    A field that a rule does not set ('inherit' for bits, null for all others) has the recipe's
+    value. `Settings` documents all fields but the first two.
 
     Attributes:
         path: Regular expression, matched in full against a module path such as
             'stage2/block0/conv1'.
-        kind: 'conv', 'dense', 'embed' (a table of embeddings), 'attention' (a product of two
-            activations, which is quantized only where a rule of this kind says so) or 'any' (the
-            first three).
+        kind: 'conv', 'dense', 'embed' (a table of embeddings), 'any' of these three, or
+            'attention' (a product of two activations; only a rule of this kind quantizes it).
     """
 
     path: str = ".*"
@@ -162,15 +162,15 @@ class Rule:
             ) from None
 
     def matches(self, path: str, kind: str) -> bool:
-        """Whether the layer of this path and kind is this rule's."""
+        """Return whether a layer of this path and kind matches."""
         named = kind == self.kind or (self.kind == "any" and kind != "attention")
         return named and re.fullmatch(self.path, path) is not None
 
     def over(self, default: Settings) -> Settings:
-        """The settings of a layer that this rule decides about.
+        """Return the settings of a layer that matches, given the recipe's.
 
         Raises:
-            RecipeError: The rule does not go with what it inherits; names the rule.
+            RecipeError: The rule contradicts the settings that it inherits.
         """
         values = {name: getattr(default, name) for name in SETTINGS}
         for name in SETTINGS:
@@ -190,14 +190,14 @@ class Recipe(Settings):
     Weights are symmetric, with codes -(2**(bits-1)-1) .. 2**(bits-1)-1. Activations have one
     scale per tensor (Krishnamoorthi 2018, arXiv:1806.08342, section 3.1): affine, with an
     integer zero point and all 2**bits codes, or symmetric, with the weights' codes. The fields of
-    `Settings` are what holds where no rule says otherwise.
+    `Settings` apply to layers that match no rule.
 
     Attributes:
         range_decay: Decay per training step of the moving averages of activation ranges, 0 up to
             (not including) 1.
-        first_last_bits: Width of weights and activations in the first and in the last layer where
-            no rule decides about them; null for that of the others.
-        rules: Exceptions, in order.
+        first_last_bits: Width of weights and activations in the first and the last layer, unless
+            a rule matches them; null uses the width of all other layers.
+        rules: Exceptions, in order; the first match wins.
     """
 
     range_decay: float = 0.99
@@ -219,14 +219,17 @@ class Recipe(Settings):
 
     @classmethod
     def preset(cls, name: str) -> Self:
-        """The named recipe.
+        """Return the recipe of this name.
 
-        'int8' has affine activations, 'int8_symmetric' the zero point 0, 'int8_dynamic' ranges of
-        each example (AQT's default). By where the network is to run: 'onnxruntime_x86' is 'int8',
-        whose codes are uint8 in the exported file; 'tensorrt', whose activations have no zero
-        points, is 'int8_symmetric'. 'w4a8' and 'w4a4' have 4 bits of weights, and 8 or 4 of
-        activations; 'w4a4_lsq' and 'w2a2_lsq' learn their step sizes, and keep 8 bits in the
-        first and in the last layer.
+        'int8' has affine activations, 'int8_symmetric' the zero point 0, and 'int8_dynamic' one
+        range per example (AQT's default). Two names stand for a deployment: 'onnxruntime_x86' is
+        'int8', whose codes are uint8 in the exported file; 'tensorrt', which has no zero points,
+        is 'int8_symmetric'. 'w4a8' and 'w4a4' have 4-bit weights with 8-bit or 4-bit activations.
+        'w4a4_lsq' and 'w2a2_lsq' learn their step sizes, with 8 bits in the first and the last
+        layer.
+
+        Raises:
+            RecipeError: There is no such preset.
         """
         symmetric = cls(activations="symmetric")
         lsq = cls(weight_range="lsq", act_range="lsq", first_last_bits=8)
@@ -248,10 +251,10 @@ class Recipe(Settings):
         return presets[name]
 
     def settings(self, path: str, kind: str, *, at_edge: bool = False) -> Settings | None:
-        """How the layer of this path and kind is quantized; None leaves it in float.
+        """Return the settings of a layer; None leaves it in float.
 
         Args:
-            path: Of its module.
+            path: Path of its module.
             kind: 'conv', 'dense', 'embed' or 'attention'.
             at_edge: Whether it is the first or the last layer of the model.
         """
@@ -265,14 +268,14 @@ class Recipe(Settings):
         return None if settings.weight_bits is None else settings
 
     def check_rules(self, layers: Sequence[tuple[str, str]]) -> None:
-        """Refuses a rule that decides about no layer.
+        """Raise an error for a rule that decides about no layer.
 
         Args:
             layers: Path and kind of every layer of the model that can be quantized.
 
         Raises:
-            RecipeError: Names the rule and the nearest paths, or says that earlier rules take
-                all that it matches.
+            RecipeError: A rule matches no layer, or only layers that earlier rules match. The
+                message names the rule and the nearest paths.
         """
         for number, rule in enumerate(self.rules):
             matched = [layer for layer in layers if rule.matches(*layer)]
@@ -281,7 +284,7 @@ class Recipe(Settings):
                 raise RecipeError(
                     f"quant.rules: every layer that the rule path={rule.path!r}, "
                     f"kind={rule.kind!r} matches is taken by a rule before it; the first match "
-                    "wins, so put the more special rule first."
+                    "wins, so put the more specific rule first."
                 )
             if not matched:
                 paths = [path for path, _ in layers]

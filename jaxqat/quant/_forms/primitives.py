@@ -10,7 +10,6 @@ import enum
 
 from jaxqat.quant._forms import rules
 from jaxqat.quant._forms.rules import FormRule
-from jaxqat.quant._trace.program import PRODUCTS
 
 
 class Kind(enum.Enum):
@@ -28,7 +27,8 @@ class Kind(enum.Enum):
     SUM = "sums elements, as average pooling does"
     REDUCE = "reduces elements in another way"
     CALL = "calls a function that the trace keeps whole, as `jax.nn.relu` is"
-    PRODUCT = "multiplies tensors: a layer, if one side depends on parameters only"
+    CONV = "is a convolution: a layer, if one side depends on parameters only"
+    DOT = "is a dot product: a layer, if one side depends on parameters only"
     OTHER_PRODUCT = "multiplies tensors in a way that has no integer form here"
     LOOKUP = "picks rows of a table: an embedding, if that depends on parameters only"
     UNKNOWN = "is not in the table"
@@ -44,17 +44,25 @@ class Primitive:
         may_be_statistic: Whether reducing over the batch with it makes a batch statistic.
         joins_branches: Whether two tensors that depend on the data meet in it as in a residual
             addition.
+        may_be_contracted: Whether a compiler may fuse it with a later addition into one
+            multiply-add.
     """
 
     kind: Kind
     form: FormRule | None = None
     may_be_statistic: bool = False
     joins_branches: bool = False
+    may_be_contracted: bool = False
 
     @property
     def is_pointwise(self) -> bool:
         """Whether each element of the result depends on that element of the operands only."""
         return self.kind in (Kind.CAST, Kind.COPY, Kind.AFFINE, Kind.CLIP, Kind.SELECT)
+
+    @property
+    def is_product(self) -> bool:
+        """Whether it can be a layer that multiplies."""
+        return self.kind in (Kind.CONV, Kind.DOT)
 
     @property
     def keeps_values(self) -> bool:
@@ -91,7 +99,7 @@ PRIMITIVES: dict[str, Primitive] = {
     "concatenate": Primitive(Kind.JOIN, rules.joined),
     "add": Primitive(Kind.AFFINE, rules.added, joins_branches=True),
     "sub": Primitive(Kind.AFFINE, rules.subtracted),
-    "mul": Primitive(Kind.AFFINE, rules.multiplied),
+    "mul": Primitive(Kind.AFFINE, rules.multiplied, may_be_contracted=True),
     "div": Primitive(Kind.AFFINE, rules.divided),
     "neg": Primitive(Kind.AFFINE, rules.negated),
     "max": Primitive(Kind.CLIP, rules.at_least),
@@ -104,8 +112,9 @@ PRIMITIVES: dict[str, Primitive] = {
     "reduce_prod": Primitive(Kind.REDUCE, may_be_statistic=True),
     # Its form is that of its body (`derive.form_of`).
     "custom_jvp_call": Primitive(Kind.CALL),
-    # The trace already has to know these: it takes calls apart that hold them.
-    **{name: Primitive(Kind.PRODUCT) for name in sorted(PRODUCTS)},
+    # The trace has to know these two as well (`program.PRODUCTS`): it inlines calls with them.
+    "conv_general_dilated": Primitive(Kind.CONV),
+    "dot_general": Primitive(Kind.DOT),
     "ragged_dot": Primitive(Kind.OTHER_PRODUCT),
     "ragged_dot_general": Primitive(Kind.OTHER_PRODUCT),
     "scaled_dot": Primitive(Kind.OTHER_PRODUCT),

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxqat.quant import _forms as forms
 from jaxqat.quant._forms.derive import form_of
 from jaxqat.quant._forms.operand import any_of
+from jaxqat.quant._forms.primitives import primitive_of
 from jaxqat.quant._interpret.layers import EvaluatedLayer, LayerEvaluator
 from jaxqat.quant._interpret.modes import LayerSwitches, Mode, Switches
 from jaxqat.quant._interpret.states import States
@@ -126,7 +127,7 @@ class Evaluator:
         statistics anyway, does not need it.
         """
         frozen = self._mode is Mode.FROZEN and self.plan.level[number] == PARAMETERS
-        if frozen and node.name == "mul" and values.dtype == jnp.float32:
+        if frozen and primitive_of(node.name).may_be_contracted and values.dtype == jnp.float32:
             return forms.uncontracted(values)
         return values
 

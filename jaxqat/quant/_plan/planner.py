@@ -90,9 +90,10 @@ class _Planner:
 
     def visit(self, node: Node) -> None:
         """Take a node into the table if it is a product, and plan it if it is quantized."""
-        kind = primitive_of(node.name).kind
-        if kind is Kind.PRODUCT:
+        primitive = primitive_of(node.name)
+        if primitive.is_product:
             return self._visit_product(node)
+        kind = primitive.kind
         if kind is Kind.LOOKUP:
             return self._visit_lookup(node)
         if kind is Kind.OTHER_PRODUCT:
@@ -103,7 +104,7 @@ class _Planner:
                 self._leave_inner(node, reason)
 
     def _visit_product(self, node: Node) -> None:
-        kind = "conv" if node.name == "conv_general_dilated" else "dense"
+        kind = "conv" if primitive_of(node.name).kind is Kind.CONV else "dense"
         side = self._operands.weight_side(node)
         if side is None:
             return self._visit_pair(node, kind)
@@ -118,10 +119,10 @@ class _Planner:
         return self.recipe.settings(path, kind, at_edge=self._identity(node) in self._edges)
 
     def _has_weights(self, node: Node) -> bool:
-        kind = primitive_of(node.name).kind
-        if kind is Kind.LOOKUP:
+        primitive = primitive_of(node.name)
+        if primitive.kind is Kind.LOOKUP:
             return self._operands.table_name(node) is not None
-        return kind is Kind.PRODUCT and self._operands.weight_side(node) is not None
+        return primitive.is_product and self._operands.weight_side(node) is not None
 
     def _identity(self, node: Node) -> Any:
         """Return what identifies a layer: iterations of a loop that share weights are one layer."""

@@ -20,8 +20,8 @@ from jax.extend import core as jex_core
 PRODUCTS = frozenset({"conv_general_dilated", "dot_general"})
 # Calls that mean no more than their body (`jnp.pad` is one). Inlining `checkpoint` gives up its
 # saving of memory, so only those with products inside are inlined.
-_INLINED = frozenset({"jit", "pjit", "closed_call", "core_call"})
-_INLINED_FOR_PRODUCTS = frozenset({"checkpoint", "remat2"})
+INLINED = frozenset({"jit", "pjit", "closed_call", "core_call"})
+INLINED_FOR_PRODUCTS = frozenset({"checkpoint", "remat2"})
 # A scan with products inside is unrolled up to this length; a longer one stays in float.
 MAX_ITERATIONS = 128
 
@@ -170,7 +170,7 @@ class Program:
             inner = list(inner_jaxprs(equation))
             name = equation.primitive.name
             here = "/".join(part for part in (scope, str(equation.source_info.name_stack)) if part)
-            if name in _INLINED or (name in _INLINED_FOR_PRODUCTS and products_inside(inner[0])):
+            if name in INLINED or (name in INLINED_FOR_PRODUCTS and products_inside(inner[0])):
                 body = next(p for p in equation.params.values() if _is_jaxpr(p))
                 closed = getattr(body, "consts", ())
                 results = self._inline(inner[0], closed, operands, here, loop)

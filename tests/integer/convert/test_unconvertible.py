@@ -65,7 +65,7 @@ REFUSED = {
         lambda p, x: head(
             p, jax.lax.fori_loop(0, 129, lambda _, c: relu(conv(c, p["b"])), features(p, x))
         ),
-        r"scan1 \(any\): 1 product\(s\) inside a 'scan', which is not taken apart",
+        r"scan1 \(any\): 1 product\(s\) inside a 'scan', which stays whole",
     ),
     "a choice of rows by the data": (
         lambda p, x: features(p, x)[:, jnp.argmax(x.sum((0, 2, 3)))].mean(1) @ p["head"],

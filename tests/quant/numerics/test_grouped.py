@@ -103,7 +103,7 @@ def test_a_network_with_groups_is_refused_by_convert_with_the_reason():
 
 def test_groups_that_do_not_divide_and_layers_without_groups_are_named():
     model = jaxqat.quantize(lambda p, x: x @ p["w"], recipe(group_size=5))
-    with pytest.raises(RecipeError, match=r"group_size 5 does not divide 12, of w"):
+    with pytest.raises(RecipeError, match=r"group_size 5 does not divide the 12 inputs of w"):
         model.init_ranges({"w": WEIGHTS}, ROWS)
 
     def conv(p, x):
