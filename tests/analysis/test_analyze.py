@@ -33,21 +33,19 @@ def mlp(params, x):
 
 
 def calibrated(recipe: Recipe | str = "int8"):
-    model = jaxqat.quantize(mlp, recipe)
-    return model, model.calibrate(PARAMS, model.init_ranges(PARAMS, SEEN), SEEN)
+    return jaxqat.quantize(mlp, recipe).bind({"params": PARAMS}).calibrate(SEEN)
 
 
 @functools.cache
 def found():
-    model, ranges = calibrated()
-    return jaxqat.analyze(model, PARAMS, ranges, batches=iter(BATCHES), labels=LABELS)
+    return jaxqat.analyze(calibrated(), batches=iter(BATCHES), labels=LABELS)
 
 
 class Reference:
     """The same network in NumPy, in float64, with chosen layers quantized."""
 
     def __init__(self):
-        _, self.ranges = calibrated()
+        self.ranges = calibrated().variables["quant"]
         self.inputs, self.outputs, self.codes, self.grids = {}, {}, {}, {}
 
     def run(self, on):
@@ -148,8 +146,7 @@ def test_sensitivity_is_what_numpy_computes_with_layers_on_and_off():
 @pytest.mark.parametrize("path", PARAMS)
 def test_a_layer_of_two_bits_is_the_most_sensitive(path):
     recipe = Recipe(rules=(Rule(path=path, weight_bits=2, act_bits=8),))
-    model, ranges = calibrated(recipe)
-    analysis = jaxqat.analyze(model, PARAMS, ranges, batches=[SEEN])
+    analysis = jaxqat.analyze(calibrated(recipe), batches=[SEEN])
     assert analysis.sensitivity[0].path == path
     worst, *others = (s.without.sqnr_db or 0 for s in analysis.sensitivity)
     assert worst > max(others)  # And it is worth most to leave it in float.
@@ -167,7 +164,7 @@ def test_linen_modules_are_analyzed_with_normalization_as_a_part(name):
     logits = np.asarray(
         model.model.apply(model.variables, np.round(255 * images) / 255, train=False)
     )
-    table = model.model.describe(model.variables, images, train=False)
+    table = model.model.layers(model.variables, images, train=False)
     variables = {k: v for k, v in model.variables.items() if k != "quant"}
     real = MODELS[name].apply(variables, np.round(255 * images) / 255, train=False)
     # The logits to 2**-20 of themselves, and with them their difference.
@@ -207,8 +204,8 @@ def test_a_layer_that_is_used_twice_has_two_rows_and_one_sensitivity():
             return nn.Dense(3, name="head")(layer(nn.relu(layer(x))))
 
     variables = Twice().init(jax.random.key(0), ROWS)
-    model, variables = jaxqat.calibrate(Twice(), variables, [SEEN])
-    analysis = jaxqat.analyze(model, variables, batches=[ROWS])
+    network = jaxqat.calibrate(Twice(), variables, batches=[SEEN])
+    analysis = jaxqat.analyze(network, batches=[ROWS])
     assert [layer.path for layer in analysis.layers] == ["shared", "shared", "head"]
     assert {layer.input for layer in analysis.layers} == {t.name for t in analysis.tensors}
     assert sorted(s.path for s in analysis.sensitivity) == ["head", "shared"]
@@ -217,8 +214,8 @@ def test_a_layer_that_is_used_twice_has_two_rows_and_one_sensitivity():
 
 def test_a_result_of_one_number_has_no_classes():
     model = jaxqat.quantize(lambda params, x: mlp(params, x)[:, :1])
-    ranges = model.calibrate(PARAMS, model.init_ranges(PARAMS, SEEN), SEEN)
-    analysis = jaxqat.analyze(model, PARAMS, ranges, batches=[SEEN])
+    variables = model.calibrate({"params": PARAMS}, SEEN)
+    analysis = jaxqat.analyze(model, variables, batches=[SEEN])
     assert analysis.quantized.agreement is None and analysis.quantized.sqnr_db is not None
     assert "agree" not in str(analysis)
 
@@ -234,9 +231,9 @@ def test_a_result_of_one_number_has_no_classes():
     ids=["no batch", "few labels", "other labels", "NaN"],
 )
 def test_what_cannot_be_analyzed_is_named(change, message):
-    model, ranges = calibrated()
+    network = calibrated()
     with pytest.raises(QuantizationError, match=message):
-        jaxqat.analyze(model, PARAMS, ranges, **{"batches": BATCHES, **change})
+        jaxqat.analyze(network, **{"batches": BATCHES, **change})
 
 
 def test_a_model_without_quantized_layers_or_with_several_results_is_refused():
@@ -244,8 +241,9 @@ def test_a_model_without_quantized_layers_or_with_several_results_is_refused():
         jaxqat.analyze(mlp, PARAMS, batches=BATCHES)  # pyright: ignore[reportArgumentType]
     rule = Rule(weight_bits=None, act_bits=None)
     with pytest.raises(QuantizationError, match="No layer of the model is quantized"):
-        jaxqat.analyze(jaxqat.quantize(mlp, Recipe(rules=(rule,))), PARAMS, {}, batches=BATCHES)
+        model = jaxqat.quantize(mlp, Recipe(rules=(rule,)))
+        jaxqat.analyze(model, {"params": PARAMS}, batches=BATCHES)
     model = jaxqat.quantize(lambda params, x: (mlp(params, x), x))
-    ranges = model.calibrate(PARAMS, model.init_ranges(PARAMS, SEEN), SEEN)
+    variables = model.calibrate({"params": PARAMS}, SEEN)
     with pytest.raises(QuantizationError, match=r"got 2 of the shapes \(32, 5\), \(32, 6\)"):
-        jaxqat.analyze(model, PARAMS, ranges, batches=BATCHES)
+        jaxqat.analyze(model, variables, batches=BATCHES)

@@ -55,12 +55,12 @@ def recomputed(run: Path, batches: int = 2, recipe: str = "int8"):
     def prepare(images):
         return normalize(images, data.mean, data.std)
 
-    model, variables = jaxqat.calibrate(
-        SmallNet(10), fp32.tree(), [prepare(data.train.images[i]) for i in order], recipe,
-        train=False,
+    network = jaxqat.calibrate(
+        SmallNet(10), fp32.tree(), batches=[data.train.images[i] for i in order], recipe=recipe,
+        preprocess=prepare, train=False,
     )  # fmt: skip
     image = jnp.zeros((1, 8, 8, 1))
-    graph = jaxqat.convert(model, variables, image, preprocess=prepare, train=False)
+    graph = jaxqat.convert(network, image, preprocess=prepare)
     _, logits = integer_graph.run(graph, data.test.images)
     scores = classification_metrics(data.test.labels, logits, [str(i) for i in range(10)])
     return graph, logits, to_json(scores)

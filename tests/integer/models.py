@@ -232,9 +232,9 @@ def trained(module, recipe: Any = "int8", *, images=None, seed=0) -> Trained:
     )
     variables = dict(randomized(shapes, seed))
     model = jaxqat.quantize(module, recipe)
-    variables["quant"] = model.init_ranges(variables, images, train=False)
+    variables = model.init_quant(variables, images, train=False)
     calibrate = jax.jit(functools.partial(model.calibrate, train=False))
-    return Trained(model, {**variables, "quant": calibrate(variables, images)})
+    return Trained(model, calibrate(variables, images))
 
 
 def assert_same(actual, expected, *, every=True):
@@ -269,7 +269,7 @@ def conv(x, w, padding: Any = "SAME", **options):
 
 
 def calibrated(function, recipe: Any = "int8"):
-    """A quantized function of `WEIGHTS` and images, with its ranges."""
+    """A quantized function of `WEIGHTS` and images, and its variables with ranges."""
     model = jaxqat.quantize(function, recipe)
-    ranges = model.init_ranges(WEIGHTS, inputs(4))
-    return model, jax.jit(model.calibrate)(WEIGHTS, ranges, inputs(4))
+    variables = model.init_quant({"params": WEIGHTS}, inputs(4))
+    return model, jax.jit(model.calibrate)(variables, inputs(4))

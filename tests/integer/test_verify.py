@@ -187,9 +187,9 @@ def test_a_model_of_several_results_is_refused():
     weights = {"w": np.ones((3, 2), np.float32)}
     x = np.ones((2, 3), np.float32)
     model = jaxqat.quantize(lambda p, x: (x @ p["w"], x))
-    ranges = model.calibrate(weights, model.init_ranges(weights, x), x)
+    variables = model.calibrate({"params": weights}, x)
     with pytest.raises(ValueError, match="returns 2 arrays; one is needed"):
-        jaxqat.verify(model, weights, ranges, graph=example()[1], batches=[x])
+        jaxqat.verify(model, variables, graph=example()[1], batches=[x])
 
 
 def verification(codes, differing, largest, flips=0):

@@ -47,7 +47,7 @@ def resnet18(recipe: str):
     variables["params"] = jax.tree.map(
         lambda leaf: rng.normal(size=leaf.shape).astype(leaf.dtype), variables["params"]
     )
-    ranges = model.init_ranges(variables, images, train=False)
+    ranges = model.init_quant(variables, images, train=False)["quant"]
     values = {"min": np.float32(0), "max": np.float32(3), "count": np.int32(1)}
     ranges = jax.tree.map_with_path(lambda path, _: values[path[-1].key], ranges)
     ranges["stem_conv"]["input"]["min"] = np.float32(-3)

@@ -2,6 +2,7 @@
 
 import functools
 import re
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -31,10 +32,10 @@ def plain_variables():
 
 def calibrated(model, recipe, images):
     """The quantized `Residual` and its variables, with ranges from these images."""
-    quantized, variables = jaxqat.quantize(model, recipe), plain_variables()
-    variables = {**variables, "quant": quantized.init_ranges(variables, images, train=False)}
+    quantized = jaxqat.quantize(model, recipe)
+    variables = quantized.init_quant(plain_variables(), images, train=False)
     calibrate = jax.jit(lambda v, x: quantized.calibrate(v, x, train=False))
-    return quantized, {**variables, "quant": calibrate(variables, images)}
+    return quantized, calibrate(variables, images)
 
 
 # Where only a rough value or a shape counts, XLA need not optimize: it compiles in a third.
@@ -91,7 +92,7 @@ def test_a_channel_whose_gamma_is_zero_is_its_constant(images):
 
 def test_a_tensor_with_two_readers_has_one_range_that_both_use(images):
     quantized, variables = calibrated(Residual(), "int8", images)
-    table = {info.path: info for info in quantized.describe(variables, images, train=False)}
+    table = {info.path: info for info in quantized.layers(variables, images, train=False)}
     assert tuple(table) == LAYERS
     assert table["conv3"].range_key == table["conv4"].range_key == ("conv3", "input")
     assert set(ranges_of(variables)) == {
@@ -101,8 +102,11 @@ def test_a_tensor_with_two_readers_has_one_range_that_both_use(images):
 
 def test_training_and_inference_quantize_the_same_tensors(images):
     quantized, variables = calibrated(Residual(), "int8", images)
-    train = quantized.init_ranges(variables, images, train=True)
-    assert jax.tree.structure(train) == jax.tree.structure(variables["quant"])
+    empty = quantized.init_quant(variables, images, train=True, mutable=["batch_stats"])
+    assert jax.tree.structure(empty["quant"]) == jax.tree.structure(variables["quant"])
+    key = jax.random.key(0)
+    init = jax.eval_shape(jitted(quantized.init, train=True), key, images)
+    assert jax.tree.structure(init["quant"]) == jax.tree.structure(variables["quant"])
 
 
 def test_the_parameter_tree_is_the_models_own(images):
@@ -123,8 +127,9 @@ def test_every_kernel_of_resnet18_gets_a_gradient(recipe, train):
     quantized = jaxqat.quantize(model, recipe)
     init = jitted(quantized.init, train=False, compiler_options=QUICKLY)
     variables = init(jax.random.key(0), images)
-    calibrate = jitted(quantized.calibrate, train=train, compiler_options=QUICKLY)
-    variables["quant"] = calibrate(variables, images)
+    mutable = ["batch_stats"] if train else False
+    calibrate = jitted(quantized.calibrate, train=train, mutable=mutable, compiler_options=QUICKLY)
+    variables = calibrate(variables, images)
 
     def loss(params):
         state = {**variables, "params": params}
@@ -176,7 +181,7 @@ def test_every_product_carries_its_layers_path_into_the_compiled_program(images)
     quantized, variables = calibrated(Residual(), "int8", images)
     program = jitted(quantized.apply, train=False, mutable=["quant"])
     text = program.lower(variables, images).as_text("hlo", debug_info=True)
-    for layer in quantized.describe(variables, images, train=False):
+    for layer in quantized.layers(variables, images, train=False):
         assert re.search(rf'(convolution|dot)\(.*op_name="[^"]*/{layer.path}/', text), layer.path
 
 
@@ -195,8 +200,7 @@ def test_ranges_move_in_training_only(images):
 
 def test_ranges_are_used_one_step_late_but_for_the_first_batch(images):
     quantized = jaxqat.quantize(Residual(), "int8")
-    variables = plain_variables()
-    variables = {**variables, "quant": quantized.init_ranges(variables, images, train=False)}
+    variables = quantized.init_quant(plain_variables(), images, train=False)
     step = jitted(quantized.apply, train=False, mutable=["quant"])
     first, updates = step(variables, images)
     after, _ = step({**variables, **updates}, images)
@@ -220,7 +224,7 @@ def test_rules_set_bits_and_leave_layers_in_float_by_name(images):
         )
     )
     quantized, variables = calibrated(Residual(), recipe, images)
-    table = {info.path: info for info in quantized.describe(variables, images, train=False)}
+    table = {info.path: info for info in quantized.layers(variables, images, train=False)}
     assert table["conv0"].weight_bits is None
     assert table["conv0"].float_reason == "the recipe leaves it in float"
     assert (table["conv1"].weight_bits, table["conv1"].act_bits) == (4, 6)
@@ -239,7 +243,7 @@ class Attention(nn.Module):
 def test_a_product_of_two_activations_is_named_with_the_reason():
     x = jnp.ones((2, 5, 8))
     quantized = jaxqat.quantize(Attention(), "int8")
-    table = quantized.describe(Attention().init(jax.random.key(0), x), x)
+    table = quantized.layers(Attention().init(jax.random.key(0), x), x)
     left = [info for info in table if info.float_reason]
     assert len(table) == 6 and len(left) == 2
     assert all(info.float_reason == "both operands depend on the data" for info in left)
@@ -257,28 +261,30 @@ def test_a_plain_function_is_quantized_with_its_state_beside_it():
         return jax.nn.relu(x @ params["in"]["w"]) @ params["out"]["w"]
 
     quantized = jaxqat.quantize(model)
-    state = quantized.init_ranges(params, x)
-    assert [info.path for info in quantized.describe(params, x)] == ["in", "out"]
-    state = quantized.calibrate(params, state, x)
-    actual, expected = quantized(params, state, x), model(params, x)
+    variables = quantized.init_quant({"params": params}, x)
+    assert [info.path for info in quantized.layers(variables, x)] == ["in", "out"]
+    variables = quantized.calibrate(variables, x)
+    actual, expected = quantized.apply(variables, x), model(params, x)
     assert np.linalg.norm(actual - expected) < 0.05 * np.linalg.norm(expected)
-    result, moved = quantized(params, state, x, update=True)
+    result, updates = quantized.apply(variables, x, mutable=["quant"])
     np.testing.assert_array_equal(result, actual)
-    assert int(moved["in"]["input"]["count"]) == 2
+    assert int(updates["quant"]["in"]["input"]["count"]) == 2
 
 
 def test_variables_without_ranges_are_an_error_that_says_what_to_do(images):
     quantized = jaxqat.quantize(Residual())
     variables = plain_variables()
-    with pytest.raises(jaxqat.QuantizationError, match=r"without 'quant'.*init_ranges"):
+    with pytest.raises(jaxqat.QuantizationError, match=r"without 'quant'.*`calibrate`"):
         quantized.apply(variables, images, train=False)
+    empty = quantized.init_quant(variables, images, train=False)
+    del empty["quant"]["conv0"]
     with pytest.raises(jaxqat.QuantizationError, match="hold nothing for 'conv0/input'"):
-        quantized.apply({**variables, "quant": {}}, images, train=False)
+        quantized.apply(empty, images, train=False)
 
 
 @pytest.mark.parametrize("model", [3, None, "resnet", {"params": {}}, np.ones(3)], ids=str)
-def test_what_is_neither_module_nor_function_is_refused(model):
-    name = type(model).__name__
+def test_what_is_neither_module_nor_function_is_refused(model: Any):
+    name = f"int {model}" if isinstance(model, int) else type(model).__name__
     match = rf"Flax module .* or a function .* got {name}\."
     with pytest.raises(jaxqat.QuantizationError, match=match):
         jaxqat.quantize(model)

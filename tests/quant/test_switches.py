@@ -21,7 +21,7 @@ DIFFERENT = {("residual", ("stem", "conv2", "project", "head"))}
 def switched(name):
     """A quantized model, its layers, and its result for switches, which is compiled once."""
     model = trained(MODELS[name])
-    table = model.model.describe(model.variables, IMAGES, train=False)
+    table = model.model.layers(model.variables, IMAGES, train=False)
 
     traces = []
 

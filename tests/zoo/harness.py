@@ -75,7 +75,7 @@ class Quantized:
 
     def table(self) -> tuple[jaxqat.LayerInfo, ...]:
         model, before = self.in_inference()
-        return model.describe(*before[:1], self.inputs, **self.kwargs)
+        return model.layers(*before, self.inputs, **self.kwargs)
 
     def describe(self) -> jaxqat.Description:
         model, before = self.in_inference()
@@ -142,33 +142,32 @@ def linen(
     module: nn.Module, inputs: np.ndarray, recipe: jaxqat.Recipe | str = "int8", *, modes: bool
 ) -> Quantized:
     """A Linen module; with `modes` it takes `train`."""
-    kwargs = {"train": False} if modes else {}
+    kwargs: dict[str, Any] = {"train": False} if modes else {}
     variables = linen_variables(module, inputs)
     names, before, copy = set(variables), copied(variables["params"]), module.clone()
-    model, variables = jaxqat.calibrate(module, variables, [inputs], recipe, **kwargs)
-    learned, ranges = jaxqat.split_learned(variables["quant"])
-    mutable = [name for name in variables if name != "params"]
-
-    def together(parameters: Any, rest: Any) -> dict[str, Any]:
-        weights, learned = parameters
-        return {**rest, "params": weights, "quant": jaxqat.join_learned(learned, rest["quant"])}
+    network = jaxqat.calibrate(module, variables, batches=[inputs], recipe=recipe, **kwargs)
+    model: Any = network.model
+    parameters, rest = _split(network.variables)
 
     def loss(parameters: Any, rest: Any, key: jax.Array) -> tuple[jax.Array, Any]:
         logits, updates = model.apply(
-            together(parameters, rest), inputs, mutable=mutable, rngs={"dropout": key},
+            {**rest, **parameters}, inputs, mutable=list(rest), rngs={"dropout": key},
             **({"train": True} if modes else {}),
         )  # fmt: skip
-        updates = {**updates, "quant": jaxqat.split_learned(updates["quant"])[1]}
         return cross_entropy(logits), updates
 
-    rest = {**{name: variables[name] for name in mutable}, "quant": ranges}
-    parameters = (variables["params"], learned)
-    arguments = lambda parameters, rest: (model, (together(parameters, rest),))  # noqa: E731
+    arguments = lambda parameters, rest: (model, ({**rest, **parameters},))  # noqa: E731
     return Quantized(
-        model, parameters, rest, loss, arguments, inputs, kwargs, lambda pair: pair[0],
-        frozenset(set(variables) - names), before,
+        model, parameters, rest, loss, arguments, inputs, kwargs, lambda tree: tree["params"],
+        frozenset(set(network.variables) - names), before,
         lambda: model.module is module and module == copy,  # Compared by their fields.
     )  # fmt: skip
+
+
+def _split(variables: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the collections that gradients train, and the others."""
+    trained = {name: variables[name] for name in ("params", "quant_params") if name in variables}
+    return trained, {name: value for name, value in variables.items() if name not in trained}
 
 
 def nnx_module(
@@ -179,7 +178,7 @@ def nnx_module(
         copied(nnx.to_pure_dict(nnx.state(module, only)))
         for only in (nnx.Not(nnx.RngState), nnx.Param)
     )
-    (model,) = jaxqat.calibrate(module, None, [inputs], recipe)
+    model: Any = jaxqat.calibrate(module, batches=[inputs], recipe=recipe).model
     added = frozenset(_types(model) - _types(module))
     model.train()
     graph, parameters, rest = nnx.split(model, nnx.Param, ...)
@@ -219,23 +218,30 @@ def function(
     """A function of parameters, or an Equinox module that is its own parameters."""
     array = lambda leaf: leaf if isinstance(leaf, (jax.Array, np.ndarray)) else None  # noqa: E731
     before = copied(jax.tree.map(array, parameters))
-    quantized, parameters, ranges = jaxqat.calibrate(model, parameters, [inputs], recipe)
-    arrays = jax.tree.map(array, parameters)
+    variables = {"params": parameters}
+    network = jaxqat.calibrate(model, variables, batches=[inputs], recipe=recipe)
+    quantized: Any = network.model
+    trained, rest = _split(network.variables)
+    arrays = {**trained, "params": jax.tree.map(array, parameters)}
 
     def whole(arrays: Any) -> Any:
         """With the functions that an Equinox module holds, which no gradient is taken of."""
-        filled = iter(jax.tree.leaves(arrays))
+        filled = iter(jax.tree.leaves(arrays["params"]))
         leaves, structure = jax.tree.flatten(parameters)
-        return structure.unflatten(
+        params = structure.unflatten(
             [leaf if array(leaf) is None else next(filled) for leaf in leaves]
         )
+        return {**arrays, "params": params}
 
-    def loss(arrays: Any, ranges: Any, key: jax.Array) -> tuple[jax.Array, Any]:
-        logits, ranges = quantized(whole(arrays), ranges, inputs, update=True)
-        return cross_entropy(logits), ranges
+    def loss(arrays: Any, rest: Any, key: jax.Array) -> tuple[jax.Array, Any]:
+        logits, updates = quantized.apply({**rest, **whole(arrays)}, inputs, mutable=["quant"])
+        return cross_entropy(logits), updates
 
-    arguments = lambda arrays, ranges: (quantized, (whole(arrays), ranges))  # noqa: E731
-    return Quantized(quantized, arrays, ranges, loss, arguments, inputs, before=before)
+    arguments = lambda arrays, rest: (quantized, ({**rest, **whole(arrays)},))  # noqa: E731
+    return Quantized(
+        quantized, arrays, rest, loss, arguments, inputs, weights=lambda tree: tree["params"],
+        before=before,
+    )  # fmt: skip
 
 
 def at(tree: Any, path: tuple[str, ...]) -> Any:

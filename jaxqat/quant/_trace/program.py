@@ -192,7 +192,7 @@ class Program:
     ) -> list[Atom]:
         """Inline all iterations of a scan; return its results, carried and stacked."""
         params = equation.params
-        body, constants, carried = params["jaxpr"], params["num_consts"], params["num_carry"]
+        body, constants, carried = _scan_parts(equation)
         shared, carry = operands[:constants], list(operands[constants : constants + carried])
         over = operands[constants + carried :]
         start = jax.make_jaxpr(lambda *xs: [jnp.copy(x) for x in xs])(*map(self.aval, carry))
@@ -205,13 +205,31 @@ class Program:
             take = jax.make_jaxpr(lambda *xs, i=iteration: [x[i] for x in xs])(*avals)
             parts = self._inline(take.jaxpr, take.consts, over, scope)
             self.iterations.update((a, iteration) for a in parts if isinstance(a, int))
-            results = self._inline(body.jaxpr, body.consts, (*shared, *carry, *parts), scope, loop)
+            given = (*shared, *carry, *parts)
+            results = self._inline(body, getattr(params["jaxpr"], "consts", ()), given, scope, loop)
             carry, made[iteration] = results[:carried], results[carried:]
         stacked = []
         for column in zip(*(made[i] for i in iterations), strict=True):
             join = jax.make_jaxpr(lambda *xs: jnp.stack(xs))(*(self.aval(a) for a in column))
             stacked += self._inline(join.jaxpr, join.consts, column, scope)
         return [*carry, *stacked]
+
+
+def _scan_parts(equation: Any) -> tuple[Any, int, int]:
+    """Return a scan's body, and how many of its operands are constants and carried.
+
+    JAX 0.10 says so in the equation (`num_consts`, `num_carry`), 0.11 no longer does. What a scan
+    goes over, and what it stacks, has one axis more outside of the body than inside.
+    """
+    body = next(inner_jaxprs(equation))
+
+    def sliced(outside: Sequence[Any], inside: Sequence[Any]) -> int:
+        pairs = zip(outside, inside, strict=True)
+        return sum(len(a.aval.shape) > len(b.aval.shape) for a, b in pairs)
+
+    carried = len(equation.outvars) - sliced(equation.outvars, body.outvars)
+    over = sliced(equation.invars, body.invars)
+    return body, len(equation.invars) - over - carried, carried
 
 
 def _is_unrolled(equation: Any) -> bool:

@@ -104,7 +104,7 @@ class BoundModel(QuantizedModel):
         function: The model's computation, in float.
     """
 
-    model: QuantizedModel
+    model: Any  # A `QuantizedModel` of the kind that was given.
     variables: Mapping[str, Any]
     kwargs: Mapping[str, Any]
     recipe: Recipe

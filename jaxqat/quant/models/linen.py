@@ -37,7 +37,8 @@ class QuantizedModule(StatelessModel):
     def init(self, rngs: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Return the module's variables, and ranges that have seen nothing yet."""
         variables = unfreeze(self.module.init(rngs, *args, **kwargs))
-        return self.init_quant(variables, *args, rngs=rngs, **kwargs)
+        # As in Linen's `init`, which may run in training mode, every collection may change.
+        return self.init_quant(variables, *args, mutable=True, rngs=rngs, **kwargs)
 
     def _function(self, mutable: Mutable) -> PureFunction:
         def function(

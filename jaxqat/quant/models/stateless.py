@@ -91,12 +91,14 @@ class StatelessModel(QuantizedModel):
         bound = self._bound(variables, kwargs, mutable=_of_model(mutable))
         return dict(bound.calibrate(*inputs).variables)
 
-    def init_quant(self, variables: Any, *inputs: Any, **kwargs: Any) -> dict[str, Any]:
+    def init_quant(
+        self, variables: Any, *inputs: Any, mutable: Mutable = False, **kwargs: Any
+    ) -> dict[str, Any]:
         """Return the variables with ranges that have seen nothing yet.
 
-        Only shapes and types of the inputs matter.
+        Only shapes and types of the inputs matter. The arguments are those of `calibrate`.
         """
-        bound = self._bound(variables, kwargs, mutable=False)
+        bound = self._bound(variables, kwargs, mutable=_of_model(mutable))
         return dict(bound.with_empty_ranges(*inputs).variables)
 
     def _bound(self, variables: Any, kwargs: Any, *, mutable: Mutable) -> BoundModel:

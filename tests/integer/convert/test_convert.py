@@ -121,9 +121,8 @@ def test_a_border_is_of_real_zeros_wherever_the_zero_point_is():
     graphs = []
     for padding, data in ((((1, 2), (1, 1)), images), ("VALID", padded)):
         model = jaxqat.quantize(One(padding), "int8")
-        variables = {"params": {"conv": window}}
-        variables["quant"] = model.init_ranges(variables, data, train=False)
-        variables["quant"] = model.calibrate(variables, padded[:, 1:-1, 1:-1], train=False)
+        variables = model.init_quant({"params": {"conv": window}}, data, train=False)
+        variables = model.calibrate(variables, padded[:, 1:-1, 1:-1], train=False)
         graphs.append(jaxqat.convert(model, variables, data, train=False))
     assert -128 <= graphs[0].tensors["conv/input"].zero_point < -60
     _, by_conv = integer_graph.run(graphs[0], images)
@@ -179,16 +178,16 @@ def test_metadata_is_kept_and_shapes_are_told():
 
 def converted(function, **options):
     """The integer network of a function, its codes and result, and those of the training graph."""
-    model, ranges = calibrated(function)
-    graph = jaxqat.convert(model, WEIGHTS, ranges, inputs(1), **options)
+    model, variables = calibrated(function)
+    graph = jaxqat.convert(model, variables, inputs(1), **options)
 
     @jax.jit
     def train(ranges, images):
-        evaluator = model.record(WEIGHTS, ranges, images)
+        evaluator = model.record({"params": WEIGHTS, "quant": ranges}, images)
         codes = {"/".join(key): codes.codes for key, codes in evaluator.codes.items()}
         return codes, evaluator.results[0]
 
-    return graph, integer_graph.run(graph, inputs(5)), train(ranges, inputs(5))
+    return graph, integer_graph.run(graph, inputs(5)), train(variables["quant"], inputs(5))
 
 
 def test_a_layer_that_is_used_twice_makes_two_nodes():
@@ -245,14 +244,14 @@ def test_sums_beyond_float32_are_the_training_graph_s_too():
     weights = {"w": rng.uniform(0.9, 1, (3000, 8)).astype(np.float32)}
     images = rng.uniform(0.8, 1, (64, 3000)).astype(np.float32)
     model = jaxqat.quantize(lambda p, x: x @ p["w"])
-    ranges = model.calibrate(weights, model.init_ranges(weights, images), images)
-    graph = jaxqat.convert(model, weights, ranges, images)
+    variables = model.calibrate({"params": weights}, images)
+    graph = jaxqat.convert(model, variables, images)
     codes, result = integer_graph.run(graph, images)
     node = next(graph.products())
     steps = codes["w/input"].astype(int) - graph.tensors["w/input"].zero_point
     assert (integer_graph.product(node, steps) > 2**24).all()
-    trained_codes = {"w/input": model.codes(weights, ranges, images)["w/input"]}
-    assert_same((trained_codes, jax.jit(model)(weights, ranges, images)), (codes, result))
+    trained_codes = {"w/input": model.codes(variables, images)["w/input"]}
+    assert_same((trained_codes, jax.jit(model.apply)(variables, images)), (codes, result))
 
 
 def test_a_mirrored_border_is_moved_codes():

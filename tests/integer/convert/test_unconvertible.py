@@ -120,9 +120,9 @@ REFUSED = {
 def test_what_has_no_integer_form_is_named_with_the_reason(name):
     function, match = REFUSED[name]
     model = jaxqat.quantize(function)
-    ranges = model.init_ranges(WEIGHTS, inputs(1))
+    variables = model.init_quant({"params": WEIGHTS}, inputs(1))
     with pytest.raises(ConversionError, match=match):
-        jaxqat.convert(model, WEIGHTS, ranges, inputs(1))
+        jaxqat.convert(model, variables, inputs(1))
 
 
 @pytest.mark.parametrize(
@@ -136,9 +136,9 @@ def test_an_average_that_is_more_than_an_average_is_refused(change, reason):
     def function(p, x):
         return change(features(p, x).mean((1, 2))) @ p["head"]
 
-    model, ranges = calibrated(function)
+    model, variables = calibrated(function)
     with pytest.raises(ConversionError, match=f"the average behind 'head/pool': {reason}"):
-        jaxqat.convert(model, WEIGHTS, ranges, inputs(1))
+        jaxqat.convert(model, variables, inputs(1))
 
 
 def test_everything_that_stands_in_the_way_is_told_at_once():
@@ -147,7 +147,8 @@ def test_everything_that_stands_in_the_way_is_told_at_once():
 
     model = jaxqat.quantize(function)
     with pytest.raises(ConversionError) as error:
-        jaxqat.convert(model, WEIGHTS, model.init_ranges(WEIGHTS, inputs(1)), inputs(1))
+        variables = model.init_quant({"params": WEIGHTS}, inputs(1))
+        jaxqat.convert(model, variables, inputs(1))
     for place in ("a/input: 'sin'", "head/pool: 'tanh'", "the model's output: "):
         assert place in str(error.value)
 
@@ -167,7 +168,7 @@ def uncalibrated(module, recipe: jaxqat.Recipe | str = "int8"):
     shapes = jax.eval_shape(init, jax.random.key(0), images)
     variables = dict(models.randomized(shapes))
     model = jaxqat.quantize(module, recipe)
-    return model, {**variables, "quant": model.init_ranges(variables, images, train=False)}
+    return model, model.init_quant(variables, images, train=False)
 
 
 def test_attention_in_a_module_is_named_by_its_path():
@@ -202,8 +203,11 @@ def test_ranges_that_have_seen_no_data_are_named():
 
 def test_variables_without_ranges_are_refused():
     model, variables = uncalibrated(MODELS["mlp"])
-    with pytest.raises(jaxqat.QuantizationError, match="hold nothing for 'dense1/input'"):
+    with pytest.raises(jaxqat.QuantizationError, match=r"collections params, without 'quant'"):
         jaxqat.convert(model, {"params": variables["params"]}, inputs(1), train=False)
+    del variables["quant"]["dense1"]
+    with pytest.raises(jaxqat.QuantizationError, match="hold nothing for 'dense1/input'"):
+        jaxqat.convert(model, variables, inputs(1), train=False)
 
 
 def test_a_network_that_diverged_is_refused_by_name():
@@ -232,11 +236,11 @@ def test_an_accumulator_that_could_overflow_is_refused_with_the_layer_s_name():
         weights = {"wide": {"w": np.ones((inputs_count, 1), np.float32)}}
         x = np.linspace(0, 2, inputs_count, dtype=np.float32)[None]
         model = jaxqat.quantize(function)
-        ranges = model.calibrate(weights, model.init_ranges(weights, x), x)
+        variables = model.calibrate({"params": weights}, x)
         if not refused:
-            jaxqat.convert(model, weights, ranges, x)
+            jaxqat.convert(model, variables, x)
             continue
         with pytest.raises(ConversionError) as error:
-            jaxqat.convert(model, weights, ranges, x)
+            jaxqat.convert(model, variables, x)
         found = re.search(r"node 'wide': its accumulator can reach (\d+)", str(error.value))
         assert found and 2**31 <= int(found[1]) <= size * 127 * 255

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from integer import graphs
-from integer.models import WEIGHTS, calibrated, conv, inputs
+from integer.models import calibrated, conv, inputs
 from integer.store.test_folder import archive, content, put, sign
 
 import jaxqat
@@ -106,12 +106,12 @@ def network(params, images):
 def test_a_layer_is_saved_in_the_bits_of_its_recipe_and_described_so(tmp_path):
     bits = {"a": 2, "b": 3, "head": 6}
     rules = tuple(jaxqat.Rule(path=path, weight_bits=n) for path, n in bits.items())
-    model, ranges = calibrated(network, jaxqat.Recipe(rules=rules))
-    graph = jaxqat.convert(model, WEIGHTS, ranges, inputs(4))
+    model, variables = calibrated(network, jaxqat.Recipe(rules=rules))
+    graph = jaxqat.convert(model, variables, inputs(4))
     assert {p.name: p.weight_bits for p in graph.products()} == bits
     loaded = load(save(graph, tmp_path / "net"))
     assert content(loaded) == content(graph)
-    described = jaxqat.describe(model, WEIGHTS, ranges, inputs(4)).layers
+    described = jaxqat.describe(model, variables, inputs(4)).layers
     sizes = [row.weight_bytes for row in described]
     assert sizes == [3 * 3 * 3 * 8 // 4, 3 * 3 * 8 * 8 // 2, 8 * 5]
     assert graph.size_bytes() == sum(sizes) + (4 + 4) * (8 + 8 + 5)

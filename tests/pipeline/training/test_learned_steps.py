@@ -17,7 +17,6 @@ from jaxqat.pipeline.training import (
     Data,
     OptimizerConfig,
     Stopped,
-    Trained,
     init_state,
     make_optimizer,
     make_step,
@@ -64,15 +63,11 @@ def test_a_stopped_run_with_learned_steps_ends_where_an_uninterrupted_one_does(
 
 
 def test_a_step_updates_parameters_and_what_is_learned_and_decays_only_parameters():
-    trained = Trained(
-        lambda params, c: ((params, {"step": c["step"]}), {"seen": c["seen"]}),
-        lambda values, rest: (values[0], {**rest, **values[1]}),
-    )
     config = OptimizerConfig(learning_rate=0.5, momentum=0.0, weight_decay=0.1, schedule="constant")
-    optimizer = make_optimizer(config, total_steps=10, steps_per_epoch=1, pair=True)
+    optimizer = make_optimizer(config, total_steps=10, steps_per_epoch=1)
 
     def forward(params, collections, images):
-        logits = params["w"] * collections["step"] * images.reshape(2, 2)
+        logits = params["w"] * collections["quant_params"]["step"] * images.reshape(2, 2)
         return logits, {**collections, "seen": collections["seen"] + 1}
 
     step = make_step(
@@ -82,13 +77,12 @@ def test_a_step_updates_parameters_and_what_is_learned_and_decays_only_parameter
         batch_size=2,
         steps_per_epoch=1,
         label_smoothing=0.0,
-        trained=trained,
     )
     params = {"w": jnp.asarray([0.3, -0.2])}
-    collections = {"step": jnp.float32(0.7), "seen": jnp.int32(0)}
+    collections = {"quant_params": {"step": jnp.float32(0.7)}, "seen": jnp.int32(0)}
     data = (np.asarray([[1, 2], [3, 4]]).reshape(2, 1, 2, 1), np.asarray([0, 1]))
     state, _ = step(
-        init_state(params, collections, optimizer, trained),
+        init_state(params, collections, optimizer),
         Data(jnp.asarray(data[0], jnp.uint8), jnp.asarray(data[1])),
         jnp.arange(2),
         jax.random.key(0),
@@ -103,5 +97,6 @@ def test_a_step_updates_parameters_and_what_is_learned_and_decays_only_parameter
     np.testing.assert_allclose(
         state.params["w"], params["w"] - 0.5 * (of_w + 0.1 * params["w"]), rtol=2**-20
     )
-    np.testing.assert_allclose(state.collections["step"], 0.7 - 0.5 * of_s, rtol=2**-20)
+    step_size = state.collections["quant_params"]["step"]
+    np.testing.assert_allclose(step_size, 0.7 - 0.5 * of_s, rtol=2**-20)
     assert int(state.collections["seen"]) == 1

@@ -85,18 +85,18 @@ def test_a_product_of_parameters_is_not_contracted_with_the_addition_behind_it()
     params = {"a": layer, "b": {"w": draw(0, 0.3, CHANNELS, 2)}}
     x = draw(0, 1, 128, 32)
     quantized = jaxqat.quantize(model)
-    state = jax.jit(quantized.calibrate)(params, quantized.init_ranges(params, x), x)
+    variables = jax.jit(quantized.calibrate)({"params": params}, x)
 
     @jax.jit
-    def run(params, state, x):
-        record = quantized.record(params, state, x)
+    def run(variables, x):
+        record = quantized.record(variables, x)
         clamp, tensor = record.forms["b", "input"], record.codes["b", "input"]
         form, grid = clamp.inner, tensor.grid  # pyright: ignore[reportAttributeAccessIssue]
         integers = form.total, form.correction, form.input_scale, form.weight_scale
         return *integers, grid.scale, grid.zero, tensor.codes
 
     total, correction, input_scale, weight_scale, output_scale, zero, codes = map(
-        np.asarray, run(params, state, x)
+        np.asarray, run(variables, x)
     )
     scale = input_scale * weight_scale
     bias = layer["gain"] * layer["bias"] + layer["shift"]

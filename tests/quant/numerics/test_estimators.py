@@ -100,7 +100,9 @@ def test_minmax_keeps_the_extremes_where_ema_averages():
         (Recipe(act_range="minmax"), 3 * ROWS.max()),
         (Recipe(act_range="ema"), (ROWS.max() + 3 * ROWS.max() + ROWS.max()) / 3),
     ):
-        _, _, ranges = jaxqat.calibrate(lambda p, x: x @ p["w"], params, batches, recipe)
+        function = lambda p, x: x @ p["w"]  # noqa: E731
+        network = jaxqat.calibrate(function, {"params": params}, batches=batches, recipe=recipe)
+        ranges = network.variables["quant"]
         np.testing.assert_allclose(ranges["w"]["input"]["max"], high, rtol=2**-20)
 
 
@@ -115,9 +117,9 @@ def test_a_network_of_any_estimator_becomes_the_same_integer_network(act_range, 
     recipe = Recipe(
         weight_bits=4, act_bits=6, act_range=act_range, weight_range=weight_range, percentile=97.0
     )
-    model, params, ranges = jaxqat.calibrate(function, params, [ROWS], recipe)
-    graph = jaxqat.convert(model, params, ranges, ROWS[:1])
-    check = jaxqat.verify(model, params, ranges, graph=graph, batches=[ROWS])
+    network = jaxqat.calibrate(function, {"params": params}, batches=[ROWS], recipe=recipe)
+    graph = jaxqat.convert(network, ROWS[:1])
+    check = jaxqat.verify(network, graph=graph, batches=[ROWS])
     assert (check.differing, check.top1_flips) == (0, 0)
     weights = next(graph.products()).weights
     assert np.abs(weights).max() == 7  # Clipped to 4 bits: the largest code is used.
@@ -126,9 +128,11 @@ def test_a_network_of_any_estimator_becomes_the_same_integer_network(act_range, 
 def test_clipped_weights_get_no_gradient_and_others_get_it_whole():
     w = np.linspace(-1, 1, 24, dtype=np.float32).reshape(12, 2)
     recipe = Recipe(weight_range="percentile", percentile=60.0)
-    model, _, ranges = jaxqat.calibrate(lambda w, x: x @ w, w, [ROWS], recipe)
+    function = lambda w, x: x @ w  # noqa: E731
+    network = jaxqat.calibrate(function, {"params": w}, batches=[ROWS], recipe=recipe)
 
-    gradient = np.asarray(jax.grad(lambda w: jnp.sum(model(w, ranges, ROWS)))(w))
+    gradient = jax.grad(lambda w: jnp.sum(network.with_variables(params=w)(ROWS)))(w)
+    gradient = np.asarray(gradient)
     codes, _ = integers_of(w, 60.0)
     assert ((gradient == 0) == (np.abs(codes) > 127)).all()
     assert 0 < (gradient == 0).sum() < gradient.size
@@ -156,7 +160,7 @@ def test_rules_that_conflict_over_a_tensor_are_an_error_that_names_both_layers(r
     params = {"a": np.eye(12, dtype=np.float32), "b": np.eye(12, dtype=np.float32)}
     model = jaxqat.quantize(lambda p, x: x @ p["a"] + x @ p["b"], Recipe(rules=rules))
     with pytest.raises(RecipeError, match=match):
-        model.init_ranges(params, ROWS)
+        model.init_quant({"params": params}, ROWS)
 
 
 def test_a_dynamic_range_beside_a_static_one_of_the_same_tensor_is_an_error():
@@ -166,7 +170,7 @@ def test_a_dynamic_range_beside_a_static_one_of_the_same_tensor_is_an_error():
         recipe = Recipe(activations="symmetric", rules=rules)
         model = jaxqat.quantize(lambda p, x: x @ p["a"] + x @ p["b"], recipe)
         with pytest.raises(RecipeError, match=r"read the same tensor, .* act_range 'dynamic'"):
-            model.init_ranges(params, ROWS)
+            model.init_quant({"params": params}, ROWS)
 
 
 def test_rules_that_conflict_across_a_maximum_pool_are_an_error():
@@ -184,7 +188,8 @@ def test_rules_that_conflict_across_a_maximum_pool_are_an_error():
 
     recipe = Recipe(rules=(Rule(path="c", activations="symmetric"),))
     with pytest.raises(RecipeError, match="c and b read the same tensor"):
-        jaxqat.quantize(function, recipe).init_ranges(dict.fromkeys("abc", kernel), images)
+        params = dict.fromkeys("abc", kernel)
+        jaxqat.quantize(function, recipe).init_quant({"params": params}, images)
 
 
 @pytest.mark.parametrize("percentile", ["99", 50, 100.1, True])
@@ -209,10 +214,10 @@ def test_first_and_last_layer_keep_their_own_width_unless_a_rule_decides():
         return jnp.maximum(jnp.maximum(x @ p["a"], 0) @ p["b"], 0) @ p["c"]
 
     recipe = Recipe(weight_bits=2, act_bits=3, first_last_bits=8)
-    table = jaxqat.quantize(function, recipe).describe(params, ROWS)
+    table = jaxqat.quantize(function, recipe).layers({"params": params}, ROWS)
     assert [(row.weight_bits, row.act_bits) for row in table] == [(8, 8), (2, 3), (8, 8)]
     ruled = Recipe(weight_bits=2, act_bits=3, first_last_bits=8, rules=(Rule(path="c"),))
-    table = jaxqat.quantize(function, ruled).describe(params, ROWS)
+    table = jaxqat.quantize(function, ruled).layers({"params": params}, ROWS)
     assert [(row.weight_bits, row.act_bits) for row in table] == [(8, 8), (2, 3), (2, 3)]
 
 
@@ -221,29 +226,33 @@ def test_stochastic_rounding_goes_up_as_often_as_the_rest_says_and_only_in_train
     w = np.concatenate([w, np.full((9, 4000), 3.0, np.float32)])
     # Of 3 bits and per tensor, one step is 1.
     recipe = Recipe(weight_bits=3, weight_granularity="per_tensor", rounding="stochastic")
-    model, _, state = jaxqat.calibrate(
-        lambda w, x: x @ w, w, [np.eye(12, dtype=np.float32)], recipe
-    )
     rows = np.eye(12, dtype=np.float32)
-    first, after = model(w, state, rows, update=True)
+    network = jaxqat.calibrate(lambda w, x: x @ w, {"params": w}, batches=[rows], recipe=recipe)
+    model, variables = network.model, network.variables
+    first, updates = model.apply(variables, rows, mutable=["quant"])
     codes = np.round(np.asarray(first)[:3])
     assert set(np.unique(codes[0])) == {0, 1} and set(np.unique(codes[1])) == {-1, 0}
     # 4,000 throws of probability p: five standard deviations are 5 sqrt(p (1 - p) / 4000) < 0.04.
     np.testing.assert_allclose(codes.mean(1), [0.3, -0.75, 1.0], atol=0.04)
-    again, _ = model(w, state, rows, update=True)
+    again, _ = model.apply(variables, rows, mutable=["quant"])
     np.testing.assert_array_equal(first, again)  # The state is the seed,
-    assert np.any(model(w, after, rows, update=True)[0] != first)  # and moves with each step.
-    nearest = np.round(np.asarray(model(w, state, rows))[:3])
+    after, _ = model.apply({**variables, **updates}, rows, mutable=["quant"])
+    assert np.any(after != first)  # and moves with each step.
+    nearest = np.round(np.asarray(network(rows))[:3])
     assert [np.unique(row).tolist() for row in nearest] == [[0], [-1], [1]]
 
 
 def test_stochastic_rounding_leaves_the_gradient_straight_through():
     w = RNG.normal(size=(12, 4)).astype(np.float32)
-    model, _, state = jaxqat.calibrate(
-        lambda w, x: x @ w, w, [ROWS], Recipe(weight_bits=4, rounding="stochastic")
-    )
-    found = jax.grad(lambda w: jnp.sum(model(w, state, ROWS, update=True)[0]))(w)
-    codes = next(iter(model.record(w, state, ROWS).codes.values()))
+    recipe = Recipe(weight_bits=4, rounding="stochastic")
+    network = jaxqat.calibrate(lambda w, x: x @ w, {"params": w}, batches=[ROWS], recipe=recipe)
+
+    def result(w):
+        variables = {**network.variables, "params": w}
+        return network.model.apply(variables, ROWS, mutable=["quant"])[0]
+
+    found = jax.grad(lambda w: jnp.sum(result(w)))(w)
+    codes = next(iter(network.record(ROWS).codes.values()))
     rounded = (np.asarray(codes.codes, np.float32) - codes.grid.zero) * codes.grid.scale
     np.testing.assert_allclose(found, np.tile(rounded.sum(0)[:, None], 4), atol=2**-17)
 

@@ -27,7 +27,7 @@ def function(params, x):
 def learning(bits=4, **changes):
     values = {"weight_range": "lsq", "act_range": "lsq", **changes}
     recipe = Recipe(weight_bits=bits, act_bits=bits, **values)
-    return jaxqat.calibrate(function, PARAMS, [ROWS], recipe)
+    return jaxqat.calibrate(function, {"params": PARAMS}, batches=[ROWS], recipe=recipe)
 
 
 def slope(u, low, high, zero, learned):
@@ -79,30 +79,30 @@ def test_the_gradient_of_weight_steps_is_the_formula_in_each_channel():
 
 
 def test_learning_starts_from_the_step_size_of_the_paper():
-    _, _, state = learning(bits=3)
-    step = state["first"]["weights"]["step"]
+    learned = learning(bits=3).variables["quant_params"]
+    step = learned["first"]["weights"]["step"]
     expected = 2 * np.abs(PARAMS["first"]).mean(0, keepdims=True) / np.sqrt(3)
     np.testing.assert_allclose(step, expected, rtol=2**-18)  # Means of 12 float32.
     zero = -4 - np.round(ROWS.min() / ((ROWS.max() - ROWS.min()) / 7))
     expected = 2 * np.abs(ROWS).mean() / np.sqrt(max(3 - zero, zero + 4))
-    np.testing.assert_allclose(state["first"]["input"]["step"], expected, rtol=2**-14)
+    np.testing.assert_allclose(learned["first"]["input"]["step"], expected, rtol=2**-14)
 
 
 def test_a_learned_bound_starts_at_the_largest_value_of_calibration():
-    _, _, state = learning(act_range="pact", weight_range="absmax")
+    learned = learning(act_range="pact", weight_range="absmax").variables["quant_params"]
     hidden = np.maximum(ROWS @ PARAMS["first"], 0)
-    np.testing.assert_allclose(state["second"]["input"]["bound"], hidden.max(), rtol=2**-18)
+    np.testing.assert_allclose(learned["second"]["input"]["bound"], hidden.max(), rtol=2**-18)
 
 
-def trained(model, state, steps=60):
+def trained(network, steps=60):
     """Fits the float function's outputs by step sizes alone, the weights held."""
     target = function(PARAMS, ROWS)
-    learned, rest = jaxqat.split_learned(state)
+    learned = network.variables["quant_params"]
 
     @jax.jit
     def update(learned):
         def loss(learned):
-            out = model(PARAMS, jaxqat.join_learned(learned, rest), ROWS)
+            out = network.with_variables(quant_params=learned)(ROWS)
             return jnp.mean((out - target) ** 2)
 
         value, gradient = jax.value_and_grad(loss)(learned)
@@ -112,38 +112,42 @@ def trained(model, state, steps=60):
     for _ in range(steps):
         learned, value = update(learned)
         losses.append(float(value))
-    return jaxqat.join_learned(learned, rest), losses
+    return network.with_variables(quant_params=learned), losses
 
 
 @pytest.mark.parametrize("act_range", ["lsq", "pact"])
 def test_training_step_sizes_alone_lowers_the_error_and_converts_exactly(act_range):
-    model, _, state = learning(bits=3, act_range=act_range)
+    network = learning(bits=3, act_range=act_range)
     if act_range == "pact":  # It learns from values that are clipped.
-        for module in state.values():
+        for module in network.variables["quant_params"].values():
             module["input"]["bound"] *= 0.3
-    state, losses = trained(model, state)
+    network, losses = trained(network)
     assert np.mean(losses[-10:]) < 0.9 * losses[0]
-    graph = jaxqat.convert(model, PARAMS, state, ROWS[:1])
-    check = jaxqat.verify(model, PARAMS, state, graph=graph, batches=[ROWS])
+    graph = jaxqat.convert(network, ROWS[:1])
+    check = jaxqat.verify(network, graph=graph, batches=[ROWS])
     assert (check.differing, check.top1_flips) == (0, 0)
 
 
-def test_what_is_learned_is_split_off_and_joined_again():
-    _, _, state = learning()
-    learned, rest = jaxqat.split_learned(state)
+def test_what_is_learned_is_a_collection_of_its_own():
+    network = learning()
+    learned, rest = network.variables["quant_params"], network.variables["quant"]
     assert all(path[-1].key == "step" for path, _ in jax.tree_util.tree_leaves_with_path(learned))
     assert len(jax.tree.leaves(learned)) == 4  # Two tensors, two kernels.
     assert all(path[-1].key != "step" for path, _ in jax.tree_util.tree_leaves_with_path(rest))
-    joined = jaxqat.join_learned(learned, rest)
-    assert jax.tree.structure(joined) == jax.tree.structure(state)
-    assert jaxqat.split_learned(jaxqat.calibrate(function, PARAMS, [ROWS])[2])[0] == {}
+    joined = network.with_state(network.state).variables
+    assert jax.tree.structure(joined) == jax.tree.structure(network.variables)
+    jax.tree.map(np.testing.assert_array_equal, joined, network.variables)
+    plain = jaxqat.calibrate(function, {"params": PARAMS}, batches=[ROWS])
+    assert set(plain.variables) == {"params", "quant"}
 
 
 def test_a_training_step_leaves_learned_ranges_to_the_gradient():
-    model, _, state = learning()
-    _, after = model(PARAMS, state, 3 * ROWS, update=True)
+    network = learning()
+    mutable = ["quant", "quant_params"]
+    _, after = network.model.apply(network.variables, 3 * ROWS, mutable=mutable)
+    assert set(after) == set(mutable)
     for path, leaf in jax.tree_util.tree_leaves_with_path(after):
-        before = state
+        before = network.variables
         for key in path:
             before = before[key.key]
         if path[-1].key != "count":
@@ -153,10 +157,10 @@ def test_a_training_step_leaves_learned_ranges_to_the_gradient():
 def test_a_network_that_never_saw_data_starts_to_learn_in_its_first_step():
     recipe = Recipe(weight_bits=4, act_bits=4, weight_range="lsq", act_range="lsq")
     model = jaxqat.quantize(function, recipe)
-    empty = model.init_ranges(PARAMS, ROWS)
-    _, after = model(PARAMS, empty, ROWS, update=True)
-    calibrated = model.calibrate(PARAMS, empty, ROWS)
-    learned, expected = (jaxqat.split_learned(s)[0] for s in (after, calibrated))
+    empty = model.init_quant({"params": PARAMS}, ROWS)
+    _, after = model.apply(empty, ROWS, mutable=["quant", "quant_params"])
+    calibrated = model.calibrate(empty, ROWS)
+    learned, expected = (s["quant_params"] for s in (after, calibrated))
     first = lambda tree: jax.tree.leaves(tree["first"])  # noqa: E731
     for a, b in zip(first(learned), first(expected), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -165,20 +169,20 @@ def test_a_network_that_never_saw_data_starts_to_learn_in_its_first_step():
 def test_zero_weights_and_zero_activations_stay_zero():
     zeros = jax.tree.map(np.zeros_like, PARAMS)
     recipe = Recipe(weight_bits=2, act_bits=2, weight_range="lsq", act_range="lsq")
-    model, _, state = jaxqat.calibrate(function, zeros, [0 * ROWS], recipe)
-    np.testing.assert_array_equal(model(zeros, state, 0 * ROWS), 0)
+    network = jaxqat.calibrate(function, {"params": zeros}, batches=[0 * ROWS], recipe=recipe)
+    np.testing.assert_array_equal(network(0 * ROWS), 0)
 
 
 @pytest.mark.parametrize("act_range", ["lsq", "pact"])
-def test_the_described_range_is_what_the_learned_scale_covers(act_range, capsys):
-    model, _, state = learning(act_range=act_range, weight_range="absmax")
-    described = jaxqat.describe(model, PARAMS, state, ROWS)
-    grids = {key[0]: codes.grid for key, codes in model.record(PARAMS, state, ROWS).codes.items()}
+def test_the_described_range_is_what_the_learned_scale_covers(act_range):
+    network = learning(act_range=act_range, weight_range="absmax")
+    described = jaxqat.describe(network, ROWS)
+    grids = {key[0]: codes.grid for key, codes in network.record(ROWS).codes.items()}
     for layer in described.layers:
         grid = grids[layer.layer.path]
         expected = [float(grid.scale * (code - grid.zero)) for code in (grid.low, grid.high)]
         assert layer.input_range == pytest.approx(expected, rel=2**-22)
-    assert str(described) in capsys.readouterr().out
+        assert "{:.3g} .. {:.3g}".format(*layer.input_range or ()) in str(described)
 
 
 @pytest.mark.parametrize("act_range", ["lsq", "pact"])
@@ -189,8 +193,9 @@ def test_a_tensor_that_is_never_positive_has_a_grid_as_fine_as_its_mirror_image(
     found = []
     for sign in (1, -1):
         x = sign * rows
-        model, _, state = jaxqat.calibrate(lambda w, x: x @ w, weights, [x], recipe)
-        found.append(model(weights, state, x))
+        product = lambda w, x: x @ w  # noqa: E731
+        network = jaxqat.calibrate(product, {"params": weights}, batches=[x], recipe=recipe)
+        found.append(network(x))
     # Codes are rounded to even on a grid and its mirror image alike.
     np.testing.assert_array_equal(found[0], -found[1])
 
@@ -204,21 +209,22 @@ def test_parts_of_one_parameter_and_its_transpose_learn_steps_of_their_own():
         return jnp.concatenate([x @ left, x @ right], 1)
 
     recipe = Recipe(weight_range="lsq")
-    model, _, state = jaxqat.calibrate(halves, w, [ROWS], recipe)
-    steps = [leaf for leaf in jax.tree.leaves(jaxqat.split_learned(state)[0])]
+    network = jaxqat.calibrate(halves, {"params": w}, batches=[ROWS], recipe=recipe)
+    steps = [leaf for leaf in jax.tree.leaves(network.variables["quant_params"])]
     expected = 2 * np.abs(w).mean(0, keepdims=True) / np.sqrt(127)
     np.testing.assert_allclose(np.concatenate(steps, 1), expected, rtol=2**-18)
 
     def tied(w, x):
         return (x @ w) @ w.T
 
-    model, _, state = jaxqat.calibrate(tied, w, [ROWS], recipe)
-    assert len(jax.tree.leaves(jaxqat.split_learned(state)[0])) == 2
-    assert np.isfinite(model(w, state, ROWS)).all()
+    network = jaxqat.calibrate(tied, {"params": w}, batches=[ROWS], recipe=recipe)
+    assert len(jax.tree.leaves(network.variables["quant_params"])) == 2
+    assert np.isfinite(network(ROWS)).all()
 
 
 def test_a_parameter_that_two_layers_share_learns_one_step():
     w = RNG.normal(0, 0.3, (12, 12)).astype(np.float32)
     recipe = Recipe(weight_range="lsq")
-    _, _, state = jaxqat.calibrate(lambda w, x: jnp.tanh(x @ w) @ w, w, [ROWS], recipe)
-    assert len(jax.tree.leaves(jaxqat.split_learned(state)[0])) == 1
+    function = lambda w, x: jnp.tanh(x @ w) @ w  # noqa: E731
+    network = jaxqat.calibrate(function, {"params": w}, batches=[ROWS], recipe=recipe)
+    assert len(jax.tree.leaves(network.variables["quant_params"])) == 1

@@ -28,16 +28,18 @@ def codes(x, axes, bits=8):
 
 def test_a_dynamic_range_is_that_of_each_row_and_needs_no_calibration():
     model = jaxqat.quantize(lambda w, x: x @ w, "int8_dynamic")
-    assert model.init_ranges(WEIGHTS, ROWS) == {}
+    assert model.init_quant({"params": WEIGHTS}, ROWS)["quant"] == {}
     q, s = codes(ROWS, (1,))
     k, t = codes(WEIGHTS, (0,))
     # Three float32 roundings of the result.
-    np.testing.assert_allclose(model(WEIGHTS, {}, ROWS), (q @ k) * s * t, rtol=4 * 2**-24)
+    found = model.apply({"params": WEIGHTS}, ROWS)
+    np.testing.assert_allclose(found, (q @ k) * s * t, rtol=4 * 2**-24)
 
 
 def test_a_row_of_a_dynamic_network_does_not_depend_on_the_other_rows():
     model = jaxqat.quantize(lambda w, x: x @ w, "int8_dynamic")
-    np.testing.assert_array_equal(model(WEIGHTS, {}, ROWS)[2:3], model(WEIGHTS, {}, ROWS[2:3]))
+    network = model.bind({"params": WEIGHTS})
+    np.testing.assert_array_equal(network(ROWS)[2:3], network(ROWS[2:3]))
 
 
 def test_a_dynamic_convolution_has_a_range_for_each_image():
@@ -53,16 +55,17 @@ def test_a_dynamic_convolution_has_a_range_for_each_image():
     q, s = codes(x, (1, 2, 3))
     k, t = codes(w, (0, 1, 2))
     expected = np.asarray(conv(k.astype(np.float32), q.astype(np.float32)), np.float64) * s * t
-    np.testing.assert_allclose(model(w, {}, x), expected, rtol=4 * 2**-24, atol=1e-30)
+    found = model.apply({"params": w}, x)
+    np.testing.assert_allclose(found, expected, rtol=4 * 2**-24, atol=1e-30)
 
 
 def test_a_dynamic_network_trains_and_is_refused_by_convert_with_the_reason():
     model = jaxqat.quantize(lambda w, x: x @ w, "int8_dynamic")
-    gradient = jax.grad(lambda w: jnp.sum(model(w, {}, ROWS)))(WEIGHTS)
+    gradient = jax.grad(lambda w: jnp.sum(model.apply({"params": w}, ROWS)))(WEIGHTS)
     q, s = codes(ROWS, (1,))
     np.testing.assert_allclose(gradient, np.tile((q * s).sum(0)[:, None], 5), rtol=2**-18)
     with pytest.raises(jaxqat.ConversionError, match="dynamic range of the input of parameters"):
-        jaxqat.convert(model, WEIGHTS, {}, ROWS[:1])
+        jaxqat.convert(model, {"params": WEIGHTS}, ROWS[:1])
 
 
 def test_dynamic_ranges_without_a_symmetric_grid_are_refused():
@@ -92,29 +95,28 @@ TOKENS = RNG.integers(0, 10, size=(4, 6))
 
 
 def test_an_embedding_is_codes_and_one_scale_a_row():
-    model, variables = jaxqat.calibrate(
-        Tagger(), Tagger().init(jax.random.key(0), TOKENS), [TOKENS]
-    )
-    table = model.describe(variables, TOKENS)
+    network = jaxqat.calibrate(Tagger(), Tagger().init(jax.random.key(0), TOKENS), batches=[TOKENS])
+    table = network.layers(TOKENS)
     assert [(row.path, row.kind, row.weight_bits) for row in table] == [
         ("words", "embed", 8),
         ("head", "dense", 8),
     ]
-    weights = np.asarray(variables["params"]["words"]["embedding"])
+    weights = np.asarray(network.variables["params"]["words"]["embedding"])
     q, s = codes(weights, (1,))
-    seen = model.observe(variables, TOKENS)  # Calibration is in float.
+    seen = network.observe(TOKENS)  # Calibration is in float.
     np.testing.assert_array_equal(seen.observed["head", "input"], weights[TOKENS])
-    frozen = model.record(variables, TOKENS).forms["head", "input"].values
-    np.testing.assert_allclose(frozen, (q * s)[TOKENS], rtol=2 * 2**-23)
+    form: Any = network.record(TOKENS).forms["head", "input"]
+    np.testing.assert_allclose(form.values, (q * s)[TOKENS], rtol=2 * 2**-23)
 
 
 def test_an_embedding_gets_gradients_of_the_rows_that_were_looked_up():
     module = Tagger()
-    model, variables = jaxqat.calibrate(module, module.init(jax.random.key(0), TOKENS), [TOKENS])
+    variables = module.init(jax.random.key(0), TOKENS)
+    network = jaxqat.calibrate(module, variables, batches=[TOKENS])
     tokens = TOKENS % 5
 
     def loss(params):
-        return jnp.sum(model.apply({**variables, "params": params}, tokens) ** 2)
+        return jnp.sum(network.with_variables(params=params)(tokens) ** 2)
 
     gradient = jax.grad(loss)(variables["params"])["words"]["embedding"]
     used = np.isin(np.arange(10), tokens)
@@ -124,7 +126,7 @@ def test_an_embedding_gets_gradients_of_the_rows_that_were_looked_up():
 def test_a_rule_leaves_an_embedding_in_float():
     rules = (Rule(kind="embed", weight_bits=None, act_bits=None),)
     model = jaxqat.quantize(Tagger(), Recipe(rules=rules))
-    row = model.describe(Tagger().init(jax.random.key(0), TOKENS), TOKENS)[0]
+    row = model.layers(Tagger().init(jax.random.key(0), TOKENS), TOKENS)[0]
     assert (row.kind, row.weight_bits) == ("embed", None)
     assert row.float_reason == "the recipe leaves it in float"
 
@@ -135,11 +137,11 @@ def scores(params, x):
 
 def test_an_embedding_in_front_is_the_first_layer_and_has_no_groups():
     variables = Tagger().init(jax.random.key(0), TOKENS)
-    table = jaxqat.quantize(Tagger(), "w2a2_lsq").describe(variables, TOKENS)
+    table = jaxqat.quantize(Tagger(), "w2a2_lsq").layers(variables, TOKENS)
     assert [(row.kind, row.weight_bits) for row in table] == [("embed", 8), ("dense", 8)]
     groups = Recipe(weight_granularity="per_group", group_size=4)
     with pytest.raises(RecipeError, match="words is a table of embeddings"):
-        jaxqat.quantize(Tagger(), groups).describe(variables, TOKENS)
+        jaxqat.quantize(Tagger(), groups).layers(variables, TOKENS)
 
 
 SEQUENCES = RNG.normal(size=(2, 5, 12)).astype(np.float32)
@@ -147,10 +149,10 @@ HEADS = {name: RNG.normal(size=(12, 4)).astype(np.float32) for name in "qk"}
 
 
 def test_attention_products_stay_in_float_unless_a_rule_says_otherwise():
-    row = jaxqat.quantize(scores).describe(HEADS, SEQUENCES)[2]
+    row = jaxqat.quantize(scores).layers({"params": HEADS}, SEQUENCES)[2]
     assert (row.weight_bits, row.float_reason) == (None, "both operands depend on the data")
     recipe = Recipe(rules=(Rule(kind="attention"),))
-    row = jaxqat.quantize(scores, recipe).describe(HEADS, SEQUENCES)[2]
+    row = jaxqat.quantize(scores, recipe).layers({"params": HEADS}, SEQUENCES)[2]
     assert (row.kind, row.weight_bits, row.act_bits) == ("attention", 8, 8)
 
 
@@ -163,7 +165,7 @@ def test_an_attention_product_is_left_in_float_by_a_rule_before_that_for_all():
     def both(params, x):
         return scores(params, x) @ x
 
-    table = jaxqat.quantize(both, Recipe(rules=rules)).describe(HEADS, SEQUENCES)
+    table = jaxqat.quantize(both, Recipe(rules=rules)).layers({"params": HEADS}, SEQUENCES)
     found = [(r.kind, r.weight_bits, r.float_reason) for r in table[2:]]
     left = "the recipe leaves it in float"
     assert found == [("attention", None, left), ("attention", 8, None)]
@@ -172,8 +174,8 @@ def test_an_attention_product_is_left_in_float_by_a_rule_before_that_for_all():
 @pytest.mark.parametrize("activations", ["affine", "symmetric"])
 def test_an_attention_product_multiplies_the_codes_of_both_sides(activations):
     recipe = Recipe(activations=activations, rules=(Rule(kind="attention"),))
-    model, _, state = jaxqat.calibrate(scores, HEADS, [SEQUENCES], recipe)
-    record = model.record(HEADS, state, SEQUENCES)
+    network = jaxqat.calibrate(scores, {"params": HEADS}, batches=[SEQUENCES], recipe=recipe)
+    record = network.record(SEQUENCES)
     left, right = (
         next(t for key, t in record.codes.items() if key[-1] == side) for side in ("left", "right")
     )
@@ -189,8 +191,8 @@ def test_an_attention_product_multiplies_the_codes_of_both_sides(activations):
 
 def test_gradients_reach_both_sides_of_an_attention_product():
     recipe = Recipe(rules=(Rule(kind="attention"),))
-    model, _, state = jaxqat.calibrate(scores, HEADS, [SEQUENCES], recipe)
-    found = jax.grad(lambda p: jnp.sum(model(p, state, SEQUENCES) ** 2))(HEADS)
+    network = jaxqat.calibrate(scores, {"params": HEADS}, batches=[SEQUENCES], recipe=recipe)
+    found = jax.grad(lambda p: jnp.sum(network.with_variables(params=p)(SEQUENCES) ** 2))(HEADS)
     exact = jax.grad(lambda p: jnp.sum(scores(p, SEQUENCES) ** 2))(HEADS)
     for name in "qk":
         cosine = np.vdot(found[name], exact[name]) / np.linalg.norm(found[name])
@@ -205,13 +207,14 @@ class Upsample(nn.Module):
 
 def test_a_transposed_convolution_multiplies_integers_and_is_refused_by_name():
     module = Upsample()
-    model, variables = jaxqat.calibrate(module, module.init(jax.random.key(0), IMAGES), [IMAGES])
-    found: Any = model.apply(variables, IMAGES)
+    variables = module.init(jax.random.key(0), IMAGES)
+    network = jaxqat.calibrate(module, variables, batches=[IMAGES])
+    found: Any = network(IMAGES)
     exact: Any = module.apply(variables, IMAGES)
     error = np.linalg.norm(found - exact) / np.linalg.norm(exact)
     assert 0 < error < 0.02  # Of 8 bits; a wrong border or zero point would show.
     with pytest.raises(jaxqat.ConversionError, match=r"up: .*dilat"):
-        jaxqat.convert(model, variables, IMAGES[:1])
+        jaxqat.convert(network, IMAGES[:1])
 
 
 VOLUMES = RNG.normal(size=(2, 4, 4, 4, 3)).astype(np.float32)
@@ -228,22 +231,23 @@ OTHER_AXES = {
 @pytest.mark.parametrize("name", OTHER_AXES)
 def test_products_over_other_axes_multiply_integers(name):
     module, x, convertible = OTHER_AXES[name]
-    model, variables = jaxqat.calibrate(module, module.init(jax.random.key(0), x), [x])
-    assert [(r.weight_bits, r.act_bits) for r in model.describe(variables, x)] == [(8, 8)]
-    found: Any = model.apply(variables, x)
+    variables = module.init(jax.random.key(0), x)
+    network = jaxqat.calibrate(module, variables, batches=[x])
+    assert [(r.weight_bits, r.act_bits) for r in network.layers(x)] == [(8, 8)]
+    found: Any = network(x)
     exact: Any = module.apply({"params": variables["params"]}, x)
     assert 0 < np.linalg.norm(found - exact) < 0.02 * np.linalg.norm(exact)  # Of 8 bits.
     if not convertible:
         with pytest.raises(jaxqat.ConversionError, match="'add' in DenseGeneral"):
-            jaxqat.convert(model, variables, x[:1])
+            jaxqat.convert(network, x[:1])
         return
-    graph = jaxqat.convert(model, variables, x[:1])
-    assert jaxqat.verify(model, variables, graph=graph, batches=[x]).differing == 0
+    graph = jaxqat.convert(network, x[:1])
+    assert jaxqat.verify(network, graph=graph, batches=[x]).differing == 0
 
 
 def test_a_quantized_function_can_be_mapped():
-    model, _, state = jaxqat.calibrate(lambda w, x: x @ w, WEIGHTS, [ROWS])
+    network = jaxqat.calibrate(lambda w, x: x @ w, {"params": WEIGHTS}, batches=[ROWS])
     stacked = np.stack([WEIGHTS, 2 * WEIGHTS])
-    found = jax.vmap(lambda w: model(w, state, ROWS))(stacked)
+    found = jax.vmap(lambda w: network.with_variables(params=w)(ROWS))(stacked)
     for w, each in zip(stacked, found, strict=True):
-        np.testing.assert_array_equal(each, model(w, state, ROWS))
+        np.testing.assert_array_equal(each, network.with_variables(params=w)(ROWS))

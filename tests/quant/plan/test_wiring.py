@@ -23,9 +23,8 @@ def weights(*shape, mean=0.0):
 
 
 def calibrated(function, params, x, recipe: Recipe | str = "int8"):
-    quantized = jaxqat.quantize(function, recipe)
-    state = quantized.calibrate(params, quantized.init_ranges(params, x), x)
-    return quantized, state
+    network = jaxqat.quantize(function, recipe).bind({"params": params}).calibrate(x)
+    return network, network.variables["quant"]
 
 
 def sites(state):
@@ -33,11 +32,9 @@ def sites(state):
 
 
 def relative_error(function, params, x, **options):
-    quantized, state = calibrated(function, params, x, **options)
+    network, _ = calibrated(function, params, x, **options)
     expected = np.asarray(function(params, x))
-    return np.linalg.norm(np.asarray(quantized(params, state, x)) - expected) / np.linalg.norm(
-        expected
-    )
+    return np.linalg.norm(np.asarray(network(x)) - expected) / np.linalg.norm(expected)
 
 
 def conv(x, w, padding="SAME"):
@@ -62,7 +59,7 @@ def test_a_skip_beside_an_explicitly_padded_convolution_reads_quantized_values()
         return conv(padded, params["b"], "VALID"), y
 
     quantized, state = calibrated(model, params, IMAGES)
-    skip = quantized(params, state, IMAGES)[1]
+    skip = quantized(IMAGES)[1]
     # Dequantized float32 codes over a float32 scale: a few roundings of up to 255 steps.
     assert steps_off_grid(skip, state["b"]["input"]) < 255 * 2**-20
     assert relative_error(lambda p, x: model(p, x)[0], params, IMAGES) < 0.05
@@ -95,8 +92,9 @@ def test_dropout_neither_moves_nor_loses_a_range():
     rngs = {"params": key, "dropout": key}
     variables = model.init(rngs, IMAGES, train=True)
     assert sites(variables["quant"]) == {"conv/input", "head/pool", "head/input"}
-    assert sites(model.init_ranges(variables, IMAGES, train=False)) == sites(variables["quant"])
-    variables["quant"] = model.calibrate(variables, IMAGES, train=True, rngs={"dropout": key})
+    empty = model.init_quant(variables, IMAGES, train=False)
+    assert sites(empty["quant"]) == sites(variables["quant"])
+    variables = model.calibrate(variables, IMAGES, train=True, rngs={"dropout": key})
     step = functools.partial(model.apply, train=True, mutable=["quant"], rngs={"dropout": key})
     _, updates = jax.jit(step)(variables, IMAGES)
     assert jax.tree.structure(updates["quant"]) == jax.tree.structure(variables["quant"])
@@ -112,10 +110,10 @@ def test_a_range_that_a_call_does_not_meet_stays_as_it_is():
 
     quantized = jaxqat.quantize(model)
     state = {
-        **quantized.init_ranges(params, ROWS, "a"),
-        **quantized.init_ranges(params, ROWS, "b"),
+        **quantized.init_quant({"params": params}, ROWS, "a")["quant"],
+        **quantized.init_quant({"params": params}, ROWS, "b")["quant"],
     }
-    state = quantized.calibrate(params, state, ROWS, "a")
+    state = quantized.calibrate({"params": params, "quant": state}, ROWS, "a")["quant"]
     assert (int(state["a"]["input"]["count"]), int(state["b"]["input"]["count"])) == (1, 0)
 
 
@@ -144,12 +142,12 @@ def test_a_tensor_with_readers_of_different_widths_has_the_larger():
 
     for model in (same, pooled):
         quantized = jaxqat.quantize(model, Recipe(rules=rules))
-        table = quantized.describe(params, IMAGES)
+        table = quantized.layers({"params": params}, IMAGES)
         assert [(i.path, i.weight_bits, i.act_bits) for i in table] == [
             ("low", 4, 8),
             ("high", 8, 8),
         ]
-        assert sites(quantized.init_ranges(params, IMAGES)) == {"low/input"}
+        assert sites(quantized.init_quant({"params": params}, IMAGES)["quant"]) == {"low/input"}
 
 
 def test_relu6_clips_the_codes_at_six():
@@ -161,7 +159,7 @@ def test_relu6_clips_the_codes_at_six():
     quantized, state = calibrated(model, params, IMAGES)
     wide = {"min": jnp.float32(0), "max": jnp.float32(12.75), "count": jnp.int32(1)}
     state["b"]["input"] = wide
-    codes = np.asarray(quantized.codes(params, state, IMAGES)["b/input"], int)
+    codes = np.asarray(quantized.with_variables(quant=state).codes(IMAGES)["b/input"], int)
     # Six is 120 steps of 12.75 / 255; the zero point is -128.
     assert codes.max() == -8 and codes.min() == -128
 
@@ -188,7 +186,7 @@ def test_average_pooling_is_the_sum_of_codes():
 
     quantized, state = calibrated(model, params, IMAGES)
     assert sites(state) == {"a/input", "b/input", "b/pool"}
-    codes = {k: np.asarray(v, np.int64) for k, v in quantized.codes(params, state, IMAGES).items()}
+    codes = {k: np.asarray(v, np.int64) for k, v in quantized.codes(IMAGES).items()}
     fine, coarse = (float(state["b"][name]["max"]) / 255 for name in ("pool", "input"))
     total = (codes["b/pool"] + 128).reshape(4, 4, 2, 4, 2, 8).sum((2, 4))
     expected = np.round(total * (fine / 4 / coarse)) - 128
@@ -216,8 +214,8 @@ def test_an_integer_cast_is_not_a_change_of_type_only():
 
     assert relative_error(model, params, ROWS) < 0.05
     assert relative_error(through_weights, params, ROWS) < 0.02
-    quantized, state = calibrated(through_weights, params, ROWS)
-    gradient = jax.grad(lambda p: quantized(p, state, ROWS).sum())(params)
+    quantized, _ = calibrated(through_weights, params, ROWS)
+    gradient = jax.grad(lambda p: quantized.with_variables(params=p)(ROWS).sum())(params)
     assert not np.asarray(gradient["a"]).any()
 
 
@@ -245,8 +243,8 @@ def test_one_scale_can_serve_a_whole_kernel():
     coarse = relative_error(lambda p, x: model(p, x)[:, :1], params, ROWS)
     assert coarse < 0.02
     recipe = Recipe(weight_granularity="per_tensor")
-    quantized, state = calibrated(model, params, ROWS, recipe)
-    assert not np.asarray(quantized(params, state, ROWS))[:, 0].any()  # Below half a step.
+    quantized, _ = calibrated(model, params, ROWS, recipe)
+    assert not np.asarray(quantized(ROWS))[:, 0].any()  # Below half a step.
 
 
 class Remat(nn.Module):
@@ -258,21 +256,22 @@ class Remat(nn.Module):
 def test_remat_is_taken_apart():
     model = jaxqat.quantize(Remat())
     variables = model.module.init(jax.random.key(0), ROWS)
-    table = model.describe(variables, ROWS)
+    table = model.layers(variables, ROWS)
     assert (table[0].path, table[0].weight_bits, table[0].float_reason) == ("first", 8, None)
 
 
 def test_products_of_parameters_alone_are_named():
     params = {"latents": weights(4, 12), "w": weights(12, 8)}
     quantized = jaxqat.quantize(lambda p, x: x[:4, :8] + p["latents"] @ p["w"])
-    reasons = [info.float_reason for info in quantized.describe(params, ROWS)]
+    reasons = [info.float_reason for info in quantized.layers({"params": params}, ROWS)]
     assert reasons == ["both operands depend on parameters only"]
 
 
 def test_a_rule_that_an_earlier_one_shadows_is_an_error():
     recipe = Recipe(rules=(Rule(path=".*"), Rule(path="a", weight_bits=4, act_bits=4)))
     with pytest.raises(RecipeError, match=r"path='a'.*taken by a rule before it"):
-        jaxqat.quantize(lambda p, x: x @ p["a"], recipe).init_ranges({"a": weights(12, 8)}, ROWS)
+        model = jaxqat.quantize(lambda p, x: x @ p["a"], recipe)
+        model.init_quant({"params": {"a": weights(12, 8)}}, ROWS)
 
 
 def test_the_same_tensor_by_jit_vmap_and_grad_of_vmap():
@@ -285,18 +284,18 @@ def test_the_same_tensor_by_jit_vmap_and_grad_of_vmap():
     def model(params, x):
         return layer(x, params["a"]) @ params["b"]
 
-    quantized, state = calibrated(model, params, ROWS)
-    expected = quantized(params, state, ROWS)
-    by_row = jax.vmap(quantized, in_axes=(None, None, 0))(params, state, ROWS)
+    quantized, _ = calibrated(model, params, ROWS)
+    expected = quantized(ROWS)
+    by_row = jax.vmap(quantized)(ROWS)
     np.testing.assert_array_equal(by_row, expected)
-    gradient = jax.grad(lambda p: jax.vmap(quantized, (None, None, 0))(p, state, ROWS).sum())
+    gradient = jax.grad(lambda p: jax.vmap(quantized.with_variables(params=p))(ROWS).sum())
     assert np.count_nonzero(gradient(params)["a"]) > 48
 
 
 def test_mutable_takes_what_linen_takes():
     model = jaxqat.quantize(Dropped())
     variables = model.init(jax.random.key(0), IMAGES, train=False)
-    variables["quant"] = model.calibrate(variables, IMAGES, train=False)
+    variables = model.calibrate(variables, IMAGES, train=False)
     for mutable in (True, DenyList(("params",)), "quant", ["quant"]):
         _, updates = model.apply(variables, IMAGES, train=False, mutable=mutable)
         assert int(updates["quant"]["conv"]["input"]["count"]) == 2
@@ -311,10 +310,11 @@ def test_a_network_that_diverged_says_nan_from_the_next_step_on():
     def model(params, x):
         return jax.nn.relu(x @ params["a"]) @ params["b"]
 
-    quantized, state = calibrated(model, params, ROWS)
+    network, _ = calibrated(model, params, ROWS)
+    quantized, variables = network.model, network.variables
     broken = {**params, "a": params["a"] * np.float32(np.nan)}
-    _, state = quantized(broken, state, ROWS, update=True)
-    result, _ = quantized(params, state, ROWS, update=True)
+    _, updates = quantized.apply({**variables, "params": broken}, ROWS, mutable=["quant"])
+    result, _ = quantized.apply({**variables, **updates}, ROWS, mutable=["quant"])
     assert np.isnan(result).any()
 
 
@@ -327,10 +327,10 @@ def test_weights_that_are_not_real_numbers_stay_as_they_are_and_are_named(dtype)
         return jnp.abs(x @ p["mixing"]["w"]).astype(jnp.float32) @ p["head"]["kernel"]
 
     model, state = calibrated(function, params, ROWS)
-    mixed, head = model.describe(params, ROWS)
+    mixed, head = model.layers(ROWS)
     assert (mixed.path, mixed.weight_bits, head.weight_bits) == ("mixing", None, 8)
     assert mixed.float_reason == f"its operands are float32 and {dtype}, not real numbers"
     assert sites(state) == {"head/input"}
     assert relative_error(function, params, ROWS) < 0.02  # Of 8 bits in the other product.
     with pytest.raises(jaxqat.ConversionError, match=rf"mixing \(dense\): .* and {dtype}, not"):
-        jaxqat.convert(model, params, state, ROWS[:1])
+        jaxqat.convert(model, ROWS[:1])

@@ -1,5 +1,7 @@
 """Loops with products inside: turns one after the other, with one range or one layer a turn."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -55,7 +57,7 @@ def test_without_quantization_an_unrolled_loop_is_the_loop(function):
     rules = (jaxqat.Rule(weight_bits=None, act_bits=None),)
     model = jaxqat.quantize(function, jaxqat.Recipe(rules=rules))
     for found, expected in zip(
-        jax.tree.leaves(model(PARAMS, {}, SEQUENCES)),
+        jax.tree.leaves(model.apply({"params": PARAMS}, SEQUENCES)),
         jax.tree.leaves(function(PARAMS, SEQUENCES)),
         strict=True,
     ):
@@ -64,8 +66,9 @@ def test_without_quantization_an_unrolled_loop_is_the_loop(function):
 
 
 def test_turns_share_one_row_and_one_range_of_each_weight():
-    model, _, ranges = jaxqat.calibrate(recurrent, PARAMS, [SEQUENCES])
-    table = model.describe(PARAMS, SEQUENCES)
+    network = jaxqat.calibrate(recurrent, {"params": PARAMS}, batches=[SEQUENCES])
+    ranges = network.variables["quant"]
+    table = network.layers(SEQUENCES)
     assert [(row.path, row.macs) for row in table] == [
         ("in", 4 * 5 * 6 * 7),
         ("state", 4 * 5 * 7 * 7),
@@ -83,19 +86,22 @@ def test_turns_share_one_row_and_one_range_of_each_weight():
 
 
 def test_a_quantized_loop_is_the_quantized_network_written_out_with_the_same_ranges():
-    loop, _, ranges = jaxqat.calibrate(recurrent, PARAMS, [SEQUENCES])
+    loop = jaxqat.calibrate(recurrent, {"params": PARAMS}, batches=[SEQUENCES])
+    ranges = loop.variables["quant"]
     long = jaxqat.quantize(written_out)
-    same = long.init_ranges(PARAMS, SEQUENCES)
+    variables = long.init_quant({"params": PARAMS}, SEQUENCES)
+    same = variables["quant"]
     for module, sites in same.items():
         same[module] = dict.fromkeys(sites, ranges[module]["input"])
-    found, expected = loop(PARAMS, ranges, SEQUENCES), long(PARAMS, same, SEQUENCES)
+    found, expected = loop(SEQUENCES), long.apply(variables, SEQUENCES)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
 def test_layers_stacked_in_a_loop_are_layers_of_their_own():
-    model, _, ranges = jaxqat.calibrate(stacked, PARAMS, [ROWS])
-    table = model.describe(PARAMS, ROWS)
+    network = jaxqat.calibrate(stacked, {"params": PARAMS}, batches=[ROWS])
+    ranges = network.variables["quant"]
+    table = network.layers(ROWS)
     assert [row.path for row in table] == ["0", "1", "2"]
     assert all(row.weight_bits == 8 for row in table)
     x, w = ROWS, PARAMS["layers"]
@@ -122,11 +128,11 @@ class Block(nn.Module):
 def test_a_scanned_stack_of_linen_layers_becomes_an_integer_network():
     module = Stack()
     variables = module.init(jax.random.key(0), ROWS)
-    model, variables = jaxqat.calibrate(module, variables, [ROWS])
-    paths = [row.path for row in model.describe(variables, ROWS)]
+    network = jaxqat.calibrate(module, variables, batches=[ROWS])
+    paths = [row.path for row in network.layers(ROWS)]
     assert paths == ["blocks/dense/0", "blocks/dense/1", "blocks/dense/2", "head"]
-    graph = jaxqat.convert(model, variables, ROWS[:1])
-    check = jaxqat.verify(model, variables, graph=graph, batches=[ROWS])
+    graph = jaxqat.convert(network, ROWS[:1])
+    check = jaxqat.verify(network, graph=graph, batches=[ROWS])
     assert (check.differing, check.top1_flips) == (0, 0)
 
 
@@ -135,16 +141,18 @@ def test_a_loop_of_too_many_turns_stays_in_float_and_is_named():
         turn = lambda c, _: (jnp.tanh(c @ params["state"]), None)  # noqa: E731
         return jax.lax.scan(turn, x @ params["in"], length=MAX_ITERATIONS + 1)[0]
 
-    model, _, ranges = jaxqat.calibrate(function, PARAMS, [ROWS])
-    table = model.describe(PARAMS, ROWS)
+    network = jaxqat.calibrate(function, {"params": PARAMS}, batches=[ROWS])
+    table = network.layers(ROWS)
     assert [row.weight_bits for row in table] == [8, None]
     assert "inside a 'scan'" in (table[1].float_reason or "")
-    assert np.isfinite(model(PARAMS, ranges, ROWS)).all()
+    assert np.isfinite(network(ROWS)).all()
 
 
 def test_every_weight_of_a_loop_gets_a_gradient():
-    model, _, ranges = jaxqat.calibrate(recurrent, PARAMS, [SEQUENCES])
-    gradients = jax.grad(lambda p: jnp.sum(model(p, ranges, SEQUENCES)[0] ** 2))(PARAMS)
+    network = jaxqat.calibrate(recurrent, {"params": PARAMS}, batches=[SEQUENCES])
+    gradients = jax.grad(lambda p: jnp.sum(network.with_variables(params=p)(SEQUENCES)[0] ** 2))(
+        PARAMS
+    )
     exact = jax.grad(lambda p: jnp.sum(recurrent(p, SEQUENCES)[0] ** 2))(PARAMS)
     for name in ("in", "state"):
         cosine = np.vdot(gradients[name], exact[name]) / (
@@ -162,9 +170,9 @@ def test_all_turns_of_a_first_layer_have_the_bits_of_the_first_layer():
         )[0]
         return jnp.tanh(state @ params["state"]) @ params["in"].T
 
-    model, _, ranges = jaxqat.calibrate(function, PARAMS, [SEQUENCES], recipe)
-    record = model.record(PARAMS, ranges, SEQUENCES)
-    layers = [layer for layer in record.plan.layers.values() if layer.path == "state"]
+    network = jaxqat.calibrate(function, {"params": PARAMS}, batches=[SEQUENCES], recipe=recipe)
+    record = network.record(SEQUENCES)
+    layers: list[Any] = [layer for layer in record.plan.layers.values() if layer.path == "state"]
     assert [layer.quantizer.bits for layer in layers] == [8, 8, 8, 4]
 
 
@@ -174,6 +182,6 @@ def test_a_loop_without_turns_gives_what_it_is_given():
             lambda c, row: (c @ params["state"], c), x @ params["in"], jnp.zeros((0,))
         )
 
-    model, _, ranges = jaxqat.calibrate(empty, PARAMS, [ROWS])
-    carried, stacked = model(PARAMS, ranges, ROWS)
+    network = jaxqat.calibrate(empty, {"params": PARAMS}, batches=[ROWS])
+    carried, stacked = network(ROWS)
     assert carried.shape == (8, 7) and stacked.shape == (0, 8, 7)
