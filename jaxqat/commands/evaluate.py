@@ -1,8 +1,8 @@
-"""`jaxqat evaluate`: test a network of a run on a split."""
+"""`jaxqat evaluate`: evaluate a network of a run on a split."""
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 
@@ -10,7 +10,7 @@ from jaxqat.pipeline.config import Experiment
 from jaxqat.pipeline.data import Dataset, load_dataset
 from jaxqat.pipeline.display import print_evaluation
 from jaxqat.pipeline.evaluation import Evaluator, IntegerEvaluator, find_split, measure
-from jaxqat.pipeline.integer_networks import NETWORKS, check_network_data, load_network
+from jaxqat.pipeline.integer_networks import check_network_data, load_network
 from jaxqat.pipeline.networks import Networks, matmul_precision
 from jaxqat.pipeline.run.folder import RunFolder
 from jaxqat.pipeline.run.results import describe_run
@@ -18,33 +18,41 @@ from jaxqat.pipeline.run.snapshots import restore_model
 
 
 def evaluate(
-    workdir: Path, *, stage: str = "int8", split: str = "test", console: Console | None = None
+    run: Path,
+    *,
+    stage: Literal["fp32", "ptq", "qat", "integer"] = "integer",
+    split: Literal["test", "train", "validation"] = "test",
+    console: Console | None = None,
 ) -> dict[str, Any]:
-    """Test a network on a split, from the run folder alone.
+    """Evaluate a network of a run on a split, from the run folder alone.
 
     Writes RUN/evaluations/STAGE_SPLIT.json and nothing else.
 
     Args:
-        workdir: The run folder.
-        stage: 'fp32' or 'qat', from their checkpoints, or 'int8' or 'ptq', from RUN/int8 or RUN/ptq
-            alone.
-        split: 'test', 'train' or 'validation'.
-        console: Where the metrics are shown; None for standard output.
+        run: Run folder.
+        stage: Network to evaluate: a trained one from its checkpoint (fp32, qat), or an integer
+            network, that of post-training quantization from RUN/ptq (ptq) or that of
+            quantization-aware training from RUN/integer (integer).
+        split: Images to evaluate on.
+        console: Where the metrics are printed; None for standard output.
 
     Returns:
-        The metrics, and which network they are of.
+        The metrics, with the run, stage, split and training step they belong to.
 
     Raises:
-        RunFolderError: It is no run folder, has no such network, or cannot be written.
-        DataError: The data is missing, damaged or another than the run's.
-        CheckpointError: There is no checkpoint, or it is damaged.
+        RunFolderError: The folder is no run folder, holds no such network, or cannot be written.
+        DataError: The data is missing, damaged or differs from the run's.
+        CheckpointError: The checkpoint is missing or damaged.
         ArtifactError: The integer network is damaged.
     """
     console = console or Console()
-    folder = RunFolder(Path(workdir))
+    folder = RunFolder(Path(run))
     experiment = folder.load_config()
-    measured = _evaluate_integer if stage in NETWORKS else _evaluate_stage
-    dataset, step, metrics, speed = measured(folder, experiment, split, stage)
+    if stage in ("fp32", "qat"):
+        measured = _evaluate_checkpoint(folder, experiment, split, stage)
+    else:
+        measured = _evaluate_integer(folder, experiment, split, stage)
+    dataset, step, metrics, speed = measured
     result = {
         **describe_run(experiment, dataset, None),
         "stage": stage,
@@ -53,12 +61,12 @@ def evaluate(
         "evaluate_images_per_s": speed,
         "metrics": metrics,
     }
-    print_evaluation(result, console)  # First: the folder may be one that cannot be written.
+    print_evaluation(result, console)  # First: the folder may be read-only.
     folder.write_evaluation(f"{stage}_{split}", result)
     return result
 
 
-def _evaluate_stage(
+def _evaluate_checkpoint(
     folder: RunFolder, experiment: Experiment, split: str, stage: str
 ) -> tuple[Dataset, int, dict[str, Any], float]:
     dataset = load_dataset(experiment.data)
@@ -71,9 +79,9 @@ def _evaluate_stage(
 
 
 def _evaluate_integer(
-    folder: RunFolder, experiment: Experiment, split: str, name: str
+    folder: RunFolder, experiment: Experiment, split: str, stage: str
 ) -> tuple[Dataset, int, dict[str, Any], float]:
-    graph = load_network(folder, name)
+    graph = load_network(folder, "ptq" if stage == "ptq" else "qat")
     dataset = load_dataset(experiment.data)
     images = find_split(dataset, split)
     check_network_data(folder, graph, dataset)

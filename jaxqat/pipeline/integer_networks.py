@@ -1,6 +1,6 @@
 """The integer networks of a run: made from the trained ones, tested, compared with them.
 
-That of QAT is kept in RUN/int8, that of post-training quantization in RUN/ptq.
+That of QAT is kept in RUN/integer, that of post-training quantization in RUN/ptq.
 """
 
 import dataclasses
@@ -28,7 +28,6 @@ from jaxqat.pipeline.run.snapshots import Model, check_same_data
 
 # Images whose codes, and real values, of all tensors are held at a time: a few MB each.
 VERIFIED_AT_A_TIME = 100
-NETWORKS = ("int8", "ptq")
 
 
 def make_network(networks: Networks, folder: RunFolder, model: Model) -> IntegerGraph:
@@ -46,7 +45,7 @@ def make_network(networks: Networks, folder: RunFolder, model: Model) -> Integer
         ConversionError: Names every part of the network that has no integer form, and why.
         ArtifactError: It cannot be written.
     """
-    return load(save(convert_network(networks, model, stage="qat"), folder.network, overwrite=True))
+    return load(save(convert_network(networks, model, stage="qat"), folder.integer, overwrite=True))
 
 
 def convert_network(networks: Networks, model: Model, *, stage: str, **more: Any) -> IntegerGraph:
@@ -132,19 +131,20 @@ def in_batches(split: Split) -> Iterator[np.ndarray]:
         yield split.images[start : start + VERIFIED_AT_A_TIME]
 
 
-def load_network(folder: RunFolder, name: str = "int8") -> IntegerGraph:
-    """An integer network of a run, from RUN/int8 or RUN/ptq alone.
+def load_network(folder: RunFolder, stage: str = "qat") -> IntegerGraph:
+    """An integer network of a run, from RUN/integer (stage 'qat') or RUN/ptq ('ptq') alone.
 
     Raises:
         RunFolderError: The run has none; says why.
         ArtifactError: It is damaged.
     """
-    path, again = folder.path / name, "the same `jaxqat train`"
-    if name == "ptq":
+    path, again = folder.integer, "the same `jaxqat train`"
+    if stage == "ptq":
+        path = folder.ptq
         again = f"`jaxqat quantize {folder.path}`"
     if not path.is_dir():
-        reason = f"{again} makes it." if name == "ptq" else _reason(folder)
-        raise RunFolderError(f"{folder.path}: holds no integer network ({name}/): {reason}")
+        reason = f"{again} makes it." if stage == "ptq" else _reason(folder)
+        raise RunFolderError(f"{folder.path}: holds no integer network ({path.name}/): {reason}")
     try:
         return load(path)
     except ArtifactError as error:
@@ -161,13 +161,13 @@ def check_network_data(folder: RunFolder, graph: IntegerGraph, dataset: Dataset)
         RunFolderError: Names what differs.
     """
     origin: Any = graph.metadata
-    path = folder.ptq if origin["stage"] == "ptq" else folder.network
+    path = folder.ptq if origin["stage"] == "ptq" else folder.integer
     check_same_data(str(path), origin["data"], dataset.fingerprint)
 
 
 def _reason(folder: RunFolder) -> str:
     if folder.results.is_file():
-        error = folder.read_results().get("int8", {}).get("error")
+        error = folder.read_results().get("integer", {}).get("error")
         if error is not None:
             return f"the trained network could not be converted. {error}"
     if folder.has_checkpoints("qat"):
@@ -187,5 +187,5 @@ def is_finished(folder: RunFolder) -> bool:
     results = folder.read_results() if folder.results.exists() else {}
     if "qat" not in results:  # Post-training quantization leaves results of FP32 alone.
         return False
-    answered = "error" in results.get("int8", {}) or folder.network.is_dir()
+    answered = "error" in results.get("integer", {}) or folder.integer.is_dir()
     return answered or not folder.has_checkpoints("qat")

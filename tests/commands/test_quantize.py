@@ -39,7 +39,7 @@ def run(finished, tmp_path) -> Path:
 @pytest.fixture
 def float_run(run) -> Path:
     """A run that was stopped between FP32 and QAT."""
-    for name in ("int8", "ptq", "checkpoints/qat", "figures"):
+    for name in ("integer", "ptq", "checkpoints/qat", "figures"):
         shutil.rmtree(run / name)
     for name in ("results.json", "report.html", "report_data.npz"):
         (run / name).unlink()
@@ -100,7 +100,7 @@ def test_the_command_needs_fp32_alone_and_train_goes_on_from_there(
     assert "ptq" in capsys.readouterr().out
     assert_is(float_run, *recomputed(float_run))
     found, whole = results_of(float_run), results_of(finished)
-    assert "qat" not in found and "int8" not in found
+    assert "qat" not in found and "integer" not in found
     verification = found["ptq"].pop("verify")
     assert verification["differing"] == 0 and verification["images"] == 40
     assert found["fp32"] == whole["fp32"] and found["ptq"] == whole["ptq"]
@@ -116,7 +116,7 @@ def test_the_command_needs_fp32_alone_and_train_goes_on_from_there(
     asked_for, network = results_of(float_run)["ptq"], files(float_run / "ptq")
     assert asked_for["calibration_batches"] == 1
     results = train.train(tiny(), float_run, console=console)
-    assert results["int8"] == whole["int8"] and results["ptq"] == asked_for
+    assert results["integer"] == whole["integer"] and results["ptq"] == asked_for
     assert files(float_run / "ptq") == network
     page = (float_run / "report.html").read_text()
     assert "PTQ int8" in page and "QAT int8" in page
@@ -141,13 +141,13 @@ def test_another_recipe_and_other_batches_replace_what_was_there_and_are_recorde
     assert "48 training images (3 batches), by the preset int8_symmetric" in page
     assert "Confusion matrix of PTQ int8" in page and "Confusion matrix of QAT int8" in page
     # Made again from FP32 as it was made here, and not as the config says.
-    verification = verify.verify(run, network="ptq", console=console)
+    verification = verify.verify(run, stage="ptq", console=console)
     assert verification.differing == 0 and not verification.failures
     assert (run / "evaluations/verify_ptq_test.json").is_file()
     scores = evaluate.evaluate(run, stage="ptq", console=console)
     assert scores["metrics"] == entry["test"] and scores["step"] == STEPS
     output = run / "ptq.stablehlo"
-    export.export(run, output, format="stablehlo", network="ptq", console=console)
+    export.export(run, output, format="stablehlo", stage="ptq", console=console)
     from jaxqat.export._stablehlo import load_stablehlo
 
     images = load_dataset(tiny().data).test.images
@@ -167,8 +167,8 @@ def test_an_older_result_of_calibration_is_shown_unless_there_is_a_newer_one():
     test: dict = {"test": {"accuracy": 0.5}}
     results = {"fp32": test, "qat": {**test, "calibrated": test}}
     assert [n for n, _ in summary_rows(results)] == ["fp32", "qat, calibrated only", "qat"]
-    results = {**results, "ptq": test, "int8": test}
-    assert [n for n, _ in summary_rows(results)] == ["fp32", "ptq", "qat", "int8"]
+    results = {**results, "ptq": test, "integer": test}
+    assert [n for n, _ in summary_rows(results)] == ["fp32", "ptq", "qat", "integer"]
 
 
 @pytest.mark.parametrize(

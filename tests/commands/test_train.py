@@ -35,7 +35,7 @@ def arrays(run: Path) -> dict[str, dict]:
 
 def network(run: Path) -> dict[str, bytes]:
     """The bytes of the integer network."""
-    return {path.name: path.read_bytes() for path in (run / "int8").iterdir()}
+    return {path.name: path.read_bytes() for path in (run / "integer").iterdir()}
 
 
 def losses(run: Path) -> list[tuple]:
@@ -47,7 +47,7 @@ def test_a_run_leaves_what_the_contract_says(finished):
         "checkpoints",
         "config.yaml",
         "figures",
-        "int8",
+        "integer",
         "metrics.jsonl",
         "ptq",
         "report.html",
@@ -74,7 +74,7 @@ def test_a_run_leaves_what_the_contract_says(finished):
         results["fp32"]["test"],
         results["qat"]["test"],
         results["ptq"]["test"],
-        results["int8"]["test"],
+        results["integer"]["test"],
     ):
         assert metrics["n"] == 40
         assert np.sum(metrics["confusion_matrix"]) == 40
@@ -84,10 +84,10 @@ def test_a_run_leaves_what_the_contract_says(finished):
     assert results["parameters"] == parameters
     assert results["size_bytes"]["fp32"] == 4 * parameters
     # A byte a weight; an int32 bias and a float32 multiplier per output channel (4, 4, 10).
-    assert results["size_bytes"]["int8"] == kernels + (4 + 4) * (4 + 4 + 10)
-    assert results["int8"]["requantization"] == "float"
-    assert results["int8"]["step"] == STEPS
-    assert set(results["speed"]["int8"]) == {"evaluate_images_per_s"}
+    assert results["size_bytes"]["integer"] == kernels + (4 + 4) * (4 + 4 + 10)
+    assert results["integer"]["requantization"] == "float"
+    assert results["integer"]["step"] == STEPS
+    assert set(results["speed"]["integer"]) == {"evaluate_images_per_s"}
     # 8x8 images at stride 2 make 4x4 outputs.
     assert results["macs"] == 16 * (3 * 3 * 1 * 4) + 16 * (3 * 3 * 4 * 4) + 4 * 10
     layers = {layer["path"]: layer for layer in results["layers"]}
@@ -131,7 +131,7 @@ def test_stopped_within_an_epoch_and_started_again_it_ends_on_the_same_bits(
     assert losses(run) == losses(finished)
     ours, theirs = (json.loads((r / "results.json").read_text()) for r in (run, finished))
     assert ours["qat"]["test"] == theirs["qat"]["test"]
-    assert ours["int8"] == theirs["int8"]
+    assert ours["integer"] == theirs["integer"]
     assert network(run) == network(finished)
     assert ours["layers"] == theirs["layers"]
 
@@ -157,7 +157,8 @@ def test_a_damaged_checkpoint_is_named_and_trained_again_to_the_same_bits(
 
 
 @pytest.mark.parametrize(
-    ("stage", "split"), [("qat", "test"), ("fp32", "train"), ("int8", "test"), ("int8", "train")]
+    ("stage", "split"),
+    [("qat", "test"), ("fp32", "train"), ("integer", "test"), ("integer", "train")],
 )
 def test_evaluate_needs_the_folder_only_and_writes_nothing_but_evaluations(
     finished, tmp_path, small_network, console, stage, split
@@ -207,19 +208,19 @@ def test_the_test_split_is_read_after_all_training_only(
     tmp_path, monkeypatch, no_report, small_network, console
 ):
     read = []
-    logits, int8_logits = Evaluator.logits, IntegerEvaluator.logits
+    logits, integer_logits = Evaluator.logits, IntegerEvaluator.logits
 
     def watch(self, params, collections, split):
         lines = len(RunFolder(tmp_path).read_metrics())
         read.append((lines, len(split)))
         return logits(self, params, collections, split)
 
-    def watch_int8(self, split):
+    def watch_integer(self, split):
         read.append((len(RunFolder(tmp_path).read_metrics()), len(split)))
-        return int8_logits(self, split)
+        return integer_logits(self, split)
 
     monkeypatch.setattr(Evaluator, "logits", watch)
-    monkeypatch.setattr(IntegerEvaluator, "logits", watch_int8)
+    monkeypatch.setattr(IntegerEvaluator, "logits", watch_integer)
     changes = {"data__validation_size": 30, "data__test_limit": 41}
     train.train(tiny(**changes), tmp_path, console=console)
     # The validation images after each of the four epochs, whose line is written after it; then
@@ -243,7 +244,7 @@ def test_select_best_goes_on_from_the_best_checkpoint_and_tests_it(
     monkeypatch.setattr("jaxqat.pipeline.stages.StageRun._validate", validate)
     changes = {"data__validation_size": 30, "select": "best", "qat__optimizer__learning_rate": 1e-9}
     train.train(tiny(**changes), tmp_path, console=console)
-    for stage in ("fp32", "qat", "int8"):
+    for stage in ("fp32", "qat", "integer"):
         result = evaluate.evaluate(tmp_path, stage=stage, console=console)
         assert result["step"] == STEPS_PER_EPOCH
     kernels = {}
@@ -328,7 +329,7 @@ def test_other_data_than_the_checkpoints_is_refused(
     for call in (
         lambda: train.train(tiny(), run, console=console),
         lambda: evaluate.evaluate(run, stage="qat", console=console),
-        lambda: evaluate.evaluate(run, stage="int8", console=console),
+        lambda: evaluate.evaluate(run, stage="integer", console=console),
     ):
         with pytest.raises(RunFolderError, match=r"the data is not what .* version: .*'other'"):
             call()

@@ -1,4 +1,4 @@
-"""The integer network of a run: made after training, kept in RUN/int8, used from there alone."""
+"""The integer network of a run: made after training, kept in RUN/integer, used from there alone."""
 
 import json
 import os
@@ -37,28 +37,28 @@ def run(finished, tmp_path) -> Path:
 
 def older(run: Path) -> None:
     """Make it the run of a version that knew no integer network."""
-    shutil.rmtree(run / "int8")
+    shutil.rmtree(run / "integer")
     results = results_of(run)
-    for key in ("int8", "verify"):
+    for key in ("integer", "verify"):
         results.pop(key, None)
-    results["speed"].pop("int8")
+    results["speed"].pop("integer")
     (run / "results.json").write_text(json.dumps(results))
 
 
-def test_the_result_called_int8_is_the_saved_network_s(finished):
+def test_the_result_called_integer_is_the_saved_network_s(finished):
     """Computed here by an interpreter in NumPy, from the folder."""
     test = load_dataset(tiny().data).test
-    graph = load(finished / "int8")
+    graph = load(finished / "integer")
     _, logits = integer_graph.run(graph, test.images)
     metrics = classification_metrics(test.labels, logits, [str(i) for i in range(10)])
     metrics.pop("per_class")
-    found = results_of(finished)["int8"]["test"]
+    found = results_of(finished)["integer"]["test"]
     # The last product is one float32 multiplication of an exact integer: the same bits everywhere.
     assert {key: found[key] for key in metrics} == metrics
 
 
 def test_it_says_what_it_is_and_where_it_comes_from(finished):
-    metadata = load(finished / "int8").metadata
+    metadata = load(finished / "integer").metadata
     dataset = load_dataset(tiny().data)
     assert metadata["labels"] == list(dataset.class_names)
     assert metadata["name"] == "tiny"
@@ -77,12 +77,12 @@ def test_it_is_evaluated_without_any_checkpoint(run, console):
     shutil.rmtree(run / "checkpoints")
     (run / "results.json").unlink()
     result = evaluate.evaluate(run, console=console)
-    assert result["stage"] == "int8"
+    assert result["stage"] == "integer"
 
 
 def test_evaluation_gives_the_metrics_of_the_run(run, console):
-    result = evaluate.evaluate(run, stage="int8", console=console)
-    assert result["metrics"] == results_of(run)["int8"]["test"]
+    result = evaluate.evaluate(run, stage="integer", console=console)
+    assert result["metrics"] == results_of(run)["integer"]["test"]
     assert result["step"] == STEPS
 
 
@@ -90,16 +90,16 @@ def test_evaluation_gives_the_metrics_of_the_run(run, console):
 def test_a_damaged_network_is_named_and_can_be_made_again(
     run, finished, small_network, no_report, console, name
 ):
-    path = run / "int8" / name
+    path = run / "integer" / name
     good = path.read_bytes()
     for bad in (good[:-1], good[:50] + bytes([good[50] ^ 4]) + good[51:], None):
         path.unlink() if bad is None else path.write_bytes(bad)
-        with pytest.raises(ArtifactError, match=r"delete .*int8 and run the same") as caught:
+        with pytest.raises(ArtifactError, match=r"delete .*integer and run the same") as caught:
             evaluate.evaluate(run, console=console)
         assert str(path) in str(caught.value)
-    shutil.rmtree(run / "int8")  # As the message says.
+    shutil.rmtree(run / "integer")  # As the message says.
     train.train(tiny(), run, console=console)
-    assert files(run / "int8") == files(finished / "int8")
+    assert files(run / "integer") == files(finished / "integer")
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
@@ -108,7 +108,7 @@ def test_stopped_around_the_conversion_and_started_again_it_ends_with_the_same_n
 ):
     """Trained to the end of QAT, then a signal, or worse."""
     (run / "results.json").unlink()
-    shutil.rmtree(run / "int8")
+    shutil.rmtree(run / "integer")
     make_network = train.make_network
 
     def interrupted(*arguments):
@@ -123,10 +123,10 @@ def test_stopped_around_the_conversion_and_started_again_it_ends_with_the_same_n
         with pytest.raises(KeyboardInterrupt if moment == "before" else Stopped):
             train.train(tiny(), run, console=console)
     assert not (run / "results.json").exists()
-    assert (run / "int8").exists() is (moment == "after")
+    assert (run / "integer").exists() is (moment == "after")
     results = train.train(tiny(), run, console=console)
-    assert results["int8"] == results_of(finished)["int8"]
-    assert files(run / "int8") == files(finished / "int8")
+    assert results["integer"] == results_of(finished)["integer"]
+    assert files(run / "integer") == files(finished / "integer")
     assert (run / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
 
 
@@ -139,8 +139,8 @@ def test_an_older_run_gets_its_network_from_its_checkpoint_without_training(
     checkpoints = files(run / "checkpoints")
     train.train(tiny(), run, console=console)
     assert "epoch" not in console.file.getvalue()
-    assert results_of(run)["int8"] == results_of(finished)["int8"]
-    assert files(run / "int8") == files(finished / "int8")
+    assert results_of(run)["integer"] == results_of(finished)["integer"]
+    assert files(run / "integer") == files(finished / "integer")
     assert files(run / "checkpoints") == checkpoints
     assert (run / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
 
@@ -169,13 +169,13 @@ def test_a_network_that_cannot_be_converted_costs_nothing_but_itself(
     settings = tiny(quant={"rules": [rule]})
     results = train.train(settings, tmp_path, console=console)
     reason = "block_conv (conv): "
-    assert results["int8"].keys() == {"error"}
-    assert reason in results["int8"]["error"]
+    assert results["integer"].keys() == {"error"}
+    assert reason in results["integer"]["error"]
     assert results == results_of(tmp_path)
     assert results["qat"]["test"]["n"] == 40
-    assert "int8" not in results["size_bytes"]
+    assert "integer" not in results["size_bytes"]
     assert "ptq" not in results
-    assert not (tmp_path / "int8").exists() and not (tmp_path / "ptq").exists()
+    assert not (tmp_path / "integer").exists() and not (tmp_path / "ptq").exists()
     shown = console.file.getvalue()
     assert "warning: this run has no integer network." in shown and reason in shown
     page = (tmp_path / "report.html").read_text()
@@ -198,7 +198,7 @@ def test_another_experiment_does_not_take_over_the_network(run, console):
 def test_uint8_images_and_normalized_ones_have_the_same_codes(finished):
     """The table of pixel codes is the normalization that training has."""
     dataset = load_dataset(tiny().data)
-    graph = load(finished / "int8")
+    graph = load(finished / "integer")
     images = dataset.test.images
     mean, std = (np.asarray(values, np.float64) for values in (dataset.mean, dataset.std))
     codes, _ = integer_graph.run(graph, images)
@@ -206,4 +206,4 @@ def test_uint8_images_and_normalized_ones_have_the_same_codes(finished):
     steps = codes["stem_conv/input"] - float(graph.tensors["stem_conv/input"].zero_point)
     # Half a step, and a few roundings of a float32 number of at most 256 steps.
     assert np.abs(steps - exact).max() <= 0.5 + 256 * 2**-21
-    assert RunFolder(finished).network == finished / "int8"
+    assert RunFolder(finished).integer == finished / "integer"

@@ -34,7 +34,7 @@ OTHERS = {
 def float_run(finished, tmp_path) -> Path:
     """The finished run as it was after FP32."""
     path = tmp_path / "float"
-    shutil.copytree(finished, path, ignore=shutil.ignore_patterns("qat", "int8", "ptq", "re*"))
+    shutil.copytree(finished, path, ignore=shutil.ignore_patterns("qat", "integer", "ptq", "re*"))
     lines = [r for r in RunFolder(path).read_metrics() if r["stage"] == "fp32"]
     RunFolder(path).metrics.write_text("".join(json.dumps(r) + "\n" for r in lines))
     return path
@@ -52,7 +52,7 @@ def test_qat_from_another_runs_fp32_ends_as_the_run_that_trained_both(
     before, run = files(float_run), tmp_path / "run"
     arguments = ("--config", config_file(tmp_path), "--workdir", run, "--from", float_run)
     assert run_command("train", *arguments) == 0
-    assert files(run / "int8") == files(finished / "int8")
+    assert files(run / "integer") == files(finished / "integer")
     assert files(run / "ptq") == files(finished / "ptq")
     ours, theirs = (RunFolder(r) for r in (run, finished))
     ends = [[(r["stage"], r["loss"]) for r in f.read_metrics()] for f in (ours, theirs)]
@@ -102,7 +102,7 @@ def test_a_run_stopped_in_qat_goes_on_from_its_own_checkpoints(
     from_run = tmp_path / "gone" if again else None
     results = train.train(tiny(), run, from_run=from_run, console=console)
     assert files(run / "checkpoints/fp32") == fp32
-    assert files(run / "int8") == files(finished / "int8")
+    assert files(run / "integer") == files(finished / "integer")
     assert results["fp32"]["from_run"]["name"] == "tiny"
 
 
@@ -125,7 +125,7 @@ def test_the_best_checkpoint_comes_along_where_it_is_selected(
     best = tiny(data__validation_size=30, select="best", qat__test_calibrated=False)
     train.train(best, tmp_path / "both", console=console)
     train.train(best, tmp_path / "run", from_run=tmp_path / "both", console=console)
-    assert files(tmp_path / "run/int8") == files(tmp_path / "both/int8")
+    assert files(tmp_path / "run/integer") == files(tmp_path / "both/integer")
 
 
 def refused(folder: Path, from_run: Path, capsys, **changes) -> str:
@@ -195,4 +195,4 @@ def test_a_copy_that_fails_leaves_no_checkpoint_and_the_next_one_succeeds(
     assert not (run / ".fp32.tmp").exists()
     (run / ".fp32.tmp" / str(STEPS)).mkdir(parents=True)  # As after a kill.
     train.train(tiny(), run, from_run=finished, console=console)
-    assert files(run / "int8") == files(finished / "int8")
+    assert files(run / "integer") == files(finished / "integer")

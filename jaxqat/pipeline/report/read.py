@@ -16,7 +16,7 @@ import yaml
 from jaxqat.pipeline.report.files import ReportError, check
 from jaxqat.pipeline.report.samples import Samples, read_samples
 
-STAGES = ("fp32", "ptq", "qat", "int8")
+STAGES = ("fp32", "ptq", "qat", "integer")
 SCORES = ("accuracy", "precision", "recall", "f1", "loss")
 _NUMBER = (int, float)
 
@@ -39,7 +39,7 @@ class Run:
     @property
     def no_network(self) -> str | None:
         """Why the run has no integer network, where it was to have one."""
-        return (self.results.get("int8") or {}).get("error")
+        return (self.results.get("integer") or {}).get("error")
 
 
 def read_run(workdir: Path) -> Run:
@@ -85,9 +85,9 @@ def _read_results(path: Path) -> dict[str, Any]:
         raise ReportError(f"{path} is not JSON: {error}.") from error
     check(isinstance(results, dict), path, "must hold an object")
     check(isinstance(results.get("name"), str), path, "lacks the text 'name'")
-    int8 = results.get("int8") or {}
-    check(isinstance(int8, dict), path, "'int8' must be an object")
-    check(isinstance(int8.get("error", ""), str), path, "'int8.error' must be a text")
+    integer = results.get("integer") or {}
+    check(isinstance(integer, dict), path, "'integer' must be an object")
+    check(isinstance(integer.get("error", ""), str), path, "'integer.error' must be a text")
     stages = _evaluated(results)
     check(bool(stages), path, f"holds none of the stages {', '.join(STAGES)}")
     for stage in stages:
@@ -113,8 +113,8 @@ def _read_results(path: Path) -> dict[str, Any]:
 
 def _evaluated(results: dict[str, Any]) -> list[str]:
     """The stages that results hold; an integer network that could not be made is none."""
-    made = "error" not in (results.get("int8") or {})
-    return [stage for stage in STAGES if stage in results and (made or stage != "int8")]
+    made = "error" not in (results.get("integer") or {})
+    return [stage for stage in STAGES if stage in results and (made or stage != "integer")]
 
 
 def _check_stage(stage: Any, name: str, path: Path) -> None:

@@ -7,7 +7,7 @@ from jaxqat.pipeline.report import paper
 from jaxqat.pipeline.report.figures import MAX_NAMED_CLASSES, layer_range
 from jaxqat.pipeline.report.read import Run
 
-STAGE_NAMES = {"fp32": "FP32", "ptq": "PTQ int8", "qat": "QAT", "int8": "QAT int8"}
+STAGE_NAMES = {"fp32": "FP32", "ptq": "PTQ int8", "qat": "QAT", "integer": "QAT int8"}
 DASH = "–"
 CLASS_SCORES = ("precision", "recall", "f1")
 MANY_CONFUSIONS = 8
@@ -167,7 +167,7 @@ def size(run: Run) -> dict[str, str] | None:
     """Bytes of the FP32 network and of the integer network, and how many times smaller."""
     sizes = run.results.get("size_bytes") or {}
     fp32, untrained = sizes.get("fp32"), run.results.get("ptq") or {}
-    int8 = sizes.get("int8", untrained.get("size_bytes"))
+    int8 = sizes.get("integer", untrained.get("size_bytes"))
     if fp32 is None:
         return None
     return {

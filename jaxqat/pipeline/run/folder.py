@@ -1,6 +1,6 @@
 """The run folder: whose it is, what lies where, and how it is written.
 
-    config.yaml, checkpoints/{fp32,qat}/STEP/, int8/, ptq/, metrics.jsonl, results.json,
+    config.yaml, checkpoints/{fp32,qat}/STEP/, integer/, ptq/, metrics.jsonl, results.json,
     report_data.npz, report.html, figures/, analysis.json, analysis.html, evaluations/
 
 One process trains in a folder at a time, and a folder belongs to one experiment.
@@ -56,9 +56,9 @@ class RunFolder:
         return self.path / "analysis.json"
 
     @property
-    def network(self) -> Path:
-        """The integer network."""
-        return self.path / "int8"
+    def integer(self) -> Path:
+        """The integer network of QAT."""
+        return self.path / "integer"
 
     @property
     def ptq(self) -> Path:
@@ -88,7 +88,7 @@ class RunFolder:
 
     def has_work(self) -> bool:
         """Whether anything would be lost if the folder became another experiment's."""
-        return self.results.exists() or self.network.exists() or self.has_checkpoints()
+        return self.results.exists() or self.integer.exists() or self.has_checkpoints()
 
     def load_config(self) -> Experiment:
         """The experiment of the run.

@@ -70,9 +70,9 @@ def describe_network(
 ) -> dict[str, Any]:
     """Size, arithmetic and layers of the quantized network.
 
-    The bytes of FP32 are those of all parameters, four each; the bytes of int8 are those of the
-    integer network's arrays as they are saved: a byte for each weight (two codes of 3 or 4 bits
-    share one, or four of 2 bits), an int32 bias and a float32 multiplier for each output channel.
+    The bytes of FP32 are those of all parameters, four each; the bytes of the integer network are
+    those of its arrays as they are saved: a byte for each weight (two codes of 3 or 4 bits share
+    one, or four of 2 bits), an int32 bias and a float32 multiplier for each output channel.
 
     Args:
         networks: Which.
@@ -82,9 +82,9 @@ def describe_network(
     """
     layers = networks.describe()
     size = weight_bytes(params, {layer.path: layer.weight_bits for layer in layers})
-    int8 = {} if graph is None else {"int8": graph.size_bytes()}
+    integer = {} if graph is None else {"integer": graph.size_bytes()}
     return {
-        "size_bytes": {"fp32": size["fp32"], **int8},
+        "size_bytes": {"fp32": size["fp32"], **integer},
         "parameters": size["parameters"],
         "macs": sum(layer.macs for layer in layers),
         "layers": [_describe_layer(layer, params, flatten(ranges)) for layer in layers],
@@ -166,5 +166,5 @@ def summary_rows(results: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, An
         if "calibrated" in results["qat"] and "ptq" not in results:
             yield "qat, calibrated only", results["qat"]["calibrated"]["test"]
         yield "qat", results["qat"]["test"]
-    if "test" in results.get("int8", {}):
-        yield "int8", results["int8"]["test"]
+    if "test" in results.get("integer", {}):
+        yield "integer", results["integer"]["test"]

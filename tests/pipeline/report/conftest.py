@@ -80,8 +80,8 @@ def layers() -> list[dict[str, Any]]:
 
 def deploy(results: dict[str, Any], class_names: Sequence[str]) -> None:
     """Adds the integer network of `layers`: some of its codes differ."""
-    results["int8"] = {"test": scores(class_names, 0.945, seed=2), "requantization": "float"}
-    results["speed"]["int8"] = {"evaluate_images_per_s": 9120.0}
+    results["integer"] = {"test": scores(class_names, 0.945, seed=2), "requantization": "float"}
+    results["speed"]["integer"] = {"evaluate_images_per_s": 9120.0}
     tensors = [
         {
             "name": f"{layer['path']}/input",
@@ -129,7 +129,7 @@ def write_run(tmp_path: Path) -> Callable[..., Path]:
             "name": name,
             "seed": 3,
             "precision": "float32",
-            "size_bytes": {"fp32": 44_695_848, "int8": 11_248_816},
+            "size_bytes": {"fp32": 44_695_848, "integer": 11_248_816},
             "parameters": 11_173_962,
             "macs": 555_422_720,
             "speed": {"fp32": {"train_images_per_s": 1520.4, "evaluate_images_per_s": 5210.0}},

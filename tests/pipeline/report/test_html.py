@@ -60,7 +60,7 @@ def test_embedded_images_are_the_files_beside_the_page(write_run):
 
     assert sorted(files) == [
         "confusion_fp32.png",
-        "confusion_int8.png",
+        "confusion_integer.png",
         "confusion_qat.png",
         "curves_fp32.png",
         "curves_qat.png",
@@ -171,7 +171,7 @@ def test_a_run_without_fine_tuning_compares_fp32_with_ptq(show):
     def change(results):
         results["ptq"] = {"test": results["fp32"]["test"], "size_bytes": 11_250_000}
         results["ptq"]["verify"] = {"failures": ["7 codes differ"]}
-        results["size_bytes"].pop("int8")
+        results["size_bytes"].pop("integer")
 
     page = show(change, fp32_epochs=2, qat_epochs=0)
 
@@ -212,8 +212,8 @@ def test_a_broken_contract_stands_out(show):
 
 def test_a_network_that_could_not_be_converted_is_named_with_the_reason(show):
     def change(results):
-        results["int8"] = {"error": "It cannot:\n  stem (conv): <rule>"}
-        results["size_bytes"].pop("int8")
+        results["integer"] = {"error": "It cannot:\n  stem (conv): <rule>"}
+        results["size_bytes"].pop("integer")
 
     page = show(change, fp32_epochs=2, qat_epochs=1)
 

@@ -27,7 +27,7 @@ def test_missing_file_is_named(write_run, name):
     [
         ("results.json", b'{"name": "x", "fp', r"results\.json is not JSON"),
         ("results.json", b"[]", r"results\.json is broken: must hold an object"),
-        ("results.json", b'{"name": "x"}', "none of the stages fp32, ptq, qat, int8"),
+        ("results.json", b'{"name": "x"}', "none of the stages fp32, ptq, qat, integer"),
         ("results.json", b"\xff\xfe", r"results\.json cannot be read"),
         ("metrics.jsonl", b'{"stage": "fp32", "ep', r"metrics\.jsonl, line 1 is not JSON"),
         ("metrics.jsonl", b'\n{"stage": "fp32"}\n', "line 2 must hold stage, epoch"),
@@ -70,9 +70,9 @@ def test_broken_file_is_named_with_what_is_wrong(write_run, name, content, messa
         ),
         (lambda r: r.update(layers=[{"kind": "conv"}]), "'layers' must be a list"),
         (lambda r: r.update(speed=[1]), "'speed' must be an object"),
-        (lambda r: r.update(int8=[1]), "'int8' must be an object"),
-        (lambda r: r.update(int8={"step": 1}), "lacks the object 'int8.test'"),
-        (lambda r: r.update(int8={"error": 1}), "'int8.error' must be a text"),
+        (lambda r: r.update(integer=[1]), "'integer' must be an object"),
+        (lambda r: r.update(integer={"step": 1}), "lacks the object 'integer.test'"),
+        (lambda r: r.update(integer={"error": 1}), "'integer.error' must be a text"),
     ],
 )
 def test_what_results_lack_is_named_by_its_key(write_run, change, message):
@@ -118,6 +118,6 @@ def test_epoch_that_was_done_again_after_a_resume_counts_by_its_last_line(write_
 
 def test_stages_come_in_the_order_they_are_made(write_run):
     workdir = write_run()
-    edit_results(workdir, lambda r: r.update(int8=r.pop("fp32"), fp32=r.pop("qat")))
+    edit_results(workdir, lambda r: r.update(integer=r.pop("fp32"), fp32=r.pop("qat")))
 
-    assert read_run(workdir).stages == ("fp32", "int8")
+    assert read_run(workdir).stages == ("fp32", "integer")

@@ -45,7 +45,7 @@ def learned(tmp_path, small_network, no_report, console, compiled_once) -> Path:
 def test_a_run_with_learned_steps_ends_in_an_integer_network_of_its_bits(learned):
     results = json.loads((learned / "results.json").read_text())
     assert results["verify"]["differing"] == 0
-    graph = jaxqat.load(learned / "int8")
+    graph = jaxqat.load(learned / "integer")
     bits = {p.name: int(np.abs(p.weights).max()) for p in graph.products()}
     assert bits["block_conv"] <= 3 < bits["stem_conv"] <= 127
     layers = {layer["path"]: layer["weight_bits"] for layer in results["layers"]}
@@ -60,7 +60,7 @@ def test_a_stopped_run_with_learned_steps_ends_where_an_uninterrupted_one_does(
         signal_at(patch, STEPS + STEPS_PER_EPOCH + 2)  # Within the second epoch of QAT.
         train.train(tiny(**LOW_BITS), again, command="jaxqat train", console=console)
     train.train(tiny(**LOW_BITS), again, command="jaxqat train", console=console)
-    assert files(again / "int8") == files(learned / "int8")
+    assert files(again / "integer") == files(learned / "integer")
 
 
 def test_a_step_updates_parameters_and_what_is_learned_and_decays_only_parameters():
