@@ -1,4 +1,10 @@
-"""The `jaxqat` command: parse, call one function of the library, print."""
+"""The `jaxqat` command line: parse the options, call one command, return the exit status.
+
+Each command is a function in `jaxqat.commands`. The signature of the function gives the options of
+the command, their types and defaults; its docstring gives the help. The parameter `run` is
+positional, every other parameter is an option of the same name. Bad input ends with the exit status
+2, a failure on valid input with 1.
+"""
 
 import argparse
 import inspect
@@ -6,42 +12,44 @@ import logging
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+import types
+import typing
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
+import docstring_parser
 import jsonargparse
-from jsonargparse import Namespace
-from jsonargparse.typing import PositiveInt
 from rich.console import Console
 from rich.logging import RichHandler
 
-from jaxqat.commands import analyze as diagnosis
-from jaxqat.commands import benchmark as benchmark_command
-from jaxqat.commands import evaluate as evaluate_command
-from jaxqat.commands import export as export_command
-from jaxqat.commands import lowering as lowering_command
-from jaxqat.commands import quantize as quantize_command
-from jaxqat.commands import report as report_command
-from jaxqat.commands import train as train_command
-from jaxqat.commands import verify as verify_command
-from jaxqat.errors import (
-    InputError,
-    RunError,
+from jaxqat.commands import (
+    analyze,
+    benchmark,
+    evaluate,
+    export,
+    lowering,
+    quantize,
+    report,
+    train,
+    verify,
 )
-from jaxqat.integer._execute.executor import PLATFORMS
-from jaxqat.lowering import TARGETS
+from jaxqat.errors import InputError, RunError
 from jaxqat.pipeline import config as configs
 from jaxqat.pipeline.config import Experiment
-from jaxqat.pipeline.evaluation import SPLITS
-from jaxqat.pipeline.results import INTEGER_STAGES, NETWORKS
 from jaxqat.pipeline.training import Stopped
 
 DONE, FAILED, BAD_INPUT = 0, 1, 2
 
+# Each module holds the function of the same name.
+_MODULES = (train, quantize, evaluate, analyze, verify, export, benchmark, lowering, report)
+COMMANDS = {module.__name__.rpartition(".")[2]: module for module in _MODULES}
+SUPPLIED = ("console", "command")  # Parameters that `main` fills in; they are no options.
+OPTION_NAMES = {"from_run": "from"}  # A Python parameter cannot be called `from`.
+
 
 class Parser(jsonargparse.ArgumentParser):
-    """Says what is wrong in one message, with the nearest right option, and exits with 2."""
+    """Reports what is wrong in one line, suggests the nearest option, and exits with status 2."""
 
     def __init__(self, **options: Any):
         super().__init__(allow_abbrev=False, **options)
@@ -63,282 +71,72 @@ class Parser(jsonargparse.ArgumentParser):
 
 
 def make_parser() -> Parser:
-    """The command's options, typed by the config dataclasses."""
+    """Return the parser of all commands."""
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = Parser(prog="jaxqat", description="int8 quantization-aware training for JAX.")
-    commands = parser.add_subcommands(dest="command", required=True)
-    for name, (add, _) in COMMANDS.items():
-        description = inspect.cleandoc(add.__doc__ or "")
+    parser = Parser(prog="jaxqat", description="Quantization-aware training for JAX.")
+    commands = parser.add_subcommands(
+        dest="command", required=True, description="`jaxqat COMMAND --help` lists the options."
+    )
+    for name, module in COMMANDS.items():
+        summary, description, helps = _documentation(getattr(module, name))
         subparser = Parser(prog=f"jaxqat {name}", description=description)
-        add(subparser)
-        commands.add_subcommand(name, subparser, help=description.splitlines()[0])
+        _add_options(subparser, module, getattr(module, name), helps)
+        commands.add_subcommand(name, subparser, help=summary)
         subparser.prog = f"jaxqat {name}"  # jsonargparse makes it 'jaxqat [options] train'.
     return parser
 
 
-def add_train_arguments(parser: Parser) -> None:
-    """Train FP32, then QAT; convert, evaluate and report. Run it again to resume."""
-    parser.add_argument("--config", action="config", help="YAML file with any of the options.")
-    parser.add_argument("--workdir", type=Path, required=True, help="The run folder.")
-    help_from = "Another run, whose finished FP32 stage is taken over instead of trained here."
-    parser.add_argument("--from", type=Path | None, default=None, help=help_from)
-    parser.add_class_arguments(Experiment, help="The experiment")
+def _documentation(function: Any) -> tuple[str, str, dict[str, str]]:
+    """Summary, description and help of each parameter, from a command's docstring."""
+    parsed = docstring_parser.parse(inspect.getdoc(function) or "")
+    summary = parsed.short_description or ""
+    description = "\n\n".join(filter(None, (summary, parsed.long_description)))
+    # argparse formats a help with %, so that a plain one is doubled.
+    helps = {p.arg_name: (p.description or "").replace("%", "%%") for p in parsed.params}
+    return summary, description, helps
 
 
-def train(options: Namespace, console: Console, argv: list[str]) -> int:
-    """Run the command `train`."""
-    where: dict[str, Any] = {"workdir": options.workdir, "from_run": options["from"]}
-    command = shlex.join(["jaxqat", *argv])
-    train_command.train(configs.build(options), **where, command=command, console=console)
-    return DONE
+def _add_options(
+    parser: Parser, module: types.ModuleType, function: Any, helps: Mapping[str, str]
+) -> None:
+    """Add an argument for each parameter of a command's function."""
+    hints = typing.get_type_hints(function)
+    choices = getattr(module, "CHOICES", {})
+    for name, parameter in inspect.signature(function).parameters.items():
+        if name in SUPPLIED:
+            continue
+        if hints[name] is Experiment:
+            parser.add_argument("--config", action="config", help=helps[name])
+            continue
+        required = parameter.default is parameter.empty
+        settings: dict[str, Any] = _type_settings(hints[name], choices.get(name))
+        settings["help"] = helps[name]
+        if not required and "action" not in settings:
+            settings["default"] = parameter.default
+        if name != "run":
+            option = OPTION_NAMES.get(name, name)
+            parser.add_argument(f"--{option}", **settings, required=required)
+        elif required:
+            parser.add_argument(name, **settings)
+        else:
+            parser.add_argument(name, **settings, nargs="?")
+    if Experiment in hints.values():
+        parser.add_class_arguments(Experiment, help="The experiment")
 
 
-def add_quantize_arguments(parser: Parser) -> None:
-    """Quantize a run's FP32 network without training; writes RUN/ptq, results and report."""
-    parser.add_argument("run", type=Path, help="The run folder; its FP32 stage is finished.")
-    parser.add_argument(
-        "--method",
-        choices=("ptq",),
-        default="ptq",
-        help="Post-training quantization: activation ranges of a few training batches.",
-    )
-    parser.add_argument(
-        "--batches",
-        type=PositiveInt,
-        default=None,
-        help="Training batches to calibrate on; by default, the run's qat.calibration_batches.",
-    )
-    parser.add_argument(
-        "--recipe",
-        type=str | None,
-        default=None,
-        help="Preset such as int8_symmetric or w4a8; by default, the run's own recipe.",
-    )
-
-
-def quantize(options: Namespace, console: Console, argv: list[str]) -> int:
-    """Run the command `quantize`."""
-    command, chosen = shlex.join(["jaxqat", *argv]), _chosen(options, "batches", "recipe")
-    quantize_command.quantize(options.run, **chosen, command=command, console=console)
-    return DONE
-
-
-def _chosen(options: Namespace, *names: str) -> dict[str, Any]:
-    return {name: options[name] for name in names}
-
-
-def _add_network(parser: Parser) -> None:
-    parser.add_argument(
-        "--stage",
-        choices=INTEGER_STAGES,
-        default="qat",
-        help="The integer network of QAT, RUN/integer, or of post-training quantization, RUN/ptq.",
-    )
-
-
-def add_evaluate_arguments(parser: Parser) -> None:
-    """Evaluate a run from its folder alone; writes RUN/evaluations/ only."""
-    parser.add_argument("run", type=Path, help="The run folder.")
-    parser.add_argument(
-        "--stage",
-        choices=NETWORKS,
-        default="integer",
-        help="fp32 and qat from their checkpoints; the integer networks RUN/integer and RUN/ptq.",
-    )
-    parser.add_argument("--split", choices=SPLITS, default="test", help="Which images.")
-
-
-def evaluate(options: Namespace, console: Console, argv: list[str]) -> int:
-    """Run the command `evaluate`."""
-    del argv
-    evaluate_command.evaluate(
-        options.run, stage=options.stage, split=options.split, console=console
-    )
-    return DONE
-
-
-def add_analyze_arguments(parser: Parser) -> None:
-    """Find the layers at which the quantized network loses accuracy.
-
-    Writes RUN/analysis.json and RUN/analysis.html. The network is run twice for each of its layers.
-    """
-    parser.add_argument("run", type=Path, help="The run folder.")
-    parser.add_argument(
-        "--stage",
-        choices=diagnosis.STAGES,
-        default="qat",
-        help="Which weights: of QAT, or those of FP32, calibrated as QAT begins.",
-    )
-    parser.add_argument("--split", choices=SPLITS, default="test", help="Which images.")
-    parser.add_argument(
-        "--images", type=PositiveInt, default=1000, help="How many of them, from the first on."
-    )
-
-
-def analyze(options: Namespace, console: Console, argv: list[str]) -> int:
-    """Run the command `analyze`."""
-    del argv
-    chosen = _chosen(options, "stage", "split", "images")
-    diagnosis.analyze(options.run, **chosen, console=console)
-    return DONE
-
-
-def add_export_arguments(parser: Parser) -> None:
-    """Write the integer network of a run as a file for another runtime."""
-    parser.add_argument("run", type=Path, help="The run folder.")
-    _add_network(parser)
-    parser.add_argument(
-        "--format", choices=export_command.FORMATS, required=True, help="Of the file."
-    )
-    parser.add_argument("--output", type=Path, required=True, help="The file to write.")
-    parser.add_argument(
-        "--input",
-        choices=export_command.INPUTS,
-        default="uint8",
-        help="What the file takes: images as they are, or normalized as in training.",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="Replace a file that exists.")
-
-
-def export(options: Namespace, console: Console, argv: list[str]) -> int:
-    """Run the command `export`."""
-    del argv
-    chosen = _chosen(options, "stage", "format", "input", "overwrite")
-    export_command.export(options.run, options.output, **chosen, console=console)
-    return DONE
-
-
-def add_verify_arguments(parser: Parser) -> None:
-    """Compare every code of the integer network with the training graph's; writes RUN/evaluations/.
-
-    The exit status is 1 if codes differ by more than one or in 1 of 100,000 places, or if an image
-    changes its class.
-    """
-    parser.add_argument("run", type=Path, help="The run folder.")
-    _add_network(parser)
-    parser.add_argument(
-        "--format",
-        choices=("onnx", "openvino"),
-        default=None,
-        help="Compare with the exported file instead, in ONNX Runtime (onnx) or in OpenVINO, where "
-        "only classes can be compared.",
-    )
-    parser.add_argument("--split", choices=SPLITS, default="test", help="Which images.")
-
-
-def verify(options: Namespace, console: Console, argv: list[str]) -> int:
-    """Run the command `verify`."""
-    del argv
-    chosen = _chosen(options, "stage", "format", "split")
-    verification = verify_command.verify(options.run, **chosen, console=console)
-    return FAILED if verification.failures else DONE
-
-
-def add_lowering_arguments(parser: Parser) -> None:
-    """Show the kernels that a device's compiler makes of an integer network, device or not."""
-    parser.add_argument(
-        "run",
-        type=Path | None,
-        nargs="?",
-        default=None,
-        help="The run folder; without one, a ResNet-18 with random weights on 32x32 images.",
-    )
-    parser.add_argument("--target", choices=tuple(TARGETS), required=True, help="The device.")
-    parser.add_argument(
-        "--executor",
-        choices=tuple(PLATFORMS),
-        default=None,
-        help="A way to run on it; by default, the way that is taken on such a device.",
-    )
-    parser.add_argument(
-        "--width", type=PositiveInt, default=None, help="Of the random ResNet-18; 64."
-    )
-    parser.add_argument("--batch_size", type=PositiveInt, default=256, help="Images at a time.")
-
-
-def lowering(options: Namespace, console: Console, argv: list[str]) -> int:
-    """Run the command `lowering`."""
-    del argv
-    lowering_command.lowering(
-        options.run,
-        target=options.target,
-        executor=options.executor,
-        batch_size=options.batch_size,
-        width=options.width,
-        console=console,
-    )
-    return DONE
-
-
-def add_benchmark_arguments(parser: Parser) -> None:
-    """Measure speed on the present device, engines in turns."""
-    parser.add_argument(
-        "run",
-        type=Path | None,
-        nargs="?",
-        default=None,
-        help="The run folder; without one, a ResNet-18 with random weights on 32x32 images.",
-    )
-    parser.add_argument(
-        "--what",
-        choices=("inference", "train"),
-        default="inference",
-        help="FP32, bfloat16 and int8 in all engines that are installed; or a training step.",
-    )
-    parser.add_argument(
-        "--batch_sizes",
-        type=PositiveInt,
-        nargs="+",
-        help="Images of a call; by default 1, 32, 256 (and 1024 on an accelerator), or the run's.",
-    )
-    parser.add_argument(
-        "--rounds", type=PositiveInt, default=10, help="How often each engine has its turn."
-    )
-    parser.add_argument(
-        "--width", type=PositiveInt, default=None, help="Of the random ResNet-18; 64."
-    )
-    parser.add_argument("--json", type=Path | None, default=None, help="File to write as well.")
-
-
-def benchmark(options: Namespace, console: Console, argv: list[str]) -> int:
-    """Run the command `benchmark`."""
-    benchmark_command.benchmark(
-        options.run,
-        what=options.what,
-        batch_sizes=options.batch_sizes,
-        rounds=options.rounds,
-        width=options.width,
-        json=options.json,
-        command=shlex.join(["jaxqat", *argv]),
-        console=console,
-    )
-    return DONE
-
-
-def add_report_arguments(parser: Parser) -> None:
-    """Write RUN/report_command.html again from the run folder alone."""
-    parser.add_argument("run", type=Path, help="The run folder.")
-
-
-def report(options: Namespace, console: Console, argv: list[str]) -> int:
-    """Run the command `report`."""
-    del argv
-    console.print(f"report: {report_command.report(options.run)}", highlight=False)
-    return DONE
-
-
-# By name: what adds its options, and what runs it.
-COMMANDS = {
-    "train": (add_train_arguments, train),
-    "quantize": (add_quantize_arguments, quantize),
-    "evaluate": (add_evaluate_arguments, evaluate),
-    "analyze": (add_analyze_arguments, analyze),
-    "verify": (add_verify_arguments, verify),
-    "export": (add_export_arguments, export),
-    "benchmark": (add_benchmark_arguments, benchmark),
-    "lowering": (add_lowering_arguments, lowering),
-    "report": (add_report_arguments, report),
-}
+def _type_settings(hint: Any, choices: Sequence[str] | None) -> dict[str, Any]:
+    """What `add_argument` is told of a parameter's type."""
+    parts = typing.get_args(hint)
+    inner = parts[0] if parts[1:] == (types.NoneType,) else hint  # T of `T | None`.
+    if choices is not None:
+        return {"choices": tuple(choices)}
+    if typing.get_origin(inner) is Literal:
+        return {"choices": typing.get_args(inner)}
+    if inner is bool:
+        return {"action": "store_true"}
+    if typing.get_origin(inner) is Sequence:
+        return {"type": typing.get_args(inner)[0], "nargs": "+"}
+    return {"type": hint}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -353,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(argv, console)
     except Stopped as stopped:
-        _complain(f"stopped by {stopped}; the state is saved. Run the same command to go on.")
+        _complain(f"stopped by {stopped}; the state is saved. Run the same command to resume.")
         return 128 + stopped.signum
     except KeyboardInterrupt:
         _complain("interrupted.")
@@ -368,13 +166,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _dispatch(argv: list[str], console: Console) -> int:
     _check_config_files(argv)
-    options = make_parser().parse_args(argv)
-    _, run = COMMANDS[options.command]
-    return run(options[options.command], console, argv)
+    parsed = make_parser().parse_args(argv)
+    name, options = parsed.command, parsed[parsed.command]
+    function = getattr(COMMANDS[name], name)
+    supplied = {"console": console, "command": shlex.join(["jaxqat", *argv])}
+    hints = typing.get_type_hints(function)
+    arguments = {}
+    for parameter in inspect.signature(function).parameters:
+        if hints[parameter] is Experiment:
+            arguments[parameter] = configs.build(options)
+        elif parameter in SUPPLIED:
+            arguments[parameter] = supplied[parameter]
+        else:
+            arguments[parameter] = options[OPTION_NAMES.get(parameter, parameter)]
+    # A comparison that found too many differences returns them as its `failures`.
+    return FAILED if getattr(function(**arguments), "failures", ()) else DONE
 
 
 def _check_config_files(argv: list[str]) -> None:
-    """Look at the config files' keys first: jsonargparse would not name the nearest right one."""
+    """Check the keys of config files first: jsonargparse would not name the nearest right one."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config", action="append", default=[])
     for path in parser.parse_known_args(argv)[0].config:
@@ -385,7 +195,7 @@ def _set_up_logging() -> None:
     handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
     logging.getLogger("jaxqat").setLevel(logging.INFO)
-    # Orbax warns of its own deprecations and of what is meant here (read-only folders).
+    # Orbax warns of its own deprecations, and of read-only folders, which are meant here.
     logging.getLogger("absl").setLevel(logging.ERROR)
 
 

@@ -1,6 +1,8 @@
 """The command: exit statuses, messages, signals; in processes of their own where those matter."""
 
+import functools
 import importlib.util
+import inspect
 import json
 import os
 import shutil
@@ -20,6 +22,7 @@ from jaxqat.commands import train
 from jaxqat.pipeline import config
 
 ROOT = Path(__file__).parent.parent
+TRAIN = train.train
 open_tmp = tiny_run.open_tmp
 # The command with a small network, by a path that says where the library is.
 COMMAND = [sys.executable, str(ROOT / "tests" / "tiny_run.py")]
@@ -98,7 +101,7 @@ def finished(tmp_path_factory, config_file) -> Path:
     status, out, err = finish(start("train", "--config", config_file, "--workdir", run))
     assert status == 0, err
     assert "ptq" in out
-    assert "int8" in out
+    assert "integer" in out
     return run
 
 
@@ -142,7 +145,7 @@ def test_evaluate_and_report_work_on_the_folder_alone(tmp_path, finished):
     run = tmp_path / "moved"
     shutil.copytree(finished, run)
     (run / "report.html").unlink()
-    for stage, arguments in (("ptq", ("--stage", "ptq")), ("int8", ())):
+    for stage, arguments in (("ptq", ("--stage", "ptq")), ("integer", ())):
         status, out, err = finish(start("evaluate", run, *arguments))
         assert status == 0, err
         accuracy = json.loads((run / "results.json").read_text())[stage]["test"]["accuracy"]
@@ -211,8 +214,10 @@ def test_bad_config_files_are_named_and_leave_nothing(tmp_path, capsys, text, me
         ["train", "--config", "{tmp}/none.yaml", "--workdir", "{tmp}/run"],
         ["train"],
         ["evaluate", "{tmp}/none"],
-        ["evaluate", "{tmp}/none", "--stage", "int9"],
+        ["evaluate", "{tmp}/none", "--stage", "int8"],
         ["report", "{tmp}/none"],
+        ["verify", "{tmp}/none", "--network", "ptq"],
+        ["verify", "{tmp}/none", "--stage", "integer"],
         ["analyze", "{tmp}/none"],
         ["analyze", "{tmp}/none", "--images", "0"],
         ["quantize", "{tmp}/none"],
@@ -283,6 +288,45 @@ def test_help_tells_settings_with_meaning_and_default(capsys):
     assert "--data.name NAME" in text
 
 
+def test_help_lists_every_command_with_the_first_line_of_its_docstring(capsys):
+    assert run_command("--help") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for name, module in cli.COMMANDS.items():
+        summary = inspect.getdoc(getattr(module, name))
+        assert summary is not None and f"{name} {summary.splitlines()[0]}" in text
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_of_a_command_says_what_the_docstring_says_of_every_parameter(name, capsys):
+    assert run_command(name, "--help") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    function = getattr(cli.COMMANDS[name], name)
+    described = "".join(inspect.getdoc(function) or "").split("Args:")[1].split("Returns:")[0]
+    for parameter in inspect.signature(function).parameters:
+        told = described.split(f"    {parameter}: ")[1].split(".")[0]
+        shown = parameter not in cli.SUPPLIED
+        # The formatter breaks lines at hyphens.
+        told, page = (" ".join(t.split()).replace("- ", "-") for t in (told, text))
+        assert (told in page) is shown, parameter
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        (["evaluate"], "--stage {fp32,ptq,qat,integer}"),
+        (["evaluate"], "(default: integer)"),
+        (["verify"], "--stage {qat,ptq}"),
+        (["analyze"], "(type: int, default: 1000)"),
+        (["lowering"], "--target {cpu,sm_75,sm_80,sm_90,tpu_v5e,tpu_v6e}"),
+        (["benchmark"], "[run]"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_help_shows_choices_and_defaults(arguments, shown, capsys):
+    assert run_command(*arguments, "--help") == 0
+    assert shown in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize(("script", "command"), [("train", "train"), ("evaluate", "evaluate")])
 def test_scripts_take_the_options_of_the_command(monkeypatch, capsys, script, command):
     path = ROOT / "scripts" / f"{script}.py"
@@ -309,6 +353,7 @@ def test_a_stop_and_a_failure_have_their_exit_statuses(monkeypatch, capsys, tmp_
         (OSError("disk full"), 1),
     ):
 
+        @functools.wraps(TRAIN)  # The options come from the signature.
         def fail(*args, error=error, **kwargs):
             raise error
 
@@ -333,7 +378,7 @@ def test_a_printed_configuration_can_be_given_back(tmp_path, capsys):
     [
         ("train", "--workdir"),
         ("report", "the run folder"),
-        ("export", "the run folder, --format, --output"),
+        ("export", "the run folder, --output, --format"),
         ("lowering", "--target"),
     ],
 )

@@ -1,1 +1,1 @@
-"""The commands of `jaxqat`, one file each."""
+"""The commands of the `jaxqat` command line, one module each; `jaxqat.cli` parses for them."""

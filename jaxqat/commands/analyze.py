@@ -1,4 +1,4 @@
-"""Why a run's quantized network is less accurate than its float one: the command `analyze`."""
+"""`jaxqat analyze`: find out why a run's quantized network is less accurate than its float one."""
 
 import dataclasses
 from pathlib import Path
@@ -8,69 +8,72 @@ import numpy as np
 from rich.console import Console
 
 from jaxqat.analysis import analyze as analyze_layers
+from jaxqat.errors import InputError
 from jaxqat.integer._store.files import write_json
 from jaxqat.pipeline.data import load_dataset
 from jaxqat.pipeline.display import print_analysis
 from jaxqat.pipeline.evaluation import find_split
-from jaxqat.pipeline.networks import Networks, matmul_precision
-from jaxqat.pipeline.post_training import calibrated
+from jaxqat.pipeline.networks import matmul_precision
+from jaxqat.pipeline.post_training import restore_quantized
 from jaxqat.pipeline.report import write_analysis
 from jaxqat.pipeline.results import to_json
 from jaxqat.pipeline.run.folder import RunFolder, RunFolderError
 from jaxqat.pipeline.run.results import describe_run
-from jaxqat.pipeline.run.snapshots import Model, restore_model
 
-STAGES = ("qat", "ptq")
-# Images whose real values of all tensors are held at a time: a few MB each.
-ANALYZED_AT_A_TIME = 100
+# Images per batch. The real values of all tensors of a batch, a few MB per image, stay in memory.
+ANALYSIS_BATCH_SIZE = 100
 
 
 def analyze(
-    workdir: Path,
+    run: Path,
     *,
     stage: Literal["qat", "ptq"] = "qat",
-    split: str = "test",
+    split: Literal["test", "train", "validation"] = "test",
     images: int = 1000,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Find the layers at which a run's quantized network loses accuracy.
+    """Find the layers where the quantized network loses accuracy.
 
-    Writes RUN/analysis.json and RUN/analysis.html, and nothing else.
+    Writes RUN/analysis.json and RUN/analysis.html. Each batch runs twice per layer: with this layer
+    quantized alone, and with all layers quantized but this one.
 
     Args:
-        workdir: The run folder.
-        stage: 'qat', the network that was fine-tuned, against the same weights in float; or
-            'ptq', post-training quantization: that of FP32 with the ranges that QAT begins with.
-        split: 'test', 'train' or 'validation'.
-        images: How many of the split, from its first on.
-        console: Where the table is shown; None for standard output.
+        run: Run folder.
+        stage: Network to analyze, against the same weights in float: that of quantization-aware
+            training (qat), or that of post-training quantization, with the recipe and calibration
+            of RUN/ptq (ptq).
+        split: Images to analyze on.
+        images: Number of images, 1 or more, counted from the first of the split.
+        console: Where the table is printed; None for standard output.
 
     Returns:
-        The content of analysis.json.
+        Content of RUN/analysis.json.
 
     Raises:
-        RunFolderError: It is no run folder, was never quantized, or cannot be written.
-        DataError: The data is missing, damaged or another than the run's.
+        InputError: `images` is below 1.
+        RunFolderError: The folder is no run folder, was never quantized, or cannot be written.
+        DataError: The data is missing, damaged or differs from the run's.
         CheckpointError: The checkpoint is damaged.
         QuantizationError: The recipe quantizes no layer, or the network's result is not finite.
         ReportError: The page cannot be written.
     """
+    if images < 1:
+        raise InputError(f"images must be 1 or more, got {images!r}.")
     console = console or Console()
-    folder = RunFolder(Path(workdir))
+    folder = RunFolder(Path(run))
     experiment = folder.load_config()
     dataset = load_dataset(experiment.data)
     chosen = find_split(dataset, split)
     chosen = chosen.take(np.arange(min(images, len(chosen))))
-    # Batches of as near as can be one size: each size is compiled.
-    parts = np.array_split(np.arange(len(chosen)), -(-len(chosen) // ANALYZED_AT_A_TIME))
+    # Batches of nearly one size, because every size is compiled.
+    batches = np.array_split(np.arange(len(chosen)), -(-len(chosen) // ANALYSIS_BATCH_SIZE))
     with matmul_precision(experiment):
-        networks = Networks.build(experiment, dataset)
-        model = _model(networks, folder, stage)
-        found = analyze_layers(
+        networks, model = restore_quantized(folder, experiment, dataset, stage)
+        analysis = analyze_layers(
             networks.quantized,
             model.tree(),
-            batches=(chosen.images[part] for part in parts),
-            labels=(chosen.labels[part] for part in parts),
+            batches=(chosen.images[indices] for indices in batches),
+            labels=(chosen.labels[indices] for indices in batches),
             preprocess=networks.normalize,
             train=False,
         )
@@ -79,18 +82,13 @@ def analyze(
         "stage": stage,
         "split": split,
         "step": model.step,
-        **dataclasses.asdict(found),
+        "recipe": dataclasses.asdict(networks.experiment.quant),
+        "calibration_batches": networks.experiment.qat.calibration_batches,
+        **dataclasses.asdict(analysis),
     }
     title = f"{experiment.name}: {stage}, {len(chosen):,} images of the {split} split"
-    print_analysis(title, found.rows(), found.summary(), console)
+    print_analysis(title, analysis.rows(), analysis.summary(), console)
     write_json(folder.analysis, result, error=RunFolderError)
     page = write_analysis(folder.path, result)
     console.print(f"analysis: {page}", highlight=False, soft_wrap=True)
     return result
-
-
-def _model(networks: Networks, folder: RunFolder, stage: str) -> Model:
-    if stage == "qat":
-        return restore_model(networks, folder, "qat")
-    fp32 = restore_model(networks, folder, "fp32")
-    return calibrated(networks, fp32)

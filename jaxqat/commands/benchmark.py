@@ -1,4 +1,4 @@
-"""`jaxqat benchmark`: what is measured, of which network, and where it is written."""
+"""`jaxqat benchmark`: measure speed, print a table and write the measurements."""
 
 import importlib.metadata
 import os
@@ -36,31 +36,37 @@ def benchmark(
     command: str | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Measure speed on the present device, print a table, and write it down.
+    """Measure inference or training speed on this machine.
+
+    The engines take turns in every round, so that a change of the machine's speed meets all of
+    them.
 
     Args:
-        run: The run folder whose network it is; None for a ResNet-18 with random weights.
-        what: 'inference': FP32, bfloat16 and int8 in JAX and in the engines that are installed.
-            'train': a training step in FP32, bfloat16 and QAT.
-        batch_sizes: Images of a call; None for 1, 32, 256 (and 1024 on an accelerator), and for
-            training for the run's. Training takes one.
-        rounds: How often each engine has its turn.
-        width: Of the ResNet-18, where no run is given; None for 64.
-        json: File to write.
-        command: What was typed, for the record.
-        console: Where it is shown; None for standard output.
+        run: Run folder; without one, a ResNet-18 with random weights on 32x32 images is measured.
+        what: Inference in FP32, bfloat16 and integers with every installed engine (inference), or
+            a training step in FP32, bfloat16 and QAT (train).
+        batch_sizes: Images per call; by default 1, 32, 256 (and 1024 on an accelerator), for
+            training the batch size of the run. Training takes one.
+        rounds: Number of rounds, 1 or more.
+        width: Width of the random ResNet-18: channels of its first stage; by default 64.
+        json: File for the measurements, beside the printed table.
+        command: What was typed, recorded in the file.
+        console: Where the table is printed; None for standard output.
 
     Returns:
-        What is written to the file.
+        The measurements, as written to the file.
 
     Raises:
         BenchmarkError: An argument cannot be used, or engines disagree.
-        RunFolderError: It is no run folder, has no integer network, or the file cannot be written.
+        RunFolderError: The folder is no run folder or holds no integer network, or the file cannot
+            be written.
         ArtifactError: The integer network is damaged.
     """
     console = console or Console()
     if run is not None and width is not None:
-        raise BenchmarkError(f"width is of the random ResNet-18; {run} has its own network.")
+        raise BenchmarkError(
+            f"width is for the random ResNet-18 only; {run} has a network of its own."
+        )
     width = WIDTH if width is None else width
     _check(what, batch_sizes, rounds, width, json)
     load = _load_average()
@@ -103,7 +109,7 @@ def _check(
         raise BenchmarkError(
             f"batch_sizes must be one number for 'train', got {', '.join(map(str, batch_sizes))}."
         )
-    # Before minutes of measuring, not after.
+    # Checked here, because measuring takes minutes.
     if json is not None and (json.is_dir() or not json.parent.is_dir()):
         raise BenchmarkError(f"json must be a file in an existing folder, got {str(json)!r}.")
     if json is not None and not os.access(json.parent, os.W_OK):
@@ -115,7 +121,7 @@ def _inference(run: Path | None, batch_sizes, rounds: int, width: int, say) -> d
         say(f"making a ResNet-18 of width {width}")
         graph, pixels = random_network(width), None
     else:
-        graph, pixels = load_network(_folder(run)), run_pixels(run)
+        graph, pixels = load_network(_open(run), "qat"), run_pixels(run)
     return benchmark_inference(
         graph,
         threads=thread_count(),
@@ -130,8 +136,8 @@ def _training(run: Path | None, batch_sizes, rounds: int, width: int, say) -> di
     experiment = Experiment(name=f"ResNet-18, width {width}", model=ModelConfig(width=width))
     shape, classes = IMAGE_SHAPE, CLASSES
     if run is not None:
-        folder = _folder(run)
-        experiment, graph = folder.load_config(), load_network(folder)
+        folder = _open(run)
+        experiment, graph = folder.load_config(), load_network(folder, "qat")
         shape, (classes,) = graph.input_shape, graph.output_shape
     return benchmark_training(
         experiment,
@@ -143,21 +149,21 @@ def _training(run: Path | None, batch_sizes, rounds: int, width: int, say) -> di
     )
 
 
-def _folder(run: Path) -> RunFolder:
+def _open(run: Path) -> RunFolder:
     folder = RunFolder(Path(run))
     folder.load_config()
     return folder
 
 
 def thread_count() -> int:
-    """Processors that this process may use: JAX takes them all, and the others are told to."""
+    """Return the number of processors this process may use; every engine is told to use them."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def versions() -> dict[str, str | None]:
-    """Version of each engine's package; None where it is not installed."""
+    """Return the version of each engine's package; None if it is not installed."""
     found: dict[str, str | None] = {}
     for engine in engines_of(platform()):
         package = engine.packages[0]
@@ -168,11 +174,13 @@ def versions() -> dict[str, str | None]:
 def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:  # As in the distribution onnxruntime-gpu.
+    except (
+        importlib.metadata.PackageNotFoundError
+    ):  # The distribution has another name, such as onnxruntime-gpu.
         names = importlib.metadata.packages_distributions().get(package)
         return importlib.metadata.version(names[0]) if names else "unknown"
 
 
 def _load_average() -> float | None:
-    """Processes that wanted to run in the last minute, where the system tells."""
+    """Return the average number of runnable processes in the last minute, if the system tells."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None

@@ -1,7 +1,7 @@
-"""`jaxqat evaluate`: test a network of a run on a split."""
+"""`jaxqat evaluate`: evaluate a network of a run on a split."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 
@@ -21,32 +21,37 @@ INTEGER = {"integer": "qat", "ptq": "ptq"}
 
 
 def evaluate(
-    workdir: Path, *, stage: str = "integer", split: str = "test", console: Console | None = None
+    run: Path,
+    *,
+    stage: Literal["fp32", "ptq", "qat", "integer"] = "integer",
+    split: Literal["test", "train", "validation"] = "test",
+    console: Console | None = None,
 ) -> dict[str, Any]:
-    """Test a network on a split, from the run folder alone.
+    """Evaluate a network of a run on a split, from the run folder alone.
 
     Writes RUN/evaluations/STAGE_SPLIT.json and nothing else.
 
     Args:
-        workdir: The run folder.
-        stage: 'fp32' or 'qat', from their checkpoints; 'integer' or 'ptq', from RUN/integer or
-            RUN/ptq alone.
-        split: 'test', 'train' or 'validation'.
-        console: Where the metrics are shown; None for standard output.
+        run: Run folder.
+        stage: Network to evaluate: a trained one from its checkpoint (fp32, qat), or an integer
+            network, that of post-training quantization from RUN/ptq (ptq) or that of
+            quantization-aware training from RUN/integer (integer).
+        split: Images to evaluate on.
+        console: Where the metrics are printed; None for standard output.
 
     Returns:
-        The metrics, and which network they are of.
+        The metrics, with the run, stage, split and training step they belong to.
 
     Raises:
-        RunFolderError: It is no run folder, has no such network, or cannot be written.
-        DataError: The data is missing, damaged or another than the run's.
-        CheckpointError: There is no checkpoint, or it is damaged.
+        RunFolderError: The folder is no run folder, holds no such network, or cannot be written.
+        DataError: The data is missing, damaged or differs from the run's.
+        CheckpointError: The checkpoint is missing or damaged.
         ArtifactError: The integer network is damaged.
     """
     console = console or Console()
-    folder = RunFolder(Path(workdir))
+    folder = RunFolder(Path(run))
     experiment = folder.load_config()
-    evaluate_network = _evaluate_integer if stage in INTEGER else _evaluate_stage
+    evaluate_network = _evaluate_integer if stage in INTEGER else _evaluate_checkpoint
     dataset, step, measured = evaluate_network(folder, experiment, split, stage)
     result = {
         **to_json(describe_run(experiment, dataset, None)),
@@ -63,7 +68,7 @@ def evaluate(
     return result
 
 
-def _evaluate_stage(
+def _evaluate_checkpoint(
     folder: RunFolder, experiment: Experiment, split: str, stage: str
 ) -> tuple[Dataset, int, Measured]:
     dataset = load_dataset(experiment.data)

@@ -1,7 +1,6 @@
-"""What is done with the integer network of a run: verify it, export it, see how it is compiled.
+"""`jaxqat export`: write the integer network of a run for another runtime.
 
-Each function is a command of the command line, and loads the package that it needs when it is
-called: none of them is needed to train.
+The packages of the file formats are imported when they are needed: training does without them.
 """
 
 from pathlib import Path
@@ -9,18 +8,12 @@ from typing import Literal
 
 from rich.console import Console
 
-from jaxqat.integer.graph import IntegerGraph
 from jaxqat.pipeline.integer_networks import load_network
 from jaxqat.pipeline.run.folder import RunFolder
 
-INPUTS = ("uint8", "float")
-
-
-FORMATS = ("onnx", "stablehlo")
-
 
 def export(
-    workdir: Path,
+    run: Path,
     output: Path,
     *,
     format: Literal["onnx", "stablehlo"],
@@ -29,26 +22,32 @@ def export(
     overwrite: bool = False,
     console: Console | None = None,
 ) -> Path:
-    """Write the integer network of a run as a file for another runtime.
+    """Write the integer network of a run as an ONNX or StableHLO file.
 
     Args:
-        workdir: The run folder.
+        run: Run folder.
         output: File to write.
-        format: 'onnx' or 'stablehlo'.
-        stage: 'qat', or 'ptq' for the network of post-training quantization.
-        input: What the file takes: 'uint8', images as they are, or 'float', images normalized as
-            in training.
-        overwrite: Whether a file of that name may be replaced.
+        format: Format of the file.
+        stage: Stage that made the integer network: quantization-aware training (qat) or
+            post-training quantization (ptq).
+        input: Input of the exported network: raw pixels (uint8), or images normalized as in
+            training (float).
+        overwrite: Replace an existing file.
         console: Where the file is named; None for standard output.
 
+    Returns:
+        Path of the file.
+
     Raises:
-        RunFolderError: It is no run folder, or has no integer network.
+        RunFolderError: The folder is no run folder, or holds no such integer network.
         ArtifactError: The integer network is damaged.
         ExportError: The network has no such form, or the file cannot be written.
         ImportError: A package is not installed.
     """
     console = console or Console()
-    graph = load_run_network(workdir, stage)
+    folder = RunFolder(Path(run))
+    folder.load_config()
+    graph = load_network(folder, stage)
     if format == "onnx":
         from jaxqat.export._onnx.model import export_onnx as write
     else:
@@ -57,15 +56,3 @@ def export(
     write(graph, output, input=input, overwrite=overwrite)
     console.print(f"{output}: {output.stat().st_size:,} bytes", highlight=False, soft_wrap=True)
     return output
-
-
-def load_run_network(workdir: Path, stage: str = "qat") -> IntegerGraph:
-    """The integer network of a run folder, or that of post-training quantization, 'ptq'.
-
-    Raises:
-        RunFolderError: It is no run folder, or has no integer network.
-        ArtifactError: The integer network is damaged.
-    """
-    folder = RunFolder(Path(workdir))
-    folder.load_config()
-    return load_network(folder, stage)

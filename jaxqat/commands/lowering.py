@@ -7,15 +7,19 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from jaxqat.bench.networks import WIDTH, random_network
-from jaxqat.commands.export import load_run_network
 from jaxqat.integer._execute.executor import PLATFORMS, make_executor
 from jaxqat.integer._execute.pallas_conv import COMPUTE_CAPABILITY
-from jaxqat.lowering import Compiled, LoweringError, Target, compile_for, print_lowering
+from jaxqat.integer.graph import IntegerGraph
+from jaxqat.lowering import TARGETS, Compiled, LoweringError, Target, compile_for, print_lowering
 from jaxqat.lowering.targets import get_target
+from jaxqat.pipeline.integer_networks import load_network
+from jaxqat.pipeline.run.folder import RunFolder
+
+CHOICES = {"target": tuple(TARGETS), "executor": tuple(PLATFORMS)}
 
 
 def lowering(
-    workdir: Path | None,
+    run: Path | None = None,
     *,
     target: str,
     executor: str | None = None,
@@ -23,28 +27,33 @@ def lowering(
     width: int | None = None,
     console: Console | None = None,
 ) -> Compiled:
-    """Compile an integer network for a device that need not be there, and show its kernels.
+    """Show the kernels that a device's compiler makes of an integer network.
+
+    The network is compiled, not run: the device need not be present, its compiler must be
+    installed.
 
     Args:
-        workdir: The run folder; None for a ResNet-18 with random weights.
-        target: A name of `jaxqat.lowering.TARGETS`.
-        executor: A way to run on it, of `jaxqat.integer._execute.executor.PLATFORMS`; None for what
-            `make_executor` would take on such a device.
-        batch_size: Images at a time.
-        width: Of the ResNet-18, where no run is given; None for 64.
-        console: Where the table is shown; None for standard output.
+        run: Run folder; without one, a ResNet-18 with random weights on 32x32 images is compiled.
+        target: Device to compile for.
+        executor: Implementation of the integer operations to compile; by default, the one that
+            `make_executor` uses on the device.
+        batch_size: Images per call, 1 or more.
+        width: Width of the random ResNet-18: channels of its first stage; by default 64.
+        console: Where the table is printed; None for standard output.
+
+    Returns:
+        The compiled network.
 
     Raises:
-        RunFolderError: It is no run folder, or has no integer network.
+        RunFolderError: The folder is no run folder, or holds no integer network.
         ArtifactError: The integer network is damaged.
-        LoweringError: The target cannot run so, its compiler is not installed, or refuses.
+        LoweringError: An argument cannot be used, the compiler is not installed, or it fails.
     """
     name = _executor_for(get_target(target), executor)
-    if workdir is not None and width is not None:
-        raise LoweringError(
-            f"width is of the random ResNet-18; {workdir} has a network of its own."
-        )
-    graph = random_network(width or WIDTH) if workdir is None else load_run_network(workdir)
+    for option, value in (("batch_size", batch_size), ("width", width)):
+        if value is not None and value < 1:
+            raise LoweringError(f"{option} must be 1 or more, got {value!r}.")
+    graph = _network(run, width)
     runner = make_executor(graph, platform=name)
     images = jax.ShapeDtypeStruct((batch_size, *graph.input_shape), jnp.uint8)
     compiled = compile_for(
@@ -52,6 +61,18 @@ def lowering(
     )
     print_lowering(compiled, console or Console())
     return compiled
+
+
+def _network(run: Path | None, width: int | None) -> IntegerGraph:
+    if run is None:
+        return random_network(WIDTH if width is None else width)
+    if width is not None:
+        raise LoweringError(
+            f"width is for the random ResNet-18 only; {run} has a network of its own."
+        )
+    folder = RunFolder(Path(run))
+    folder.load_config()
+    return load_network(folder, "qat")
 
 
 def _executor_for(target: Target, executor: str | None) -> str:

@@ -1,7 +1,8 @@
-"""`jaxqat quantize`: quantize the FP32 network of a run without training."""
+"""`jaxqat quantize`: quantize the trained FP32 network of a run without training."""
 
 import dataclasses
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 
@@ -24,43 +25,48 @@ from jaxqat.quant import Recipe
 
 
 def quantize(
-    workdir: Path,
+    run: Path,
     *,
+    method: Literal["ptq"] = "ptq",
     batches: int | None = None,
     recipe: str | None = None,
     command: str | None = None,
     console: Console | None = None,
 ) -> Results:
-    """Quantize the trained float network of a run without training, test it, and report.
+    """Quantize the trained FP32 network of a run without training; evaluate and report it.
 
-    Writes RUN/ptq, the entry 'ptq' of RUN/results.json, and the report, each in one step and only
-    once all is measured. Of a run whose QAT is not done, the results hold FP32 and PTQ, and `train`
-    goes on with it as before.
+    Writes RUN/ptq, the entry 'ptq' of RUN/results.json and the report, each in one step and only
+    after everything is measured. Before quantization-aware training the results hold FP32 and PTQ
+    only; `train` continues such a run.
 
     Args:
-        workdir: The run folder.
-        batches: How many training batches to calibrate on; None for the config's
-            `qat.calibration_batches`.
-        recipe: Name of a preset to quantize by; None for the config's `quant`.
-        command: What was typed, for the record of a run that has no results yet.
-        console: Where the results are shown; None for standard output.
+        run: Run folder; its FP32 stage must be finished.
+        method: Post-training quantization (ptq): activation ranges from a few training batches,
+            weights as FP32 left them.
+        batches: Number of training batches to calibrate on, 1 or more; by default
+            qat.calibration_batches of the run.
+        recipe: Preset to quantize by, such as int8_symmetric or w4a8; by default the recipe of the
+            run.
+        command: What was typed, recorded in the results of a run that has none yet.
+        console: Where the results are printed; None for standard output.
 
     Returns:
-        The content of results.json.
+        Content of RUN/results.json.
 
     Raises:
-        RunFolderError: It is no run folder, its FP32 stage is not finished, it is taken, or cannot
-            be written.
-        DataError: The data is missing, another than the run's, or has not so many batches.
-        RecipeError: There is no such recipe, or it does not fit the network.
+        RunFolderError: The folder is no run folder, its FP32 stage is not finished, another process
+            trains in it, or it cannot be written.
+        DataError: The data is missing, differs from the run's, or has too few batches.
+        RecipeError: The recipe does not exist, or does not fit the network.
         CheckpointError: The checkpoint is damaged.
-        ConversionError: The network has parts without an integer form.
-        Stopped: A signal came; the run is as it was.
+        ConversionError: Parts of the network have no integer form.
+        Stopped: A signal arrived; the run is unchanged.
     """
+    del method  # There is one only.
     console = console or Console()
-    experiment = RunFolder(Path(workdir)).load_config()
+    experiment = RunFolder(Path(run)).load_config()
     quant = experiment.quant if recipe is None else Recipe.preset(recipe)
-    with claim(Path(workdir)) as folder, stop_on_signals() as stop, matmul_precision(experiment):
+    with claim(Path(run)) as folder, stop_on_signals() as stop, matmul_precision(experiment):
         dataset = load_dataset(experiment.data)
         batches = _check_batches(experiment, dataset, batches)
         networks = Networks.build(with_quantization(experiment, quant, batches), dataset)
@@ -83,15 +89,15 @@ def quantize(
 
 
 def _check_batches(experiment: Experiment, dataset: Dataset, batches: int | None) -> int:
-    there = len(dataset.train) // experiment.qat.batch_size
+    available = len(dataset.train) // experiment.qat.batch_size
     if batches is None:
-        return min(experiment.qat.calibration_batches, there)
-    if not 1 <= batches <= there:
+        return min(experiment.qat.calibration_batches, available)
+    if not 1 <= batches <= available:
         raise DataError(
-            f"batches must be in 1..{there}, the whole batches of {experiment.qat.batch_size} "
+            f"batches must be in 1..{available}, the whole batches of {experiment.qat.batch_size} "
             f"(qat.batch_size) in {len(dataset.train)} training images, got {batches}."
         )
-    return int(batches)  # The command's own integer type has no JSON form.
+    return batches
 
 
 def _float_results(

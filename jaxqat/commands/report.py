@@ -2,17 +2,28 @@
 
 from pathlib import Path
 
+from rich.console import Console
+
 from jaxqat.pipeline.report import write_report
 from jaxqat.pipeline.run.folder import RunFolder
 
 
-def report(workdir: Path) -> Path:
-    """Draw the report of a finished run again, from its folder alone.
+def report(run: Path, *, console: Console | None = None) -> Path:
+    """Write RUN/report.html again from the run folder alone.
+
+    Args:
+        run: Run folder.
+        console: Where the path of the report is printed; None for standard output.
+
+    Returns:
+        Path of the report.
 
     Raises:
-        RunFolderError: It is no run folder.
+        RunFolderError: The folder is no run folder.
         ReportError: A file that the report needs is missing or broken.
     """
-    folder = RunFolder(Path(workdir))
+    folder = RunFolder(Path(run))
     folder.load_config()
-    return write_report(folder.path)
+    page = write_report(folder.path)
+    (console or Console()).print(f"report: {page}", highlight=False)
+    return page

@@ -1,8 +1,8 @@
-"""The experiment from end to end: train, evaluate, report.
+"""`jaxqat train`: the experiment from end to end.
 
-The three functions are what the command line and the scripts call. `train` reads the test split
-after both stages only; until then nothing but training and validation images is looked at. What is
-called integer is the network in RUN/integer; ptq, that in RUN/ptq, was never fine-tuned.
+Both stages are trained before the test split is read; until then only training and validation
+images are used. The results keep the integer network of RUN/integer as 'integer', and that of
+RUN/ptq, which was only calibrated, as 'ptq'.
 """
 
 import dataclasses
@@ -52,32 +52,31 @@ def train(
     command: str | None = None,
     console: Console | None = None,
 ) -> Results:
-    """Train both stages in a run folder, convert, test, and write results and report.
+    """Train FP32, then QAT; convert, evaluate and report. Run it again to resume.
 
-    A folder where this experiment was stopped is gone on with; one where it is finished is left
-    as it is. Where the recipe leaves the network with parts that have no integer form, the run ends
-    without an integer network, and its results say why.
+    Resumes a stopped run, and leaves a finished one unchanged. If parts of the network have no
+    integer form, the run ends without an integer network, and its results list the reasons.
 
     Args:
-        experiment: What to do.
-        workdir: The run folder; made if need be.
-        from_run: Another run, whose finished FP32 stage is taken over; a folder that has
-            checkpoints of FP32 already goes on from its own.
-        command: What was typed, for the record.
-        console: Where progress is shown; None for standard output.
+        experiment: YAML file with any of the options below.
+        workdir: Run folder; created if it does not exist.
+        from_run: Another run, whose finished FP32 stage is used instead of training one. A folder
+            that has FP32 checkpoints already continues from its own.
+        command: What was typed, recorded in the results.
+        console: Where progress is printed; None for standard output.
 
     Returns:
-        The content of results.json.
+        Content of RUN/results.json.
 
     Raises:
-        RunFolderError: The folder cannot be used: another experiment's, read-only, taken. Or the
-            FP32 stage of the other run: not finished, of other settings or data.
+        RunFolderError: The folder belongs to another experiment or process, or is read-only; or the
+            FP32 stage of the other run is not finished, or has other settings or data.
         DataError: The data cannot be used.
         RecipeError: The recipe does not fit the network.
         CheckpointError: No checkpoint is whole, or none can be written.
         ArtifactError: The integer network cannot be written.
-        DivergedError: Training ran into infinity or NaN.
-        Stopped: A signal came; the state is saved.
+        DivergedError: The loss or the weights became infinite or NaN.
+        Stopped: A signal arrived; the state is saved.
     """
     console = console or Console()
     with claim(Path(workdir)) as folder, stop_on_signals() as stop:
@@ -121,11 +120,11 @@ def _check_sizes(experiment: Experiment, dataset: Dataset) -> None:
 def _float_stage(
     networks: Networks, folder: RunFolder, from_run: Path | None, console: Console
 ) -> FloatStage | None:
-    """What is taken over from another run; None if nothing is."""
+    """Find the FP32 stage of the other run; None if this run trains its own."""
     if from_run is None:
         return None
     if folder.has_checkpoints("fp32"):
-        console.print(f"fp32: {folder.path} goes on from its own checkpoints.", highlight=False)
+        console.print(f"fp32: {folder.path} continues from its own checkpoints.", highlight=False)
         return None
     taken = find_float_stage(networks, Path(from_run))
     console.print(f"fp32: taken over from {from_run}.", highlight=False)

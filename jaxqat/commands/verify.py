@@ -1,4 +1,4 @@
-"""`jaxqat verify`: compare every code of a run's integer network with its origin."""
+"""`jaxqat verify`: compare every code of a run's integer network with its reference."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -9,7 +9,7 @@ from rich.console import Console
 from jaxqat.integer._execute.executor import make_executor
 from jaxqat.integer._verify import Network, Observation, Verification, compare, integer_network
 from jaxqat.integer.graph import IntegerGraph
-from jaxqat.pipeline.data import Dataset, Split, load_dataset
+from jaxqat.pipeline.data import Split, load_dataset
 from jaxqat.pipeline.display import print_verification
 from jaxqat.pipeline.evaluation import find_split
 from jaxqat.pipeline.integer_networks import (
@@ -18,53 +18,52 @@ from jaxqat.pipeline.integer_networks import (
     load_network,
     verify_network,
 )
-from jaxqat.pipeline.networks import Networks, matmul_precision
-from jaxqat.pipeline.post_training import calibrated, experiment_of
+from jaxqat.pipeline.networks import matmul_precision
+from jaxqat.pipeline.post_training import restore_quantized
 from jaxqat.pipeline.results import to_json
 from jaxqat.pipeline.run.folder import RunFolder
 from jaxqat.pipeline.run.results import describe_run, verification_result
-from jaxqat.pipeline.run.snapshots import restore_model
 
-# What `verify` compares the integer network with, by its format.
-AGAINST = {None: "the training graph", "onnx": "ONNX Runtime", "openvino": "OpenVINO"}
+# What the integer network is compared with, by the option `format`.
+REFERENCES = {None: "the training graph", "onnx": "ONNX Runtime", "openvino": "OpenVINO"}
 
 
 def verify(
-    workdir: Path,
+    run: Path,
     *,
-    format: Literal["onnx", "openvino"] | None = None,
     stage: Literal["qat", "ptq"] = "qat",
-    split: str = "test",
+    format: Literal["onnx", "openvino"] | None = None,
+    split: Literal["test", "train", "validation"] = "test",
     console: Console | None = None,
 ) -> Verification:
-    """Compare every code of the integer network of a run with another form of it, on images.
+    """Compare every code of the integer network with the network it was converted from.
 
-    Without a format that is the trained network in inference mode, from the checkpoint of QAT (of
-    'ptq', from that of FP32, calibrated again), and real values are those of the same weights in
-    float; with 'onnx' it is the exported file in ONNX
-    Runtime; with 'openvino' that file in OpenVINO, which fuses what it would otherwise show, so
-    that only the classes are compared. Writes RUN/evaluations/verify_SPLIT.json, or with 'ptq' and
-    the format before SPLIT, and nothing else.
+    Without a format, the quantized network in inference mode is the reference. The exit status is 1
+    if codes differ by more than one, or in 1 of 100,000 places or more, or if an image changes its
+    class. Writes RUN/evaluations/verify_SPLIT.json, with ptq and the format before SPLIT if they
+    are given, and nothing else.
 
     Args:
-        workdir: The run folder.
-        format: What to compare with.
-        stage: 'qat', or 'ptq' for the network of post-training quantization.
-        split: 'test', 'train' or 'validation'.
-        console: Where the comparison is shown; None for standard output.
+        run: Run folder.
+        stage: Stage that made the integer network: quantization-aware training (qat) or
+            post-training quantization (ptq).
+        format: Compare with the exported file instead, run by ONNX Runtime (onnx) or by OpenVINO
+            (openvino). OpenVINO fuses layers and shows no codes, so only classes are compared.
+        split: Images to compare on.
+        console: Where the comparison is printed; None for standard output.
 
     Returns:
-        The comparison; its `failures` say how the contract is broken, if it is.
+        The comparison. Its `failures` say which of the conditions above are broken.
 
     Raises:
-        RunFolderError: It is no run folder, or has no integer network.
-        DataError: The data is missing, damaged or another than the run's.
-        CheckpointError: There is no checkpoint, or it is damaged.
+        RunFolderError: The folder is no run folder, or holds no such integer network.
+        DataError: The data is missing, damaged or differs from the run's.
+        CheckpointError: The checkpoint is missing or damaged.
         ArtifactError: The integer network is damaged.
         ExportError: The network has no ONNX form.
         ImportError: A package is not installed.
     """
-    folder = RunFolder(Path(workdir))
+    folder = RunFolder(Path(run))
     experiment = folder.load_config()
     graph = load_network(folder, stage)
     dataset = load_dataset(experiment.data)
@@ -73,37 +72,26 @@ def verify(
     if format is not None:
         verification = _against_export(graph, images, format)
     else:
-        verification = _against_training(folder, graph, dataset, images, stage)
-    of = "ptq" if stage == "ptq" else None
-    compared = "the integer network" + (" of post-training quantization" if of else "")
-    of_what = f"{compared} and {AGAINST[format]}, {split} split"
+        with matmul_precision(experiment):
+            networks, model = restore_quantized(folder, experiment, dataset, stage)
+            verification = verify_network(networks, model, graph, images)
+    compared = "the integer network" + ("" if stage == "qat" else " of post-training quantization")
+    networks_compared = f"{compared} and {REFERENCES[format]}, {split} split"
     counted = verification_result(verification)
-    print_verification(f"{experiment.name}: {of_what}", counted, console or Console())
+    print_verification(f"{experiment.name}: {networks_compared}", counted, console or Console())
     info = describe_run(experiment, dataset, None)
-    result = {**to_json(info), "of": of_what, **to_json(counted)}
-    folder.write_evaluation("_".join(filter(None, ("verify", of, format, split))), result)
+    result = {**to_json(info), "of": networks_compared, **to_json(counted)}
+    parts = ("verify", None if stage == "qat" else stage, format, split)
+    folder.write_evaluation("_".join(filter(None, parts)), result)
     return verification
-
-
-def _against_training(
-    folder: RunFolder, graph: IntegerGraph, dataset: Dataset, images: Split, stage: str
-) -> Verification:
-    experiment = folder.load_config()
-    with matmul_precision(experiment):
-        if stage == "ptq":
-            networks = Networks.build(experiment_of(experiment, graph), dataset)
-            model = calibrated(networks, restore_model(networks, folder, "fp32"))
-        else:
-            networks = Networks.build(experiment, dataset)
-            model = restore_model(networks, folder, "qat")
-        return verify_network(networks, model, graph, images)
 
 
 def _against_export(graph: IntegerGraph, images: Split, format: str) -> Verification:
     from jaxqat.export._onnx.builder import library
     from jaxqat.export._onnx.model import onnx_model
 
-    library("onnxruntime" if format == "onnx" else "openvino")  # Before minutes of work.
+    # A missing package ends the command before minutes of work.
+    library("onnxruntime" if format == "onnx" else "openvino")
     model = onnx_model(graph, input="uint8")
     exported = _in_onnx_runtime(model) if format == "onnx" else _in_openvino(model)
     deployed = integer_network(make_executor(graph))

@@ -1,4 +1,8 @@
-"""What compilers make of a function, for devices that need not be there: is it integer?"""
+"""Lowering: the program that a device's compiler makes of a function, without the device.
+
+`compile_for` compiles, `kernels` and `products` list what the program runs, and the table shows
+whether the products are integer.
+"""
 
 from jaxqat.lowering.kernels import (
     Kernel,
@@ -8,7 +12,7 @@ from jaxqat.lowering.kernels import (
     products,
     wide_activations,
 )
-from jaxqat.lowering.products import INTEGER_ENGINES, Product
+from jaxqat.lowering.products import INTEGER_ENGINES, CompiledProduct
 from jaxqat.lowering.table import LoweringTable, lowering_table, print_lowering
 from jaxqat.lowering.targets import (
     TARGETS,
@@ -23,10 +27,10 @@ __all__ = [
     "INTEGER_ENGINES",
     "TARGETS",
     "Compiled",
+    "CompiledProduct",
     "Kernel",
     "LoweringError",
     "LoweringTable",
-    "Product",
     "Target",
     "compile_for",
     "float_activations",

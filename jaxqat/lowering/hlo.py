@@ -1,13 +1,13 @@
-"""XLA's optimized HLO as text, read into instructions.
+"""Parse the text of XLA's optimized HLO into instructions.
 
 A module is a set of computations, one of them the entry; a computation is a list of instructions
 
     %name = type opcode(%operand, ...), attribute=value, ...
 
-in a schedule's order. A type is `dtype[dims]{layout}` or a tuple of types. In a layout, after the
-order of the axes, `T(8,128)` says that on a TPU the last axes are padded to multiples of 8 and
-128, and `S(n)` is the memory space, 0 where it is not said: on a TPU, 1 is the on-chip vector
-memory. Only what `kernels` asks for is read; the values of large constants are not in the text.
+in scheduled order. A type is `dtype[dims]{layout}` or a tuple of types. A layout is the order of
+the axes; then `T(8,128)` means that a TPU pads the last axes to multiples of 8 and 128, and `S(n)`
+is the memory space, 0 by default; space 1 of a TPU is its on-chip vector memory. Only what
+`kernels` needs is parsed; the text omits the values of large constants.
 """
 
 import dataclasses
@@ -21,10 +21,10 @@ class Shape:
     """An array in memory.
 
     Attributes:
-        dtype: As HLO spells it: 's8', 'bf16', 'f32', 'pred', ...
-        dims: Extents.
+        dtype: Type in HLO's notation: 's8', 'bf16', 'f32', 'pred', ...
+        dims: Size of each axis.
         space: Memory space; 0 is the device's main memory.
-        padded: Number of values with the padding that its layout adds, if it adds any.
+        padded: Number of values including padding; None without padding.
     """
 
     dtype: str
@@ -39,7 +39,7 @@ class Shape:
 
     @property
     def bits(self) -> int:
-        """Width of one value; 0 if it is none (a token)."""
+        """Width of one value in bits; 0 for a token."""
         if self.dtype == "pred":
             return 8
         width = re.search(r"\d+", self.dtype)
@@ -47,7 +47,7 @@ class Shape:
 
     @property
     def bytes(self) -> int:
-        """Size in memory, padding included, in whole bytes."""
+        """Size in memory in bytes, padding included."""
         elements = self.elements if self.padded is None else self.padded
         return (elements * self.bits + 7) // 8
 
@@ -70,12 +70,12 @@ class Instruction:
     """One line of a computation.
 
     Attributes:
-        name: Unique in its computation.
-        opcode: 'fusion', 'convolution', ...
-        shapes: Of the result; of a tuple, those of its leaves.
-        operands: Names of instructions of the same computation.
-        attributes: The rest of the line.
-        literal: What stands between the parentheses: a parameter's number, a constant's value.
+        name: Name, unique in its computation.
+        opcode: Operation: 'fusion', 'convolution', ...
+        shapes: Shape of the result; of a tuple, the shapes of its leaves.
+        operands: Names of the operands, instructions of the same computation.
+        attributes: Rest of the line after the operands.
+        literal: Text in the parentheses: a parameter's number, a constant's value.
     """
 
     name: str
@@ -87,7 +87,7 @@ class Instruction:
 
     @functools.cached_property
     def called(self) -> tuple[str, ...]:
-        """Names of the computations that it calls."""
+        """Names of the computations it calls."""
         names = re.findall(
             r"\b(?:calls|to_apply|body|condition|\w+_computation)=%([\w.\-]+)", self.attributes
         )
@@ -97,34 +97,34 @@ class Instruction:
 
     @functools.cached_property
     def op_name(self) -> str:
-        """The path of JAX's name stack, the primitive last; '' if there is none."""
+        """Path of JAX's name stack, ending with the primitive; '' without one."""
         return self._find(r'\bop_name="([^"]*)"')
 
     @functools.cached_property
     def custom_call_target(self) -> str:
-        """What a custom call calls."""
+        """Name of the function that a custom call calls; '' for other instructions."""
         return self._find(r'custom_call_target="([^"]*)"')
 
     @functools.cached_property
     def fusion_kind(self) -> str:
-        """Which library or emitter a custom fusion is for; '' for XLA's own loops."""
+        """Library or code generator of a custom fusion; '' for XLA's own loops."""
         return self._find(r'"fusion(?:_backend)?_config":\{"kind":"(\w[^"]*)"')
 
     @functools.cached_property
     def estimated_cycles(self) -> int | None:
-        """The TPU compiler's estimate."""
+        """Estimate of the TPU's compiler; None on other devices."""
         cycles = self._find(r'"estimated_cycles":"(\d+)"')
         return int(cycles) if cycles else None
 
     @functools.cached_property
     def trip_count(self) -> int:
-        """How often a loop runs, if the compiler knows; otherwise 1."""
+        """Number of iterations of a loop, if the compiler knows it; otherwise 1."""
         count = self._find(r'"known_trip_count":\{"n":"(\d+)"')
         return int(count) if count else 1
 
     @functools.cached_property
     def index(self) -> int:
-        """Of a parameter or a get-tuple-element."""
+        """Position of a parameter, or of the element that a get-tuple-element takes."""
         return int(self.literal if self.opcode == "parameter" else self._find(r"\bindex=(\d+)"))
 
     def _find(self, pattern: str) -> str:
@@ -134,7 +134,7 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Computation:
-    """Instructions by name, in order; the root's value is the computation's."""
+    """Instructions by name, in scheduled order; the root is the result."""
 
     name: str
     instructions: dict[str, Instruction]
@@ -142,13 +142,13 @@ class Computation:
 
     @functools.cached_property
     def parameters(self) -> dict[int, Instruction]:
-        """By number."""
+        """Parameters by position."""
         found = (i for i in self.instructions.values() if i.opcode == "parameter")
         return {parameter.index: parameter for parameter in found}
 
     @functools.cached_property
     def users(self) -> dict[str, list[Instruction]]:
-        """The instructions that read an instruction's value."""
+        """Instructions that read a value, by the name of the value."""
         users: dict[str, list[Instruction]] = {name: [] for name in self.instructions}
         for instruction in self.instructions.values():
             for operand in set(instruction.operands):
@@ -158,17 +158,17 @@ class Computation:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Module:
-    """Computations by name."""
+    """Computations by name, one of them the entry."""
 
     computations: dict[str, Computation]
     entry: Computation
 
 
 def parse(text: str) -> Module:
-    """Read a module.
+    """Parse the text of a module.
 
     Raises:
-        ValueError: The text holds no entry computation, or a line that is no instruction.
+        ValueError: The text has no entry computation, or a line is not an instruction.
     """
     computations: dict[str, Computation] = {}
     entry, header, lines = None, None, []
@@ -228,7 +228,7 @@ def _end_of_type(line: str, start: int) -> int:
 
 
 def _closing(line: str, start: int) -> int:
-    """Where the parenthesis at `start` closes."""
+    """Return the position where the parenthesis at `start` closes."""
     depth = 0
     for match in re.compile(r"[()]").finditer(line, start):
         depth += 1 if match[0] == "(" else -1
@@ -255,7 +255,7 @@ def _shapes(text: str) -> tuple[Shape, ...]:
 
 
 def _padded(dims: tuple[int, ...], layout: str) -> int | None:
-    """Number of values in memory: the minor axes are padded to multiples of the first tile."""
+    """Return the number of values with padding: minor axes are multiples of the first tile."""
     tile = re.search(r":T\(([\d,]+)\)", layout)
     if tile is None:
         return None

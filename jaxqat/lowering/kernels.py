@@ -1,7 +1,7 @@
-"""The kernels of a compiled module: what runs, what it reads and writes.
+"""The kernels of a compiled module, with what they read and write.
 
-A kernel is an instruction that the device executes by itself: a fusion, a library call, a copy.
-What it reads and writes goes through memory; what is inside a fusion does not.
+A kernel is an instruction that the device runs on its own: a fusion, a library call, a copy. Its
+operands and results go through memory; values inside a fusion do not.
 """
 
 import dataclasses
@@ -9,9 +9,15 @@ import re
 from collections.abc import Iterable, Iterator
 
 from jaxqat.lowering.hlo import Computation, Instruction, Module, Shape, parse
-from jaxqat.lowering.products import PALLAS_TARGET, Place, Product, find_products, pallas_name
+from jaxqat.lowering.products import (
+    PALLAS_TARGET,
+    CompiledProduct,
+    Place,
+    find_products,
+    pallas_name,
+)
 
-# They stand in a schedule and do nothing; "...-done" waits for what "...-start" does.
+# Instructions of a schedule that compute nothing. "...-done" waits for "...-start".
 _IDLE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"}
 _IDLE |= {"partition-id", "replica-id", "opt-barrier"}
 _IDLE_TARGETS = {"ConcatBitcast", "AllocateBuffer"}
@@ -25,21 +31,21 @@ _SLICES = {"slice", "dynamic-slice", "gather"}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Kernel:
-    """A unit of execution.
+    """A kernel and its memory traffic in one run.
 
     Attributes:
-        name: The instruction's; of a Pallas kernel, its author's.
-        what: 'convolution', 'dot', 'reduce', 'copy' (moves values only), 'elementwise', or another
-            opcode or custom-call target that says it.
-        reads: Its operands.
-        writes: What it leaves for others to read; libraries' scratch space is not among it.
-        outputs: Which of `writes` are the module's results.
-        bytes_read: From main memory; of what is sliced or gathered, the part taken.
-        bytes_written: To main memory; of what is updated in place, the update.
-        op_name: JAX's name for it.
-        cycles: The TPU compiler's estimate.
-        times: How often it runs, where a loop's count is known.
-        products: The convolutions and dots in it.
+        name: Name of the instruction; of a Pallas kernel, the name that its author gave it.
+        what: Kind of work: 'convolution', 'dot', 'reduce', 'copy' (moves values only),
+            'elementwise', or another opcode or custom-call target.
+        reads: Shapes of its operands.
+        writes: Shapes of its results that other instructions read; without scratch space.
+        outputs: Positions in `writes` that are results of the module.
+        bytes_read: Bytes read from main memory; of a slice or gather, only the part taken.
+        bytes_written: Bytes written to main memory; of an update in place, only the update.
+        op_name: JAX's name of the operation.
+        cycles: Estimate of the TPU's compiler; None on other devices.
+        times: Number of runs, if the compiler knows the loop's count; otherwise 1.
+        products: Convolutions and dots in the kernel.
     """
 
     name: str
@@ -52,40 +58,40 @@ class Kernel:
     op_name: str
     cycles: int | None
     times: int
-    products: tuple[Product, ...]
+    products: tuple[CompiledProduct, ...]
 
     @property
     def layer(self) -> str:
-        """Paths of the modules that it computes, as JAX's name stack has them; '' if unknown."""
+        """Paths of the modules computed, from JAX's name stack; '' if unknown."""
         names = [product.op_name for product in self.products] or [self.op_name]
         return ", ".join(dict.fromkeys(filter(None, map(layer_of, names))))
 
 
 def kernels(text: str) -> list[Kernel]:
-    """The kernels of an optimized HLO module (CPU, CUDA or TPU), in its schedule's order."""
+    """List the kernels of an optimized HLO module (CPU, CUDA or TPU) in scheduled order."""
     module = parse(text)
     return list(_scheduled(module, module.entry, None, 1))
 
 
-def products(kernels: Iterable[Kernel]) -> list[Product]:
-    """All convolutions and dots."""
+def products(kernels: Iterable[Kernel]) -> list[CompiledProduct]:
+    """List the convolutions and dots of all kernels."""
     return [product for kernel in kernels for product in kernel.products]
 
 
-def float_products(kernels: Iterable[Kernel]) -> list[Product]:
-    """The convolutions and dots that are not integer."""
+def float_products(kernels: Iterable[Kernel]) -> list[CompiledProduct]:
+    """List the convolutions and dots that are not integer products."""
     return [product for product in products(kernels) if not product.is_integer]
 
 
 def wide_activations(kernels: Iterable[Kernel], *, at_least: int) -> list[tuple[Kernel, Shape]]:
-    """Tensors of more than 8 bits a value that one kernel writes for another to read.
+    """List tensors of more than 8 bits per value that one kernel writes and another reads.
 
-    Results of the module are not among them; what a TPU keeps on the chip is.
+    Results of the module are left out; tensors in a TPU's on-chip memory are included.
 
     Args:
-        kernels: Of one module.
-        at_least: From how many elements on a tensor counts: no more than the smallest activation
-            of the batch has, and more than biases and logits have.
+        kernels: Kernels of one module.
+        at_least: Smallest number of elements to list. Choose at most the size of the smallest
+            activation of the batch, and more than the size of biases and logits.
     """
     return [
         (kernel, shape)
@@ -96,16 +102,16 @@ def wide_activations(kernels: Iterable[Kernel], *, at_least: int) -> list[tuple[
 
 
 def float_activations(kernels: Iterable[Kernel], *, at_least: int) -> list[tuple[Kernel, Shape]]:
-    """The floating-point tensors among the `wide_activations`."""
+    """List the floating-point tensors among the `wide_activations`."""
     wide = wide_activations(kernels, at_least=at_least)
     return [(kernel, shape) for kernel, shape in wide if shape.is_float]
 
 
 def layer_of(op_name: str) -> str:
-    """The module's path in a name of JAX's: 'Net/conv1' of 'jit(f)/jvp(Net)/conv1/dot_general'.
+    """Return the module's path in JAX's name of an operation.
 
-    Left out are the transformations, jitted functions and control flow on the way, and the last
-    part, which is the primitive.
+    'jit(f)/jvp(Net)/conv1/dot_general' gives 'Net/conv1': transformations, jitted functions,
+    control flow and the primitive at the end are removed.
     """
     name = re.sub(r"\bp?jit\([^()]*\)", "", op_name)
     name = re.sub(r"\w+\(|\)", "", name)  # A transformation may enclose one part or several.
@@ -119,7 +125,7 @@ def _scheduled(
     for instruction in computation.instructions.values():
         place = Place(module, computation, instruction, caller)
         if instruction.opcode in _CONTROL:
-            # A loop's body is called with a tuple, which nothing is followed through.
+            # A loop's body takes one tuple, and sources are not traced through tuples.
             inlined = place if instruction.opcode in ("call", "async-start") else None
             for name in instruction.called:
                 inner = module.computations[name]
@@ -158,7 +164,7 @@ def _kernel(place: Place, times: int) -> Kernel:
     )
 
 
-def _what(place: Place, found: tuple[Product, ...]) -> str:
+def _what(place: Place, found: tuple[CompiledProduct, ...]) -> str:
     instruction = place.instruction
     if found:
         return "convolution" if any(p.kind == "convolution" for p in found) else "dot"
@@ -179,7 +185,7 @@ def _opcodes(place: Place) -> Iterator[str]:
 
 
 def _written(place: Place) -> list[tuple[Shape, bool]]:
-    """What a kernel leaves for others, each with whether it is the module's result."""
+    """Return the shapes that others read, each with whether it is a result of the module."""
     instruction, users = place.instruction, place.computation.users[place.instruction.name]
     if instruction.opcode.endswith("-start"):
         return [(s, _is_returned(place, user)) for user in users for s in user.shapes]
@@ -187,7 +193,7 @@ def _written(place: Place) -> list[tuple[Shape, bool]]:
     if elements:
         read = {user.index: _is_returned(place, user) for user in elements}
         return [(instruction.shapes[number], read[number]) for number in sorted(read)]
-    # Without readers of its parts, it is an array, or a tuple that is returned as a whole.
+    # Nothing reads its parts: it is an array, or a tuple that is returned as a whole.
     return [(shape, _is_returned(place, instruction)) for shape in instruction.shapes]
 
 
@@ -206,7 +212,7 @@ def _is_returned(place: Place, instruction: Instruction) -> bool:
 
 
 def _bytes_read(place: Place, name: str) -> int:
-    """Of one operand."""
+    """Return the bytes that a kernel reads of one operand."""
     instruction = place.instruction
     shapes = [s for s in place.computation.instructions[name].shapes if s.space == 0]
     if not shapes:
@@ -226,7 +232,7 @@ def _bytes_read(place: Place, name: str) -> int:
 
 
 def _taken(name: str, reader: Instruction, whole: int) -> int:
-    """Bytes that an instruction takes of an operand."""
+    """Return the bytes that an instruction reads of an operand."""
     if name in reader.operands[1:]:
         return whole
     if reader.opcode in _SLICES:

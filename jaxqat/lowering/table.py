@@ -1,4 +1,4 @@
-"""What a compiled function runs, as a table: kernel by kernel, and in total."""
+"""The kernels of a compiled function as a table, with totals."""
 
 import dataclasses
 
@@ -12,19 +12,19 @@ from jaxqat.lowering.targets import Compiled
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """A kernel.
+    """A kernel as text and numbers.
 
     Attributes:
-        kernel: Its name.
-        layer: Path of the module that it belongs to; '' if the compiler kept none.
-        what: See `Kernel.what`.
-        products: What it multiplies, such as 's8 x s8 -> s32'; '' if it multiplies nothing.
-        is_float: Whether one of its products is not integer.
+        kernel: Name of the kernel.
+        layer: Path of the module it belongs to; '' if the compiler dropped it.
+        what: Kind of work, see `Kernel.what`.
+        products: Types it multiplies, such as 's8 x s8 -> s32'; '' without a product.
+        is_float: Whether one of its products is not an integer product.
         writes: Types and shapes of its results.
-        bytes_read: In one run.
-        bytes_written: In one run.
-        cycles: Of one run, by the TPU compiler's estimate; None elsewhere.
-        times: How often it runs.
+        bytes_read: Bytes read in one run.
+        bytes_written: Bytes written in one run.
+        cycles: Estimate of the TPU's compiler for one run; None on other devices.
+        times: Number of runs.
     """
 
     kernel: str
@@ -41,15 +41,15 @@ class Row:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoweringTable:
-    """All kernels of a compiled function, and their sums.
+    """All kernels of a compiled function, with totals.
 
     Attributes:
-        rows: In the order of the schedule.
-        integer_products: Convolutions and dots that multiply codes as integers.
-        float_products: The others.
-        bytes_moved: Read and written by all kernels, as often as they run.
-        temporary_bytes: Memory for what lies between them.
-        cycles: The sum of the estimates; None where there are none.
+        rows: The kernels, in scheduled order.
+        integer_products: Number of integer products.
+        float_products: Number of all other convolutions and dots.
+        bytes_moved: Bytes read and written by all runs of all kernels.
+        temporary_bytes: Memory for intermediate values.
+        cycles: Sum of the estimated cycles of all runs; None without estimates.
     """
 
     rows: tuple[Row, ...]
@@ -61,7 +61,7 @@ class LoweringTable:
 
 
 def lowering_table(compiled: Compiled) -> LoweringTable:
-    """The kernels of a compiled function as rows, and their totals."""
+    """Return the table of a compiled function."""
     found = kernels(compiled.text)
     rows = tuple(_row(kernel) for kernel in found)
     are_integer = [product.is_integer for kernel in found for product in kernel.products]
@@ -77,7 +77,7 @@ def lowering_table(compiled: Compiled) -> LoweringTable:
 
 
 def print_lowering(compiled: Compiled, console: Console) -> None:
-    """Show the kernels of a compiled function; float products stand out."""
+    """Print the table of a compiled function; kernels with float products are red."""
     lowering = lowering_table(compiled)
     table = Table(title=f"{compiled.target}, kernels: {len(lowering.rows)}")
     for column in ("kernel", "layer", "what", "multiplies", "writes"):
@@ -87,7 +87,7 @@ def print_lowering(compiled: Compiled, console: Console) -> None:
         table.add_column(column, justify="right", no_wrap=True)
     for row in lowering.rows:
         name = row.kernel if row.times == 1 else f"{row.kernel} ({row.times} times)"
-        # Text, since rich would read brackets as markup.
+        # As `Text`, because rich would read brackets as markup.
         cells = [Text(t) for t in (name, row.layer, row.what, row.products, row.writes)]
         sizes = [in_bytes(row.bytes_read), in_bytes(row.bytes_written)]
         cycles = [f"{row.cycles or 0:,}"] if lowering.cycles is not None else []
@@ -104,7 +104,7 @@ def print_lowering(compiled: Compiled, console: Console) -> None:
 
 
 def in_bytes(count: int) -> str:
-    """'3.1 MB', in decimal units."""
+    """Return a size as text in decimal units, such as '3.1 MB'."""
     value, units = float(count), ["B", "kB", "MB", "GB", "TB"]
     while value >= 999.5 and len(units) > 1:
         value, units = value / 1000, units[1:]

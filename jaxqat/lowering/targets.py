@@ -1,8 +1,8 @@
-"""Compiling for an accelerator that is not there: XLA's compilers need its description, not it.
+"""Compile for an accelerator without the hardware: XLA's compilers need its description only.
 
-`compile_for` gives what a compiler makes of a function for one target: the optimized HLO and the
-memory it needs. The wheels of `jax[cuda13]` and `jax[tpu]` bring the compilers; neither a driver
-nor a device nor the network is needed. Nothing runs and nothing is timed.
+`compile_for` returns the compiled program of a function for one target: the optimized HLO and its
+memory. The compilers come with the wheels of `jax[cuda13]` and `jax[tpu]`; no driver, device or
+network is needed. Nothing is run or timed.
 """
 
 import contextlib
@@ -28,25 +28,25 @@ Platform = Literal["cpu", "cuda", "tpu"]
 
 
 class LoweringError(InputError):
-    """A function cannot be compiled for a target; the message says for which and why."""
+    """A function cannot be compiled for a target; the message names the target and the reason."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """What XLA asks of an NVIDIA GPU (from its data sheet and CUDA's device properties).
+    """The properties of an NVIDIA GPU that XLA asks for (data sheet, CUDA's device properties).
 
     Attributes:
-        name: As the driver calls it.
+        name: Name that the driver reports.
         capability: Major and minor compute capability.
-        cores: Streaming multiprocessors.
-        lanes: float32 units a multiprocessor.
-        threads: Resident threads a multiprocessor.
-        shared_bytes: Shared memory a multiprocessor.
-        block_bytes: Shared memory that one block can opt in to.
-        l2_bytes: Second-level cache.
-        memory_bytes: Device memory.
-        bandwidth: Of device memory, bytes a second.
-        clock_ghz: Boost clock.
+        cores: Number of streaming multiprocessors.
+        lanes: float32 units per multiprocessor.
+        threads: Resident threads per multiprocessor.
+        shared_bytes: Shared memory per multiprocessor, bytes.
+        block_bytes: Shared memory that one block can opt in to, bytes.
+        l2_bytes: Second-level cache, bytes.
+        memory_bytes: Device memory, bytes.
+        bandwidth: Bandwidth of the device memory, bytes per second.
+        clock_ghz: Boost clock, GHz.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Gpu:
     clock_ghz: float
 
     def config(self) -> str:
-        """XLA's GpuTargetConfig, a protocol buffer in text form."""
+        """Return XLA's GpuTargetConfig, a protocol buffer in text form."""
         major, minor = self.capability
         return f"""
 gpu_device_info {{
@@ -94,14 +94,14 @@ device_description_str: "{self.name}"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Target:
-    """A machine to compile for.
+    """A device to compile for.
 
     Attributes:
-        name: 'sm_90'.
-        platform: JAX's name of its kind.
-        description: For people.
-        gpu: An NVIDIA GPU's properties.
-        topology: A TPU's name and shape, as libtpu calls them.
+        name: Short name, such as 'sm_90'.
+        platform: JAX's platform: 'cpu', 'cuda' or 'tpu'.
+        description: Name of the device for people.
+        gpu: Properties of an NVIDIA GPU; None for other devices.
+        topology: Name and shape of a TPU in libtpu's notation; '' for other devices.
     """
 
     name: str
@@ -166,33 +166,33 @@ TARGETS: dict[str, Target] = {
     )
 }
 
-# Without a device, nothing can be timed to choose algorithms by.
+# Autotuning would time algorithms on the device.
 _OPTIONS: dict[str, dict[str, Any]] = {"cuda": {"xla_gpu_autotune_level": 0}}
 
 _WHEELS = {"cuda": 'pip install "jax[cuda13]"', "tpu": 'pip install "jax[tpu]"'}
 
-# libtpu asks for these where there is no TPU; a machine that has one has set its own.
+# libtpu asks for these variables on a machine without a TPU; one with a TPU sets its own.
 _LIBTPU_ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1",  # It would ask Google's metadata server, and wait for it.
+    "TPU_SKIP_MDS_QUERY": "1",  # Otherwise it waits for Google's metadata server.
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    # A second process would fail on /tmp/libtpu_lockfile, which guards a device that nobody opens.
+    # A second process would fail on /tmp/libtpu_lockfile, which guards a device that is not used.
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compiled:
-    """What a compiler made of a function.
+    """A function compiled for a target.
 
     Attributes:
-        target: What for.
-        text: The optimized HLO module.
-        argument_bytes: Memory of the arguments.
-        output_bytes: Memory of the results.
-        alias_bytes: The part of the results that lies in donated arguments.
-        temporary_bytes: Memory of everything in between.
-        seconds: What tracing and compiling took.
+        target: Device it was compiled for.
+        text: Optimized HLO module.
+        argument_bytes: Memory of the arguments, bytes.
+        output_bytes: Memory of the results, bytes.
+        alias_bytes: Part of the results that reuses donated arguments, bytes.
+        temporary_bytes: Memory of intermediate values, bytes.
+        seconds: Time of tracing and compiling.
     """
 
     target: Target
@@ -213,14 +213,17 @@ def compile_for(
     """Compile a function for a target, on any machine.
 
     Args:
-        target: A target or its name in `TARGETS`.
-        function: A function of arrays; if it is jitted already (donated or static arguments), it
-            is taken as it is. What it asks of `jax.default_backend()` is this machine's.
-        *shapes: Its arguments; arrays, or anything with a shape and a dtype, in any tree.
+        target: Target or its name in `TARGETS`.
+        function: Function of arrays. A jitted one (with donated or static arguments) is used
+            unchanged. In it, `jax.default_backend()` is this machine's, not the target's.
+        *shapes: Arguments: trees of arrays, or of anything with a shape and a dtype.
         compiler_options: XLA's options for this compilation.
 
+    Returns:
+        The compiled program and its memory.
+
     Raises:
-        LoweringError: There is no such target, its compiler is not installed, or it refuses.
+        LoweringError: The target is unknown, its compiler is not installed, or compilation fails.
     """
     target = get_target(target) if isinstance(target, str) else target
     arguments = _placed(target, shapes)
@@ -228,10 +231,10 @@ def compile_for(
     jitted: Any = function if isinstance(function, jax.stages.Wrapped) else jax.jit(function)
     start = time.perf_counter()
     with _abstract_device(target):
-        traced = jitted.trace(*arguments)  # Errors of the function itself are its author's.
+        traced = jitted.trace(*arguments)  # Errors of the function itself are raised as they are.
         try:
             compiled = traced.lower().compile(compiler_options=options)
-        except Exception as error:  # Each lowering rule and each compiler has its own.
+        except Exception as error:  # Every lowering rule and compiler raises its own.
             raise LoweringError(f"{target}: {_reason(error)}") from error
     memory = compiled.memory_analysis()
     return Compiled(
@@ -246,14 +249,14 @@ def compile_for(
 
 
 def _placed(target: Target, shapes: Any) -> Any:
-    """The arguments as shapes on the target's device."""
+    """Return the arguments as shapes on the target's device."""
     sharding = SingleDeviceSharding(_device(target))
     leaves = jax.tree.leaves(shapes)
     if not leaves or not all(hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves):
         kinds = ", ".join(sorted({type(leaf).__name__ for leaf in leaves})) or "none"
         raise LoweringError(
-            f"{target.name}: the arguments are arrays or jax.ShapeDtypeStruct, at least one; got "
-            f"{kinds}. Close over what is static."
+            f"{target.name}: the arguments must be arrays or jax.ShapeDtypeStruct, at least one; "
+            f"got {kinds}. Close over static values."
         )
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes
@@ -261,18 +264,18 @@ def _placed(target: Target, shapes: Any) -> Any:
 
 
 def get_target(name: str) -> Target:
-    """The target of this name.
+    """Return the target of this name.
 
     Raises:
-        LoweringError: There is none.
+        LoweringError: There is none; the message lists all targets.
     """
     if name not in TARGETS:
-        raise LoweringError(f"target {name!r} is unknown; there are {', '.join(TARGETS)}.")
+        raise LoweringError(f"target must be one of {', '.join(TARGETS)}, got {name!r}.")
     return TARGETS[name]
 
 
 def is_available(target: Target | str) -> bool:
-    """Whether the compiler for a target is installed."""
+    """Return whether the compiler for a target is installed."""
     target = get_target(target) if isinstance(target, str) else target
     try:
         _device(target)
@@ -282,14 +285,14 @@ def is_available(target: Target | str) -> bool:
 
 
 def _reason(error: Exception, lines: int = 4, length: int = 600) -> str:
-    """The first lines of a compiler's message; the rest is its stack or the module itself."""
+    """Return the first lines of a compiler's message; its stack and the module come after."""
     kept = [line.strip() for line in str(error).splitlines() if line.strip()][:lines]
     return re.sub(r"\s+", " ", " ".join(kept))[:length]
 
 
 @functools.cache
 def _device(target: Target) -> Any:
-    """A device to compile for, which nothing can run on (but for the CPU)."""
+    """Return a device to compile for; only the CPU can also run something."""
     if target.platform == "cpu":
         return jax.local_devices(backend="cpu")[0]
     find = _cuda_topology if target.gpu else _tpu_topology
@@ -297,14 +300,14 @@ def _device(target: Target) -> Any:
         return find(target).devices[0]
     except (NotImplementedError, ImportError) as error:
         raise LoweringError(
-            f"{target}: its compiler is not installed; {_WHEELS[target.platform]} brings it."
+            f"{target}: its compiler is not installed; {_WHEELS[target.platform]} installs it."
         ) from error
     except RuntimeError as error:
         raise LoweringError(f"{target}: {_reason(error)}") from error
 
 
 def _abstract_device(target: Target) -> AbstractContextManager:
-    """Tells Pallas what it lowers for; from JAX 0.11 on, it looks for a device otherwise."""
+    """Tell Pallas the device it lowers for; from JAX 0.11 on, it looks for a real one otherwise."""
     if target.gpu is None:
         return contextlib.nullcontext()
     device = AbstractDevice(device_kind=target.gpu.name, num_cores=target.gpu.cores, platform="gpu")
@@ -325,7 +328,7 @@ def _cuda_topology(target: Target) -> Any:
         try:
             return describe()
         except NotImplementedError:
-            # It failed when JAX started, or is not there.
+            # The plugin failed when JAX started, or is not installed.
             for plugin in importlib.metadata.entry_points(group="jax_plugins"):
                 if plugin.name.startswith("xla_cuda"):
                     plugin.load().initialize()
@@ -342,7 +345,7 @@ def _tpu_topology(target: Target) -> Any:
 
 @contextlib.contextmanager
 def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Environment variables for the time of a block, where they are not set already."""
+    """Set environment variables within a block, unless they are set already."""
     added = {name: value for name, value in variables.items() if name not in os.environ}
     os.environ.update(added)
     try:

@@ -12,11 +12,13 @@ from typing import Any
 from jaxqat.integer.graph import IntegerGraph
 from jaxqat.pipeline import config as configs
 from jaxqat.pipeline.config import Experiment
-from jaxqat.pipeline.integer_networks import convert_network, measure_network
+from jaxqat.pipeline.data import Dataset
+from jaxqat.pipeline.integer_networks import convert_network, load_network, measure_network
 from jaxqat.pipeline.networks import Networks
 from jaxqat.pipeline.results import PtqResult, Speed
+from jaxqat.pipeline.run.folder import RunFolder
 from jaxqat.pipeline.run.results import bits_name
-from jaxqat.pipeline.run.snapshots import Model
+from jaxqat.pipeline.run.snapshots import Model, restore_model
 from jaxqat.pipeline.training import StopRequest
 from jaxqat.quant import Recipe
 
@@ -73,3 +75,31 @@ def with_quantization(experiment: Experiment, quant: Recipe, batches: int) -> Ex
     """Return an experiment with another recipe and another number of calibration batches."""
     qat = dataclasses.replace(experiment.qat, calibration_batches=batches)
     return dataclasses.replace(experiment, quant=quant, qat=qat)
+
+
+def restore_quantized(
+    folder: RunFolder, experiment: Experiment, dataset: Dataset, stage: str
+) -> tuple[Networks, Model]:
+    """Restore the quantized network of a stage, with its parameters and ranges.
+
+    'qat' comes from its checkpoint. 'ptq' is the FP32 network, calibrated again: by the recipe and
+    on the batches that RUN/ptq was made with, since `quantize` may have been told others than the
+    run's config says. A run without RUN/ptq is calibrated by its config.
+
+    Args:
+        folder: Run folder.
+        experiment: Experiment of the run.
+        dataset: Data of the run.
+        stage: 'qat' or 'ptq'.
+
+    Raises:
+        CheckpointError: The checkpoint is missing or damaged.
+        ArtifactError: RUN/ptq is damaged.
+    """
+    if stage == "qat":
+        networks = Networks.build(experiment, dataset)
+        return networks, restore_model(networks, folder, "qat")
+    if folder.ptq.is_dir():
+        experiment = experiment_of(experiment, load_network(folder, "ptq"))
+    networks = Networks.build(experiment, dataset)
+    return networks, calibrated(networks, restore_model(networks, folder, "fp32"))

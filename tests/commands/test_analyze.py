@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_run
-from tiny_run import STEPS, files
+from tiny_run import STEPS, files, run_command
 
 from jaxqat import cli
 from jaxqat.commands import analyze as diagnosis
-from jaxqat.commands import train
+from jaxqat.commands import quantize, train
+from jaxqat.errors import InputError
 from jaxqat.pipeline.data import DataError, load_dataset
 from jaxqat.pipeline.run.folder import RunFolderError
 
@@ -68,6 +69,38 @@ def test_the_post_training_network_is_that_of_fp32_before_fine_tuning(
     assert json.loads(json.dumps(found)) == json.loads((run / "analysis.json").read_text())
 
 
+def test_the_post_training_network_is_that_of_the_recipe_it_was_made_with(
+    run, small_network, console, unpainted, monkeypatch
+):
+    monkeypatch.setattr(quantize, "write_report", lambda path: path)  # Spares seconds.
+    results = quantize.quantize(run, recipe="w4a8", batches=1, console=console)
+    found = diagnosis.analyze(run, stage="ptq", console=console)
+    assert [layer["weight_bits"] for layer in found["layers"]] == [4, 4, 4]
+    assert (found["recipe"]["weight_bits"], found["calibration_batches"]) == (4, 1)
+    # The very network that `verify --stage ptq` finds equal to RUN/ptq, code by code.
+    assert found["quantized"]["accuracy"] == results["ptq"]["test"]["accuracy"]
+
+
+def test_a_run_without_an_integer_network_of_ptq_is_calibrated_by_its_config(
+    run, small_network, console, unpainted
+):
+    before = diagnosis.analyze(run, stage="ptq", console=console)
+    shutil.rmtree(run / "ptq")
+    after = diagnosis.analyze(run, stage="ptq", console=console)
+    assert {**after, "environment": None} == {**before, "environment": None}
+
+
+def test_a_run_with_dynamic_ranges_has_a_page(tmp_path, small_network, console, no_report):
+    run = tmp_path / "run"
+    changes = {"quant__act_range": "dynamic", "quant__activations": "symmetric"}
+    train.train(tiny_run.tiny(**changes, fp32__epochs=1, qat__epochs=1), run, console=console)
+    assert run_command("analyze", run) == cli.DONE
+    found = json.loads((run / "analysis.json").read_text())
+    assert found["tensors"] == [] and [layer["path"] for layer in found["layers"]] == LAYERS
+    page = (run / "analysis.html").read_text()
+    assert page.count("<img") == 2 and "Inputs and their ranges" not in page
+
+
 def test_images_are_counted_from_the_first_of_the_split(run, small_network, console, unpainted):
     found = diagnosis.analyze(run, split="train", images=7, console=console)
     assert found["examples"] == 7 and "7 images of the train split" in console.file.getvalue()
@@ -86,6 +119,11 @@ def test_a_run_that_was_never_quantized_is_named(run, small_network, console):
         diagnosis.analyze(run, console=console)
     assert cli.main(["analyze", str(run)]) == cli.BAD_INPUT
     assert not list(run.glob("analysis*"))
+
+
+def test_a_number_of_images_below_one_is_refused(run, console):
+    with pytest.raises(InputError, match="images must be 1 or more, got 0"):
+        diagnosis.analyze(run, images=0, console=console)
 
 
 def test_a_split_that_the_run_has_not_is_named(run, small_network, console):

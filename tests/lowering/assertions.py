@@ -1,4 +1,4 @@
-"""What makes the compiled form of an integer network integer."""
+"""Assertions that the compiled program of an integer network is integer."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,12 +9,12 @@ from jaxqat.lowering.targets import Target
 
 
 def assert_products_are_integer(compiled: Compiled, *, products: int) -> None:
-    """Every convolution and dense layer multiplies s8 codes on a unit for them.
+    """Assert that every convolution and dense layer multiplies s8 codes on an 8-bit unit.
 
     Args:
-        compiled: The network.
-        products: Convolutions and dense layers that the network has. A compiler may split one;
-            if there are fewer, they are hidden where `kernels` does not find them.
+        compiled: The compiled network.
+        products: Number of convolutions and dense layers of the network. A compiler may split one;
+            fewer mean that `kernels` does not find all of them.
     """
     found = products_of(kernels(compiled.text))
     others = [f"{p.kind} {p.op_name}: {p.types} by {p.engine}" for p in found if not is_proper(p)]
@@ -28,11 +28,11 @@ def is_proper(product: Any) -> bool:
 
 
 def assert_activations_are_codes(compiled: Compiled, *, smallest: int) -> None:
-    """Nothing wider than int8 is written between layers: epilogues are fused.
+    """Assert that nothing wider than int8 is written between layers: epilogues are fused.
 
     Args:
-        compiled: The network.
-        smallest: Elements of its smallest activation, for the batch.
+        compiled: The compiled network.
+        smallest: Number of elements of the batch's smallest activation.
     """
     wide = wide_activations(kernels(compiled.text), at_least=smallest)
     written = [f"{kernel.name}: {shape}" for kernel, shape in wide]
@@ -47,7 +47,7 @@ def assert_integer_network(
     smallest: int,
     fused: bool,
 ) -> Compiled:
-    """Compile a network and assert both; the second only where the idiom allows s8 output."""
+    """Compile a network and assert both; the second only if `fused`."""
     compiled = compile_for(target, function, *shapes)
     assert_products_are_integer(compiled, products=products)
     if fused:

@@ -1,4 +1,4 @@
-"""Compilers for devices that are not there; a machine without them skips, and says so."""
+"""Skip tests of a target whose compiler is not installed, with the reason."""
 
 import os
 
@@ -12,11 +12,11 @@ WHEELS = {"cuda": "jax[cuda13]", "tpu": "jax[tpu]"}
 
 @pytest.fixture
 def target(request) -> Target:
-    """The target that a test is parametrized with, by name (`indirect`)."""
+    """Return the target that a test is parametrized with by name (`indirect`)."""
     wanted = get_target(request.param)
     if not is_available(wanted):
         reason = f"the compiler for {wanted.name} is not installed: {WHEELS[wanted.platform]}"
-        # Set where the compilers are there for these tests: they may not skip one another away.
+        # CI installs the compilers and sets this variable, so that no test is skipped unnoticed.
         if os.environ.get("JAXQAT_REQUIRE_COMPILERS"):
             pytest.fail(reason)
         pytest.skip(reason)

@@ -1,4 +1,4 @@
-"""Small functions with one product each, and whether it is to count as integer."""
+"""Small functions with one product each, and whether it must count as an integer product."""
 
 from typing import Any, NamedTuple
 

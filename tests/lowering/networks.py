@@ -1,4 +1,4 @@
-"""A residual network of integers written by hand, in the idiom that every platform compiles."""
+"""A residual integer network written by hand in plain JAX, for every platform."""
 
 from typing import Any
 
@@ -57,7 +57,7 @@ def network(layers: dict[str, Any], x: Any) -> Any:
 
 
 def network_shapes(width: int) -> dict[str, Any]:
-    """The network's weights, as shapes."""
+    """Return the shapes of the network's weights."""
 
     def product(*dims):
         channels = shape(dims[-1], dtype=F32)

@@ -1,4 +1,4 @@
-"""The targets that tests are parametrized with; all but the CPU need wheels of their own."""
+"""The targets that tests are parametrized with; all but the CPU need an extra wheel."""
 
 from collections.abc import Iterable
 
@@ -9,7 +9,7 @@ TPUS = ("tpu_v5e", "tpu_v6e")
 
 
 def for_targets(names: Iterable[str]) -> pytest.MarkDecorator:
-    """Run a test for each of these targets."""
+    """Return the mark that runs a test once for each target."""
     marks = {"cpu": ()}
     params = [pytest.param(name, marks=marks.get(name, pytest.mark.lowering)) for name in names]
     return pytest.mark.parametrize("target", params, indirect=True)

@@ -1,4 +1,4 @@
-"""What kernels read and write, counted by hand in small modules."""
+"""Bytes that kernels read and write, against counts by hand in small modules."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""An integer network by hand: what each platform makes of the plain idiom, and the assertions."""
+"""A hand-written integer network on every platform, and the assertions themselves."""
 
 import jax
 import jax.numpy as jnp

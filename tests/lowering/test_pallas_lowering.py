@@ -1,4 +1,4 @@
-"""The Pallas convolution as machine code: int8 tensor cores, exact rounding, no copies."""
+"""Machine code of the Pallas convolution: int8 tensor cores, exact rounding, no copies."""
 
 import collections
 import math
@@ -78,18 +78,18 @@ INSTRUCTION = re.compile(r"(?:^|;)\s*(@!?%\w+\s+)?([a-z][\w.:]*)\s", re.MULTILIN
 
 
 def instructions(ptx):
-    """How often each instruction stands in the code, by its full name, predicated or not."""
+    """Count the instructions of the code by full name, predicated or not."""
     return collections.Counter(found[2] for found in INSTRUCTION.finditer(ptx))
 
 
 def code_in(folder):
-    """The file with the convolution's code; a fusion that comes before it has one of its own."""
+    """Return the file with the convolution's code; a fusion before it has its own file."""
     files = sorted(pathlib.Path(folder).glob("*.ptx"))
     return next(path for path in files if "mma" in path.read_text())
 
 
 def assembled(ptx, folder):
-    """What NVIDIA's assembler says of it; its wheel comes with the compiler."""
+    """Return the resource report of NVIDIA's assembler, which comes with the compiler."""
     nvidia = pytest.importorskip("nvidia")
     assembler = next(pathlib.Path(p) / "cu13/bin/ptxas" for p in nvidia.__path__)
     architecture = re.search(r"^\.target (sm_\w+)", ptx.read_text(), re.MULTILINE)
@@ -174,7 +174,7 @@ def test_hopper_uses_its_own_instructions_where_tiles_are_large(target, tmp_path
 
 
 def resnet18():
-    """The convolutions of ResNet-18 in order: name, geometry, inputs, outputs."""
+    """Yield the convolutions of ResNet-18 in order: name, geometry, inputs, outputs."""
     yield "stem", geometry_of(32, 3, 1), 3, 64
     inputs, size = 64, 32
     for stage, outputs in enumerate((64, 128, 256, 512), start=1):
@@ -190,7 +190,7 @@ def resnet18():
 
 
 def network(geometries, operands, images):
-    """ResNet-18 from float images to the codes before its pooling."""
+    """Compute ResNet-18 from float images to the codes before pooling."""
     x = jnp.clip(jnp.round(images * np.float32(40)), -128, 127).astype(jnp.int8)
     x = layer(x, operands["stem"], geometries["stem"])
     for path in dict.fromkeys(name.rpartition("/")[0] for name in geometries if "/" in name):

@@ -1,4 +1,4 @@
-"""Which products count as integer, on every target, wherever the compiler puts them."""
+"""Which products count as integer products, on every target and in every form."""
 
 import jax
 import jax.numpy as jnp
@@ -122,7 +122,7 @@ def test_a_tpu_convolves_converted_codes_as_codes_but_sums_floats(target):
 
 
 def pallas_dot(x, w, *, name, dtype):
-    """A block of rows times a matrix; the operands are converted to `dtype` first."""
+    """Multiply a block of rows with a matrix, both converted to `dtype` first."""
 
     def kernel(x_ref, w_ref, out_ref):
         left, right = x_ref[...].astype(dtype), w_ref[...].astype(dtype)

@@ -1,4 +1,4 @@
-"""The converted ResNet-18 at full width: integer kernels throughout, on every target."""
+"""The converted ResNet-18 at full width runs on integer kernels on every target."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""The table: its sums, and what a person reads."""
+"""The table of kernels: totals and printed text."""
 
 import dataclasses
 import io

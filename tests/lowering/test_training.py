@@ -1,4 +1,4 @@
-"""The QAT training step: forward on s8 operands, on every target."""
+"""The training step of QAT multiplies s8 codes in the forward pass on every target."""
 
 import functools
 

@@ -287,4 +287,4 @@ def test_what_is_neither_module_nor_function_is_refused(model: Any):
     name = f"int {model}" if isinstance(model, int) else type(model).__name__
     match = rf"Flax module .* or a function .* got {name}\."
     with pytest.raises(jaxqat.QuantizationError, match=match):
-        jaxqat.quantize(model)
+        jaxqat.quantize(model)  # pyright: ignore[reportCallIssue, reportArgumentType]

@@ -1,4 +1,4 @@
-"""The page of an analysis: which layers cost what, and how their inputs lie in their ranges."""
+"""The page of `jaxqat analyze`: which layers cost accuracy, and how well ranges fit inputs."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -16,15 +16,15 @@ MAX_HISTOGRAMS = 6
 
 
 def write_analysis(folder: Path, analysis: Mapping[str, Any]) -> Path:
-    """Draws FOLDER/analysis.html.
+    """Write FOLDER/analysis.html.
 
     Args:
-        folder: Where to write it.
+        folder: Where to write the page.
         analysis: The fields of an `Analysis` as plain data, with the name, stage, split and step of
             what was analyzed.
 
     Returns:
-        The page: one file that needs nothing else, no network and no script.
+        Path of the page: one file without scripts or links to other files.
 
     Raises:
         ReportError: If it cannot be written.
@@ -33,8 +33,9 @@ def write_analysis(folder: Path, analysis: Mapping[str, Any]) -> Path:
     drawings: dict[str, Callable[..., bytes]] = {
         "sensitivity": partial(figures.draw_sensitivity, analysis),
         "noise": partial(figures.draw_noise, analysis),
-        "histograms": partial(figures.draw_histograms, worst),
     }
+    if worst:  # With dynamic ranges alone, no tensor has one range to show.
+        drawings["histograms"] = partial(figures.draw_histograms, worst)
     _, images = draw_all(drawings)
     page = template("analysis.html.j2").render(
         analysis=analysis,
@@ -51,16 +52,16 @@ def write_analysis(folder: Path, analysis: Mapping[str, Any]) -> Path:
 
 
 def worst_tensors(analysis: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The inputs of the most sensitive layers, each once."""
+    """Return the inputs of the most sensitive layers, each once, if they have static ranges."""
     tensors = {tensor["name"]: tensor for tensor in analysis["tensors"]}
     ranked = [row["path"] for row in analysis["sensitivity"]]
     layers = sorted(analysis["layers"], key=lambda layer: ranked.index(layer["path"]))
-    names = list(dict.fromkeys(layer["input"] for layer in layers if layer["input"]))
+    names = list(dict.fromkeys(layer["input"] for layer in layers if layer["input"] in tensors))
     return [tensors[name] for name in names[:MAX_HISTOGRAMS]]
 
 
 def _headline(analysis: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The few numbers that a reader came for."""
+    """Return the numbers at the top of the page, each with what it is."""
     real, quantized = analysis["real"], analysis["quantized"]
     numbers = []
     if real["accuracy"] is not None:
@@ -72,13 +73,13 @@ def _headline(analysis: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _layers(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Every layer with its noise and what it costs, the most sensitive first."""
+    """Return a row for each layer, the most sensitive first: noise, input range and effects."""
     tensors = {tensor["name"]: tensor for tensor in analysis["tensors"]}
     rows = []
     for row in analysis["sensitivity"]:
         effects = [cell for way in ("alone", "without") for cell in _effect(row[way])]
         for layer in (each for each in analysis["layers"] if each["path"] == row["path"]):
-            read = tensors.get(layer["input"])  # None where each example has its own range.
+            read = tensors.get(layer["input"])  # None without a static range.
             ratios = (layer["weight_sqnr_db"], read and read["sqnr_db"], layer["output_sqnr_db"])
             bits = f"{layer['weight_bits']} / {layer['act_bits'] or DASH}"
             cells = [bits, *map(decibels, ratios), *_extents(read)]
@@ -87,15 +88,15 @@ def _layers(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _extents(read: Mapping[str, Any] | None) -> list[str]:
-    """What a tensor's values span, its range, and how much of it is clipped."""
+    """Return extent of a tensor's values, its range, and the share that is clipped, as text."""
     if read is None:
         return [DASH] * 3
     spans = (("smallest", "largest"), ("low", "high"))
-    told = [minus(f"{read[low]:.3g} … {read[high]:.3g}") for low, high in spans]
-    return [*told, percent(read["clipped"])]
+    texts = [minus(f"{read[low]:.3g} … {read[high]:.3g}") for low, high in spans]
+    return [*texts, percent(read["clipped"])]
 
 
 def _effect(effect: Mapping[str, Any]) -> list[str]:
-    """Noise, and the share of the classes that agree or are right."""
+    """Return noise of the result, and shares of agreeing and of correct classes, as text."""
     shares = [effect["agreement"], effect["accuracy"]]
     return [decibels(effect["sqnr_db"]), *(DASH if s is None else percent(s) for s in shares)]

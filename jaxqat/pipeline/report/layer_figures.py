@@ -1,4 +1,4 @@
-"""The figures of an analysis, as PNG bytes; see `figures` for their form."""
+"""The figures of the page of `jaxqat analyze`, as PNG bytes; see `figures` for their form."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,16 +11,20 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from jaxqat.pipeline.report.figures import WIDTH, shorten
 from jaxqat.pipeline.report.theme import Theme, themed, to_png
 
-NAME = 26  # Letters of a layer's name.
+NAME_LENGTH = 26  # Letters of a layer's name that fit.
 
 
 def draw_noise(analysis: Mapping[str, Any], theme: Theme) -> bytes:
-    """Signal to quantization noise of weights, input and output of every layer, in order."""
-    tensors = {tensor["name"]: tensor for tensor in analysis["tensors"]}
+    """Draw the signal to quantization noise of every layer's weights, input and output, in order.
+
+    An input without a static range (each example has its own, or it is integer already, as that of
+    an embedding) has no entry among the tensors, and no dot.
+    """
+    ratios = {tensor["name"]: tensor["sqnr_db"] for tensor in analysis["tensors"]}
     layers = analysis["layers"]
     series = {
         "weights": ([layer["weight_sqnr_db"] for layer in layers], "s", theme.train),
-        "input": ([tensors[layer["input"]]["sqnr_db"] for layer in layers], "o", theme.validation),
+        "input": ([ratios.get(layer["input"]) for layer in layers], "o", theme.validation),
         "output": ([layer["output_sqnr_db"] for layer in layers], "D", theme.test),
     }
     with themed(theme):
@@ -34,7 +38,7 @@ def draw_noise(analysis: Mapping[str, Any], theme: Theme) -> bytes:
 
 
 def draw_sensitivity(analysis: Mapping[str, Any], theme: Theme) -> bytes:
-    """What each layer costs alone, and what leaving it in float brings; the worst on top."""
+    """Draw the result with each layer quantized alone and with each in float; the worst on top."""
     rows = analysis["sensitivity"]
     labelled = analysis["real"]["accuracy"] is not None
     scores = [("sqnr_db", 1.0, "SQNR of the result (dB)")]
@@ -60,7 +64,12 @@ def draw_sensitivity(analysis: Mapping[str, Any], theme: Theme) -> bytes:
 
 
 def draw_histograms(tensors: Sequence[Mapping[str, Any]], theme: Theme) -> bytes:
-    """Values of tensors against the ranges of their codes, two to a row, counts by powers of 10."""
+    """Draw histograms of tensors with the ranges of their codes, two per row, on a log scale.
+
+    Args:
+        tensors: Entries of the analysis' `tensors`, at least one.
+        theme: Colours of the figure.
+    """
     rows = -(-len(tensors) // 2)
     with themed(theme):
         figure = Figure(figsize=(WIDTH, 0.4 + 1.5 * rows), layout="constrained")
@@ -93,7 +102,8 @@ def _draw_histogram(axes: Axes, tensor: Mapping[str, Any], theme: Theme) -> None
     axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.tick_params(labelsize=7)
     clipped = f"{100 * tensor['clipped']:.2f} % clipped"
-    axes.set_title(f"{shorten(tensor['name'], NAME)}\n{clipped}", fontsize=7, fontweight="normal")
+    name = shorten(tensor["name"], NAME_LENGTH)
+    axes.set_title(f"{name}\n{clipped}", fontsize=7, fontweight="normal")
 
 
 def _panels(columns: int, rows: int) -> tuple[Figure, list[Axes]]:
@@ -108,7 +118,8 @@ def _dots(axes: Axes, values: Sequence[float | None], label: str, marker: str, c
 
 
 def _name_rows(axes: Axes, names: Sequence[str]) -> None:
-    axes.set_yticks(range(len(names)), [shorten(name, NAME) for name in names], fontsize=7)
+    labels = [shorten(name, NAME_LENGTH) for name in names]
+    axes.set_yticks(range(len(names)), labels, fontsize=7)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
 

@@ -84,6 +84,23 @@ def test_without_labels_there_is_no_accuracy(tmp_path):
     assert "accuracy in float" not in page.text
 
 
+@pytest.mark.parametrize("number", [1, 8], ids=["one layer", "all layers"])
+@pytest.mark.parametrize("unknown", [None, "block/dynamic"], ids=["embedding", "dynamic"])
+def test_layers_whose_input_has_no_static_range_are_shown_without_it(tmp_path, number, unknown):
+    analysis = made_up()
+    for layer in analysis["layers"][:number]:
+        layer["input"] = unknown
+    read = {layer["input"] for layer in analysis["layers"]}
+    analysis["tensors"] = [t for t in analysis["tensors"] if t["name"] in read]
+    page = Page(write_analysis(tmp_path, analysis).read_text())
+    rows = {row[0]: row for row in page.rows if row[0].startswith("block")}
+    assert len(rows) == 8
+    assert rows["block0/conv"][3] == "–" and rows["block0/conv"][5:8] == ["–"] * 3
+    assert (rows["block7/conv"][3] == "–") is (number == 8)
+    assert len(page.images) == (4 if number == 8 else 6)  # Each figure in light and in dark.
+    assert ("Inputs and their ranges" in page.text) is (number < 8)
+
+
 def test_names_are_shown_as_text_and_never_as_markup(tmp_path, undrawn):
     analysis = made_up(1)
     for row in (analysis["layers"][0], analysis["sensitivity"][0]):
