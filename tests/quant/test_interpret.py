@@ -283,7 +283,7 @@ def test_variables_without_ranges_are_an_error_that_says_what_to_do(images):
 
 @pytest.mark.parametrize("model", [3, None, "resnet", {"params": {}}, np.ones(3)], ids=str)
 def test_what_is_neither_module_nor_function_is_refused(model):
-    name = "int 3" if model == 3 else type(model).__name__
+    name = {"int": "int 3"}.get(type(model).__name__, type(model).__name__)
     match = rf"Flax module .* or a function .* got {name}\."
     with pytest.raises(jaxqat.QuantizationError, match=match):
         jaxqat.quantize(model)

@@ -142,7 +142,7 @@ def linen(
     module: nn.Module, inputs: np.ndarray, recipe: jaxqat.Recipe | str = "int8", *, modes: bool
 ) -> Quantized:
     """A Linen module; with `modes` it takes `train`."""
-    kwargs = {"train": False} if modes else {}
+    kwargs: dict[str, Any] = {"train": False} if modes else {}
     variables = linen_variables(module, inputs)
     names, before, copy = set(variables), copied(variables["params"]), module.clone()
     network = jaxqat.calibrate(module, variables, batches=[inputs], recipe=recipe, **kwargs)

@@ -105,8 +105,8 @@ def test_an_embedding_is_codes_and_one_scale_a_row():
     q, s = codes(weights, (1,))
     seen = network.observe(TOKENS)  # Calibration is in float.
     np.testing.assert_array_equal(seen.observed["head", "input"], weights[TOKENS])
-    frozen = network.record(TOKENS).made_from["head", "input"].values
-    np.testing.assert_allclose(frozen, (q * s)[TOKENS], rtol=2 * 2**-23)
+    frozen: Any = network.record(TOKENS).made_from["head", "input"]
+    np.testing.assert_allclose(frozen.values, (q * s)[TOKENS], rtol=2 * 2**-23)
 
 
 def test_an_embedding_gets_gradients_of_the_rows_that_were_looked_up():

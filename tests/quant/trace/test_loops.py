@@ -1,5 +1,7 @@
 """Loops with products inside: turns one after the other, with one range or one layer a turn."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -170,7 +172,7 @@ def test_all_turns_of_a_first_layer_have_the_bits_of_the_first_layer():
 
     network = jaxqat.calibrate(function, {"params": PARAMS}, batches=[SEQUENCES], recipe=recipe)
     record = network.record(SEQUENCES)
-    layers = [layer for layer in record.plan.layers.values() if layer.path == "state"]
+    layers: list[Any] = [layer for layer in record.plan.layers.values() if layer.path == "state"]
     assert [layer.how.bits for layer in layers] == [8, 8, 8, 4]
 
 
