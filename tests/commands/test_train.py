@@ -12,13 +12,13 @@ import tiny_run
 from tiny_run import STEPS, STEPS_PER_EPOCH, files, signal_at, tiny
 
 from jaxqat.commands import evaluate, report, train
+from jaxqat.errors import RecipeError
 from jaxqat.pipeline.checkpoint import CheckpointError
 from jaxqat.pipeline.config import config_hash
 from jaxqat.pipeline.data import DataError, load_dataset
 from jaxqat.pipeline.evaluation import Evaluator, IntegerEvaluator
 from jaxqat.pipeline.run.folder import RunFolder, RunFolderError
 from jaxqat.pipeline.training import DivergedError, Stopped
-from jaxqat.quant import RecipeError
 
 compiled_once, small_network = tiny_run.compiled_once, tiny_run.small_network
 console, finished, no_report = tiny_run.console, tiny_run.finished, tiny_run.no_report
