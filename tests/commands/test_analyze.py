@@ -65,7 +65,8 @@ def test_the_post_training_network_is_that_of_fp32_before_fine_tuning(
     found = diagnosis.analyze(run, stage="ptq", console=console)
     results = json.loads((run / "results.json").read_text())
     assert found["real"]["accuracy"] == results["fp32"]["test"]["accuracy"]
-    assert found["quantized"]["accuracy"] == results["ptq"]["test"]["accuracy"]
+    assert results.ptq is not None
+    assert found["quantized"]["accuracy"] == results.ptq.test.accuracy
     assert json.loads(json.dumps(found)) == json.loads((run / "analysis.json").read_text())
 
 
@@ -78,7 +79,8 @@ def test_the_post_training_network_is_that_of_the_recipe_it_was_made_with(
     assert [layer["weight_bits"] for layer in found["layers"]] == [4, 4, 4]
     assert (found["recipe"]["weight_bits"], found["calibration_batches"]) == (4, 1)
     # The very network that `verify --stage ptq` finds equal to RUN/ptq, code by code.
-    assert found["quantized"]["accuracy"] == results["ptq"]["test"]["accuracy"]
+    assert results.ptq is not None
+    assert found["quantized"]["accuracy"] == results.ptq.test.accuracy
 
 
 def test_a_run_without_an_integer_network_of_ptq_is_calibrated_by_its_config(

@@ -256,7 +256,7 @@ def test_calibration_leaves_the_parameters_as_they_were_and_adds_one_collection(
     types = [jax.tree.map(lambda x: x.dtype, t) for t in (run.calibrated, run.quantized.before)]
     assert types[0] == types[1]
     assert run.quantized.module_is_unchanged()
-    of_nnx = {"QuantRanges", "QuantSteps"}  # The latter is empty, unless step sizes are learned.
+    of_nnx = {"QuantState", "QuantParam"}  # The latter is empty, unless step sizes are learned.
     added = {"quant"} if name in LINEN else of_nnx if name.startswith("nnx") else set()
     assert run.quantized.added == added
 

@@ -30,7 +30,7 @@ def variables():
 
 
 def test_ranges_are_the_means_of_the_batches_extremes(variables, batches):
-    _, calibrated = jaxqat.calibrate(Perceptron(), variables, batches)
+    calibrated = jaxqat.calibrate(Perceptron(), variables, batches=batches).variables
     layer = variables["params"]["in"]
     hidden = [np.maximum(x @ layer["kernel"] + layer["bias"], 0) for x in batches]
     for name, tensors in (("in", batches), ("out", hidden)):
@@ -44,9 +44,9 @@ def test_ranges_are_the_means_of_the_batches_extremes(variables, batches):
 
 
 def test_without_training_the_integer_network_is_close_to_the_float_one(variables, batches):
-    model, calibrated = jaxqat.calibrate(Perceptron(), variables, batches)
-    graph = jaxqat.convert(model, calibrated, batches[0])
-    check = jaxqat.verify(model, calibrated, graph=graph, batches=batches)
+    network = jaxqat.calibrate(Perceptron(), variables, batches=batches)
+    graph = jaxqat.convert(network, batches[0])
+    check = jaxqat.verify(network, graph=graph, batches=batches)
     assert check.failures == ()
     expected: Any = Perceptron().apply(variables, batches[0])
     actual = jaxqat.make_executor(graph)(batches[0])
@@ -56,17 +56,18 @@ def test_without_training_the_integer_network_is_close_to_the_float_one(variable
 
 def test_functions_and_nnx_modules_are_calibrated_alike(variables, batches):
     function = lambda params, x: Perceptron().apply({"params": params}, x)  # noqa: E731
-    model, params, ranges = jaxqat.calibrate(function, variables["params"], batches)
-    _, calibrated = jaxqat.calibrate(Perceptron(), variables, batches)
-    jax.tree.map(np.testing.assert_array_equal, ranges, calibrated["quant"])
-    by_function = jaxqat.make_executor(jaxqat.convert(model, params, ranges, batches[0]))
+    network = jaxqat.calibrate(function, variables, batches=batches)
+    of_module = jaxqat.calibrate(Perceptron(), variables, batches=batches)
+    jax.tree.map(np.testing.assert_array_equal, network.variables, of_module.variables)
+    by_function = jaxqat.make_executor(jaxqat.convert(network, batches[0]))
 
     module = nnx.Sequential(
         nnx.Linear(12, 16, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(16, 5, rngs=nnx.Rngs(1))
     )
     for layer, name in ((module.layers[0], "in"), (module.layers[2], "out")):
-        layer.kernel[...], layer.bias[...] = params[name]["kernel"], params[name]["bias"]
-    (quantized,) = jaxqat.calibrate(module, None, batches)
+        parameters = variables["params"][name]
+        layer.kernel[...], layer.bias[...] = parameters["kernel"], parameters["bias"]
+    quantized = jaxqat.calibrate(module, batches=batches)
     by_module = jaxqat.make_executor(jaxqat.convert(quantized, batches[0]))
     np.testing.assert_array_equal(by_module(batches[1]), by_function(batches[1]))
 
@@ -77,14 +78,15 @@ def test_several_inputs_are_given_as_a_tuple(batches):
 
     rng = np.random.default_rng(1)
     params = {name: {"kernel": jnp.asarray(rng.normal(size=(12, 4)))} for name in "ab"}
-    _, _, ranges = jaxqat.calibrate(function, params, [(batches[0], batches[1])])
+    pairs = [(batches[0], batches[1])]
+    ranges = jaxqat.calibrate(function, {"params": params}, batches=pairs).variables["quant"]
     assert float(ranges["a"]["input"]["max"]) == batches[0].max()
     assert float(ranges["b"]["input"]["max"]) == batches[1].max()
 
 
 def test_no_batch_is_an_error_that_says_what_is_needed(variables):
-    with pytest.raises(jaxqat.QuantizationError, match=r"`batches` is empty; a few batches"):
-        jaxqat.calibrate(Perceptron(), variables, [])
+    with pytest.raises(jaxqat.QuantizationError, match=r"`batches` is empty; pass a few batches"):
+        jaxqat.calibrate(Perceptron(), variables, batches=[])
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -92,15 +94,15 @@ def test_values_that_are_not_finite_are_named_by_their_tensor(variables, batches
     bad = batches[0].copy()
     bad[3, 4] = value
     with pytest.raises(jaxqat.QuantizationError, match=r"in/input.* not finite"):
-        jaxqat.calibrate(Perceptron(), variables, [batches[0], bad])
+        jaxqat.calibrate(Perceptron(), variables, batches=[batches[0], bad])
 
 
 def test_a_constant_zero_tensor_quantizes_to_zeros(variables):
     zeros = np.zeros((4, 12), np.float32)
-    model, calibrated = jaxqat.calibrate(Perceptron(), variables, [zeros])
-    codes = model.codes(calibrated, zeros)
+    network = jaxqat.calibrate(Perceptron(), variables, batches=[zeros])
+    codes = network.codes(zeros)
     np.testing.assert_array_equal(codes["in/input"], np.full((4, 12), -128, np.int8))
-    logits = model.apply(calibrated, zeros)
+    logits = network(zeros)
     expected: Any = Perceptron().apply(variables, zeros)
     # Biases of a few tenths, rounded to accumulator units far below that.
     np.testing.assert_allclose(logits, expected, atol=0.02)
@@ -111,14 +113,17 @@ def test_a_constant_zero_tensor_quantizes_to_zeros(variables):
 def test_a_constant_tensor_has_finite_results_and_gradients(value, recipe):
     rng = np.random.default_rng(0)
     weights, x = rng.normal(size=(6, 5)).astype(np.float32), np.full((4, 6), value, np.float32)
-    model, _, state = jaxqat.calibrate(lambda w, x: x @ w, weights, [x], recipe)
-    found, gradient = jax.value_and_grad(lambda w: jnp.sum(model(w, state, x) ** 2))(weights)
+    function = lambda w, x: x @ w  # noqa: E731
+    network = jaxqat.calibrate(function, {"params": weights}, batches=[x], recipe=recipe)
+    found, gradient = jax.value_and_grad(
+        lambda w: jnp.sum(network.with_variables(params=w)(x) ** 2)
+    )(weights)
     assert np.isfinite(found) and np.isfinite(gradient).all()
     assert np.any(np.asarray(gradient)) == (value != 0)
     if value == 0:
-        np.testing.assert_array_equal(model(weights, state, x), 0)
+        np.testing.assert_array_equal(network(x), 0)
     elif recipe != "w4a4_lsq":
         # Six products: half a code of the weight (|w| < 3 of 127 codes), and of the input, which
         # is one end of its grid up to the rounding of the zero point.
         bound = 6 * abs(value) * (1.5 / 127 + 3 * 0.5 / 127)
-        assert np.abs(np.asarray(model(weights, state, x)) - x @ weights).max() < bound
+        assert np.abs(np.asarray(network(x)) - x @ weights).max() < bound

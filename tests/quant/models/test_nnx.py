@@ -61,7 +61,7 @@ def test_an_nnx_module_is_quantized_unchanged_under_its_own_paths(quantized):
     jax.tree.map(
         np.testing.assert_array_equal, parameters, nnx.to_pure_dict(nnx.state(module, nnx.Param))
     )
-    table = model.describe(IMAGES)
+    table = model.layers(IMAGES)
     assert [(info.path, info.kind, info.weight_bits) for info in table] == [
         ("conv", "conv", 8),
         ("layers/0", "conv", 8),
@@ -78,7 +78,7 @@ def test_an_nnx_module_trains_under_nnx_jit_and_every_kernel_gets_a_gradient(qua
         optimizer.update(model, gradient)
         return loss, gradient
 
-    ranges = jax.tree.map(np.asarray, quantized.ranges.get_value())
+    ranges = jax.tree.map(np.asarray, quantized.quant.get_value())
     means = np.asarray(quantized.module.norm.mean[...])
     losses, gradients = zip(*(step(quantized, optimizer) for _ in range(20)), strict=True)
     assert np.mean(losses[-3:]) < 0.8 * losses[0]
@@ -89,7 +89,7 @@ def test_an_nnx_module_trains_under_nnx_jit_and_every_kernel_gets_a_gradient(qua
     ]
     assert len(kernels) == 3
     assert all(np.abs(kernel).max() > 0 for kernel in kernels)
-    after = quantized.ranges.get_value()
+    after = quantized.quant.get_value()
     assert int(after["conv"]["input"]["count"]) == int(ranges["conv"]["input"]["count"]) + 20
     assert np.abs(np.asarray(quantized.module.norm.mean[...]) - means).max() > 0
 
@@ -123,9 +123,9 @@ def test_a_module_in_training_mode_is_told_to_be_converted_as_in_inference(quant
 
 
 def test_an_nnx_module_without_ranges_says_how_to_get_them():
-    with pytest.raises(jaxqat.QuantizationError, match=r"no activation ranges yet.*`calibrate`"):
+    with pytest.raises(jaxqat.QuantizationError, match=r"without 'quant'.*`calibrate`"):
         jaxqat.quantize(Classifier(nnx.Rngs(0)))(IMAGES)
-    with pytest.raises(jaxqat.QuantizationError, match=r"no activation ranges yet.*`calibrate`"):
+    with pytest.raises(jaxqat.QuantizationError, match=r"without 'quant'.*`calibrate`"):
         jaxqat.convert(jaxqat.quantize(Classifier(nnx.Rngs(0))), IMAGES)
 
 
@@ -150,21 +150,20 @@ def perceptron():
     module = Perceptron(jax.random.key(0))
     x = IMAGES.reshape(-1, 12)[:64]
     model = jaxqat.quantize(module)
-    ranges = model.calibrate(module, model.init_ranges(module, x), x)
-    return module, model, ranges, x
+    return module, model, model.calibrate({"params": module}, x), x
 
 
 def test_an_equinox_module_is_mapped_over_its_batch_and_gets_gradients(perceptron):
-    module, model, ranges, x = perceptron
+    module, model, variables, x = perceptron
     expected = jax.vmap(module)(x)
-    actual = model(module, ranges, x)
+    actual = model.apply(variables, x)
     assert np.linalg.norm(actual - expected) < 0.05 * np.linalg.norm(expected)
-    table = model.describe(module, x)
+    table = model.layers(variables, x)
     assert [(info.path, info.weight_bits) for info in table] == [("layers/0", 8), ("layers/1", 8)]
 
     @eqx.filter_grad
     def gradient(module):
-        return jnp.sum(model(module, ranges, x) ** 2)
+        return jnp.sum(model.apply({**variables, "params": module}, x) ** 2)
 
     for layer in gradient(module).layers:
         assert np.abs(layer.weight).max() > 0
@@ -174,25 +173,27 @@ def test_an_equinox_convolution_gets_gradients(perceptron):
     module = eqx.nn.Conv2d(3, 6, 3, padding=1, key=jax.random.key(0))
     x = jnp.asarray(IMAGES.transpose(0, 3, 1, 2))
     model = jaxqat.quantize(module)
-    ranges = model.calibrate(module, model.init_ranges(module, x), x)
+    variables = model.calibrate({"params": module}, x)
     expected = jax.vmap(module)(x)
-    actual = model(module, ranges, x)
+    actual = model.apply(variables, x)
     assert np.linalg.norm(actual - expected) < 0.05 * np.linalg.norm(expected)
-    gradient = eqx.filter_grad(lambda module: jnp.sum(model(module, ranges, x) ** 2))(module)
+    gradient = eqx.filter_grad(
+        lambda module: jnp.sum(model.apply({**variables, "params": module}, x) ** 2)
+    )(module)
     assert np.abs(gradient.weight).max() > 0
 
 
 def test_an_equinox_module_that_cannot_be_converted_is_told_where(perceptron):
     """Mapped over a batch, its products come out transposed, with the bias added behind that."""
-    module, model, ranges, x = perceptron
+    _, model, variables, x = perceptron
     with pytest.raises(jaxqat.ConversionError, match=r"'add' in vmap\(eqx\.nn\.Linear\)"):
-        jaxqat.convert(model, module, ranges, x[:1])
+        jaxqat.convert(model, variables, x[:1])
 
 
 def test_learned_steps_of_an_nnx_module_are_trained_by_its_optimizer():
     model = jaxqat.quantize(Classifier(nnx.Rngs(0)), "w4a4_lsq")
     model.calibrate(IMAGES)
-    before = jax.tree.map(np.asarray, model.steps.get_value())
+    before = jax.tree.map(np.asarray, model.quant_params.get_value())
     assert len(jax.tree.leaves(before)) >= 5  # Of three weights, and of the tensors they read.
     optimizer = nnx.Optimizer(model, optax.adam(0.01), wrt=nnx.Param)
 
@@ -204,9 +205,11 @@ def test_learned_steps_of_an_nnx_module_are_trained_by_its_optimizer():
 
     losses = [float(update(model, optimizer)) for _ in range(15)]
     assert np.mean(losses[-3:]) < 0.9 * losses[0]
-    after = model.steps.get_value()
+    after = model.quant_params.get_value()
     for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
         assert np.any(a != b)
     model.eval()
-    copy = model.with_ranges(model.all_ranges())
+    copy = jaxqat.quantize(model.module, "w4a4_lsq")
+    copy.set_state(model.bind().state)
+    copy.eval()
     np.testing.assert_array_equal(copy(IMAGES), model(IMAGES))

@@ -227,8 +227,9 @@ def test_stochastic_rounding_goes_up_as_often_as_the_rest_says_and_only_in_train
     # Of 3 bits and per tensor, one step is 1.
     recipe = Recipe(weight_bits=3, weight_granularity="per_tensor", rounding="stochastic")
     rows = np.eye(12, dtype=np.float32)
-    network = jaxqat.calibrate(lambda w, x: x @ w, {"params": w}, batches=[rows], recipe=recipe)
-    model, variables = network.model, network.variables
+    model = jaxqat.quantize(lambda w, x: x @ w, recipe)
+    network = jaxqat.calibrate(model, {"params": w}, batches=[rows])
+    variables = network.variables
     first, updates = model.apply(variables, rows, mutable=["quant"])
     codes = np.round(np.asarray(first)[:3])
     assert set(np.unique(codes[0])) == {0, 1} and set(np.unique(codes[1])) == {-1, 0}
@@ -245,11 +246,12 @@ def test_stochastic_rounding_goes_up_as_often_as_the_rest_says_and_only_in_train
 def test_stochastic_rounding_leaves_the_gradient_straight_through():
     w = RNG.normal(size=(12, 4)).astype(np.float32)
     recipe = Recipe(weight_bits=4, rounding="stochastic")
-    network = jaxqat.calibrate(lambda w, x: x @ w, {"params": w}, batches=[ROWS], recipe=recipe)
+    model = jaxqat.quantize(lambda w, x: x @ w, recipe)
+    network = jaxqat.calibrate(model, {"params": w}, batches=[ROWS])
 
     def result(w):
         variables = {**network.variables, "params": w}
-        return network.model.apply(variables, ROWS, mutable=["quant"])[0]
+        return model.apply(variables, ROWS, mutable=["quant"])[0]
 
     found = jax.grad(lambda w: jnp.sum(result(w)))(w)
     codes = next(iter(network.record(ROWS).codes.values()))

@@ -143,8 +143,9 @@ def test_what_is_learned_is_a_collection_of_its_own():
 
 def test_a_training_step_leaves_learned_ranges_to_the_gradient():
     network = learning()
+    model: Any = network.model
     mutable = ["quant", "quant_params"]
-    _, after = network.model.apply(network.variables, 3 * ROWS, mutable=mutable)
+    _, after = model.apply(network.variables, 3 * ROWS, mutable=mutable)
     assert set(after) == set(mutable)
     for path, leaf in jax.tree_util.tree_leaves_with_path(after):
         before = network.variables
