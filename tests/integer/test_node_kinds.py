@@ -8,9 +8,11 @@ from references import integer_graph
 
 from jaxqat.bench.floats import JaxNetwork, TorchNetwork
 from jaxqat.integer import graph as g
+from jaxqat.integer._convert import emit
 from jaxqat.integer._execute.executor import PLATFORMS
 from jaxqat.integer._store import codec
 from jaxqat.integer._visitor import GraphVisitor
+from jaxqat.quant._forms import forms
 
 METHODS = {re.sub(r"(?<=.)([A-Z])", r"_\1", kind.__name__).lower() for kind in g.NODE_KINDS}
 
@@ -51,3 +53,10 @@ def test_no_kind_of_node_is_missing_in_the_reference():
 @pytest.mark.parametrize("kind", g.NODE_KINDS, ids=lambda kind: kind.__name__)
 def test_every_kind_of_node_has_a_shape_and_a_check_of_its_own(kind):
     assert {"output_shape", "check"} <= vars(kind).keys()
+
+
+def test_no_integer_form_is_missing_in_conversion():
+    """A form says how a tensor follows from integers: it has a method that computes its units."""
+    classes = vars(forms).values()
+    known = {c for c in classes if isinstance(c, type) and hasattr(c, "steps")}
+    assert set(emit._EMITTERS) == known - {forms.Form, forms.Either}
