@@ -17,9 +17,10 @@ import numpy as np
 from jax import export, lax
 
 from jaxqat.errors import ExportError
-from jaxqat.export._files import check_target, write_file
+from jaxqat.export._files import check_target
 from jaxqat.integer._execute import Platform
 from jaxqat.integer._execute.executor import PLATFORMS
+from jaxqat.integer._store.files import write_atomically
 from jaxqat.integer.graph import IntegerGraph
 
 EXPORT_PLATFORMS = ("cpu", "cuda", "tpu")
@@ -106,7 +107,8 @@ def export_stablehlo(
         "platforms": list(platforms),
         "metadata": graph.metadata,
     }
-    write_file(path, _sealed(bytes(exported.serialize()), description))
+    content = _sealed(bytes(exported.serialize()), description)
+    write_atomically(path, content, error=ExportError)
 
 
 @contextlib.contextmanager

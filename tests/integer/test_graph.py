@@ -189,6 +189,32 @@ def test_parts_of_a_concatenation_share_its_zero_point_and_may_be_clipped():
     with_tensor(POOLED, node.inputs[0], low=part.low + 1)
 
 
+@pytest.mark.parametrize("graph", [GRAPH, POOLED, graphs.build("moves")], ids=["a", "b", "c"])
+def test_a_tensor_of_another_shape_than_its_node_makes_is_refused(graph):
+    for node in graph.nodes:
+        if node.output in graph.tensors:
+            shape = graph.tensors[node.output].shape
+            bad = (*shape[:-1], shape[-1] + 1)
+            # The node that reads it may notice first, by its channels.
+            with refused(rf"{node.name!r}: makes .*of shape .*, which is declared|take|table"):
+                with_tensor(graph, node.output, shape=bad)
+    with refused(r"of shape .*, which is declared as \(77,\)"):
+        dataclasses.replace(graph, output_shape=(77,))
+
+
+def test_a_reshape_to_another_number_of_codes_is_refused():
+    graph = graphs.build("mlp")
+    with refused("node 'flat': reshapes .* another number of codes"):
+        with_node(graph, g.Move, shape=(7,))
+
+
+def test_terms_of_different_shapes_are_refused():
+    graph = graphs.build("residual")
+    _, node = first(graph, g.Add)
+    with refused(f"node {node.name!r}: adds the shapes .*, which differ"):
+        with_node(graph, g.Add, inputs=(node.inputs[0], "input"))
+
+
 def product_of(codes_high, inputs, bias):
     """A dense layer whose sum can be inputs * 127 * codes_high + bias, and no more."""
     tensor = g.Tensor(

@@ -19,9 +19,10 @@ from typing import Any, Literal
 import numpy as np
 
 from jaxqat.errors import ExportError
-from jaxqat.export._files import check_target, write_file
+from jaxqat.export._files import check_target
 from jaxqat.export._onnx.builder import OPSET, library
 from jaxqat.export._onnx.nodes import OnnxWriter
+from jaxqat.integer._store.files import write_atomically
 from jaxqat.integer.graph import IntegerGraph
 
 Input = Literal["float", "uint8"]
@@ -83,7 +84,7 @@ def export_onnx(
     check_target(path, overwrite)
     model = onnx_model(graph, input=input)
     library("onnx.checker").check_model(model, full_check=True)
-    write_file(path, model.SerializeToString())
+    write_atomically(path, model.SerializeToString(), error=ExportError)
     return path
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxqat.errors import ConversionError
 from jaxqat.integer import graph as g
-from jaxqat.integer._convert.emit import OUTPUT, Emitter, Pending
+from jaxqat.integer._convert.emit import OUTPUT, Deferred, Emitter
 from jaxqat.integer._convert.geometry import UnconvertibleError
 from jaxqat.quant import _forms as forms
 from jaxqat.quant._interpret import Evaluator
@@ -213,7 +213,7 @@ class _Harvest:
 
 def _finish(fields: dict[str, Any], values: list[np.ndarray]) -> dict[str, Any]:
     def finished(value: Any) -> Any:
-        if isinstance(value, Pending):
+        if isinstance(value, Deferred):
             return value.finish(values[value.index])
         return tuple(map(finished, value)) if isinstance(value, tuple) else value
 
@@ -222,9 +222,9 @@ def _finish(fields: dict[str, Any], values: list[np.ndarray]) -> dict[str, Any]:
 
 def _finish_node(fields: dict[str, Any], values: list[np.ndarray]) -> dict[str, Any]:
     done = _finish(fields, values)
-    keep = done.pop("keep", None)
-    if keep is not None:
-        done["weights"] = done["weights"] * keep  # -1 turns the sign of a channel, 0 silences it.
+    signs = done.pop("weight_signs", None)
+    if signs is not None:
+        done["weights"] = done["weights"] * signs  # -1 turns the sign of a channel, 0 silences it.
     return done
 
 

@@ -2,8 +2,8 @@
 
 `forms` says how a tensor follows from codes; an `Emitter` writes that down as operations that each
 make int8 codes. It runs while the training graph's inference program is being traced, so that
-every number (scales, codes, biases, multipliers) is computed by that very program: `Pending` stands
-for an array until the program has run.
+every number (scales, codes, biases, multipliers) is computed by that very program: `Deferred`
+stands for an array until the program has run.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ OUTPUT = "output"
 
 
 @dataclasses.dataclass(frozen=True)
-class Pending:
+class Deferred:
     """An array that the program has yet to compute, and what to make of it then."""
 
     index: int
@@ -58,7 +58,7 @@ class Emitter:
     """Collects nodes and tensors.
 
     Attributes:
-        arrays: What the pending fields are made of, in order.
+        arrays: What the deferred fields are made of, in order.
         nodes: Class and fields of each node, in order.
         tensors: Fields of each tensor, by name.
         requirements: Place of a condition in `arrays`, and what is wrong where it does not hold.
@@ -70,14 +70,14 @@ class Emitter:
         self.nodes: list[tuple[type[g.Node], dict[str, Any]]] = []
         self.tensors: dict[str, dict[str, Any]] = {}
         self._moved: dict[int, str] = {}
-        self._kept: list[forms.Codes] = []  # Keeps the ids in `_moved` from being reused.
+        self._sources: list[forms.Codes] = []  # So that the ids in `_moved` are not reused.
         self._names: dict[str, int] = {}
         self.input_shape: tuple[int, ...] | None = None
 
-    def pend(self, array: Any, finish: Callable[[np.ndarray], Any]) -> Pending:
+    def defer(self, array: Any, finish: Callable[[np.ndarray], Any]) -> Deferred:
         """An array of the program for a field of a node."""
         self.arrays.append(jnp.asarray(array))
-        return Pending(len(self.arrays) - 1, finish)
+        return Deferred(len(self.arrays) - 1, finish)
 
     def require(self, condition: Any, reason: str) -> None:
         """What the program's numbers have to be like; `reason` says why they stand in the way."""
@@ -92,25 +92,23 @@ class Emitter:
         self, form: forms.Form, grid: Grid, name: str, shape: tuple[int, ...], bounds: Bounds
     ) -> None:
         """The nodes that put a form on a grid, clipped; the last one makes the tensor `name`."""
-        if isinstance(form, forms.Clamp):
-            merged = bounds.then(form)
-            if merged is not None:
-                return self.emit(form.inner, grid, name, shape, merged)
-            self.emit(form, grid, inner := self._name(f"{name}/clipped"), shape, Bounds())
-            return self._add(name, (inner,), (grid,), grid, shape, bounds)
-        if isinstance(form, forms.Real):
-            return self._quantize(form, grid, name, shape, bounds)
-        if isinstance(form, forms.Accumulator):
-            self._tensor(name, grid, shape, bounds)
-            return self.accumulate(form, grid, name)
-        if isinstance(form, forms.Codes):
-            return self._add(name, (self.read(form),), (form.grid,), grid, shape, bounds)
-        if isinstance(form, forms.Sum):
-            return self._sum(form, grid, name, shape, bounds)
-        if isinstance(form, forms.Moved):
-            return self._move(form, grid, name, shape, bounds)
-        assert isinstance(form, forms.Joined)
-        return self._join(form, grid, name, shape, bounds)
+        _EMITTERS[type(form)](self, form, grid, name, shape, bounds)
+
+    def _clamp(self, form: forms.Clamp, grid: Grid, name: str, shape, bounds: Bounds) -> None:
+        merged = bounds.then(form)
+        if merged is not None:
+            return self.emit(form.inner, grid, name, shape, merged)
+        self.emit(form, grid, inner := self._name(f"{name}/clipped"), shape, Bounds())
+        return self._add(name, (inner,), (grid,), grid, shape, bounds)
+
+    def _accumulator(
+        self, form: forms.Accumulator, grid: Grid, name: str, shape, bounds: Bounds
+    ) -> None:
+        self._tensor(name, grid, shape, bounds)
+        self.accumulate(form, grid, name)
+
+    def _codes(self, form: forms.Codes, grid: Grid, name: str, shape, bounds: Bounds) -> None:
+        self._add(name, (self.read(form),), (form.grid,), grid, shape, bounds)
 
     def read(self, codes: forms.Codes) -> str:
         """Name of a tensor of codes; moved codes are made here."""
@@ -124,7 +122,7 @@ class Emitter:
             self._tensor_like(source, name, after[1:], operation, codes.grid)
             self._add_move(operation, source, before.codes.shape, name, after)
             self._moved[id(codes)] = name
-            self._kept.append(codes)
+            self._sources.append(codes)
         return self._moved[id(codes)]
 
     def accumulate(self, form: forms.Accumulator, grid: Grid | None, output: str) -> None:
@@ -155,7 +153,7 @@ class Emitter:
                 raise UnconvertibleError(f"{where}: its bias or factor is not one per channel")
             return jnp.broadcast_to(values, wanted).reshape(channels)
 
-        alive, bias, scale, multiplier = map(per_channel, form.coefficients(grid))
+        varies, bias, scale, multiplier = map(per_channel, form.coefficients(grid))
         # The weights of a network that diverged: the graph refuses a scale that is NaN.
         finite = per_channel(jnp.isfinite(form.weight_scale) & jnp.isfinite(form.offset))
         scale = jnp.where(finite, scale, jnp.nan)
@@ -165,14 +163,14 @@ class Emitter:
         unit = form.input_scale
         if grid is not None:
             unit = forms.quotient(unit, grid.scale)
-        keep = jnp.where(alive, sign, 0)
+        signs = jnp.where(varies, sign, 0)
         fields = {
-            "weights": self.pend(weights, arrange),
+            "weights": self.defer(weights, arrange),
             "weight_bits": source.weight_bits,
-            "bias": self.pend(jnp.where(nothing, 0, bias * sign), _as(np.int32)),
-            "multiplier": self.pend(jnp.where(nothing, unit, multiplier * sign), _as(np.float32)),
-            "weight_scale": self.pend(jnp.where(nothing, 1, scale * sign), _as(np.float32)),
-            "keep": self.pend(jnp.where(nothing, 0, keep), _as(np.int8)),
+            "bias": self.defer(jnp.where(nothing, 0, bias * sign), _as(np.int32)),
+            "multiplier": self.defer(jnp.where(nothing, unit, multiplier * sign), _as(np.float32)),
+            "weight_scale": self.defer(jnp.where(nothing, 1, scale * sign), _as(np.float32)),
+            "weight_signs": self.defer(jnp.where(nothing, 0, signs), _as(np.int8)),
             "inputs": (self.read(source.codes),),
             "output": output,
             "name": self._name(where),
@@ -196,7 +194,7 @@ class Emitter:
         self.require(multiplier > 0, f"{where}: its factor is not positive")
         fields = {
             **pool_fields(operation, codes.codes.shape, where),
-            "multiplier": self.pend(multiplier.reshape(()), _scalar(np.float32)),
+            "multiplier": self.defer(multiplier.reshape(()), _scalar(np.float32)),
             "inputs": (self.read(codes),),
             "output": output,
             "name": self._name(f"{output}/average"),
@@ -210,7 +208,7 @@ class Emitter:
             raise UnconvertibleError(f"{name}: a second float input; a graph has one")
         self.input_shape = shape
         self._tensor(name, grid, shape, bounds)
-        inverse = self.pend(grid.inverse, _scalar(np.float32))
+        inverse = self.defer(grid.inverse, _scalar(np.float32))
         fields = {"name": f"{name}/quantize", "inputs": (), "output": name, "inverse": inverse}
         self.nodes.append((g.Quantize, fields))
 
@@ -231,7 +229,8 @@ class Emitter:
     ) -> None:
         self._tensor(name, grid, shape, bounds)
         multipliers = [
-            self.pend(forms.quotient(each.scale, grid.scale), _scalar(np.float32)) for each in grids
+            self.defer(forms.quotient(each.scale, grid.scale), _scalar(np.float32))
+            for each in grids
         ]
         fields = {"name": self._name(f"{name}/add"), "inputs": inputs, "output": name}
         self.nodes.append((g.Add, {**fields, "multipliers": tuple(multipliers)}))
@@ -275,10 +274,10 @@ class Emitter:
         self.tensors[name] = {
             "name": name,
             "shape": tuple(shape),
-            "scale": self.pend(grid.scale, _scalar(np.float32)),
-            "zero_point": self.pend(grid.zero, int),
-            "low": self.pend(low, int),
-            "high": self.pend(high, int),
+            "scale": self.defer(grid.scale, _scalar(np.float32)),
+            "zero_point": self.defer(grid.zero, int),
+            "low": self.defer(low, int),
+            "high": self.defer(high, int),
         }
 
     def _tensor_like(
@@ -289,14 +288,26 @@ class Emitter:
         if operation.name == "pad":
             for key, widened in (("low", jnp.minimum), ("high", jnp.maximum)):
                 bound = fields[key]
-                code = self.arrays[bound.index] if isinstance(bound, Pending) else bound
-                fields[key] = self.pend(widened(code, grid.zero), int)
+                code = self.arrays[bound.index] if isinstance(bound, Deferred) else bound
+                fields[key] = self.defer(widened(code, grid.zero), int)
         self.tensors[name] = fields
 
     def _name(self, name: str) -> str:
         """A name of its own: a layer that is used twice makes two nodes."""
         uses = self._names[name] = self._names.get(name, 0) + 1
         return name if uses == 1 else f"{name}#{uses}"
+
+
+# The nodes of each form. `Either` exists only where layers are switched off, never in conversion.
+_EMITTERS: dict[type, Callable[..., None]] = {
+    forms.Clamp: Emitter._clamp,
+    forms.Real: Emitter._quantize,
+    forms.Accumulator: Emitter._accumulator,
+    forms.Codes: Emitter._codes,
+    forms.Sum: Emitter._sum,
+    forms.Moved: Emitter._move,
+    forms.Joined: Emitter._join,
+}
 
 
 def _as(dtype: Any) -> Callable[[np.ndarray], np.ndarray]:

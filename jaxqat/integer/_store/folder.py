@@ -20,6 +20,7 @@ import numpy as np
 
 from jaxqat.errors import ArtifactError, GraphError
 from jaxqat.integer._store.codec import CodecError, decode, encode
+from jaxqat.integer._store.files import write_atomically
 from jaxqat.integer.graph import IntegerGraph
 
 GRAPH_FILE, ARRAYS_FILE, SUMS_FILE = "graph.json", "arrays.npz", "SHA256SUMS"
@@ -115,10 +116,7 @@ def _write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     shutil.rmtree(folder, ignore_errors=True)  # Of a process of the same number that was killed.
     folder.mkdir()
     for name, content in files.items():
-        with (folder / name).open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        write_atomically(folder / name, content)
     _sync(folder)
 
 

@@ -177,16 +177,3 @@ def test_packed_weights_that_are_described_wrongly_are_refused(packed, change, m
     sign(folder)
     with pytest.raises(ArtifactError, match=message):
         load(folder)
-
-
-def test_a_network_saved_in_format_1_is_read_as_before(tmp_path):
-    """Of before weights were packed: no `weight_bits`, a byte a code."""
-    graph = graphs.build("residual")
-    path = save(graph, tmp_path / "net") / "graph.json"
-    stored = json.loads(path.read_text())
-    stored["format"] = 1
-    for node in stored["nodes"]:
-        node.pop("weight_bits", None)
-    path.write_text(json.dumps(stored))
-    sign(tmp_path / "net")
-    assert content(load(tmp_path / "net")) == content(graph)
