@@ -1,0 +1,179 @@
+"""Each integer form becomes the nodes that compute it."""
+
+import types
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from jaxqat.integer import graph as g
+from jaxqat.integer._convert.emit import Bounds, Deferred, Emitter
+from jaxqat.integer._convert.geometry import UnconvertibleError
+from jaxqat.quant._forms import forms
+from jaxqat.quant._numerics.grids import Grid
+
+SHAPE = (4, 4, 2)
+
+
+def grid(scale=0.5, zero=3):
+    scale = jnp.float32(scale)
+    return Grid(scale, 1 / scale, jnp.int32(zero), -128, 127)
+
+
+GRID, OTHER = grid(), grid(0.25, -1)
+
+
+def codes(shape=SHAPE, key=("x",), on=OTHER):
+    return forms.Codes(jnp.zeros((1, *shape), jnp.int8), on, key)
+
+
+def operation(name, bind, **params):
+    return forms.Operation(name, params, bind)
+
+
+def emitted(form, shape=SHAPE, **tensors):
+    """Nodes and tensors, finished, that put a form on GRID as the tensor 'y'."""
+    emitter = Emitter()
+    emitter.tensors.update(tensors)
+    emitter.emit(form, GRID, "y", shape, Bounds())
+
+    def finished(value: Any) -> Any:
+        if isinstance(value, Deferred):
+            return value.finish(np.asarray(emitter.arrays[value.index]))
+        return tuple(map(finished, value)) if isinstance(value, tuple) else value
+
+    def fields(values: dict[str, Any]) -> Any:
+        return types.SimpleNamespace(**{key: finished(value) for key, value in values.items()})
+
+    nodes = [(kind, fields(values)) for kind, values in emitter.nodes]
+    return nodes, {name: fields(values) for name, values in emitter.tensors.items()}
+
+
+def test_the_input_becomes_a_quantize():
+    ((kind, node),), tensors = emitted(forms.Real(jnp.zeros((1, *SHAPE))))
+    assert kind is g.Quantize
+    assert (node.inputs, node.output, node.inverse) == ((), "y", 2)
+    tensor = tensors["y"]
+    assert (tensor.shape, tensor.scale, tensor.zero_point) == (SHAPE, 0.5, 3)
+    assert (tensor.low, tensor.high) == (-128, 127)
+
+
+def test_a_float_operation_is_refused_with_its_name():
+    with pytest.raises(UnconvertibleError, match="y: sin before it has no integer form"):
+        emitted(forms.Real(jnp.zeros((1, *SHAPE)), "sin"))
+
+
+def test_codes_become_a_requantization():
+    ((kind, node),), _ = emitted(codes())
+    assert kind is g.Add
+    assert (node.inputs, node.output, node.multipliers) == (("x",), "y", (0.5,))
+
+
+def test_a_sum_of_codes_becomes_one_addition():
+    ((kind, node),), _ = emitted(forms.Sum(codes(), codes(key=("z",), on=GRID)))
+    assert kind is g.Add
+    assert (node.inputs, node.multipliers) == (("x", "z"), (0.5, 1))
+
+
+def test_a_clamp_becomes_the_bounds_of_its_tensor():
+    nodes, tensors = emitted(forms.Clamp(codes(), 0.0, 6.0))
+    assert [kind for kind, _ in nodes] == [g.Add]
+    # Codes of 0 and 6 on a grid of halves with the zero point 3.
+    assert (tensors["y"].low, tensors["y"].high) == (3, 15)
+
+
+def test_clamps_that_do_not_overlap_become_two_nodes():
+    nodes, tensors = emitted(forms.Clamp(forms.Clamp(codes(), None, 1.0), 2.0, None))
+    assert [kind for kind, _ in nodes] == [g.Add, g.Add]
+    assert (tensors["y/clipped"].high, tensors["y"].low) == (5, 7)
+
+
+def test_a_move_becomes_a_move_behind_its_source():
+    bind = lambda x: jnp.transpose(x, (0, 2, 1, 3))  # noqa: E731
+    form = forms.Moved(codes((4, 3, 2)), operation("transpose", bind, permutation=(0, 2, 1, 3)))
+    ((first, _), (kind, node)), tensors = emitted(form, (3, 4, 2))
+    assert (first, kind) == (g.Add, g.Move)
+    assert (node.inputs, node.output) == (("y/unmoved",), "y")
+    assert (node.kind, node.axes) == ("transpose", (0, 2, 1, 3))
+    assert (tensors["y/unmoved"].shape, tensors["y"].shape) == ((4, 3, 2), (3, 4, 2))
+
+
+def test_a_concatenation_becomes_a_concat_of_its_parts():
+    join = operation("concatenate", lambda *x: jnp.concatenate(x, 3), dimension=3)
+    form = forms.Joined((codes(), codes(key=("z",))), join)
+    (*parts, (kind, node)), tensors = emitted(form, (4, 4, 4))
+    assert [part for part, _ in parts] == [g.Add, g.Add]
+    assert (kind, node.axis, node.inputs) == (g.Concat, 3, ("y/part0", "y/part1"))
+    assert [tensors[name].shape for name in node.inputs] == [SHAPE, SHAPE]
+
+
+def test_a_concatenation_of_batches_is_refused():
+    join = operation("concatenate", lambda *x: jnp.concatenate(x, 0), dimension=0)
+    with pytest.raises(UnconvertibleError, match="y: a concatenation of batches"):
+        emitted(forms.Joined((codes(), codes()), join))
+
+
+def accumulator(source, total, *, scale=(1.0,), offset=(0.0,)):
+    return forms.Accumulator(
+        total=jnp.asarray(total, jnp.int32),
+        correction=jnp.int32(0),
+        input_scale=jnp.float32(0.25),
+        weight_scale=jnp.asarray(scale, jnp.float32),
+        offset=jnp.asarray(offset, jnp.float32),
+        source=source,
+    )
+
+
+def dense_source(weights):
+    numbers = (((1,), (0,)), ((), ()))
+    params = {"dimension_numbers": numbers}
+    product: Any = types.SimpleNamespace(
+        kind="dense", params=params, weight_side=1, channel_axes=(0,)
+    )
+    return forms.Multiplied("head", product, codes((3,)), jnp.asarray(weights, jnp.int8), 8)
+
+
+def test_a_dense_layer_becomes_a_product_with_positive_multipliers():
+    weights = np.arange(6).reshape(3, 2)
+    form = accumulator(
+        dense_source(weights), np.zeros((1, 2)), scale=[[2.0, -4.0]], offset=[[1.0, 2.0]]
+    )
+    ((kind, node),), _ = emitted(form, (2,))
+    assert (kind, node.kind, node.name) == (g.Product, "dense", "head")
+    assert (node.inputs, node.output, node.weight_bits) == (("x",), "y", 8)
+    np.testing.assert_array_equal(node.weights, weights)
+    # The sign of the second channel goes to its weights and bias: 2 / (0.25 * -4) is -2.
+    np.testing.assert_array_equal(node.weight_signs, [1, -1])
+    np.testing.assert_array_equal(node.bias, [2, 2])
+    np.testing.assert_array_equal(node.weight_scale, [2, 4])
+    np.testing.assert_array_equal(node.multiplier, [1, 2])  # 0.25 * scale / 0.5.
+    assert node.bias.dtype == np.int32 and node.weights.dtype == np.int8
+
+
+def test_a_channel_without_weight_is_silenced_and_keeps_a_positive_multiplier():
+    form = accumulator(dense_source(np.ones((3, 2))), np.zeros((1, 2)), scale=[[1.0, 0.0]])
+    ((_, node),), _ = emitted(form, (2,))
+    np.testing.assert_array_equal(node.weight_signs, [1, 0])
+    np.testing.assert_array_equal(node.bias, [0, 0])
+    assert (node.multiplier > 0).all() and (node.weight_scale > 0).all()
+
+
+def test_a_mean_over_space_becomes_a_sum_pool():
+    source = forms.Summed(operation("reduce_sum", lax.reduce_sum_p.bind, axes=(1, 2)), codes())
+    form = accumulator(source, np.zeros((1, 2)), scale=1 / 16, offset=0.0)
+    ((kind, node),), _ = emitted(form, (2,))
+    assert (kind, node.inputs, node.window) == (g.SumPool, ("x",), (4, 4))
+    assert node.drop_axes and node.multiplier == 0.25 / 16 / 0.5
+
+
+def test_moved_codes_are_made_once_for_all_their_readers():
+    source = codes((4, 3, 2))
+    flip = operation("rev", lambda x: jax.lax.rev(x, (1,)), dimensions=(1,))
+    moved = forms.Codes(source.codes, OTHER, moved=(flip, source))
+    tensor = {"name": "x", "shape": (4, 3, 2), "low": -128, "high": 127}
+    nodes, _ = emitted(forms.Sum(moved, moved), (4, 3, 2), x=tensor)
+    assert [kind for kind, _ in nodes] == [g.Move, g.Add]
+    assert nodes[1][1].inputs == ("x/rev", "x/rev")
