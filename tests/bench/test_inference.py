@@ -175,8 +175,8 @@ def test_notes_say_where_integers_are_slower_than_floats_of_their_family():
     ]
     families = {r["key"]: r["key"].partition("_")[0] for r in rows}
     assert notes(rows, families) == [
-        "JAX_INT8 is slower than JAX_FP32 here: 0.50 times its speed.",
-        "ORT_INT8 is slower than ORT_STATIC here: 0.50 times its speed.",
+        "JAX_INTEGER is slower than JAX_FP32 here: 0.50 times its speed.",
+        "ORT_INTEGER is slower than ORT_STATIC here: 0.50 times its speed.",
     ]
     assert notes([r | {"median_s": 1.0} for r in rows[:-1]], families) == []
 
