@@ -1,4 +1,4 @@
-"""What quantization makes of a model: a table of its products, and what stays in float between."""
+"""`describe`: list a model's products, their quantization, and obstacles to conversion."""
 
 import dataclasses
 import math
@@ -14,14 +14,14 @@ from jaxqat.quant.models.linen import COLLECTION, QuantizedModule, quantize
 
 @dataclasses.dataclass(frozen=True)
 class LayerDescription:
-    """A product of the model.
+    """A product of the model and its quantization.
 
     Attributes:
-        layer: Path, kind, shape of the weights, bits, and why it stays in float, if it does.
-        granularity: 'per_channel' or 'per_tensor': what has a scale of its own in the weights.
-        input_range: Smallest and largest real value that its input's codes cover; None if the
-            input stays in float or was never observed.
-        weight_bytes: Of its weights as they are saved, without scales and bias.
+        layer: Path, kind, shape of the weights, bits, and the reason if it stays in float.
+        granularity: Scales of the weights, 'per_channel' or 'per_tensor'; '' in float.
+        input_range: Smallest and largest real value that the input's codes cover; None if the
+            input stays in float or was not observed.
+        weight_bytes: Size of the saved weights without scales and bias, in bytes.
     """
 
     layer: LayerInfo
@@ -32,12 +32,12 @@ class LayerDescription:
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """A model's products and obstacles; `str` makes a table of them.
+    """A model's products and obstacles to conversion; `str` gives a table.
 
     Attributes:
-        layers: In the order of computation.
-        obstacles: What keeps the model from being an integer network, a line each; empty if it
-            can be one.
+        layers: Products, in the order of computation.
+        obstacles: Reasons why the model cannot be converted to an integer network, a line each;
+            empty if it can.
     """
 
     layers: tuple[LayerDescription, ...]
@@ -63,33 +63,37 @@ class Description:
 
 
 def describe(model: Any, *arguments: Any, **kwargs: Any) -> Description:
-    """Prints what quantization makes of a model, and returns it.
+    """Print how a model is quantized, layer by layer, and return the table.
 
         jaxqat.describe(model, variables, images, train=False)
 
     Args:
-        model: What `jaxqat.quantize` returned; or a model, to be quantized by the recipe 'int8'.
-        *arguments: As for the model's `apply` (variables, *inputs); for a quantized function
-            (parameters, ranges, *inputs), for another one (parameters, *inputs), for an NNX module
-            (*inputs). Only shapes and types of the inputs matter.
+        model: What `jaxqat.quantize` returned, or a float model, which is quantized by the recipe
+            'int8'.
+        *arguments: (variables, *inputs) for a Linen module; (parameters, ranges, *inputs) for a
+            quantized function, (parameters, *inputs) for a float one; (*inputs) for an NNX module.
+            Only shapes and types of the inputs matter.
         **kwargs: As for the model's `apply`.
 
+    Returns:
+        The description that is printed.
+
     Raises:
-        QuantizationError: The model is none that can be quantized.
+        QuantizationError: The model cannot be quantized.
     """
     quantized: Any = model if isinstance(model, Quantized) else quantize(model)
     if isinstance(quantized, QuantizedFunction) and quantized is not model:
-        arguments = (arguments[0], None, *arguments[1:])  # It comes without ranges.
+        arguments = (arguments[0], None, *arguments[1:])  # A float function comes without ranges.
     state, inputs = arguments[: quantized.state_arguments], arguments[quantized.state_arguments :]
-    before = state[:1]  # Variables or parameters, if the model does not hold them.
+    before = state[:1]  # Variables or parameters; an NNX module holds its own.
     table = quantized.describe(*before, *inputs, **kwargs)
-    seen = _ranges(quantized, state)
+    ranges = _ranges(quantized, state)
     empty = quantized.init_ranges(*before, *inputs, **kwargs)
-    found = _obstacles(quantized, state, inputs, kwargs, empty)
-    told = tuple(f"{layer.path} ({layer.kind}): " for layer in table if layer.float_reason)
+    reasons = _obstacles(quantized, state, inputs, kwargs, empty)
+    listed = tuple(f"{layer.path} ({layer.kind}): " for layer in table if layer.float_reason)
     description = Description(
-        tuple(_described(layer, seen) for layer in table),
-        tuple(reason for reason in found if not reason.startswith(told)),
+        tuple(_described(layer, ranges) for layer in table),
+        tuple(reason for reason in reasons if not reason.startswith(listed)),
     )
     print(description)
     return description
@@ -104,7 +108,7 @@ def _ranges(quantized: Any, state: tuple[Any, ...]) -> Mapping[Any, Any]:
 def _obstacles(
     quantized: Any, state: tuple[Any, ...], inputs: Any, kwargs: Any, ranges: Any
 ) -> tuple[str, ...]:
-    """With ranges that have seen nothing: obstacles do not depend on them."""
+    """Return the obstacles to conversion. Empty ranges do: obstacles do not depend on them."""
     if isinstance(quantized, QuantizedModule):
         return obstacles(quantized, {**state[0], COLLECTION: ranges}, *inputs, **kwargs)
     if isinstance(quantized, QuantizedFunction):
@@ -112,13 +116,13 @@ def _obstacles(
     return obstacles(quantized.with_ranges(ranges), *inputs, **kwargs)
 
 
-def _described(layer: LayerInfo, seen: Mapping[Any, Any]) -> LayerDescription:
+def _described(layer: LayerInfo, ranges: Mapping[Any, Any]) -> LayerDescription:
     weightless = layer.kind == "attention" or layer.float_reason == NO_WEIGHTS
     weights = 0 if weightless else math.prod(layer.weight_shape)
     bits = layer.weight_bits
     size = 4 * weights if bits is None else packed_size(weights, bits)
     granularity = layer.settings.weight_granularity if layer.settings else ""
-    return LayerDescription(layer, granularity, layer.covered(seen), size)
+    return LayerDescription(layer, granularity, layer.covered(ranges), size)
 
 
 def _cells(row: LayerDescription) -> tuple[str, ...]:

@@ -255,8 +255,8 @@ def _placed(target: Target, shapes: Any) -> Any:
     if not leaves or not all(hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves):
         kinds = ", ".join(sorted({type(leaf).__name__ for leaf in leaves})) or "none"
         raise LoweringError(
-            f"{target.name}: the arguments must be arrays or jax.ShapeDtypeStruct, at least one; got "
-            f"{kinds}. Close over static values."
+            f"{target.name}: the arguments must be arrays or jax.ShapeDtypeStruct, at least one; "
+            f"got {kinds}. Close over static values."
         )
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes
