@@ -1,4 +1,4 @@
-"""Evaluate a run from its folder: `jaxqat evaluate`, with the same options, from a checkout.
+"""Run `jaxqat evaluate`, with the same options, from a checkout: evaluate a run.
 
 python scripts/evaluate.py runs/quickstart --stage qat --split test
 """

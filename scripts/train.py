@@ -1,4 +1,4 @@
-"""Train, evaluate and report: `jaxqat train`, with the same options, from a checkout.
+"""Run `jaxqat train`, with the same options, from a checkout: train, evaluate and report.
 
 python scripts/train.py --config configs/quickstart.yaml --workdir runs/quickstart
 """

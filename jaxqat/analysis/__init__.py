@@ -1,4 +1,4 @@
-"""Where a quantized network loses accuracy: noise, clipping and sensitivity, layer by layer."""
+"""Find where a quantized network loses accuracy: noise, clipping and sensitivity by layer."""
 
 from jaxqat.analysis._analyze import analyze
 from jaxqat.analysis.result import Analysis

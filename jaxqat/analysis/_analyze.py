@@ -1,4 +1,4 @@
-"""analyze: a quantized model against itself in float, on data."""
+"""`analyze`: compare a quantized model with the same model in float, on data."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -22,37 +22,38 @@ def analyze(
     preprocess: Callable[[Any], Any] | None = None,
     **kwargs: Any,
 ) -> Analysis:
-    """Tells at which layers a quantized model in inference mode departs from itself in float.
+    """Find the layers where a quantized model in inference mode loses accuracy.
 
         found = jaxqat.analyze(model, variables, batches=[images], labels=[classes], train=False)
         print(found)
 
-    For each layer: signal to quantization noise of its weights and of its result; for each tensor
-    also how much of it is clipped, and its histogram against its range. Then the network is run
-    with each layer quantized alone, and with each layer alone in float: 2 L + 2 runs of one
-    compiled program, which computes of each layer the product that is switched on. A layer that is
-    quantized has its weights and the tensor that it reads on their grids, with the model's own
-    ranges; other layers that read this tensor see it quantized.
+    The analysis holds the signal to quantization noise ratio of each layer's weights and result,
+    and for each tensor with a static range its clipped share and histogram. It also holds the
+    sensitivity to each layer: the network runs with this layer quantized alone, and with this layer
+    alone in float. For L layers these are 2 L + 2 runs of one compiled program per batch. A
+    quantized layer has its weights and the tensor that it reads on their grids, with the model's
+    own ranges; other layers that read this tensor read the quantized values.
 
     Args:
         model: What `jaxqat.quantize` returned.
         *state: Its variables; nothing for a model that holds them.
-        batches: Inputs, a batch each; a tuple holds several arguments. Batches of one size are
-            compiled once.
-        labels: Integer classes, an array for each batch.
-        preprocess: Makes the model's input from a batch; None if it is it.
-        **kwargs: As for the model's `apply`; they say, as `train=False` does, that it is inference.
+        batches: Batches of inputs; a tuple holds several arguments. Each batch size is compiled
+            once.
+        labels: Integer classes, one array for each batch.
+        preprocess: Function from a batch to the model's input; None if they are the same.
+        **kwargs: Keyword arguments of the model's call; they must select inference, as
+            `train=False` does.
 
     Returns:
-        The analysis; its fields are plain data, its `str` is a table.
+        The analysis: its fields are plain data, its `str` is a table.
 
     Raises:
-        QuantizationError: There is nothing to analyze: no quantized model, layer or batch, a result
-            that is not one finite array, or labels that do not fit it.
+        QuantizationError: The model is not quantized or has no quantized layer, there is no batch,
+            the result is not one finite array, or the labels do not fit it.
     """
     if not isinstance(model, QuantizedModel):
         raise QuantizationError(
-            f"analyze takes what `jaxqat.quantize` returned, got {type(model).__name__}."
+            f"analyze needs what `jaxqat.quantize` returned, got {type(model).__name__}."
         )
     runner = _Runner(model.bind(*state, **kwargs))
     for batch, classes in _paired(batches, labels):
@@ -78,12 +79,12 @@ def _paired(
 
 
 class _Runner:
-    """Runs batches, and sums up what they say."""
+    """Run batches in all combinations of quantized layers, and accumulate the measurements."""
 
     def __init__(self, model: BoundModel):
         self.model = model
         self.arrays, self.rebuild = model.split_arrays()
-        self.rows: list[LayerInfo] = []
+        self.layers: list[LayerInfo] = []
         self.paths: list[str] = []
         self.scores: list[Score] = []
         self.total: Measured | None = None
@@ -98,8 +99,8 @@ class _Runner:
         return self.rebuild(arrays).switched(switches, *inputs).results
 
     def add(self, inputs: tuple[Any, ...], labels: np.ndarray | None) -> None:
-        """Runs one batch in all ways."""
-        if not self.rows:
+        """Run one batch with every choice of quantized layers."""
+        if not self.layers:
             self._plan(inputs)
         found = self.measure(self.arrays, inputs).on_host()
         self.total = found if self.total is None else self.total.plus(found)
@@ -114,17 +115,17 @@ class _Runner:
 
     def _plan(self, inputs: tuple[Any, ...]) -> None:
         table = self.model.layers(*inputs)
-        self.rows = [row for row in table if row.settings is not None]
-        self.paths = list(dict.fromkeys(row.path for row in self.rows))
+        self.layers = [layer for layer in table if layer.settings is not None]
+        self.paths = list(dict.fromkeys(layer.path for layer in self.layers))
         self.scores = [Score() for _ in self._choices()]
-        if not self.rows:
+        if not self.layers:
             raise QuantizationError(
                 "No layer of the model is quantized, so there is nothing to analyze; `describe` "
-                "names each with the reason."
+                "lists the layers and the reasons."
             )
 
     def _choices(self) -> np.ndarray:
-        """Which layers are on: none, all, each alone, all but each."""
+        """Return the quantized layers of each run: none, all, each alone, all but each."""
         alone = np.eye(len(self.paths), dtype=bool)
         ends = np.zeros_like(alone[:1]), np.ones_like(alone[:1])
         return np.concatenate([*ends, alone, ~alone])
@@ -133,13 +134,13 @@ class _Runner:
         results = self.run(self.arrays, on, inputs)
         if len(results) != 1 or np.ndim(results[0]) == 0:
             raise QuantizationError(
-                "analyze takes a model that returns one array with an axis of examples, got "
+                "analyze needs a model that returns one array with an axis of examples, got "
                 f"{len(results)} of the shapes {', '.join(str(np.shape(r)) for r in results)}."
             )
         return np.asarray(results[0])
 
     def analysis(self) -> Analysis:
-        """What was found."""
+        """Return the analysis of all batches."""
         if self.total is None:
             raise QuantizationError("There is no batch to analyze: `batches` is empty.")
         real, quantized, *effects = (score.effect() for score in self.scores)
@@ -150,19 +151,19 @@ class _Runner:
             examples=self.scores[0].examples,
             real=real,
             quantized=quantized,
-            layers=_layers(self.rows, self.total.sums),
+            layers=_layers(self.layers, self.total.sums),
             tensors=tuple(_tensor(name, self.total) for name in self.total.sums.tensors),
             sensitivity=tuple(sensitivity),
         )
 
 
-def _layers(rows: list[LayerInfo], sums: Sums) -> tuple[LayerAnalysis, ...]:
+def _layers(infos: list[LayerInfo], sums: Sums) -> tuple[LayerAnalysis, ...]:
     found = []
-    for row, weights, output in zip(rows, sums.weights, sums.outputs, strict=True):
+    for info, weights, output in zip(infos, sums.weights, sums.outputs, strict=True):
         ratios = (n and in_decibels(float(n.signal), float(n.noise)) for n in (weights, output))
-        name = "/".join(row.range_key) if row.range_key else None
+        name = "/".join(info.range_key) if info.range_key else None
         found.append(
-            LayerAnalysis(row.path, row.kind, row.weight_bits, row.act_bits, name, *ratios)
+            LayerAnalysis(info.path, info.kind, info.weight_bits, info.act_bits, name, *ratios)
         )
     return tuple(found)
 

@@ -1,4 +1,4 @@
-"""What quantization makes of a model: a table of its products, and what stays in float between."""
+"""`describe`: list a model's products, their quantization, and obstacles to conversion."""
 
 import dataclasses
 import math
@@ -14,14 +14,14 @@ from jaxqat.quant.models.quantize import quantize
 
 @dataclasses.dataclass(frozen=True)
 class LayerDescription:
-    """A product of the model.
+    """A product of the model and its quantization.
 
     Attributes:
-        layer: Path, kind, shape of the weights, bits, and why it stays in float, if it does.
-        granularity: 'per_channel' or 'per_tensor': what has a scale of its own in the weights.
-        input_range: Smallest and largest real value that its input's codes cover; None if the
-            input stays in float or was never observed.
-        weight_bytes: Of its weights as they are saved, without scales and bias.
+        layer: Path, kind, shape of the weights, bits, and the reason if it stays in float.
+        granularity: Scales of the weights, 'per_channel' or 'per_tensor'; '' in float.
+        input_range: Smallest and largest real value that the input's codes cover; None if the
+            input stays in float or was not observed.
+        weight_bytes: Size of the saved weights without scales and bias, in bytes.
     """
 
     layer: LayerInfo
@@ -32,12 +32,12 @@ class LayerDescription:
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """A model's products and obstacles; `str` makes a table of them.
+    """A model's products and obstacles to conversion; `str` gives a table.
 
     Attributes:
-        layers: In the order of computation.
-        obstacles: What keeps the model from being an integer network, a line each; empty if it
-            can be one.
+        layers: Products, in the order of computation.
+        obstacles: Reasons why the model cannot be converted to an integer network, a line each;
+            empty if it can.
     """
 
     layers: tuple[LayerDescription, ...]
@@ -89,13 +89,13 @@ def describe(model: Any, *arguments: Any, **kwargs: Any) -> Description:
     )
 
 
-def _described(layer: LayerInfo, seen: Mapping[Any, Any]) -> LayerDescription:
+def _described(layer: LayerInfo, ranges: Mapping[Any, Any]) -> LayerDescription:
     weightless = layer.kind == "attention" or layer.float_reason == NO_WEIGHTS
     weights = 0 if weightless else math.prod(layer.weight_shape)
     bits = layer.weight_bits
     size = 4 * weights if bits is None else packed_size(weights, bits)
     granularity = layer.settings.weight_granularity if layer.settings else ""
-    return LayerDescription(layer, granularity, layer.covered(seen), size)
+    return LayerDescription(layer, granularity, layer.covered(ranges), size)
 
 
 def _cells(row: LayerDescription) -> tuple[str, ...]:

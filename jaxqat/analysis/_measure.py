@@ -1,6 +1,6 @@
-"""What is summed over batches, on the device and on the host.
+"""Measurements that are summed over batches, on the device and on the host.
 
-On the device, sums run over one example each, in float32; over examples they run in float64.
+The device sums over each example in float32; the host sums over examples in float64.
 """
 
 import dataclasses
@@ -19,12 +19,12 @@ from jaxqat.quant._numerics.activations import dequantize, in_units
 from jaxqat.quant._numerics.grids import Grid
 from jaxqat.quant._plan.plan import Pair
 
-BINS_INSIDE = 64  # Of a histogram: what is not clipped.
-BINS_BESIDE = 16  # Below that, and as many above.
+BINS_INSIDE = 64  # Bins of a histogram for values that are not clipped.
+BINS_OUTSIDE = 16  # Bins below them, and as many above.
 
 
 class Noise(NamedTuple):
-    """Sums of squares, one an example: of a tensor, and of what quantization makes of it less it.
+    """Sums of squares, one per example: of a tensor, and of its quantization error.
 
     A sum of n squares in float32 is off by at most n * 2**-24 of itself.
     """
@@ -34,27 +34,27 @@ class Noise(NamedTuple):
 
     @classmethod
     def of(cls, real: Float[Array, "n ..."], value: Float[Array, "n ..."]) -> "Noise":
-        """The noise of a value that stands for a real one."""
+        """Return the noise of quantized values against the real ones."""
         real, value = (x.astype(jnp.float32) for x in (real, value))
         axes = tuple(range(1, real.ndim))
         return cls(jnp.sum(real**2, axes), jnp.sum((real - value) ** 2, axes))
 
 
 class Spread(NamedTuple):
-    """How the values of a tensor lie on its grid; the first axis is there to be summed over."""
+    """Clipped values and histogram of a tensor; the first axis, of size 1, is summed over."""
 
     clipped: Int[Array, "1"]
     counts: Int[Array, "1 bins"]
 
 
 class Sums(NamedTuple):
-    """What adds up over batches.
+    """Measurements that add up over batches.
 
     Attributes:
-        weights: Of each layer, in order; None where it has none.
-        outputs: Of each layer, in order.
-        tensors: By name.
-        spreads: By name.
+        weights: Noise of each layer's weights, in order; None without weights.
+        outputs: Noise of each layer's result, in order.
+        tensors: Noise of each tensor, by name.
+        spreads: Clipped values and histogram of each tensor, by name.
     """
 
     weights: list[Noise | None]
@@ -64,13 +64,13 @@ class Sums(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """What batches say.
+    """Measurements of one batch or several.
 
     Attributes:
-        sums: What adds up.
-        extremes: Smallest value and the largest negated, by name: of both the minimum counts.
-        ends: Real values of the first code and of the last, by name; the same for all batches.
-        edges: Of the histograms, by name; the same for all batches.
+        sums: Measurements that add up.
+        extremes: Smallest value and the largest negated, by tensor; both combine by minimum.
+        ends: Real values of the first and the last code, by tensor; the same for all batches.
+        edges: Edges of the histograms, by tensor; the same for all batches.
     """
 
     sums: Sums
@@ -79,13 +79,13 @@ class Measured(NamedTuple):
     edges: dict[str, Float[Array, "bins+1"]]
 
     def plus(self, other: "Measured") -> "Measured":
-        """Both batches, on the host."""
+        """Return the measurements of both together; both are on the host."""
         sums = jax.tree.map(np.add, self.sums, other.sums)
         extremes = jax.tree.map(np.minimum, self.extremes, other.extremes)
         return self._replace(sums=sums, extremes=extremes)
 
     def on_host(self) -> "Measured":
-        """With sums over the examples."""
+        """Return the measurements on the host, summed over the examples."""
         sums = jax.tree.map(lambda x: _wide(x).sum(0), self.sums)
         rest = (jax.tree.map(_wide, x) for x in (self.extremes, self.ends, self.edges))
         return Measured(sums, *rest)
@@ -97,7 +97,7 @@ def _wide(x: Any) -> np.ndarray:
 
 
 def measure(real: Evaluator, quantized: Evaluator) -> Measured:
-    """Compares an evaluation in float with one on integers, of the same batch."""
+    """Compare an evaluation in float with a quantized one, of the same batch."""
     outputs = [
         Noise.of(each.result, quantized.layers[row].result) for row, each in real.layers.items()
     ]
@@ -126,9 +126,9 @@ def _code_ends(grid: Grid) -> np.ndarray:
 
 
 def _edges(grid: Grid) -> Float[Array, "bins+1"]:
-    """Half a step beside the ends of the grid, where clipping begins, is an edge."""
+    """Return edges of which two lie where clipping begins, half a unit beyond the grid's ends."""
     low, high = _code_ends(grid) + np.array([-0.5, 0.5], np.float32)
-    bins = np.arange(-BINS_BESIDE, BINS_INSIDE + BINS_BESIDE + 1, dtype=np.float32)
+    bins = np.arange(-BINS_OUTSIDE, BINS_INSIDE + BINS_OUTSIDE + 1, dtype=np.float32)
     return grid.scale * (low + (high - low) / BINS_INSIDE * bins - grid.zero)
 
 
@@ -136,14 +136,14 @@ def _spread(values: Float[Array, "..."], grid: Grid, edges: Float[Array, "bins+1
     codes = jnp.round(in_units(values, grid)) + grid.zero
     clipped = jnp.sum((codes < grid.low) | (codes > grid.high))
     bins = len(edges) - 1
-    # Inner edges alone: what is beyond the outer ones falls into the first and the last bin.
+    # Only inner edges: values beyond the outer ones fall into the first and the last bin.
     chosen = jnp.searchsorted(edges[1:-1], values.reshape(-1).astype(jnp.float32), side="right")
     return Spread(clipped[None], jnp.bincount(chosen, length=bins)[None])
 
 
 @dataclasses.dataclass
 class Score:
-    """One choice of quantized layers, summed up over batches."""
+    """Result of one choice of quantized layers, summed over batches."""
 
     examples: int = 0
     classified: int = 0
@@ -154,15 +154,15 @@ class Score:
     labelled: bool = False
 
     def add(self, result: np.ndarray, real: np.ndarray, labels: np.ndarray | None) -> None:
-        """Counts a batch: its result, the float network's, and the labels if there are any."""
+        """Add a batch: its result, the float network's result, and the labels if given."""
         wide, exact = result.astype(np.float64), real.astype(np.float64)
         self.examples += len(exact)
         self.signal += float((exact**2).sum())
         self.noise += float(((exact - wide) ** 2).sum())
         if not np.isfinite([self.signal, self.noise]).all():
             raise QuantizationError(
-                "The network's result is not finite on these batches (NaN or infinite); no noise "
-                "can be told from it."
+                "The network's result is not finite on these batches (NaN or infinite), so its "
+                "noise cannot be measured."
             )
         if real.ndim > 1 and real.shape[-1] > 1:
             classes = result.argmax(-1)
@@ -173,7 +173,7 @@ class Score:
                 self.correct += int((classes == labels).sum())
 
     def effect(self) -> Effect:
-        """What came of it."""
+        """Return the effect on the result."""
         agreement = self.agreeing / self.classified if self.classified else None
         accuracy = self.correct / self.classified if self.labelled else None
         return Effect(in_decibels(self.signal, self.noise), agreement, accuracy)

@@ -1,7 +1,8 @@
-"""What an analysis found, as plain data.
+# pyright: strict
+"""The result of `analyze`, as plain data.
 
-Signal to quantization noise is 10 log10(sum(x**2) / sum((x - q)**2)) dB of the real values x and
-the quantized network's values q in their place: 6 dB are one bit.
+The signal to quantization noise ratio (SQNR) of real values x and the quantized network's values q
+is 10 log10(sum(x**2) / sum((x - q)**2)) dB. One bit more is about 6 dB.
 """
 
 import dataclasses
@@ -9,14 +10,14 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Effect:
-    """What one choice of quantized layers does to the network's result.
+    """Effect on the network's result of quantizing some of its layers.
 
     Attributes:
-        sqnr_db: Signal to quantization noise of the result against the float network's; None if
-            the two are equal, or all is zero.
-        agreement: Share of examples whose class (largest output) is the float network's; None if
-            there is one output only.
-        accuracy: Share of examples whose class is the label; None without labels.
+        sqnr_db: SQNR of the result against the float network's, in dB; None if the two are equal,
+            or the result is all zero.
+        agreement: Share (0 to 1) of examples whose class (largest output) is the float network's;
+            None if there is one output only.
+        accuracy: Share (0 to 1) of examples whose class is the label; None without labels.
     """
 
     sqnr_db: float | None
@@ -26,12 +27,12 @@ class Effect:
 
 @dataclasses.dataclass(frozen=True)
 class Sensitivity:
-    """How much depends on one layer.
+    """Sensitivity of the network's result to the quantization of one layer.
 
     Attributes:
-        path: Path of its module.
-        alone: This layer is quantized, with the tensor that it reads; all others are in float.
-        without: This layer is in float, all others are quantized.
+        path: Path of the layer's module.
+        alone: Effect of quantizing this layer, with the tensor that it reads, and no other.
+        without: Effect of quantizing all layers but this one.
     """
 
     path: str
@@ -41,17 +42,19 @@ class Sensitivity:
 
 @dataclasses.dataclass(frozen=True)
 class LayerAnalysis:
-    """A quantized layer.
+    """A quantized layer in the quantized network.
 
     Attributes:
         path: Path of its module.
         kind: 'conv', 'dense', 'embed' or 'attention'.
-        weight_bits: Width of the weight codes.
-        act_bits: Width of its input's codes; None of an embedding.
-        input: Name of the tensor that it reads; None if that has no range of its own.
-        weight_sqnr_db: Of the weights; None if they are all on the grid, or zero, or there are
-            none.
-        output_sqnr_db: Of its result: the noise of all layers before it is in it as well.
+        weight_bits: Width of the weight codes, in bits; None without weights.
+        act_bits: Width of the input's codes, in bits; None for an embedding.
+        input: Name of the tensor that it reads; None if that has no range of its own. With a
+            dynamic range, `Analysis.tensors` does not hold it.
+        weight_sqnr_db: SQNR of the weights, in dB; None if they lie on the grid, are all zero, or
+            do not exist.
+        output_sqnr_db: SQNR of its result, in dB, with the noise of all layers before it; None if
+            there is no noise.
     """
 
     path: str
@@ -65,21 +68,21 @@ class LayerAnalysis:
 
 @dataclasses.dataclass(frozen=True)
 class TensorAnalysis:
-    """A quantized tensor: the float network's values against the range that was chosen.
+    """The float network's values of a tensor against the static range of its codes.
 
     Attributes:
-        name: Path of its range.
+        name: Path of the range.
         low: Real value of the smallest code.
         high: Real value of the largest code.
-        smallest: Smallest value that was seen.
-        largest: Largest value that was seen.
-        values: How many values were seen.
-        clipped: Share of them whose nearest code is outside of the grid: more than half a step
-            below `low` or above `high`.
-        sqnr_db: Signal to quantization noise in the quantized network.
-        edges: Borders of the histogram's bins, of equal width, ascending. Where clipping begins is
-            one of them.
-        counts: Values in each bin; those beyond the edges are in the first and the last.
+        smallest: Smallest value observed.
+        largest: Largest value observed.
+        values: Number of values observed.
+        clipped: Share (0 to 1) of values that are clipped: more than half a unit of the grid below
+            `low` or above `high`.
+        sqnr_db: SQNR in the quantized network, in dB; None if there is no noise.
+        edges: Edges of the histogram's bins, ascending and of equal width. Clipping begins at an
+            edge on either side.
+        counts: Number of values in each bin. The first and the last bin include values beyond.
     """
 
     name: str
@@ -96,15 +99,15 @@ class TensorAnalysis:
 
 @dataclasses.dataclass(frozen=True)
 class Analysis:
-    """A quantized network against the same network in float; `str` makes a table of it.
+    """A quantized network compared with the same network in float; `str` gives a table.
 
     Attributes:
-        examples: How many were run.
-        real: The float network.
-        quantized: The quantized network.
+        examples: Number of examples.
+        real: Result of the float network.
+        quantized: Result of the quantized network.
         layers: Quantized products, in the order of computation.
-        tensors: Quantized tensors, by name.
-        sensitivity: Layers by the noise that they alone put into the result, the noisiest first.
+        tensors: Quantized tensors with static ranges.
+        sensitivity: Sensitivity to each layer, the layer with the most noise alone first.
     """
 
     examples: int
@@ -115,21 +118,21 @@ class Analysis:
     sensitivity: tuple[Sensitivity, ...]
 
     def rows(self) -> list[tuple[str, ...]]:
-        """The table as text, its head first, the most sensitive layer next."""
-        head = ("layer", "bits", "weights dB", "output dB", "clipped %")
+        """Return the cells of the table: the header, then a row per layer, most sensitive first."""
+        header = ("layer", "bits", "weights dB", "output dB", "clipped %")
         tensors = {tensor.name: tensor for tensor in self.tensors}
         more = [f"{c} {way}" for way in ("alone", "without") for c in self._columns()]
-        rows: list[tuple[str, ...]] = [(*head, *more)]
+        rows: list[tuple[str, ...]] = [(*header, *more)]
         for sensitivity in self.sensitivity:
             for layer in self.layers:
                 if layer.path == sensitivity.path:
                     effects = (sensitivity.alone, sensitivity.without)
-                    told = (text for effect in effects for text in self._cells(effect))
-                    rows.append((*_layer_cells(layer, tensors.get(layer.input or "")), *told))
+                    cells = (text for effect in effects for text in self._cells(effect))
+                    rows.append((*_layer_cells(layer, tensors.get(layer.input or "")), *cells))
         return rows
 
     def summary(self) -> str:
-        """The two networks as wholes, in one line."""
+        """Return one line on the whole network, quantized and in float."""
         ratio, agreement = decibels(self.quantized.sqnr_db), self.quantized.agreement
         text = f"quantized against float, {self.examples:,} examples: SQNR {ratio} dB"
         if agreement is not None:
@@ -142,14 +145,14 @@ class Analysis:
     def __str__(self) -> str:
         rows = self.rows()
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = []
+        lines: list[str] = []
         for first, *rest in rows:
             cells = [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
             lines.append("  ".join([first.ljust(widths[0]), *cells]))
         return "\n".join([*lines, self.summary()])
 
     def _columns(self) -> tuple[str, ...]:
-        """Of the shares, accuracy says more than agreement; one of them is enough for a table."""
+        """Return the header of an effect: accuracy if it is known, otherwise agreement."""
         if self.quantized.accuracy is not None:
             return ("dB", "top-1")
         return ("dB",) if self.quantized.agreement is None else ("dB", "agree")
@@ -160,16 +163,16 @@ class Analysis:
 
 
 def _layer_cells(layer: LayerAnalysis, read: TensorAnalysis | None) -> tuple[str, ...]:
-    ratios = (layer.weight_sqnr_db, layer.output_sqnr_db)
     bits = f"{layer.weight_bits}/{layer.act_bits or '–'}"
-    return (layer.path, bits, *map(decibels, ratios), percent(read and read.clipped))
+    noise = (decibels(layer.weight_sqnr_db), decibels(layer.output_sqnr_db))
+    return (layer.path, bits, *noise, percent(None if read is None else read.clipped))
 
 
 def decibels(ratio: float | None) -> str:
-    """A ratio in dB as text."""
+    """Return a ratio in dB as text."""
     return "–" if ratio is None else f"{ratio:.1f}"
 
 
 def percent(share: float | None) -> str:
-    """A share of 1 in percent, as text."""
+    """Return a share (0 to 1) in percent, as text."""
     return "–" if share is None else f"{100 * share:.2f}"

@@ -38,8 +38,8 @@ def benchmark(
 ) -> dict[str, Any]:
     """Measure inference or training speed on this machine.
 
-    The engines take turns in every round, so that a change of the machine's speed meets all of
-    them.
+    The engines take turns in every round, so that a change of the machine's speed affects
+    all of them.
 
     Args:
         run: Run folder; without one, a ResNet-18 with random weights on 32x32 images is measured.

@@ -1,4 +1,4 @@
-"""analyze, against NumPy in float64 and against the model itself."""
+"""`analyze` against NumPy in float64 and against the model itself."""
 
 import dataclasses
 import functools
@@ -42,7 +42,7 @@ def found():
 
 
 class Reference:
-    """The same network in NumPy, in float64, with chosen layers quantized."""
+    """Compute the same network in float64 NumPy, with chosen layers quantized."""
 
     def __init__(self):
         self.ranges = calibrated().variables["quant"]

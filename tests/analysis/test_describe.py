@@ -1,4 +1,4 @@
-"""The table of a model's products, against counts by hand."""
+"""The table of `describe`, against counts by hand."""
 
 from typing import Any
 

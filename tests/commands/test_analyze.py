@@ -24,13 +24,13 @@ LAYERS = ["stem_conv", "block_conv", "head"]
 
 @pytest.fixture
 def run(finished, tmp_path) -> Path:
-    """A finished run to be changed."""
+    """Return a copy of a finished run, which the test may change."""
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
 @pytest.fixture
 def unpainted(monkeypatch):
-    """Spares the seconds that drawing takes."""
+    """Skip drawing, which takes seconds."""
     monkeypatch.setattr(diagnosis, "write_analysis", lambda folder, result: folder / "page")
 
 

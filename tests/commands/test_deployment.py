@@ -1,4 +1,4 @@
-"""The commands around a run's integer network: verify, export, lowering."""
+"""The commands that use a run's integer network: verify, export, lowering."""
 
 import json
 import shutil
@@ -36,7 +36,7 @@ def evaluation(run: Path, name: str) -> dict:
 
 
 def tamper(run: Path) -> None:
-    """One weight's sign is another: what a wrong converter would do."""
+    """Flip the sign of one weight, as a wrong converter would."""
     graph = load(run / "integer")
     weights = next(graph.products()).weights
     place = np.unravel_index(np.abs(weights).argmax(), weights.shape)
