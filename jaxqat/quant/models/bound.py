@@ -207,12 +207,13 @@ class BoundModel(QuantizedModel):
 def _check_state(plan: Plan, variables: Mapping[str, Any], state: Mapping[Key, Range]) -> None:
     """Refuse variables that lack one of the two collections of quantization."""
     needed = plan.empty_state()
-    if needed and not state:
+    learned = set(LEARNED.values())
+    observed = any(leaf not in learned for tensor in needed.values() for leaf in tensor)
+    if (observed and not variables.get(QUANT)) or (needed and not state):
         raise QuantizationError(
             f"The variables have the collections {', '.join(variables)}, without 'quant': observe "
             "activation ranges with `calibrate` on a few batches first."
         )
-    learned = set(LEARNED.values())
     missing = [
         f"{'/'.join(key)}/{leaf}"
         for key, tensor in needed.items()

@@ -49,6 +49,8 @@ def quantize(model: Any, recipe: Recipe | str = "int8") -> Any:
         raise QuantizationError(
             f"{type(model).__name__} is quantized already; pass the model that it was made from."
         )
+    if isinstance(model, type):  # The metaclasses of NNX and Equinox would pass for modules.
+        raise _no_model(model)
     if isinstance(model, nn.Module):
         return QuantizedModule(model, recipe)
     if _is_of("flax.nnx", model):
@@ -57,11 +59,15 @@ def quantize(model: Any, recipe: Recipe | str = "int8") -> Any:
         return QuantizedNNX(model, recipe)
     if _is_of("equinox", model) and callable(model):
         return QuantizedEquinox(model, recipe)
-    if callable(model) and not isinstance(model, type):
+    if callable(model):
         return QuantizedFunction(model, recipe)
-    raise QuantizationError(
+    raise _no_model(model)
+
+
+def _no_model(value: Any) -> QuantizationError:
+    return QuantizationError(
         "quantize takes a Flax module (Linen or NNX), an Equinox module or a function of "
-        f"(params, *inputs), got {_described(model)}."
+        f"(params, *inputs), got {_described(value)}."
     )
 
 

@@ -84,6 +84,41 @@ def test_several_inputs_are_given_as_a_tuple(batches):
     assert float(ranges["b"]["input"]["max"]) == batches[1].max()
 
 
+@pytest.mark.parametrize("recipe", ["int8", "w4a4_lsq"])
+def test_preprocessing_is_compiled_in_front_of_the_model(variables, recipe):
+    """The ranges are those of a model that starts with the same preprocessing."""
+    pixels = np.random.default_rng(2).integers(0, 256, (3, 16, 12)).astype(np.uint8)
+
+    def preprocess(pixels):
+        return (pixels.astype(jnp.float32) / 255 - 0.45) / 0.22
+
+    found = jaxqat.calibrate(
+        Perceptron(), variables, batches=pixels, recipe=recipe, preprocess=preprocess
+    )
+    model = jaxqat.quantize(Perceptron(), recipe)
+    compiled = jax.jit(lambda variables, pixels: model.calibrate(variables, preprocess(pixels)))
+    expected = model.init_quant(variables, preprocess(pixels[0]))
+    for batch in pixels:
+        expected = compiled(expected, batch)
+    jax.tree.map(np.testing.assert_array_equal, dict(found.variables), expected)
+    # What is quantized takes the preprocessed values, not the pixels.
+    assert float(found.variables["quant"]["in"]["input"]["max"]) < 3
+
+
+def test_preprocessing_may_make_several_inputs():
+    def function(params, x, y):
+        return x @ params["a"] + y @ params["b"]
+
+    x = np.random.default_rng(3).normal(size=(8, 6)).astype(np.float32)
+    params = {name: jnp.ones((6, 2)) for name in "ab"}
+    network = jaxqat.calibrate(
+        function, {"params": params}, batches=[x], preprocess=lambda x: (x, 2 * x)
+    )
+    ranges = network.variables["quant"]
+    assert float(ranges["a"]["input"]["max"]) == x.max()
+    assert float(ranges["b"]["input"]["max"]) == 2 * x.max()
+
+
 def test_no_batch_is_an_error_that_says_what_is_needed(variables):
     with pytest.raises(jaxqat.QuantizationError, match=r"`batches` is empty; pass a few batches"):
         jaxqat.calibrate(Perceptron(), variables, batches=[])
