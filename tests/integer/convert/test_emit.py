@@ -12,7 +12,7 @@ from jax import lax
 from jaxqat.integer import graph as g
 from jaxqat.integer._convert.emit import Bounds, Deferred, Emitter
 from jaxqat.integer._convert.geometry import UnconvertibleError
-from jaxqat.quant._forms import forms
+from jaxqat.quant import _forms as forms
 from jaxqat.quant._numerics.grids import Grid
 
 SHAPE = (4, 4, 2)

@@ -99,7 +99,9 @@ def test_calibrate_returns_a_bound_model_with_the_same_ranges_for_every_kind(nam
     ]
     low, high = layers[0].input_range or (0, 0)
     # Zero lies on the grid, so each end is half a step off.
-    np.testing.assert_allclose([low, high], [ROWS.min(), ROWS.max()], atol=np.ptp(ROWS) / 255)
+    np.testing.assert_allclose(
+        [low, high], [ROWS.min(), ROWS.max()], atol=float(np.ptp(ROWS)) / 255
+    )
     assert int(network.variables["quant"]["first"]["input"]["count"]) == 2
     expected = function(PARAMS, ROWS)
     error = np.linalg.norm(np.asarray(network(ROWS)) - expected)
