@@ -32,7 +32,7 @@ INSIDE = {
         *("_convert", "_execute", "_store", "_verify"),
     ),
     "pipeline": (
-        *("hashing", "data", "models", "metrics", "results"),
+        *("hashing", "results", "data", "models", "metrics"),
         *("training", "checkpoint", "report"),
         *("config", "networks", "evaluation", "run", "stages", "display", "integer_networks"),
         *("post_training", "takeover"),
