@@ -66,7 +66,7 @@ def export_stablehlo(
     batch: int | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Writes an integer network as StableHLO.
+    """Write an integer network as StableHLO.
 
     Args:
         graph: The network.
@@ -154,7 +154,7 @@ def _program(graph: IntegerGraph, platforms: tuple[str, ...]) -> Any:
 
 
 def load_stablehlo(path: Path | str) -> StableHloNetwork:
-    """The network in a file that `export_stablehlo` wrote.
+    """Load the network from a file that `export_stablehlo` wrote.
 
     Raises:
         ExportError: The file is missing, damaged, or something else.

@@ -31,7 +31,7 @@ INPUT, OUTPUT = "images", "logits"
 
 
 def onnx_model(graph: IntegerGraph, *, input: Input = "float", opset: int = OPSET) -> Any:
-    """An integer network as an `onnx.ModelProto`.
+    """Return an integer network as an `onnx.ModelProto`.
 
     Args:
         graph: The network, with requantization 'float'.
@@ -64,7 +64,7 @@ def onnx_model(graph: IntegerGraph, *, input: Input = "float", opset: int = OPSE
 def export_onnx(
     graph: IntegerGraph, path: str | os.PathLike, *, input: Input = "float", overwrite: bool = False
 ) -> Path:
-    """Writes an integer network as an ONNX file, whole or not at all.
+    """Write an integer network as an ONNX file, whole or not at all.
 
     Args:
         graph: The network, with requantization 'float'.

@@ -15,7 +15,7 @@ Runner = Callable[[np.ndarray], tuple[np.ndarray, dict[str, np.ndarray]]]
 
 
 def load_onnx(source: str | os.PathLike | bytes) -> Any:
-    """The `onnx.ModelProto` of a file that this library wrote.
+    """Load the `onnx.ModelProto` of a file that this library wrote.
 
     Args:
         source: Path, or the file's content.
@@ -129,7 +129,7 @@ def run_onnx(
     batch_size: int = 256,
     expose: bool = False,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Runs an exported file in ONNX Runtime on many images; see `make_runner`.
+    """Run an exported file in ONNX Runtime on many images; see `make_runner`.
 
     With `expose`, the codes of all images are held at once: of a ResNet-18 at 32 x 32 some 0.9 MB
     an image.

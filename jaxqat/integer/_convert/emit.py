@@ -75,23 +75,23 @@ class Emitter:
         self.input_shape: tuple[int, ...] | None = None
 
     def defer(self, array: Any, finish: Callable[[np.ndarray], Any]) -> Deferred:
-        """An array of the program for a field of a node."""
+        """Note an array of the program for a field of a node."""
         self.arrays.append(jnp.asarray(array))
         return Deferred(len(self.arrays) - 1, finish)
 
     def require(self, condition: Any, reason: str) -> None:
-        """What the program's numbers have to be like; `reason` says why they stand in the way."""
+        """Note a condition on the program's numbers; `reason` says what is wrong if it is false."""
         self.arrays.append(jnp.asarray(condition))
         self.requirements.append((len(self.arrays) - 1, reason))
 
     def site(self, key: tuple[str, ...], form: forms.Form, codes: forms.Codes) -> None:
-        """The nodes that make a quantized tensor of the training graph."""
+        """Emit the nodes that make a quantized tensor of the training graph."""
         self.emit(form, codes.grid, "/".join(key), codes.codes.shape[1:], Bounds())
 
     def emit(
         self, form: forms.Form, grid: Grid, name: str, shape: tuple[int, ...], bounds: Bounds
     ) -> None:
-        """The nodes that put a form on a grid, clipped; the last one makes the tensor `name`."""
+        """Emit the nodes that put a form on a grid, clipped; the last makes the tensor `name`."""
         _EMITTERS[type(form)](self, form, grid, name, shape, bounds)
 
     def _clamp(self, form: forms.Clamp, grid: Grid, name: str, shape, bounds: Bounds) -> None:

@@ -28,7 +28,7 @@ class Executor:
         logits = network(images)
 
     Attributes:
-        graph: Which.
+        graph: The network.
         platform: Name of the platform it is laid out for: a key of `PLATFORMS`.
         parameters: The network's arrays, laid out for the platform; an argument of `apply`.
     """
@@ -44,26 +44,26 @@ class Executor:
 
     @property
     def compiler_options(self) -> dict[str, Any] | None:
-        """What `jax.jit` of `apply` should be given on this platform."""
+        """Options for `jax.jit` of `apply` on this platform."""
         return self._platform.compiler_options
 
     def __call__(self, images: Any) -> Array:
-        """The network's result, float32.
+        """Return the network's result, float32.
 
         Args:
             images: (batch, *input_shape), float32; uint8 if the graph has a table for it.
 
         Raises:
-            ExecutionError: The images have another shape or type.
+            ExecutionError: If the images have another shape or type.
         """
         return self._apply(self._device_parameters(), self._checked(images))
 
     def codes(self, images: Any) -> dict[str, Int8[Array, "..."]]:
-        """The codes of every tensor that is in memory, by name; a fused branch is not."""
+        """Return the codes of every tensor that is in memory, by name; a fused branch is not."""
         return self._codes(self._device_parameters(), self._checked(images))
 
     def apply(self, parameters: Any, images: Array) -> Array:
-        """`__call__` as a pure function of the parameters, to be compiled by the caller."""
+        """Compute `__call__` as a pure function of the parameters, for callers that compile it."""
 
         def result(images: Array) -> Array:
             return self._platform.result(self._platform.visit(images, parameters))
@@ -101,18 +101,18 @@ class Executor:
 
 
 def make_executor(graph: g.IntegerGraph, *, platform: str | None = None) -> Executor:
-    """The integer network as a jitted function of images.
+    """Return the integer network as a jitted function of images.
 
     The codes are the same on every platform.
 
     Args:
         graph: The network.
-        platform: A key of `PLATFORMS`, to compile for it without having it: 'cpu', 'tpu', 'cuda'
+        platform: A key of `PLATFORMS`, also of a device that is not present: 'cpu', 'tpu', 'cuda'
             (cuDNN, any GPU from sm_75 on), 'cuda_pallas' (from sm_80 on). None for the present
             device.
 
     Raises:
-        ExecutionError: There is no such platform.
+        ExecutionError: If there is no such platform.
     """
     name = default_platform() if platform is None else platform
     if name not in PLATFORMS:

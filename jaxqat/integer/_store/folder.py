@@ -2,9 +2,9 @@
 
     jaxqat.save(graph, "network")       graph = jaxqat.load("network")
 
-The folder becomes visible whole or not at all. Reading it compares every byte with its checksum
-before anything is used (`sha256sum -c SHA256SUMS` does the same), needs no model and no checkpoint,
-and runs no code that came with the file: the arrays are read without pickle.
+The folder becomes visible whole or not at all. `load` compares every byte with its checksum before
+it uses anything (`sha256sum -c SHA256SUMS` does the same). It needs no model and no checkpoint, and
+runs no code from the file: arrays are read without pickle.
 """
 
 import contextlib
@@ -28,21 +28,21 @@ _FILES = {GRAPH_FILE, ARRAYS_FILE, SUMS_FILE}
 
 
 def save(graph: IntegerGraph, folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-    """Writes a graph as a folder.
+    """Write a graph as a folder.
 
     Tuples in the metadata come back as lists; all else comes back as it was.
 
     Args:
         graph: The network.
-        folder: The folder to make; the one that holds it exists.
-        overwrite: Whether to replace a network that was saved there before. Between taking the
-            old one away and putting the new one in its place, the folder is absent.
+        folder: The folder to make; its parent must exist.
+        overwrite: Whether to replace a network that was saved there before. The folder is absent
+            for a moment between the two.
 
     Returns:
         The folder.
 
     Raises:
-        ArtifactError: It exists, cannot be written, or the graph's metadata has no JSON form.
+        ArtifactError: If the folder exists or cannot be written, or the metadata has no JSON form.
     """
     folder = Path(folder)
     try:
@@ -69,10 +69,10 @@ def save(graph: IntegerGraph, folder: str | os.PathLike[str], *, overwrite: bool
 
 
 def load(folder: str | os.PathLike[str]) -> IntegerGraph:
-    """The graph that was saved in a folder.
+    """Read the graph that was saved in a folder.
 
     Raises:
-        ArtifactError: There is none, or it is not what was saved; names the file.
+        ArtifactError: If there is none, or it differs from what was saved; names the file.
     """
     folder = Path(folder)
     if not folder.is_dir():
