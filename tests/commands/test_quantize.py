@@ -14,7 +14,6 @@ from tiny_run import STEPS, SmallNet, files, run_command, tiny
 
 import jaxqat
 from jaxqat.commands import evaluate, export, quantize, train, verify
-from jaxqat.pipeline import post_training
 from jaxqat.pipeline.data import epoch_permutation, load_dataset, normalize
 from jaxqat.pipeline.metrics import classification_metrics
 from jaxqat.pipeline.networks import Networks
@@ -111,7 +110,7 @@ def test_the_command_needs_fp32_alone_and_train_goes_on_from_there(
     assert (float_run / "figures/confusion_ptq.png").is_file()
     assert files(float_run / "checkpoints") == checkpoints
     with monkeypatch.context() as patch:
-        patch.setattr(post_training, "write_report", lambda path: path)  # Spares seconds.
+        patch.setattr(quantize, "write_report", lambda path: path)  # Spares seconds.
         quantize.quantize(float_run, batches=1, console=console)
     asked_for, network = results_of(float_run)["ptq"], files(float_run / "ptq")
     assert asked_for["calibration_batches"] == 1
@@ -156,7 +155,7 @@ def test_another_recipe_and_other_batches_replace_what_was_there_and_are_recorde
 
 
 def test_the_same_command_gives_the_same_network_and_scores(run, small_network, monkeypatch):
-    monkeypatch.setattr(post_training, "write_report", lambda path: path)  # Spares seconds.
+    monkeypatch.setattr(quantize, "write_report", lambda path: path)  # Spares seconds.
     before, network = results_of(run), files(run / "ptq")
     quantize.quantize(run)
     assert files(run / "ptq") == network
