@@ -232,9 +232,10 @@ def trained(module, recipe: Any = "int8", *, images=None, seed=0) -> Trained:
     )
     variables = dict(randomized(shapes, seed))
     model = jaxqat.quantize(module, recipe)
-    variables = model.init_quant(variables, images, train=False)
+    empty = model.init_quant(variables, images, train=False)
     calibrate = jax.jit(functools.partial(model.calibrate, train=False))
-    return Trained(model, calibrate(variables, images))
+    # The parameters stay NumPy arrays, of which float64 can be made.
+    return Trained(model, {**calibrate(empty, images), **variables})
 
 
 def assert_same(actual, expected, *, every=True):
@@ -272,4 +273,4 @@ def calibrated(function, recipe: Any = "int8"):
     """A quantized function of `WEIGHTS` and images, and its variables with ranges."""
     model = jaxqat.quantize(function, recipe)
     variables = model.init_quant({"params": WEIGHTS}, inputs(4))
-    return model, jax.jit(model.calibrate)(variables, inputs(4))
+    return model, {**jax.jit(model.calibrate)(variables, inputs(4)), "params": WEIGHTS}

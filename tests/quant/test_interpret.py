@@ -35,7 +35,7 @@ def calibrated(model, recipe, images):
     quantized = jaxqat.quantize(model, recipe)
     variables = quantized.init_quant(plain_variables(), images, train=False)
     calibrate = jax.jit(lambda v, x: quantized.calibrate(v, x, train=False))
-    return quantized, calibrate(variables, images)
+    return quantized, {**calibrate(variables, images), **plain_variables()}
 
 
 # Where only a rough value or a shape counts, XLA need not optimize: it compiles in a third.
