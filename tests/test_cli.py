@@ -100,7 +100,7 @@ def finished(tmp_path_factory, config_file) -> Path:
     run = tmp_path_factory.mktemp("finished") / "run"
     status, out, err = finish(start("train", "--config", config_file, "--workdir", run))
     assert status == 0, err
-    assert "ptq" in out
+    assert "PTQ" in out
     assert "integer" in out
     return run
 
