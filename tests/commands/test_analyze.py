@@ -65,8 +65,7 @@ def test_the_post_training_network_is_that_of_fp32_before_fine_tuning(
     found = diagnosis.analyze(run, stage="ptq", console=console)
     results = json.loads((run / "results.json").read_text())
     assert found["real"]["accuracy"] == results["fp32"]["test"]["accuracy"]
-    assert results.ptq is not None
-    assert found["quantized"]["accuracy"] == results.ptq.test.accuracy
+    assert found["quantized"]["accuracy"] == results["ptq"]["test"]["accuracy"]
     assert json.loads(json.dumps(found)) == json.loads((run / "analysis.json").read_text())
 
 

@@ -12,7 +12,7 @@ from jaxqat.integer._convert import emit
 from jaxqat.integer._execute.executor import PLATFORMS
 from jaxqat.integer._store import codec
 from jaxqat.integer._visitor import GraphVisitor
-from jaxqat.quant._forms import forms
+from jaxqat.quant import _forms as forms
 
 METHODS = {re.sub(r"(?<=.)([A-Z])", r"_\1", kind.__name__).lower() for kind in g.NODE_KINDS}
 
@@ -58,5 +58,5 @@ def test_every_kind_of_node_has_a_shape_and_a_check_of_its_own(kind):
 def test_no_integer_form_is_missing_in_conversion():
     """A form says how a tensor follows from integers: it has a method that computes its units."""
     classes = vars(forms).values()
-    known = {c for c in classes if isinstance(c, type) and hasattr(c, "steps")}
+    known = {c for c in classes if isinstance(c, type) and hasattr(c, "in_units")}
     assert set(emit._EMITTERS) == known - {forms.Form, forms.Either}

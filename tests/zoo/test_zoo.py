@@ -357,7 +357,7 @@ def test_other_recipes_train_the_same_models(name, recipe):
 @pytest.mark.parametrize("name", ["cnn", "encoder"])
 def test_learned_step_sizes_get_gradients_and_stay_finite(name):
     run = trained(name, "w4a4_lsq")
-    learned, gradients = run.quantized.parameters[1], run.gradients[1]
+    learned, gradients = (t["quant_params"] for t in (run.quantized.parameters, run.gradients))
     steps = jax.tree_util.tree_leaves_with_path(learned)
     rows = [row for row in run.quantized.table() if row.weight_bits is not None]
     assert len(steps) >= len(rows)  # Of each weight, and of each tensor.

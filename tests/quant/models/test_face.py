@@ -157,7 +157,9 @@ def test_the_quantized_nnx_module_holds_the_ranges_of_calibration(recipe):
     np.testing.assert_array_equal(model(ROWS), network(ROWS))
 
 
-@pytest.mark.parametrize("recipe", [8, object(), None, jaxqat.Recipe], ids=lambda x: type(x).__name__)
+@pytest.mark.parametrize(
+    "recipe", [8, object(), None, jaxqat.Recipe], ids=lambda x: type(x).__name__
+)
 def test_what_is_no_recipe_is_refused_with_what_would_be_right(recipe):
     with pytest.raises(
         jaxqat.RecipeError,
