@@ -47,7 +47,7 @@ class States:
             raise QuantizationError(
                 f"The ranges hold nothing for {'/'.join(key)!r}; they hold "
                 f"{', '.join('/'.join(k) for k in self.before) or 'nothing'}. Make them with "
-                "`init_ranges` for this model, this recipe and these inputs."
+                "`init_quant` for this model, this recipe and these inputs."
             ) from None
 
     def grid(self, tensor: QuantizedTensor, values: Any) -> grids.Grid | None:
