@@ -69,8 +69,8 @@ def convert(
         raise ConversionError(
             f"requantization must be one of {', '.join(requantizations)}, got {requantization!r}."
         )
-    harvest = _Harvest(model, arguments, kwargs)
-    emitter, arrays = harvest.run()
+    traced = _TracedModel(model, arguments, kwargs)
+    emitter, arrays = traced.run()
     values = [np.asarray(a) for a in arrays]
     emitter.check([reason for index, reason in emitter.requirements if not values[index].all()])
     nodes = [cls(**_finish_node(fields, values)) for cls, fields in emitter.nodes]
@@ -105,13 +105,13 @@ def obstacles(model: QuantizedModel, *arguments: Any, **kwargs: Any) -> tuple[st
         **kwargs: Keyword arguments of the model's call, such as `train=False`.
     """
     try:
-        _Harvest(model, arguments, kwargs).trace()
+        _TracedModel(model, arguments, kwargs).trace()
     except ConversionError as error:
         return error.reasons
     return ()
 
 
-class _Harvester(Emitter):
+class _ModelEmitter(Emitter):
     """An emitter that goes through a whole model, and collects what stands in the way."""
 
     def __init__(self):
@@ -178,7 +178,7 @@ class _Harvester(Emitter):
         )
 
 
-class _Harvest:
+class _TracedModel:
     """A traced model, and what the arrays of its graph are made of."""
 
     def __init__(self, model: QuantizedModel, arguments: tuple[Any, ...], kwargs: dict[str, Any]):
@@ -190,13 +190,13 @@ class _Harvest:
             jax.ShapeDtypeStruct(x.shape, dtype) for x, dtype in zip(shapes, dtypes, strict=True)
         ]
         self._parameters, self._rebuild = bound.split_arrays()
-        self._found: list[_Harvester] = []
+        self._found: list[_ModelEmitter] = []
 
     def trace(self) -> None:
         """Raises ConversionError if a part of the model has no integer form."""
         jax.eval_shape(self._function, self._parameters, self._examples)
 
-    def run(self) -> tuple[_Harvester, list[jax.Array]]:
+    def run(self) -> tuple[_ModelEmitter, list[jax.Array]]:
         """The nodes, and the arrays that they are to be finished with."""
         examples = [jnp.zeros(x.shape, x.dtype) for x in self._examples]
         arrays = jax.jit(self._function)(self._parameters, examples)
@@ -204,11 +204,11 @@ class _Harvest:
 
     def _function(self, parameters: list[Any], examples: list[Any]) -> list[jax.Array]:
         inputs, kwargs = self._make_inputs(examples)
-        harvester = _Harvester()
-        harvester.model(self._rebuild(parameters).record(*inputs, **kwargs))
-        self._found.append(harvester)
-        harvester.check(harvester.problems)
-        return harvester.arrays
+        emitter = _ModelEmitter()
+        emitter.model(self._rebuild(parameters).record(*inputs, **kwargs))
+        self._found.append(emitter)
+        emitter.check(emitter.problems)
+        return emitter.arrays
 
 
 def _finish(fields: dict[str, Any], values: list[np.ndarray]) -> dict[str, Any]:
