@@ -143,7 +143,9 @@ class BoundModel(QuantizedModel):
     def with_variables(self, **collections: Any) -> "BoundModel":
         """Return the bound model with some collections replaced.
 
-        gradient = jax.grad(lambda params: loss(network.with_variables(params=params)(images)))
+        Replace the parameters to differentiate by them:
+
+            gradient = jax.grad(lambda params: loss(network.with_variables(params=params)(images)))
         """
         return dataclasses.replace(self, variables={**self.variables, **collections})
 
