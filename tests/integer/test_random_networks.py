@@ -119,6 +119,23 @@ class Network(nn.Module):
         raise TypeError(layer)
 
 
+SIZE = (7, 6)
+
+
+def extents_behind(sizes, layer):
+    """The extents that a layer leaves of these."""
+    if not isinstance(layer, Conv | Pool) or layer.padding == "SAME":
+        stride = layer.stride if isinstance(layer, Conv | Pool) else 1
+        return tuple(-(-size // stride) for size in sizes)
+    borders = ((0, 0), (0, 0)) if layer.padding == "VALID" else layer.padding
+    dilation = layer.dilation if isinstance(layer, Conv) else 1
+    window = dilation * (layer.window - 1) + 1
+    return tuple(
+        (size + low + high - window) // layer.stride + 1
+        for size, (low, high) in zip(sizes, borders, strict=True)
+    )
+
+
 BORDERS = ["SAME", ((0, 1), (2, 0)), ((1, 1), (1, 1))]
 activations = st.sampled_from(list(ACTIVATIONS))
 convolutions = st.builds(
@@ -148,10 +165,14 @@ def networks(draw):
     """A stem, for which the images need no groups, and up to three layers more."""
     stem = dataclasses.replace(draw(convolutions), groups=1, stride=1)
     layers = [stem]
-    channels = stem.features
+    channels, sizes = stem.features, extents_behind(SIZE, stem)
     for layer in draw(st.lists(st.one_of(convolutions, blocks, pools, branches), max_size=3)):
         if isinstance(layer, Conv) and channels % layer.groups:
             layer = dataclasses.replace(layer, groups=1)
+        behind = extents_behind(sizes, layer)
+        if min(behind) < 1:  # Nothing would be left of the images.
+            continue
+        sizes = behind
         layers.append(layer)
         if isinstance(layer, Conv):
             channels = layer.features
@@ -215,7 +236,7 @@ def interpreted():
 def test_training_reference_and_lowering_compute_the_same(
     network, recipe, seed, batch, platform, fixed
 ):
-    shape = (7, 6, 3)
+    shape = (*SIZE, 3)
     model = trained(network, recipe, images=inputs(6, shape, seed), seed=seed)
     graph = model.convert(shape)
     images = inputs(batch, shape, seed + 1)

@@ -5,8 +5,11 @@ a residual addition into the convolution before it, where it rounds once instead
 differ by one in places. Asking it for tensors inside would undo that, so only results are given.
 """
 
+import contextlib
+import ctypes
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -14,8 +17,33 @@ import numpy as np
 from jaxqat.export._onnx.builder import library
 
 
+class _SignalStack(ctypes.Structure):
+    """The `stack_t` of Linux."""
+
+    _fields_ = (("start", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+
+@contextlib.contextmanager
+def _signal_stack_kept() -> Iterator[None]:
+    """Keep this thread's stack for signal handlers.
+
+    Each compiled model installs a stack of its own and, when it is deleted, the one that it found.
+    Two models that are deleted in the order in which they were made leave the thread with a stack
+    that is freed, and the next signal, such as Ctrl-C, ends the process with SIGSEGV.
+    """
+    if sys.platform != "linux":
+        yield
+        return
+    libc, before = ctypes.CDLL(None), _SignalStack()
+    libc.sigaltstack(None, ctypes.byref(before))
+    try:
+        yield
+    finally:
+        libc.sigaltstack(ctypes.byref(before), None)
+
+
 def compile_openvino(model: Any, *, threads: int | None = None) -> Callable[[Any], np.ndarray]:
-    """A function from images, as the model takes them, to its result.
+    """Return a function from images, as the model takes them, to its result.
 
     Args:
         model: An `onnx.ModelProto`.
@@ -36,5 +64,6 @@ def compile_openvino(model: Any, *, threads: int | None = None) -> Callable[[Any
     if threads is not None:
         options["INFERENCE_NUM_THREADS"] = threads
     core = openvino.Core()
-    compiled = core.compile_model(core.read_model(model.SerializeToString()), "CPU", options)
+    with _signal_stack_kept():
+        compiled = core.compile_model(core.read_model(model.SerializeToString()), "CPU", options)
     return lambda images: compiled(images)[0]

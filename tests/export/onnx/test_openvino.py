@@ -8,6 +8,8 @@ which moves the code by one in many places.
 """
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -111,3 +113,29 @@ def test_codes_are_equal_but_near_ties_where_nothing_is_fused_away(symmetric):
         # Of the network's 30,000 codes, some 4 are near a tie; each reaches up to 9 * 12 of the
         # 1,536 codes of the next layer (7 %), and moves few of them, by less than a step.
         assert np.mean(off > 0) < 0.05, name
+
+
+SIGNAL = """
+import faulthandler, os, signal, sys
+import onnx
+from jaxqat.export._onnx.openvino import compile_openvino
+
+faulthandler.enable()  # As pytest does: it has a signal stack of its own.
+model = onnx.load(sys.argv[1])
+compiled = [compile_openvino(model) for _ in range(2)]
+compiled.pop(0)  # In the order in which they were made.
+compiled.pop(0)
+received = []
+signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
+os.kill(os.getpid(), signal.SIGINT)
+assert received == [signal.SIGINT]
+"""
+
+
+def test_a_signal_after_two_models_were_deleted_reaches_its_handler(tmp_path):
+    """OpenVINO leaves a freed signal stack behind: the process then ended with SIGSEGV."""
+    path = tmp_path / "model.onnx"
+    path.write_bytes(onnx_model(graphs.build("chain")).SerializeToString())
+    script = [sys.executable, "-c", SIGNAL, str(path)]
+    done = subprocess.run(script, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
