@@ -1,3 +1,4 @@
+# pyright: strict
 """jaxqat: int8 quantization-aware training for JAX, by transforming a model's computation."""
 
 import importlib

@@ -1,3 +1,4 @@
+# pyright: strict
 """The errors that jaxqat raises on purpose; all of them are `JaxqatError`.
 
 A message names the setting, file or layer, says what was found there, and what would be right.

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import jaxqat
+
 PACKAGE = Path(__file__).parent.parent / "jaxqat"
 
 # Each part with the others that it may import. The library comes first, and knows nothing of the
@@ -167,3 +169,14 @@ assert not loaded, loaded
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_pyright_checks_the_public_surface_strictly():
+    names = {name: getattr(jaxqat, name) for name in jaxqat.__all__ if name != "__version__"}
+    modules = {name: sys.modules[value.__module__].__file__ for name, value in names.items()}
+    basic = [
+        name
+        for name, file in modules.items()
+        if file and not Path(file).read_text().startswith("# pyright: strict")
+    ]
+    assert not basic

@@ -1,3 +1,4 @@
+# pyright: strict
 """Find where a quantized network loses accuracy: noise, clipping and sensitivity by layer."""
 
 from jaxqat.analysis._analyze import analyze

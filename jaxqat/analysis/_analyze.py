@@ -1,3 +1,4 @@
+# pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 """`analyze`: compare a quantized model with the same model in float, on data."""
 
 from collections.abc import Callable, Iterable, Iterator
@@ -12,6 +13,7 @@ from jaxqat.errors import QuantizationError
 from jaxqat.integer._verify import in_decibels
 from jaxqat.quant import LayerInfo
 from jaxqat.quant.models.bound import BoundModel, QuantizedModel
+from jaxqat.quant.models.calibration import as_arguments
 
 
 def analyze(
@@ -51,14 +53,13 @@ def analyze(
         QuantizationError: The model is not quantized or has no quantized layer, there is no batch,
             the result is not one finite array, or the labels do not fit it.
     """
-    if not isinstance(model, QuantizedModel):
+    if not isinstance(model, QuantizedModel):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise QuantizationError(
             f"analyze needs what `jaxqat.quantize` returned, got {type(model).__name__}."
         )
     runner = _Runner(model.bind(*state, **kwargs))
     for batch, classes in _paired(batches, labels):
-        given = batch if preprocess is None else preprocess(batch)
-        runner.add(given if isinstance(given, tuple) else (given,), classes)
+        runner.add(as_arguments(batch if preprocess is None else preprocess(batch)), classes)
     return runner.analysis()
 
 
@@ -158,7 +159,7 @@ class _Runner:
 
 
 def _layers(infos: list[LayerInfo], sums: Sums) -> tuple[LayerAnalysis, ...]:
-    found = []
+    found: list[LayerAnalysis] = []
     for info, weights, output in zip(infos, sums.weights, sums.outputs, strict=True):
         ratios = (n and in_decibels(float(n.signal), float(n.noise)) for n in (weights, output))
         name = "/".join(info.range_key) if info.range_key else None

@@ -1,3 +1,4 @@
+# pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 """`describe`: list a model's products, their quantization, and obstacles to conversion."""
 
 import dataclasses
@@ -50,7 +51,7 @@ class Description:
         size = sum(row.weight_bytes for row in self.layers)
         rows.append(("total", "", "", "", "", "", f"{macs:,}", f"{size:,}"))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = []
+        lines: list[str] = []
         for row in rows:
             text = [cell.ljust(width) for cell, width in zip(row[:6], widths, strict=False)]
             numbers = [cell.rjust(width) for cell, width in zip(row[6:], widths[6:], strict=True)]
@@ -77,7 +78,7 @@ def describe(model: Any, *arguments: Any, **kwargs: Any) -> Description:
     Raises:
         QuantizationError: The model cannot be quantized.
     """
-    quantized = model if isinstance(model, QuantizedModel) else quantize(model)
+    quantized: QuantizedModel = model if isinstance(model, QuantizedModel) else quantize(model)
     bound, inputs = quantized.bind_call(arguments, kwargs)
     table = bound.layers(*inputs)
     # Obstacles do not depend on ranges, so none need to have been observed.

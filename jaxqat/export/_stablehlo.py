@@ -1,3 +1,4 @@
+# pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 """An integer network as StableHLO, by `jax.export`: one file for CPU, CUDA and TPU.
 
 The file is what `jax.export` serializes, so `jax.export.deserialize` reads it, with a footer behind
@@ -7,7 +8,7 @@ it: a description, and a checksum that `load_stablehlo` insists on. It needs no 
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,7 +37,7 @@ class StableHloNetwork:
 
     def __init__(self, exported: export.Exported, description: dict[str, Any]):
         self.description = description
-        self._call = jax.jit(exported.call)
+        self._call: Callable[[Any], jax.Array] = jax.jit(exported.call)
 
     def __call__(self, images: Any) -> jax.Array:
         """The network's result, float32.
@@ -112,7 +113,7 @@ def export_stablehlo(
 
 
 @contextlib.contextmanager
-def _without_tracebacks() -> Iterator[None]:
+def _without_tracebacks() -> Generator[None]:
     """Keeps the paths of this machine's source files out of the exported program.
 
     What is left is the name of the file that an operation comes from: the bytes do not depend on
@@ -140,13 +141,16 @@ def _program(graph: IntegerGraph, platforms: tuple[str, ...]) -> Any:
     def run(platform: Platform) -> Any:
         def on_platform(images: jax.Array, arrays: Any) -> jax.Array:
             parameters = platform.parameters_from(arrays)
-            apply = lambda x: platform.result(platform.visit(x, parameters))  # noqa: E731
+
+            def apply(images: jax.Array) -> jax.Array:
+                return platform.result(platform.visit(images, parameters))
+
             return platform.batched(apply)(images)
 
         return on_platform
 
     def program(images: jax.Array) -> jax.Array:
-        constants = jax.tree.map(jnp.asarray, arrays)
+        constants: Any = jax.tree.map(jnp.asarray, arrays)
         branches = {name: run(platform) for name, platform in lowered.items()}
         return lax.platform_dependent(images, constants, **branches)
 

@@ -1,9 +1,10 @@
-"""What was trained against what is deployed, tensor by tensor, on data.
+# pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+"""`verify`: compare the trained network with the deployed one, tensor by tensor, on data.
 
 The training graph in inference mode, the integer network and an exported file each give the codes
-of the same tensors and logits. `compare` counts where two of them differ; the contract is that
-codes are equal, or differ by one in fewer than 1 of 100,000 places, and that no image changes its
-class.
+of the same tensors, and logits. `compare` counts the codes in which two of them differ. The
+contract: codes are equal, or differ by one in fewer than 1 of 100,000 places, and no image changes
+its class.
 """
 
 import dataclasses
@@ -22,11 +23,11 @@ LARGEST_DIFFERENCE = 1
 
 
 class Observation(NamedTuple):
-    """What a network made of a batch.
+    """A network's tensors and result for one batch.
 
     Attributes:
-        tensors: Codes (int8) by tensor; of the float network, its real values.
-        logits: Its result.
+        tensors: Codes (int8) by tensor; real values for the float network.
+        logits: The result.
     """
 
     tensors: Mapping[str, Any]
@@ -34,17 +35,19 @@ class Observation(NamedTuple):
 
 
 Network = Callable[[np.ndarray], Observation]
+# From images to the model's input; None if they are the same.
+Preprocess = Callable[[Any], Any] | None
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorCheck:
-    """One tensor in two networks.
+    """Comparison of one tensor in two networks.
 
     Attributes:
-        name: Its name in the graph.
-        codes: How many were compared.
-        differing: How many are not equal.
-        largest: The largest difference, in codes.
+        name: Name of the tensor in the graph.
+        codes: Number of codes compared.
+        differing: Number of codes that differ.
+        largest: Largest difference, in codes.
         sqnr_db: Signal to quantization noise against the float network, 10 log10(sum(x**2) /
             sum((x - q)**2)), in decibels; None if there is no float network to compare with.
     """
@@ -58,15 +61,15 @@ class TensorCheck:
 
 @dataclasses.dataclass(frozen=True)
 class Verification:
-    """Two networks compared.
+    """Comparison of two networks.
 
     Attributes:
         tensors: Every tensor that both have.
-        images: How many were run.
+        images: Number of images compared.
         top1_flips: Images whose class differs between the two.
         top1_flips_fp32: Images whose class differs between the second network and the float one;
             None if there is none to compare with.
-        logits_only: Whether one of them shows no tensor inside: what counts are the classes.
+        logits_only: Whether one of them shows no tensors, so that only classes are compared.
     """
 
     tensors: tuple[TensorCheck, ...]
@@ -77,23 +80,23 @@ class Verification:
 
     @property
     def codes(self) -> int:
-        """Codes compared."""
+        """Number of codes compared."""
         return sum(t.codes for t in self.tensors)
 
     @property
     def differing(self) -> int:
-        """Codes that differ."""
+        """Number of codes that differ."""
         return sum(t.differing for t in self.tensors)
 
     @property
     def largest(self) -> int:
-        """The largest difference of all."""
+        """Largest difference of all tensors, in codes."""
         return max((t.largest for t in self.tensors), default=0)
 
     @property
     def failures(self) -> tuple[str, ...]:
-        """How the contract is broken; empty if it is kept."""
-        broken = []
+        """Violations of the contract; empty if there are none."""
+        broken: list[str] = []
         if not self.codes and not (self.logits_only and self.images):
             broken.append("no codes were compared: the networks share no tensor, or got no images")
         if self.differing >= MOST_DIFFERING * self.codes and self.differing:
@@ -112,7 +115,7 @@ class Verification:
         return tuple(broken)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON takes it."""
+        """Return the comparison as plain data for JSON."""
         totals = {name: getattr(self, name) for name in ("codes", "differing", "largest")}
         return {**dataclasses.asdict(self), **totals, "failures": list(self.failures)}
 
@@ -122,63 +125,67 @@ def verify(
     *state: Any,
     graph: IntegerGraph,
     batches: Iterable[np.ndarray],
-    preprocess: Callable[[Any], Any] | None = None,
+    preprocess: Preprocess = None,
     executor: Executor | None = None,
     **kwargs: Any,
 ) -> Verification:
-    """Compares a quantized model in inference mode with its integer network.
+    """Compare a quantized model in inference mode with its integer network.
 
         jaxqat.verify(model, variables, graph=graph, batches=[images], train=False)
 
     Args:
         model: What `jaxqat.quantize` returned.
         *state: Its variables; nothing for a model that holds them.
-        graph: What `convert` made of it.
+        graph: What `convert` returned for it.
         batches: Images, as the integer network takes them.
-        preprocess: Makes the model's input from them; None if they are it.
-        executor: How the integer network runs; None for the present device.
-        **kwargs: As for the model's `apply`.
+        preprocess: Function from the images to the model's input; None if they are the same.
+        executor: Executor of the integer network; None makes one for the present device.
+        **kwargs: Keyword arguments of the model's call; they must select inference, as
+            `train=False` does.
 
     Returns:
         The comparison; see its `failures`.
     """
-    given = preprocess or (lambda images: images)
-    trained = training_network(model, *state, preprocess=given, **kwargs)
-    real = float_network(model, *state, preprocess=given, **kwargs)
+    trained = training_network(model, *state, preprocess=preprocess, **kwargs)
+    real = float_network(model, *state, preprocess=preprocess, **kwargs)
     return compare(trained, integer_network(executor or make_executor(graph)), graph, batches, real)
 
 
 def training_network(
-    model: QuantizedModel, *state: Any, preprocess: Callable[[Any], Any], **kwargs: Any
+    model: QuantizedModel, *state: Any, preprocess: Preprocess = None, **kwargs: Any
 ) -> Network:
-    """The quantized model in inference mode."""
+    """Return the quantized model in inference mode."""
     arrays, rebuild = model.bind(*state, **kwargs).split_arrays()
 
     @jax.jit
-    def run(arrays, images):
-        evaluator = rebuild(arrays).record(preprocess(images))
+    def run(arrays: Any, images: Any) -> tuple[dict[str, Any], list[Any]]:
+        evaluator = rebuild(arrays).record(_prepared(images, preprocess))
         return {"/".join(k): c.codes for k, c in evaluator.codes.items()}, evaluator.results
 
     return lambda images: _one_result(*run(arrays, images))
 
 
 def float_network(
-    model: QuantizedModel, *state: Any, preprocess: Callable[[Any], Any], **kwargs: Any
+    model: QuantizedModel, *state: Any, preprocess: Preprocess = None, **kwargs: Any
 ) -> Network:
-    """The model in float, with the real values of the tensors that are quantized."""
+    """Return the model in float, with the real values of the tensors that are quantized."""
     arrays, rebuild = model.bind(*state, **kwargs).split_arrays()
 
     @jax.jit
-    def run(arrays, images):
-        evaluator = rebuild(arrays).observe(preprocess(images))
+    def run(arrays: Any, images: Any) -> tuple[dict[str, Any], list[Any]]:
+        evaluator = rebuild(arrays).observe(_prepared(images, preprocess))
         return {"/".join(k): x for k, x in evaluator.observed.items()}, evaluator.results
 
     return lambda images: _one_result(*run(arrays, images))
 
 
 def integer_network(executor: Executor) -> Network:
-    """The integer network."""
+    """Return the integer network."""
     return lambda images: Observation(executor.codes(images), executor(images))
+
+
+def _prepared(images: Any, preprocess: Preprocess) -> Any:
+    return images if preprocess is None else preprocess(images)
 
 
 def _one_result(tensors: Mapping[str, Any], results: list[Any]) -> Observation:
@@ -194,14 +201,14 @@ def compare(
     batches: Iterable[np.ndarray],
     real: Network | None = None,
 ) -> Verification:
-    """Runs two networks on the same images and counts where they differ.
+    """Run two networks on the same images and count the codes that differ.
 
     Args:
-        expected: One of them.
-        actual: The other.
+        expected: The reference.
+        actual: The network to check.
         graph: Scales and zero points of the tensors.
         batches: Images.
-        real: The float network; None to leave out SQNR.
+        real: The float network; None leaves out SQNR.
     """
     sums: dict[str, _Sums] = {}
     images = flips = flips_fp32 = 0
@@ -231,7 +238,7 @@ def compare(
 
 @dataclasses.dataclass
 class _Sums:
-    """What is counted of one tensor while batches go by."""
+    """Counts and sums of one tensor over all batches."""
 
     codes: int = 0
     differing: int = 0
@@ -255,5 +262,5 @@ class _Sums:
 
 
 def in_decibels(signal: float, noise: float) -> float | None:
-    """10 log10(signal / noise); None if one of them is 0."""
+    """Return 10 log10(signal / noise); None if one of them is 0."""
     return float(10 * np.log10(signal / noise)) if signal > 0 and noise > 0 else None

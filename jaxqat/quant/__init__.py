@@ -1,3 +1,4 @@
+# pyright: strict, reportUnknownMemberType=false
 """The quantization core: what is quantized, with which ranges, by which integer arithmetic."""
 
 from jaxqat.quant._plan.plan import LayerInfo

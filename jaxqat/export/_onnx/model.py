@@ -1,3 +1,4 @@
+# pyright: strict, reportUnknownMemberType=false
 """The integer network as an ONNX file that ONNX Runtime and OpenVINO run on integer kernels.
 
 The file's input is a batch of images in JAX's layout, (batch, *spatial, channels): float32 as the
@@ -62,7 +63,11 @@ def onnx_model(graph: IntegerGraph, *, input: Input = "float", opset: int = OPSE
 
 
 def export_onnx(
-    graph: IntegerGraph, path: str | os.PathLike, *, input: Input = "float", overwrite: bool = False
+    graph: IntegerGraph,
+    path: str | os.PathLike[str],
+    *,
+    input: Input = "float",
+    overwrite: bool = False,
 ) -> Path:
     """Write an integer network as an ONNX file, whole or not at all.
 

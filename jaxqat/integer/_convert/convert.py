@@ -1,13 +1,14 @@
-"""From a quantized model to an integer graph.
+# pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+"""`convert`: turn a quantized model into an integer graph.
 
-The training graph's inference program is traced once more; `emit` writes down, tensor by tensor,
-the integer form that the program evaluates, and the program itself computes every scale, code,
-bias and multiplier. Nothing is computed a second time, so nothing can come out differently.
+The model's inference program is traced once more. `emit` writes a node for each integer form that
+the program evaluates, and the program itself computes every scale, code, bias and multiplier. No
+number is computed by other code than in training, so none can differ.
 """
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -32,9 +33,9 @@ def convert(
     metadata: dict[str, object] | None = None,
     **kwargs: Any,
 ) -> g.IntegerGraph:
-    """The integer network of a quantized model.
+    """Return the integer network of a quantized model.
 
-    Its codes are those of the model in inference mode with frozen ranges, tensor by tensor
+    Its codes equal those of the model in inference mode with frozen ranges, tensor by tensor
     (`jaxqat.verify` compares them on data).
 
         graph = jaxqat.convert(model, variables, images, train=False)
@@ -48,18 +49,18 @@ def convert(
             last accumulator.
         preprocess: Makes the model's float input from uint8 images, value by value and channel by
             channel, as normalization does. With it the graph takes uint8 images too.
-        metadata: Kept with the graph.
+        metadata: Plain data to keep with the graph.
         **kwargs: Keyword arguments of the model's call, such as `train=False`.
 
     Returns:
         The graph.
 
     Raises:
-        ConversionError: Names every part of the model that has no integer form, and why; or every
-            range that has seen no data.
+        ConversionError: Parts of the model have no integer form, or ranges have seen no data; the
+            error lists each with the reason.
         QuantizationError: The variables hold no ranges for the model.
     """
-    if not isinstance(model, QuantizedModel):
+    if not isinstance(model, QuantizedModel):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ConversionError(
             "convert takes what `jaxqat.quantize` returned, trained or calibrated, got "
             f"{type(model).__name__}."
@@ -95,9 +96,9 @@ def convert(
 
 
 def obstacles(model: QuantizedModel, *arguments: Any, **kwargs: Any) -> tuple[str, ...]:
-    """What keeps a model from being an integer network: every part without an integer form.
+    """Return the reasons why a model cannot be converted: each part without an integer form.
 
-    Nothing is computed: shapes and types of the arguments are enough, and ranges may be empty.
+    Nothing is computed: only shapes and types of the arguments matter, and ranges may be empty.
 
     Args:
         model: What `jaxqat.quantize` returned.
@@ -112,7 +113,7 @@ def obstacles(model: QuantizedModel, *arguments: Any, **kwargs: Any) -> tuple[st
 
 
 class _ModelEmitter(Emitter):
-    """An emitter that goes through a whole model, and collects what stands in the way."""
+    """Emit a whole model, and collect the reasons why it cannot be converted."""
 
     def __init__(self):
         super().__init__()
@@ -140,7 +141,7 @@ class _ModelEmitter(Emitter):
             )
 
     def check(self, problems: list[str]) -> None:
-        """Raises what stands in the way."""
+        """Raise ConversionError if there are problems."""
         if problems:
             raise ConversionError(
                 "The model cannot become an integer network:\n  " + "\n  ".join(problems),
@@ -154,7 +155,7 @@ class _ModelEmitter(Emitter):
             message = str(error)
             self.problems.append(message if where in message else f"{where}: {message}")
         except KeyError:
-            # It reads a tensor that could not be made, for a reason that is told already.
+            # It reads a tensor without an integer form; the reason is in `problems` already.
             if not self.problems:
                 raise
 
@@ -179,12 +180,12 @@ class _ModelEmitter(Emitter):
 
 
 class _TracedModel:
-    """A traced model, and what the arrays of its graph are made of."""
+    """Trace a model, and compute the arrays of its graph."""
 
     def __init__(self, model: QuantizedModel, arguments: tuple[Any, ...], kwargs: dict[str, Any]):
         bound, inputs = model.bind_call(arguments, kwargs)
         shapes, self._make_inputs = split_arrays((inputs, dict(bound.kwargs)))
-        # JAX takes NumPy's int64 as int32 in an input, and warns of it in an array to make.
+        # NumPy's int64 becomes int32 as an input of a jitted function; `jnp.zeros` would warn.
         dtypes = [jax.dtypes.canonicalize_dtype(x.dtype, allow_extended_dtype=True) for x in shapes]
         self._examples = [
             jax.ShapeDtypeStruct(x.shape, dtype) for x, dtype in zip(shapes, dtypes, strict=True)
@@ -193,13 +194,13 @@ class _TracedModel:
         self._found: list[_ModelEmitter] = []
 
     def trace(self) -> None:
-        """Raises ConversionError if a part of the model has no integer form."""
+        """Raise ConversionError if a part of the model has no integer form."""
         jax.eval_shape(self._function, self._parameters, self._examples)
 
     def run(self) -> tuple[_ModelEmitter, list[jax.Array]]:
-        """The nodes, and the arrays that they are to be finished with."""
+        """Return the emitter with all nodes, and the arrays for their deferred fields."""
         examples = [jnp.zeros(x.shape, x.dtype) for x in self._examples]
-        arrays = jax.jit(self._function)(self._parameters, examples)
+        arrays: list[jax.Array] = jax.jit(self._function)(self._parameters, examples)
         return self._found[-1], arrays
 
     def _function(self, parameters: list[Any], examples: list[Any]) -> list[jax.Array]:
@@ -215,7 +216,9 @@ def _finish(fields: dict[str, Any], values: list[np.ndarray]) -> dict[str, Any]:
     def finished(value: Any) -> Any:
         if isinstance(value, Deferred):
             return value.finish(values[value.index])
-        return tuple(map(finished, value)) if isinstance(value, tuple) else value
+        if isinstance(value, tuple):
+            return tuple(map(finished, cast("tuple[Any, ...]", value)))
+        return value
 
     return {key: finished(value) for key, value in fields.items()}
 
@@ -224,13 +227,13 @@ def _finish_node(fields: dict[str, Any], values: list[np.ndarray]) -> dict[str, 
     done = _finish(fields, values)
     signs = done.pop("weight_signs", None)
     if signs is not None:
-        done["weights"] = done["weights"] * signs  # -1 turns the sign of a channel, 0 silences it.
+        done["weights"] = done["weights"] * signs  # -1 negates a channel, 0 removes it.
     return done
 
 
 def _needed(nodes: list[g.Node], output: str) -> list[g.Node]:
-    """The nodes that the output depends on."""
-    needed, kept = {output}, []
+    """Return the nodes that the output depends on."""
+    needed, kept = {output}, list[g.Node]()
     for node in reversed(nodes):
         if node.output in needed or isinstance(node, g.Quantize):
             needed.update(node.inputs)

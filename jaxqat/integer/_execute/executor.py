@@ -1,5 +1,7 @@
+# pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 """An integer graph as a function of images, compiled for the platform at hand."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,6 +23,10 @@ PLATFORMS: dict[str, type[Platform]] = {
 }
 
 
+# (parameters, images) -> result
+_Compiled = Callable[[Any, Any], Any]
+
+
 class Executor:
     """The integer network as a function.
 
@@ -38,8 +44,8 @@ class Executor:
         self._platform = PLATFORMS[platform](graph)
         self.parameters = self._platform.parameters
         options = self._platform.compiler_options
-        self._apply = jax.jit(self.apply, compiler_options=options)
-        self._codes = jax.jit(self._all_codes, compiler_options=options)
+        self._apply: _Compiled = jax.jit(self.apply, compiler_options=options)
+        self._codes: _Compiled = jax.jit(self._all_codes, compiler_options=options)
         self._on_device: Any = None
 
     @property

@@ -1,3 +1,4 @@
+# pyright: strict, reportUnknownMemberType=false
 """The integer network as a folder: `graph.json`, `arrays.npz`, and their SHA-256 in `SHA256SUMS`.
 
     jaxqat.save(graph, "network")       graph = jaxqat.load("network")
@@ -13,7 +14,7 @@ import io
 import os
 import shutil
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -105,7 +106,7 @@ def _check_target(folder: Path, overwrite: bool) -> None:
 
 
 @contextlib.contextmanager
-def _removed_at_the_end(folder: Path) -> Iterator[None]:
+def _removed_at_the_end(folder: Path) -> Generator[None]:
     try:
         yield
     finally:

@@ -1,3 +1,4 @@
+# pyright: strict, reportUnknownMemberType=false
 """What to quantize in a traced program, as plain data; `planner` decides it."""
 
 import dataclasses

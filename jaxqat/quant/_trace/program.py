@@ -242,7 +242,7 @@ def _is_jaxpr(value: Any) -> bool:
     return isinstance(value, (jex_core.ClosedJaxpr, jex_core.Jaxpr))
 
 
-def trace(function: Callable, arguments: Sequence[Any]) -> tuple[Program, Any]:
+def trace(function: Callable[..., Any], arguments: Sequence[Any]) -> tuple[Program, Any]:
     """Trace a function of flat array arguments.
 
     Returns:

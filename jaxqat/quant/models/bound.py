@@ -1,3 +1,4 @@
+# pyright: strict, reportUnknownMemberType=false
 """One interface for all kinds of models: a quantized model bound to its variables.
 
 Linen modules, functions and Equinox modules take their variables as an argument; NNX modules hold

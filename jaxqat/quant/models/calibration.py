@@ -1,7 +1,8 @@
+# pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 """`jaxqat.calibrate`: post-training quantization, ranges from a few batches without training."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -57,20 +58,18 @@ def calibrate(
     def prepare(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         if preprocess is None:
             return inputs
-        given = preprocess(*inputs)
-        return given if isinstance(given, tuple) else (given,)
+        return as_arguments(preprocess(*inputs))
 
     @jax.jit
-    def observe(arrays: Any, ranges: dict[Key, Range], inputs: tuple[Any, ...]) -> Any:
+    def observe(arrays: Any, ranges: dict[Key, Range], inputs: tuple[Any, ...]) -> dict[Key, Range]:
         return rebuild(arrays).with_state(ranges).calibrate(*prepare(inputs)).state
 
-    ranges = None
+    ranges: dict[Key, Range] | None = None
     for batch in batches:
-        inputs = batch if isinstance(batch, tuple) else (batch,)
+        inputs = as_arguments(batch)
         if ranges is None:
-            # Strongly typed arrays, as `observe` returns them: it then compiles once.
             start = bound.state or bound.with_empty_ranges(*jax.eval_shape(prepare, inputs)).state
-            ranges = jax.tree.map(lambda leaf: jnp.array(leaf, leaf.dtype), start)
+            ranges = jax.tree.map(_strongly_typed, start)
         ranges = observe(arrays, ranges, inputs)
     if ranges is None:
         raise QuantizationError(
@@ -78,6 +77,16 @@ def calibrate(
         )
     _check_finite(ranges)
     return quantized.with_calibrated(bound.with_state(ranges))
+
+
+def as_arguments(batch: Any) -> tuple[Any, ...]:
+    """Return the inputs of a batch: those of a tuple, or the batch as the only one."""
+    return cast("tuple[Any, ...]", batch) if isinstance(batch, tuple) else (batch,)
+
+
+def _strongly_typed(leaf: jax.Array) -> jax.Array:
+    # As a jitted function returns its results: called with these, it compiles once.
+    return jnp.array(leaf, leaf.dtype)
 
 
 def _quantized(model: Any, recipe: Recipe | str | None) -> QuantizedModel:

@@ -1,3 +1,4 @@
+# pyright: strict, reportUnknownMemberType=false
 """Quantized Linen modules, with Linen's `init` and `apply`."""
 
 import dataclasses
@@ -5,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
-from flax.core import unfreeze
+from flax.core import unfreeze  # pyright: ignore[reportUnknownVariableType]
 
 from jaxqat.quant.models.bound import PureFunction
 from jaxqat.quant.models.stateless import Mutable, StatelessModel

@@ -1,3 +1,4 @@
+# pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 """Quantized NNX modules, which are NNX modules themselves."""
 
 from collections.abc import Mapping
@@ -14,11 +15,11 @@ from jaxqat.quant.models.state import QUANT, QUANT_PARAMS, state_collections
 from jaxqat.quant.recipe import Recipe
 
 
-class QuantState(nnx.Variable):
+class QuantState(nnx.Variable[dict[str, Any]]):
     """Activation ranges: what jaxqat adds to a module's state."""
 
 
-class QuantParam(nnx.Param):
+class QuantParam(nnx.Param[dict[str, Any]]):
     """Learned step sizes and bounds of ranges: trained like the other parameters."""
 
 
@@ -97,7 +98,7 @@ class QuantizedNNX(QuantizedModel, nnx.Module):
         graph, params, others = nnx.split(self.module, nnx.Param, ...)
 
         def function(values: Any, others: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
-            given = jax.tree.map(lambda x: x, params)  # A copy: the next line changes it.
+            given = jax.tree.map(_same, params)  # A copy: the next line changes it.
             nnx.replace_by_pure_dict(given, values)
             module = nnx.merge(graph, given, others["state"])
             result = module(*args, **kwargs)
@@ -113,3 +114,7 @@ class QuantizedNNX(QuantizedModel, nnx.Module):
             **({QUANT_PARAMS: learned} if learned else {}),
         }
         return BoundModel(self, variables, kwargs, self.recipe, function)
+
+
+def _same(leaf: Any) -> Any:
+    return leaf

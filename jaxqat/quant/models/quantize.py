@@ -1,3 +1,4 @@
+# pyright: strict, reportUnknownMemberType=false
 """`jaxqat.quantize`: the quantized form of a model of any kind."""
 
 from collections.abc import Callable
@@ -17,8 +18,11 @@ if TYPE_CHECKING:  # Importing flax.nnx imports optax.
     from jaxqat.quant.models.nnx import QuantizedNNX
 
 
+# A module is callable too; the first overload that fits gives the type.
 @overload
-def quantize(model: nn.Module, recipe: Recipe | str = ...) -> QuantizedModule: ...
+def quantize(  # pyright: ignore[reportOverlappingOverload]
+    model: nn.Module, recipe: Recipe | str = ...
+) -> QuantizedModule: ...
 @overload
 def quantize(model: "nnx.Module", recipe: Recipe | str = ...) -> "QuantizedNNX": ...
 @overload

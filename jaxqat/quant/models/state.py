@@ -1,3 +1,4 @@
+# pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 """The two collections that quantization adds to a model's variables.
 
 `quant` holds what is observed: ranges of activations and counts. `quant_params` holds what is
@@ -42,7 +43,9 @@ def state_collections(state: Mapping[Key, Range]) -> dict[str, Any]:
     for key, tensor in state.items():
         for leaf, value in tensor.items():
             parts[QUANT_PARAMS if leaf in learned else QUANT][*key, leaf] = value
-    nested = {name: traverse_util.unflatten_dict(part) for name, part in parts.items()}
+    nested: dict[str, Any] = {
+        name: traverse_util.unflatten_dict(part) for name, part in parts.items()
+    }
     if not nested[QUANT_PARAMS]:
         del nested[QUANT_PARAMS]
     return nested

@@ -1,3 +1,4 @@
+# pyright: strict, reportUnknownMemberType=false
 """Quantized models that take their variables as an argument, as Linen's `apply` does."""
 
 import dataclasses
@@ -157,7 +158,7 @@ class QuantizedEquinox(QuantizedFunction):
 
     def __init__(self, module: Any, recipe: Recipe):
         # The layers of Equinox work on single examples.
-        super().__init__(lambda module, *inputs: jax.vmap(module)(*inputs), recipe)
+        super().__init__(_mapped, recipe)
         object.__setattr__(self, "module", module)
 
     module: Any
@@ -165,3 +166,7 @@ class QuantizedEquinox(QuantizedFunction):
     def bind(self, *state: Any, **kwargs: Any) -> BoundModel:
         """Return the model with its variables, by default the module that was quantized."""
         return super().bind(*(state or ({"params": self.module},)), **kwargs)
+
+
+def _mapped(module: Callable[..., Any], *inputs: Any) -> Any:
+    return jax.vmap(module)(*inputs)
