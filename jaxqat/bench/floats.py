@@ -37,8 +37,8 @@ class FloatNetwork(FloatVisitor[Any]):
         return images
 
     def add(self, node: g.Add, inputs: list[Any]) -> Any:
-        """Return the sum of one or two tensors."""
-        return inputs[0] if len(inputs) == 1 else inputs[0] + inputs[1]
+        """Return the sum of two tensors."""
+        return inputs[0] + inputs[1]
 
     def sum_pool(self, node: g.SumPool, x: Any) -> Any:
         """Return averages of windows, or over all of space."""

@@ -17,6 +17,7 @@ from jaxqat.integer.graph import (
     Node,
     Product,
     Quantize,
+    Requantize,
     SumPool,
 )
 
@@ -66,6 +67,8 @@ class GraphVisitor(ABC, Generic[Value]):
                 return self.product(node, parameters.get(node.name), inputs[0])
             case Add():
                 return self.add(node, inputs)
+            case Requantize():
+                return self.requantize(node, inputs[0])
             case MaxPool():
                 return self.max_pool(node, inputs[0])
             case SumPool():
@@ -86,7 +89,11 @@ class GraphVisitor(ABC, Generic[Value]):
 
     @abstractmethod
     def add(self, node: Add, inputs: list[Value]) -> Value:
-        """Visit a residual addition, or a requantization."""
+        """Visit a residual addition."""
+
+    @abstractmethod
+    def requantize(self, node: Requantize, x: Value) -> Value:
+        """Visit a requantization."""
 
     @abstractmethod
     def max_pool(self, node: MaxPool, x: Value) -> Value:

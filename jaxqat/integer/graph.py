@@ -29,6 +29,7 @@ from jaxqat.integer._nodes.max_pool import MaxPool
 from jaxqat.integer._nodes.move import Move
 from jaxqat.integer._nodes.product import Product
 from jaxqat.integer._nodes.quantize import Quantize
+from jaxqat.integer._nodes.requantize import Requantize
 from jaxqat.integer._nodes.sum_pool import SumPool
 from jaxqat.integer._packing import packed_size
 
@@ -45,13 +46,17 @@ __all__ = [
     "Product",
     "Quantize",
     "Requantization",
+    "Requantize",
     "SumPool",
     "Tensor",
 ]
 
 Requantization = Literal["float", "fixed_point"]
 
-NODE_KINDS: tuple[type[Node], ...] = (Quantize, Product, Add, MaxPool, SumPool, Move, Concat)
+NODE_KINDS: tuple[type[Node], ...] = (
+    *(Quantize, Product, Add, Requantize),
+    *(MaxPool, SumPool, Move, Concat),
+)
 """Every kind of node that a graph can have."""
 
 

@@ -82,11 +82,6 @@ class Maker:
         last = top if upper is None else min(top, zero + round(upper * high / float(scale)))
         return Grid(scale, zero, zero if relu else bottom, last)
 
-    def branch_grid(self, grid):
-        """The grid of a convolution's branch of a residual addition onto `grid`."""
-        wide = not self.symmetric and self.bits == 8
-        return Grid(grid.scale * F(2 if wide else 1), 0, -128, 127)
-
     def real(self, name):
         """Real values of a tensor on the calibration batch."""
         tensor = self.tensors[name]
@@ -178,7 +173,7 @@ class Maker:
         """A basic block of a ResNet; the shortcut is a 1x1 convolution where shapes change."""
         y = self.conv(f"{name}/conv1", x, outputs, stride=stride)
         branch, values = self.conv_values(f"{name}/conv2", y, outputs)
-        short = None
+        short = others = None
         if stride == 1 and outputs == self.tensors[x].shape[-1]:
             total = values + self.real(x)
         else:
@@ -187,15 +182,22 @@ class Maker:
             )
             total = values + others
         grid = self.grid(total, relu=True)
-        terms = [self.requantized(branch, self.branch_grid(grid))]
-        terms.append(x if short is None else self.requantized(short, self.branch_grid(grid)))
+        terms = [self.requantized(branch, self.grid(values))]
+        terms.append(x if short is None else self.requantized(short, self.grid(others)))
         return self.add(f"{name}/add", terms, grid)
 
     def add(self, name, terms, grid):
-        multipliers = tuple(F(self.tensors[t].scale / grid.scale) for t in terms)
+        ratios = [float(F(self.tensors[t].scale / grid.scale)) for t in terms]
+        shift = min(int(np.ceil(16 - np.log2(1 + sum(ratios)))) - 1, 15)
+        factors = tuple(max(round(ratio * 2**shift), 1) for ratio in ratios)
         node = g.Add(
-            name=name, inputs=tuple(terms), output=f"{name}/output", multipliers=multipliers
+            name=name, inputs=tuple(terms), output=f"{name}/output", factors=factors, shift=shift
         )
+        return self.emit(node, grid)
+
+    def carried(self, name, x, grid):
+        multiplier = F(self.tensors[x].scale / grid.scale)
+        node = g.Requantize(name=name, inputs=(x,), output=f"{name}/output", multiplier=multiplier)
         return self.emit(node, grid)
 
     def same(self, node_type, name, x, **fields):
@@ -267,7 +269,7 @@ def depthwise(m: Maker):
     x = m.conv("depth2", short, 16, groups=8, dilation=2, upper=0.7)
     node, values = m.conv_values("point2", x, 8, window=1)
     grid = m.grid(values + m.real(short))
-    x = m.add("add", [m.requantized(node, m.branch_grid(grid)), short], grid)
+    x = m.add("add", [m.requantized(node, m.grid(values)), short], grid)
     x = m.average("mean", x, 2, padding=1)
     m.head(m.same(g.Move, "flat", x, kind="reshape", shape=(int(np.prod(m.tensors[x].shape)),)))
     return m.finish()
@@ -281,7 +283,7 @@ def concat(m: Maker):
         m.conv_values("narrow", x, 5, window=1),
     )
     grid = m.grid(np.concatenate([first, second, m.real(x)], -1))
-    parts = [m.requantized(one, grid), m.requantized(two, grid), m.add("carried", [x], grid)]
+    parts = [m.requantized(one, grid), m.requantized(two, grid), m.carried("carried", x, grid)]
     x = m.emit(g.Concat(name="join", inputs=tuple(parts), output="joined", axis=3), grid)
     x = m.conv("after", x, 8, stride=2)
     m.head(m.average("mean", x))

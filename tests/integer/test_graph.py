@@ -10,7 +10,7 @@ from references import integer_graph
 from jaxqat.integer import graph as g
 
 GRAPH = graphs.build("residual")
-POOLED = graphs.build("concat")
+POOLED = graphs.build("concat")  # It has a Requantize, too.
 
 
 def first(graph, node_type, **fields):
@@ -157,21 +157,35 @@ def test_one_channel_s_factor_that_is_not_positive_and_finite_is_refused(field, 
 @BAD
 @pytest.mark.parametrize(
     "node_type, field",
-    [(g.Quantize, "inverse"), (g.Add, "multipliers"), (g.SumPool, "multiplier")],
+    [(g.Quantize, "inverse"), (g.Requantize, "multiplier"), (g.SumPool, "multiplier")],
 )
 def test_a_factor_that_is_not_positive_and_finite_is_refused(node_type, field, bad):
-    _, node = first(GRAPH, node_type)
-    values = getattr(node, field)
-    value = np.float32(bad)
+    graph = POOLED if node_type is g.Requantize else GRAPH
+    _, node = first(graph, node_type)
     with refused(f"node {node.name!r}: {field} is not positive and finite, got .*{bad}"):
-        changed = (values[0], value) if isinstance(values, tuple) else value
-        with_node(GRAPH, node_type, **{field: changed})
+        with_node(graph, node_type, **{field: np.float32(bad)})
 
 
-def test_an_addition_has_a_multiplier_for_each_input():
+def test_an_addition_has_two_inputs_and_a_factor_for_each():
     _, node = first(GRAPH, g.Add)
-    with refused(f"node {node.name!r}: has 1 multipliers for 2 inputs"):
-        with_node(GRAPH, g.Add, multipliers=node.multipliers[:1])
+    with refused(f"node {node.name!r}: has 2 inputs and 1 factors; a sum has two of each"):
+        with_node(GRAPH, g.Add, factors=node.factors[:1])
+
+
+@pytest.mark.parametrize(
+    ("factors", "shift", "problem"),
+    [
+        ((0, 5), 3, "factors are positive"),
+        ((4, 5), -1, "shift is from 0 to 15"),
+        ((4, 5), 16, "shift is from 0 to 15"),
+        # 255 (32,761 + 32,768) is 4,881 above 2**24.
+        ((1, 32_760), 15, "may reach 2..24"),
+    ],
+)
+def test_an_addition_that_float32_could_not_hold_is_refused(factors, shift, problem):
+    _, node = first(GRAPH, g.Add)
+    with refused(f"node {node.name!r}: has the factors .*{problem}"):
+        with_node(GRAPH, g.Add, factors=factors, shift=shift)
 
 
 @pytest.mark.parametrize("changes", [{"zero_point": 3}, {"low": -120}, {"high": 100}], ids=str)

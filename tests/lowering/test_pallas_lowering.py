@@ -63,10 +63,11 @@ def layer(x, operands, geometry, other=None, tile=None):
         else Residual(
             codes=other,
             zero_point=ZERO,
-            multiplier=np.float32(0.7),
+            multiplier=np.float32(0.6875),
+            branch_zero_point=3,
             branch_low=-128,
             branch_high=127,
-            branch_multiplier=2,
+            branch_multiplier=np.float32(1.25),
         )
     )
     codes = {"zero_out": ZERO, "low": -128, "high": 127}

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from references.network import LAYERS, SITES, IntegerResidual, Residual, randomized
+from references.network import LAYERS, TENSORS, IntegerResidual, Residual, randomized
 
 import jaxqat
 from jaxqat import Recipe, RecipeError, Rule
@@ -49,7 +49,7 @@ def jitted(method, *, compiler_options=None, **options):
 
 def ranges_of(variables):
     flat = flatten_dict(variables["quant"], sep="/")
-    return {key: (flat[f"{key}/min"], flat[f"{key}/max"]) for key in SITES}
+    return {key: (flat[f"{key}/min"], flat[f"{key}/max"]) for key in TENSORS}
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -61,8 +61,8 @@ def test_inference_gives_the_codes_of_an_integer_network_written_in_numpy(recipe
     symmetric = recipe == "int8_symmetric"
     network = IntegerResidual(variables, ranges_of(variables), symmetric=symmetric)
     expected = network(images.astype(np.float64))
-    assert set(codes) == set(SITES)
-    for key in SITES:
+    assert set(codes) == set(TENSORS)
+    for key in TENSORS:
         assert codes[key].dtype == jnp.int8
         np.testing.assert_array_equal(np.asarray(codes[key], int), network.codes[key], err_msg=key)
     # The head's accumulator is below 2**24, so its float32 value is exact; four float32 roundings

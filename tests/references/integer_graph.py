@@ -54,8 +54,10 @@ def step(node, tensors, codes, images=None, requantization="float") -> np.ndarra
         case g.Product():
             return rescaled(product(node, inputs[0]) + node.bias, node.multiplier)
         case g.Add():
-            terms = map(rescaled, inputs, node.multipliers)
-            return np.sum([*terms], axis=0)
+            zero = tensors[node.output].zero_point
+            return summed(inputs, node.factors, node.shift, zero) - zero
+        case g.Requantize():
+            return rescaled(inputs[0], node.multiplier)
         case g.SumPool():
             total = windows(inputs[0], node, fill=0).sum(0)
             axes = tuple(range(1, 1 + len(node.window)))
@@ -76,6 +78,14 @@ def quantized(node, images, zero_point):
         return node.table[images, channels].astype(np.int64) - zero_point
     scaled = np.round(images.astype(np.float32) * np.float32(node.inverse))
     return np.clip(scaled, -1000, 1000).astype(np.int64)  # Far outside of any grid.
+
+
+def summed(terms, factors, shift, zero):
+    """round(sum(term * factor) / 2**shift + zero), half to even, in 64-bit integers."""
+    total = sum(term * factor for term, factor in zip(terms, factors, strict=True))
+    whole, rest = np.divmod(total + zero * 2**shift, 2**shift)
+    up = (2 * rest > 2**shift) | ((2 * rest == 2**shift) & (whole % 2 == 1))
+    return whole + up
 
 
 def rounded(total, multiplier, requantization):

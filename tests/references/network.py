@@ -1,12 +1,13 @@
 """A small residual network, and its integer inference in NumPy, written from the equations.
 
-The arithmetic is code = clip(round((acc + b) * m) + round(residual) + z), with the bias rounded
-to accumulator units; everything is float64 or int64, apart from the stored float32 scales.
+A product gives code = clip(round((acc + b) * m) + z), with the bias rounded to accumulator units;
+a sum gives clip(round(a * m_a + b * m_b + z)), with dyadic multipliers. Everything is float64 or
+int64, apart from the stored float32 scales.
 """
 
 import flax.linen as nn
 import numpy as np
-from references import integers
+from references import integer_graph, integers
 
 
 class Residual(nn.Module):
@@ -31,7 +32,16 @@ class Residual(nn.Module):
         return nn.Dense(5, name="head")(x.mean((1, 2)))
 
 
-SITES = ("conv0/input", "conv1/input", "conv2/input", "conv3/input", "head/pool", "head/input")
+TENSORS = (
+    *("conv0/input", "conv1/input", "conv2/input", "conv3/input", "head/pool", "head/input"),
+    *("conv2/output", "conv3/output", "conv4/output"),
+)
+# Each term of a sum that nothing else reads, with the sum and the other term.
+TERMS = {
+    "conv2/output": ("conv3/input", "conv1/input"),
+    "conv3/output": ("head/pool", "conv4/output"),
+    "conv4/output": ("head/pool", "conv3/output"),
+}
 LAYERS = ("conv0", "conv1", "conv2", "conv3", "conv4", "head")
 
 
@@ -73,8 +83,28 @@ class IntegerResidual:
 
     def __init__(self, variables, ranges, *, symmetric=False):
         self.variables, self.symmetric = variables, symmetric
-        self.grids = {key: self._grid(*ranges[key]) for key in SITES}
+        self.ranges = ranges
+        self.grids = {key: self._grid(*self._useful(key)) for key in TENSORS}
         self.codes = {}
+
+    def _useful(self, key):
+        """The range of a term, cut to what can change the code of its sum."""
+        low, high = self.ranges[key]
+        if key not in TERMS:
+            return low, high
+        total, other = TERMS[key]
+        (total_low, total_high), (other_low, other_high) = map(self._extent, (total, other))
+        total_low = np.maximum(total_low, 0)  # Behind a ReLU.
+        return max(low, total_low - other_high), min(high, total_high - other_low)
+
+    def _extent(self, key):
+        """The real values of the smallest and the largest code of a tensor's whole range."""
+        scale, zero = self._grid(*self.ranges[key])
+        return np.float32(scale) * np.float32([self.bottom - zero, 127 - zero])
+
+    @property
+    def bottom(self):
+        return -127 if self.symmetric else -128
 
     def _grid(self, low, high):
         if self.symmetric:
@@ -84,8 +114,8 @@ class IntegerResidual:
 
     def _stored(self, key, steps):
         """Clips steps onto the grid of a tensor; returns its shifted codes, code - z."""
-        zero, bottom = self.grids[key][1], -127 if self.symmetric else -128
-        self.codes[key] = np.clip(steps + zero, bottom, 127).astype(np.int64)
+        zero = self.grids[key][1]
+        self.codes[key] = np.clip(steps + zero, self.bottom, 127).astype(np.int64)
         return self.codes[key] - zero
 
     def _steps(self, acc, unit, gain, offset, out_scale):
@@ -96,11 +126,13 @@ class IntegerResidual:
         moving = np.round((acc + bias) * (factor / out_scale))
         return np.where(alive, moving, np.round(offset / out_scale)).astype(np.int64)
 
-    def _branch(self, acc, unit, gain, offset, out_scale):
-        """A term of a sum, through int8 of its own: 255 output steps need half the resolution."""
-        ratio = 1 if self.symmetric else 2
-        steps = self._steps(acc, unit, gain, offset, out_scale * ratio)
-        return np.clip(steps, -128, 127) * ratio
+    def _sum(self, out, **terms):
+        """round(sum of term * factor / 2**shift + z) - z, as large a shift as 16 bits allow."""
+        zero = self.grids[out][1]
+        ratios = [np.float32(self.grids[key][0]) / np.float32(self.grids[out][0]) for key in terms]
+        shift = min(15, int(np.ceil(16 - np.log2(1 + np.sum(ratios, dtype=np.float64)))) - 1)
+        factors = [int(np.round(ratio * 2.0**shift)) for ratio in ratios]
+        return integer_graph.summed(terms.values(), factors, shift, zero) - zero
 
     def _conv(self, x, key, name, **options):
         w = np.asarray(self.variables["params"][name]["kernel"])
@@ -126,18 +158,20 @@ class IntegerResidual:
         steps = self._steps(acc, unit, *self._norm("norm1"), scale["conv2/input"])
         y = self._stored("conv2/input", np.maximum(steps, 0))
 
-        out = scale["conv3/input"]
         acc, unit = self._conv(y, "conv2/input", "conv2", padding=same)
-        steps = self._branch(acc, unit, *self._norm("norm2"), out)
-        steps = steps + np.round(x * (scale["conv1/input"] / out)).astype(np.int64)
+        steps = self._steps(acc, unit, *self._norm("norm2"), scale["conv2/output"])
+        y = self._stored("conv2/output", steps)
+        steps = self._sum("conv3/input", **{"conv1/input": x, "conv2/output": y})
         x = self._stored("conv3/input", np.maximum(steps, 0))
 
-        out = scale["head/pool"]
         acc, unit = self._conv(x, "conv3/input", "conv3", padding=same, stride=(2, 2))
-        steps = self._branch(acc, unit, *self._norm("norm3"), out)
+        steps = self._steps(acc, unit, *self._norm("norm3"), scale["conv3/output"])
+        y = self._stored("conv3/output", steps)
         acc, unit = self._conv(x, "conv3/input", "conv4", stride=(2, 2))
         bias = np.float64(self.variables["params"]["conv4"]["bias"])
-        steps = steps + self._branch(acc, unit, 1.0, bias, out)
+        steps = self._steps(acc, unit, 1.0, bias, scale["conv4/output"])
+        r = self._stored("conv4/output", steps)
+        steps = self._sum("head/pool", **{"conv3/output": y, "conv4/output": r})
         x = self._stored("head/pool", np.maximum(steps, 0))
 
         total = x.sum((1, 2))

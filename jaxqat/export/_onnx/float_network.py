@@ -87,8 +87,8 @@ class OnnxFloatWriter(FloatVisitor[str]):
         return self.builder.add("Conv", inputs, name, **geometry(node, spatial))
 
     def add(self, node: Add, inputs: list[str]) -> str:
-        """Write an Add; of one term, nothing."""
-        return inputs[0] if len(inputs) == 1 else self.builder.add("Add", inputs, node.output)
+        """Write an Add."""
+        return self.builder.add("Add", inputs, node.output)
 
     def max_pool(self, node: MaxPool, x: str) -> str:
         """Write a MaxPool."""

@@ -5,13 +5,15 @@ file, in float32:
 
     QLinearConv, QGemm           (s_in * s_weight) / s_out
     QLinearGlobalAveragePool     s_in / (s_out * area)
-    QLinearAdd                   s_a / s_out and s_b / s_out, with one rounding for the sum
+    QLinearAdd                   s_a / s_out and s_b / s_out, one rounding with the zero point in it
 
-so a scale in the file is the one for which this is the graph's multiplier to the bit, which is at
-most a few units in the last place from the tensor's own.
+The scales in the file are those from which these are the graph's multipliers to the bit. They
+differ from the tensors' own by a few units in the last place; for the terms of a sum, also by the
+rounding of its multipliers.
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,10 +23,11 @@ UINT8_MAX = 255
 
 
 def offsets(graph: IntegerGraph) -> dict[str, int]:
-    """What is added to the codes of each tensor so that they are uint8.
+    """Return the number that is added to the codes of each tensor to make them uint8.
 
     The smallest code, or the zero point if that is smaller, becomes 0: a lower bound then costs
-    nothing, since uint8 saturates there. Tensors among which codes are only moved share theirs.
+    nothing, since uint8 saturates there. Tensors among which codes are only moved share one. Sums
+    get an even one: their zero point is inside the rounding, where an odd one would change ties.
     """
     group = {name: name for name in graph.tensors}
 
@@ -41,21 +44,24 @@ def offsets(graph: IntegerGraph) -> dict[str, int]:
     for name, tensor in graph.tensors.items():
         bottom = min(tensor.low, tensor.zero_point)
         lowest[root(name)] = min(lowest.get(root(name), bottom), bottom)
+    for node in graph.nodes:
+        if isinstance(node, Add):
+            lowest[root(node.output)] -= lowest[root(node.output)] % 2
     return {name: -lowest[root(name)] for name in graph.tensors}
 
 
-def _near(value: float, steps: int = 64) -> Iterator[np.float32]:
-    """The float32 numbers around a value, nearest first."""
+def _near(value: float, count: int = 64) -> Iterator[np.float32]:
+    """Yield the float32 numbers around a value, so many on each side, nearest first."""
     above = below = np.float32(value)
     yield above
-    for _ in range(steps):
+    for _ in range(count):
         above = np.nextafter(above, np.float32(np.inf))
         below = np.nextafter(below, np.float32(0))
         yield from (above, below)
 
 
 def weight_scales(node: Product, scale: np.float32, out: Tensor | None) -> np.ndarray | None:
-    """Weight scales of a product from which its multipliers follow to the bit; None if none do."""
+    """Return weight scales that give a product's multipliers to the bit; None if none do."""
     wanted = node.multiplier
 
     def multipliers(weight_scale):
@@ -73,51 +79,39 @@ def weight_scales(node: Product, scale: np.float32, out: Tensor | None) -> np.nd
 
 
 def pool_scale(multiplier: np.float32, area: int, out: Tensor) -> np.float32 | None:
-    """Input scale of a global average from which its multiplier follows to the bit."""
+    """Return the input scale that gives a global average's multiplier; None if none does."""
     divisor = np.float32(out.scale) * np.float32(area)
     near = _near(float(multiplier) * float(divisor))
     return next((s for s in near if s / divisor == multiplier), None)
 
 
-def sum_scales(node: Add, graph: IntegerGraph) -> tuple[np.float32, ...] | None:
-    """Input scales with which one rounding of a sum of two gives what a rounding of each gives.
+class SumScales(NamedTuple):
+    """Scales of a QLinearAdd: of its terms, and of its output."""
 
-    One term has to be whole steps by itself. Of the other, each of the codes has its steps k, and
-    those are round((q - z) * m) for all m of an interval around the graph's multiplier; its scale
-    is taken from the middle, where no sum comes near a tie: nearer than all roundings of the
-    kernel's float32 arithmetic together, and whatever their order.
+    terms: tuple[np.float32, ...]
+    out: np.float32
 
-    Returns:
-        The scales, or None where the sum of the roundings has no such form.
+
+def sum_scales(node: Add, scale: np.float32) -> SumScales:
+    """Return scales of a sum from which its multipliers follow to the bit.
+
+    The kernel divides the scale of each term by that of the output. Not every quotient is a
+    multiplier; the output's scale in the file then moves by a few units in the last place. The
+    tensor's readers have a scale of their own, so no code changes.
+
+    Args:
+        node: The sum.
+        scale: Scale of its output.
     """
-    if len(node.inputs) != 2:
-        return None
-    out = graph.tensors[node.output]
-    tensors = [graph.tensors[name] for name in node.inputs]
-    whole = [float(m).is_integer() for m in node.multipliers]
-    if not any(whole):
-        return None
-    # A bound for every intermediate, and ten float32 roundings (scales, ratios, products, sums).
-    largest = UINT8_MAX * (1 + sum(float(m) for m in node.multipliers))
-    margin = 10 * largest * 2.0**-24
-    scales = []
-    for tensor, multiplier, exact in zip(tensors, node.multipliers, whole, strict=True):
-        factor = float(multiplier) if exact else _clear_of_ties(tensor, multiplier, margin)
-        if factor is None:
-            return None
-        scales.append(np.float32(factor * float(out.scale)))
-    return tuple(scales)
+    for out in _near(float(scale)):
+        terms = [_dividend(m, out) for m in node.multipliers]
+        if None not in terms:
+            return SumScales(tuple(s for s in terms if s is not None), out)
+    # Quotients by 1 are exact. The search has never come here: each scale has one chance in two.
+    return SumScales(node.multipliers, np.float32(1))
 
 
-def _clear_of_ties(tensor: Tensor, multiplier: np.float32, margin: float) -> float | None:
-    """A factor with the same rounded steps for every code, none within `margin` of a tie."""
-    steps = np.arange(tensor.low, tensor.high + 1) - tensor.zero_point
-    steps = steps[steps != 0]
-    if not steps.size:
-        return float(multiplier)
-    rounded = np.round(steps.astype(np.float32) * np.float32(multiplier)).astype(np.float64)
-    ends = (rounded[:, None] + np.array([margin - 0.5, 0.5 - margin])) / steps[:, None]
-    low, high = max(float(ends.min(1).max()), 0.0), float(ends.max(1).min())
-    if low >= high:
-        return None
-    return (low + high) / 2
+def _dividend(quotient: np.float32, divisor: np.float32) -> np.float32 | None:
+    """Return the float32 that gives a quotient to the bit; None if there is none."""
+    near = _near(float(quotient) * float(divisor), 2)
+    return next((s for s in near if s / divisor == quotient), None)

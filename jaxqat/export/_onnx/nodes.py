@@ -28,6 +28,7 @@ from jaxqat.integer.graph import (
     Node,
     Product,
     Quantize,
+    Requantize,
     SumPool,
     Tensor,
 )
@@ -234,18 +235,17 @@ class OnnxWriter(GraphVisitor[str]):
         return builder.add("DequantizeLinear", inputs, f"{node.name}/real_bias", axis=0)
 
     def add(self, node: Add, inputs: list[str]) -> str:
-        """Write an Add of dequantized terms."""
+        """Write an Add of dequantized terms, which runtimes replace by a QLinearAdd."""
         out = self.graph.tensors[node.output]
-        scales = sum_scales(node, self.graph)
-        if scales is not None:
-            terms = [self.real(name, s) for name, s in zip(node.inputs, scales, strict=True)]
-            return self._quantized(self.builder.add("Add", terms, f"{node.name}/sum"), out)
-        # Each term in steps, rounded by itself: float operations, exact because they are integers.
-        terms = [self.real(name, m) for name, m in zip(node.inputs, node.multipliers, strict=True)]
-        if len(terms) == 1:
-            return self._quantized(terms[0], out, _ONE)
-        rounded = [self.builder.add("Round", [term], f"{node.name}/steps") for term in terms]
-        return self._quantized(self.builder.add("Add", rounded, f"{node.name}/sum"), out, _ONE)
+        scales = sum_scales(node, out.scale)
+        terms = [self.real(name, s) for name, s in zip(node.inputs, scales.terms, strict=True)]
+        total = self.builder.add("Add", terms, f"{node.name}/sum")
+        return self._quantized(total, out, scales.out)
+
+    def requantize(self, node: Requantize, x: str) -> str:
+        """Write a DequantizeLinear in units of the other grid, and its rounding."""
+        units = self.real(node.inputs[0], node.multiplier)
+        return self._quantized(units, self.graph.tensors[node.output], _ONE)
 
     def max_pool(self, node: MaxPool, x: str) -> str:
         """Write a MaxPool of codes."""

@@ -99,7 +99,7 @@ class Emitter:
         if merged is not None:
             return self.emit(form.inner, grid, name, shape, merged)
         self.emit(form, grid, inner := self._name(f"{name}/clipped"), shape, Bounds())
-        return self._add(name, (inner,), (grid,), grid, shape, bounds)
+        self._requantize(name, inner, grid, grid, shape, bounds)
 
     def _accumulator(
         self, form: forms.Accumulator, grid: Grid, name: str, shape, bounds: Bounds
@@ -108,7 +108,7 @@ class Emitter:
         self.accumulate(form, grid, name)
 
     def _codes(self, form: forms.Codes, grid: Grid, name: str, shape, bounds: Bounds) -> None:
-        self._add(name, (self.read(form),), (form.grid,), grid, shape, bounds)
+        self._requantize(name, self.read(form), form.grid, grid, shape, bounds)
 
     def read(self, codes: forms.Codes) -> str:
         """Name of a tensor of codes; moved codes are made here."""
@@ -213,32 +213,36 @@ class Emitter:
         self.nodes.append((g.Quantize, fields))
 
     def _sum(self, form: forms.Sum, grid: Grid, name: str, shape, bounds: Bounds) -> None:
-        names, grids = [], []
-        for label, term in (("left", form.left), ("right", form.right)):
-            if isinstance(term, forms.Codes):
-                names.append(self.read(term))
-                grids.append(term.grid)
-            else:
-                names.append(self._name(f"{name}/{label}"))
-                grids.append(grid.branch)
-                self.emit(term, grids[-1], names[-1], shape, Bounds())
-        self._add(name, tuple(names), tuple(grids), grid, shape, bounds)
+        terms = [term for term in (form.left, form.right) if isinstance(term, forms.Codes)]
+        if len(terms) != 2:
+            raise UnconvertibleError(f"{name}: adds a tensor that is not quantized")
+        self._tensor(name, grid, shape, bounds)
+        dyadic = form.dyadic(grid, terms)
+        fields = {
+            "name": self._name(f"{name}/add"),
+            "inputs": tuple(map(self.read, terms)),
+            "output": name,
+            "factors": tuple(self.defer(factor, int) for factor in dyadic.factors),
+            "shift": self.defer(dyadic.shift, int),
+        }
+        self.nodes.append((g.Add, fields))
 
-    def _add(
-        self, name: str, inputs: tuple[str, ...], grids: tuple[Grid, ...], grid: Grid, shape, bounds
+    def _requantize(
+        self, name: str, source: str, before: Grid, grid: Grid, shape, bounds: Bounds
     ) -> None:
         self._tensor(name, grid, shape, bounds)
-        multipliers = [
-            self.defer(forms.quotient(each.scale, grid.scale), _scalar(np.float32))
-            for each in grids
-        ]
-        fields = {"name": self._name(f"{name}/add"), "inputs": inputs, "output": name}
-        self.nodes.append((g.Add, {**fields, "multipliers": tuple(multipliers)}))
+        fields = {
+            "name": self._name(f"{name}/requantize"),
+            "inputs": (source,),
+            "output": name,
+            "multiplier": self.defer(forms.quotient(before.scale, grid.scale), _scalar(np.float32)),
+        }
+        self.nodes.append((g.Requantize, fields))
 
     def _move(self, form: forms.Moved, grid: Grid, name: str, shape, bounds: Bounds) -> None:
         if form.operation.name == "pad" and not bounds.hold_zero():
             self.emit(form, grid, inner := self._name(f"{name}/padded"), shape, Bounds())
-            return self._add(name, (inner,), (grid,), grid, shape, bounds)
+            return self._requantize(name, inner, grid, grid, shape, bounds)
         before = jax.eval_shape(lambda: form.inner.in_units(grid)).shape
         source = self._name(f"{name}/unmoved")
         self.emit(form.inner, grid, source, before[1:], bounds)

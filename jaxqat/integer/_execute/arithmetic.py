@@ -75,6 +75,14 @@ def rescale_fixed(
     return jnp.where(shift > 62, 0, result)
 
 
+def shift_to_even(values: Int[Array, "..."], shift: int) -> Int[Array, "..."]:
+    """Return values / 2**shift rounded half to even, in integers."""
+    if shift == 0:
+        return values
+    whole, rest, half = values >> shift, values & (2**shift - 1), 2 ** (shift - 1)
+    return whole + ((rest > half) | ((rest == half) & (whole & 1 == 1))).astype(values.dtype)
+
+
 def _product64(a: Array, mantissa: Array) -> tuple[Array, Array]:
     """High and low word of the signed 64-bit product of an int32 and a positive int32."""
     x, y = _unsigned(a), _unsigned(jnp.asarray(mantissa, jnp.int32))

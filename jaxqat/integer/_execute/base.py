@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, Int
 
 from jaxqat.integer import graph as g
-from jaxqat.integer._execute.arithmetic import FixedPoint, rescale, rescale_fixed
+from jaxqat.integer._execute.arithmetic import FixedPoint, rescale, rescale_fixed, shift_to_even
 from jaxqat.integer._visitor import GraphVisitor
 
 Parameters = dict[str, dict[str, np.ndarray]]
@@ -176,14 +176,34 @@ class Platform(GraphVisitor[Array]):
 
     def add(self, node: g.Add, inputs: list[Array]) -> Array:
         """A sum of tensors on the output's grid."""
-        total: Any = self.graph.tensors[node.output].zero_point
-        for name, codes, multiplier in zip(node.inputs, inputs, node.multipliers, strict=True):
-            total = total + self.rescaled(codes.astype(jnp.int32) - self.zero(name), multiplier)
-        return self.clipped(node.output, total)
+        terms = [self.units(name, codes) for name, codes in zip(node.inputs, inputs, strict=True)]
+        zero = self.graph.tensors[node.output].zero_point
+        return self.clipped(node.output, self.rounded_sum(node, terms, zero))
+
+    def rounded_sum(self, node: g.Add, terms: list[Array], zero: int) -> Array:
+        """Return round(sum(term * factor) / 2**shift + zero) of int32 terms, half to even."""
+        if self.graph.requantization == "fixed_point":
+            total: Any = zero << node.shift
+            for term, factor in zip(terms, node.factors, strict=True):
+                total = total + term * factor
+            return shift_to_even(total, node.shift)
+        total = np.float32(zero)
+        for term, multiplier in zip(terms, node.multipliers, strict=True):
+            total = total + term.astype(jnp.float32) * multiplier
+        return jnp.round(total)
+
+    def requantize(self, node: g.Requantize, x: Array) -> Array:
+        """Put codes on another grid."""
+        units = self.rescaled(self.units(node.inputs[0], x), node.multiplier)
+        return self.clipped(node.output, units + self.graph.tensors[node.output].zero_point)
+
+    def units(self, name: str, stored: Array) -> Int[Array, "..."]:
+        """Return the codes of a stored tensor less their zero point, int32."""
+        return stored.astype(jnp.int32) - self.zero(name)
 
     def sum_pool(self, node: g.SumPool, x: Array) -> Array:
         """Average the codes of windows."""
-        values = x.astype(jnp.int32) - self.zero(node.inputs[0])
+        values = self.units(node.inputs[0], x)
         if node.drop_axes:
             total = jnp.sum(values, axis=tuple(range(1, values.ndim - 1)))
         else:

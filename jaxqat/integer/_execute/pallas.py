@@ -52,16 +52,12 @@ class PallasCuda(Cuda):
         return pallas_tiles.Geometry(size=shape[:2], window=node.window, **where)  # pyright: ignore[reportArgumentType]
 
     def _branch(self, graph: g.IntegerGraph, add: g.Add) -> g.Product | None:
-        """The convolution whose result nothing but this addition reads, on a branch's grid."""
-        if len(add.inputs) != 2 or graph.output in add.inputs or add.inputs[0] == add.inputs[1]:
+        """Return a convolution whose result nothing but this addition reads; None without one."""
+        if graph.output in add.inputs or add.inputs[0] == add.inputs[1]:
             return None
         made_by = {p.output: p for p in graph.products() if self._geometry[p.name] is not None}
-        for name, multiplier in zip(add.inputs, add.multipliers, strict=True):
-            node, tensor = made_by.get(name), graph.tensors[name]
-            whole = multiplier in (1, 2) and tensor.zero_point == 0
-            if node is not None and whole and len(graph.readers(name)) == 1:
-                return node
-        return None
+        alone = (name for name in add.inputs if len(graph.readers(name)) == 1)
+        return next((made_by[name] for name in alone if name in made_by), None)
 
     def prepare(self, node: g.Product) -> dict[str, np.ndarray]:
         """What the kernel reads, or cuDNN."""
@@ -106,9 +102,10 @@ class PallasCuda(Cuda):
             codes=values[other],
             zero_point=self.graph.tensors[other].zero_point,
             multiplier=node.multipliers[1 - side],
+            branch_zero_point=tensor.zero_point,
             branch_low=tensor.low,
             branch_high=tensor.high,
-            branch_multiplier=int(node.multipliers[side]),
+            branch_multiplier=node.multipliers[side],
         )
         own, codes = parameters[branch.name], values[branch.inputs[0]]
         return self._convolve(branch, own, codes, node.output, residual)

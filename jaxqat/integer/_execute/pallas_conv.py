@@ -5,8 +5,8 @@
 
 and, where it ends in a residual addition,
 
-    branch = clip(R(float32(acc + bias) * multiplier), branch_low, branch_high)
-    code = clip(branch * m_b + R((r - zero_r) * m_r) + zero_out, low, high)
+    branch = clip(R(float32(acc + bias) * multiplier) + zero_b, branch_low, branch_high)
+    code = clip(R((branch - zero_b) * m_b + (r - zero_r) * m_r + zero_out), low, high)
 
 with R round half to even in float32: bit for bit what the other lowerings compute. cuDNN has no
 convolution with a scale per channel and this rounding that writes int8; through it, XLA writes the
@@ -50,36 +50,29 @@ COMPUTE_CAPABILITY = (8, 0)  # The smallest that Pallas compiles for.
 # From 2**23 to 2**24, float32 holds the integers and nothing between; this lies in the middle.
 _INTEGERS = np.float32(3 * 2**22)
 _INTEGERS_BITS = int(_INTEGERS.view(np.int32))
-# A summand beyond this decides the code alone: a branch has at most 64 * 128, a zero point 128.
-_FAR = 2**15
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Residual:
-    """The end of a residual block: what is added to the convolution, and how.
+    """The end of a residual block: the tensor that is added to the convolution's result.
 
     Attributes:
-        codes: int8, of the output's shape.
-        zero_point: Code of their real zero.
-        multiplier: float32, their scale over the output's.
-        branch_low: Smallest code of the convolution's own result, whose zero point is 0.
-        branch_high: Largest.
-        branch_multiplier: That result's scale over the output's, an integer from 1 to 64.
+        codes: The tensor's codes, of the output's shape.
+        zero_point: Code of its real zero.
+        multiplier: float32, its scale over the output's; dyadic, as `integer.graph.Add` has it.
+        branch_zero_point: Zero point of the convolution's own result.
+        branch_low: Smallest code of that result.
+        branch_high: Largest code of that result.
+        branch_multiplier: float32, that result's scale over the output's; dyadic.
     """
 
     codes: Int8[Array, "n h2 w2 o"]
     zero_point: int
     multiplier: np.float32
+    branch_zero_point: int
     branch_low: int
     branch_high: int
-    branch_multiplier: float = 1
-
-    def __post_init__(self):
-        if self.branch_multiplier not in range(1, 65):
-            raise ValueError(
-                "a residual's branch_multiplier must be an integer from 1 to 64, got "
-                f"{self.branch_multiplier!r}."
-            )
+    branch_multiplier: np.float32
 
 
 def convolve(
@@ -292,12 +285,14 @@ def _requantize(plan: _Plan, real: Float32[Array, "m o"], *others: Array) -> Int
     zero, residual = plan.zero_out, plan.residual
     if residual is None:
         return (clip_round(real, plan.low - zero, plan.high - zero) + zero).astype(jnp.int8)
-    branch = clip_round(real, residual.branch_low, residual.branch_high)
+    branch_zero = int(residual.branch_zero_point)
+    branch = clip_round(real, residual.branch_low - branch_zero, residual.branch_high - branch_zero)
     (other,) = others
-    centred = (other.astype(jnp.int32) - int(residual.zero_point)).astype(jnp.float32)
-    other = clip_round(centred * np.float32(residual.multiplier), -_FAR, _FAR)
-    codes = branch * int(residual.branch_multiplier) + other + zero
-    return jnp.minimum(jnp.maximum(codes, plan.low), plan.high).astype(jnp.int8)
+    other = other.astype(jnp.int32) - int(residual.zero_point)
+    # Exact, with or without fused multiply-adds: the multipliers are dyadic.
+    total = branch.astype(jnp.float32) * np.float32(residual.branch_multiplier)
+    total = total + other.astype(jnp.float32) * np.float32(residual.multiplier)
+    return clip_round(total + np.float32(zero), plan.low, plan.high).astype(jnp.int8)
 
 
 def _pixels(plan: _Plan, row: Array) -> tuple[Array, Array, Array]:

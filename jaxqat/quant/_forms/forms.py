@@ -1,7 +1,8 @@
 """Forms of tensors: real values, codes, and operations on them (`accumulators` has products)."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int8
 
 from jaxqat.quant._forms.exact import quotient
 from jaxqat.quant._numerics import activations
+from jaxqat.quant._numerics.dyadic import Dyadic, dyadic
 from jaxqat.quant._numerics.grids import Grid
 
 
@@ -89,28 +91,42 @@ class Codes:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sum:
-    """A residual addition.
+    """A residual addition of two tensors, each quantized to a grid of its own.
 
-    A term that is codes already is requantized to the output's grid. Any other term first becomes
-    an int8 tensor on a grid of its own (`Grid.branch`), as in deployment: a convolution writes
-    int8 there, and ONNX Runtime's convolutions are integer only if they do.
+    The plan quantizes both terms. The sum is rounded once, with the zero point inside the
+    rounding, as in ONNX Runtime's QLinearAdd (`dyadic` has the equation).
     """
 
     left: Form
     right: Form
 
     def in_units(self, grid: Grid) -> Float[Array, "..."]:
-        return self._term(self.left, grid) + self._term(self.right, grid)
+        terms = (self.left, self.right)
+        codes = [form for term in terms if (form := _codes_of(term)) is not None]
+        if len(codes) < len(terms):  # A term that the plan did not find; it has no integer form.
+            return self.left.in_units(grid) + self.right.in_units(grid)
+        multipliers = self.dyadic(grid, codes).multipliers
+        left, right = map(partial(_multiplied, grid=grid), terms, multipliers)
+        return jnp.round(left + right + grid.zero) - grid.zero
 
     @staticmethod
-    def _term(form: Form, grid: Grid) -> Float[Array, "..."]:
-        if isinstance(form, Either):
-            terms = (Sum._term(f, grid) for f in (form.form, form.real))
-            return jnp.where(form.holds, *terms)
-        if isinstance(form, Codes):
-            return form.in_units(grid)
-        branch = grid.branch
-        return jnp.clip(form.in_units(branch), branch.low, branch.high) * grid.branch_units
+    def dyadic(grid: Grid, terms: Sequence[Codes]) -> Dyadic:
+        """Return the multipliers of the terms on the grid of the sum."""
+        return dyadic([quotient(term.grid.scale, grid.scale) for term in terms])
+
+
+def _codes_of(term: Form) -> Codes | None:
+    term = term.form if isinstance(term, Either) else term
+    return term if isinstance(term, Codes) else None
+
+
+def _multiplied(term: Form, multiplier: Array, grid: Grid) -> Float[Array, "..."]:
+    """Return a term of a sum in units of the sum's grid, not rounded."""
+    if isinstance(term, Either):
+        real = activations.in_units(term.real.values, grid)
+        return jnp.where(term.holds, _multiplied(term.form, multiplier, grid), real)
+    assert isinstance(term, Codes)
+    return (term.codes.astype(jnp.float32) - term.grid.zero) * multiplier
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

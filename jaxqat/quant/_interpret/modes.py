@@ -25,6 +25,7 @@ class LayerSwitches:
 
     def __init__(self, plan: Plan, switches: Switches | None):
         self._table, self._switches = plan.table, switches
+        self._tensors = {tensor.key: tensor for tensor in plan.tensors.values()}
 
     def layer(self, path: str) -> Any:
         """Return whether the layer of this path is on."""
@@ -34,8 +35,8 @@ class LayerSwitches:
         """Return whether a layer is on that reads the tensor, or the tensor that follows it."""
         if self._switches is None:
             return True
-        layers = [info for info in self._table if info.range_key is not None]
-        readers = [r for r in layers if r.range_key == tensor.key]
-        module = tensor.key[:-1]
-        readers = readers or [r for r in layers if r.range_key and r.range_key[:-1] == module]
+        key = tensor.key
+        while (before := self._tensors[key].reader) is not None:
+            key = before
+        readers = [info for info in self._table if info.range_key == key]
         return any_of(self._switches[info.path] for info in readers)

@@ -10,7 +10,7 @@ from jaxqat.errors import QuantizationError
 from jaxqat.quant._interpret.modes import Mode
 from jaxqat.quant._numerics import estimators as estimate
 from jaxqat.quant._numerics import grids, ranges
-from jaxqat.quant._plan.plan import Layer, Lookup, QuantizedTensor
+from jaxqat.quant._plan.plan import Layer, Lookup, Plan, QuantizedTensor
 from jaxqat.quant._trace.arguments import Key
 
 
@@ -30,8 +30,9 @@ class States:
         after: The same after the evaluation; those that it did not meet are unchanged.
     """
 
-    def __init__(self, state: Mapping[Key, ranges.Range], mode: Mode, decay: float):
+    def __init__(self, plan: Plan, state: Mapping[Key, ranges.Range], mode: Mode, decay: float):
         self.before, self._mode, self._decay = state, mode, decay
+        self._tensors = {tensor.key: tensor for tensor in plan.tensors.values()}
         self.after: dict[Key, ranges.Range] = dict(state)
         self._observed: dict[Key, _Observed] = {}
 
@@ -66,7 +67,30 @@ class States:
             low, high = _old_or(state, low, seen.low), _old_or(state, high, seen.high)
             if tensor.leaf:
                 learned = _old_or(state, learned, seen.start)
-        return tensor.grid(low, high, learned)
+        return tensor.grid(*self._useful(tensor, low, high), learned)
+
+    def _useful(self, tensor: QuantizedTensor, low: Any, high: Any) -> tuple[Any, Any]:
+        """Return the range of a term of a sum, cut to what can change the sum's code.
+
+        The codes of a sum cover [sum_low, sum_high], those of the other term [other_low,
+        other_high]. A term below sum_low - other_high gives the smallest code of the sum whatever
+        the other term is, so its grid need not reach further; likewise above. The negative values
+        that a ReLU discards would otherwise coarsen it.
+        """
+        if tensor.other_term is None or tensor.reader is None:
+            return low, high
+        total, other = self.of(tensor.reader), self.of(tensor.other_term)
+        sum_low, sum_high = self._tensors[tensor.reader].extent(total)
+        other_low, other_high = self._tensors[tensor.other_term].extent(other)
+        # A symmetric grid goes as far below zero as above, also behind a ReLU.
+        sum_low = jnp.where(total["min"] >= 0, jnp.maximum(sum_low, 0.0), sum_low)
+        sum_high = jnp.where(total["max"] <= 0, jnp.minimum(sum_high, 0.0), sum_high)
+        known = (total["count"] > 0) & (other["count"] > 0)
+        # All zeros on every batch, as behind a batch norm whose gamma starts at 0.
+        empty = (low == 0) & (high == 0)
+        cut_low = jnp.where(empty, sum_low, jnp.maximum(low, sum_low - other_high))
+        cut_high = jnp.where(empty, sum_high, jnp.minimum(high, sum_high - other_low))
+        return jnp.where(known, cut_low, low), jnp.where(known, cut_high, high)
 
     def _observe(self, tensor: QuantizedTensor, state: ranges.Range, values: Any) -> _Observed:
         """Move the range of a tensor; return the range that this batch alone would give.

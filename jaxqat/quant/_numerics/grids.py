@@ -61,21 +61,6 @@ class Grid:
         """Codes on the longer side of zero, as float32: Q_P for tensors that are not negative."""
         return jnp.maximum(self.high - self.zero, self.zero - self.low)
 
-    @property
-    def branch_units(self) -> int:
-        """Units of this grid per unit of `branch`: 2 if its codes span more than int8, else 1.
-
-        A term of a sum has both signs, the sum after a ReLU one: 255 units above zero need a
-        branch from -256 to 254. The ratio is a power of two, so adding the branch is exact.
-        """
-        return 2 if self.high - self.low > 254 else 1
-
-    @property
-    def branch(self) -> "Grid":
-        """The int8 grid, with zero point 0, of a term of a sum that is quantized to this grid."""
-        scale, inverse = self.scale * self.branch_units, self.inverse * (1 / self.branch_units)
-        return Grid(scale, inverse, None, -128, 127)
-
 
 def grid(low: Float[Array, ""], high: Float[Array, ""], *, bits: int, symmetric: bool) -> Grid:
     """Return the grid of 2**bits codes that covers a range.

@@ -1,6 +1,8 @@
 """Searches back from a tensor: for its source, and for additions and pools before it."""
 
 import dataclasses
+import functools
+from collections.abc import Mapping
 from typing import Any
 
 from jaxqat.quant._forms.operand import is_channelwise, is_number
@@ -90,6 +92,74 @@ class Origins:
             if number in quantized:
                 return None
         return None
+
+    def sums_before(self, number: int, quantized: Any) -> list[Node]:
+        """Return the residual additions whose integer form is part of that of a tensor.
+
+        Between the two, elements are only clipped, moved, picked or joined.
+
+        Args:
+            number: The tensor.
+            quantized: The tensors to quantize; the search ends at them.
+        """
+        found: list[Node] = []
+        waiting = [number]
+        while waiting:
+            at = waiting.pop()
+            node = self.program.made_by.get(at)
+            if node is None or (at in quantized and at != number):
+                continue
+            terms = self._varying(node)
+            primitive = primitive_of(node.name)
+            if primitive.joins_branches and len(terms) == 2:
+                found.append(node)
+                continue
+            keeps_form = primitive.picks_values or primitive.kind in (Kind.CLIP, Kind.JOIN)
+            if keeps_form or _only_clips(node):
+                waiting += terms
+        return found
+
+    def layer_before(self, number: int, layers: Mapping[Node, Any]) -> Node | None:
+        """Return the layer whose result a tensor is, scaled, clipped or moved; None without one."""
+        while (node := self.program.made_by.get(number)) is not None and node not in layers:
+            terms = self._varying(node)
+            walks = primitive_of(node.name).is_walked_through or _only_clips(node)
+            if not walks or len(terms) != 1:
+                return None
+            number = terms[0]
+        return node
+
+    def is_read_once(self, number: int, reader: Node) -> bool:
+        """Return whether nothing but a node reads a tensor, apart from moves on the way to it."""
+        while len(readers := self._readers.get(number, ())) == 1:
+            (node,) = readers
+            if node is reader:
+                return True
+            if node is None or not primitive_of(node.name).keeps_values:
+                return False
+            number = node.outputs[0]
+        return False
+
+    @functools.cached_property
+    def _readers(self) -> dict[int, list[Node | None]]:
+        """Nodes that read each variable; None for a result of the program."""
+        found: dict[int, list[Node | None]] = {}
+        for node in self.program.nodes:
+            for a in node.inputs:
+                if isinstance(a, int):
+                    found.setdefault(a, []).append(node)
+        for a in self.program.outputs:
+            if isinstance(a, int):
+                found.setdefault(a, []).append(None)
+        return found
+
+    def _varying(self, node: Node) -> list[int]:
+        """Return the operands of a node that are tensors of the data, coefficients left out."""
+        return [
+            a
+            for a in node.inputs
+            if isinstance(a, int) and is_float(self.program.avals[a]) and not self._small(a, node)
+        ]
 
     def _small(self, number: int, node: Node) -> bool:
         """Return whether an operand is coefficients, one per channel, the same for all examples."""

@@ -74,10 +74,21 @@ class Pair:
 
 @dataclasses.dataclass(frozen=True)
 class QuantizedTensor:
-    """A tensor to quantize: the key of its range in the state, and its settings."""
+    """A tensor to quantize.
+
+    Attributes:
+        key: Key of its range in the state.
+        settings: Its settings.
+        reader: Key of the quantized tensor that is computed from this one, if no layer reads it: a
+            residual addition, the input of a pool, or a term of a residual addition.
+        other_term: Key of the other term, if this is a term of a residual addition and read by
+            nothing else.
+    """
 
     key: Key
     settings: Settings
+    reader: Key | None = None
+    other_term: Key | None = None
 
     @property
     def bits(self) -> int:
@@ -110,9 +121,15 @@ class QuantizedTensor:
             return None
         if self.leaf is None:
             return float(state["min"]), float(state["max"])
-        found = self.grid(state["min"], state["max"], state[self.leaf])
-        low, high = (found.scale * (code - found.zero) for code in (found.low, found.high))
+        low, high = self.extent(state)
         return float(low), float(high)
+
+    def extent(self, state: Any) -> tuple[Any, Any]:
+        """Return the smallest and largest real value of its grid."""
+        learned = None if self.leaf is None else state[self.leaf]
+        found = self.grid(state["min"], state["max"], learned)
+        low, high = (found.scale * (code - found.zero) for code in (found.low, found.high))
+        return low, high
 
     def empty(self) -> Any:
         """Return its state before the first batch."""

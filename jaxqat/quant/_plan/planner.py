@@ -80,7 +80,7 @@ class _Planner:
         self.table: list[LayerInfo] = []
         self._operands = Operands(program, level, names)
         self._origins = Origins(program, level)
-        self.tensors = TensorPlanner(self._origins)
+        self.tensors = TensorPlanner(self._origins, self.layers)
         self._step_size_keys: dict[tuple[Any, Any], Key] = {}
         self._sources: dict[int, int] = {}  # Source of the tensor that a layer reads, by index.
         # Iterations of a loop share the key of a range and the index in the table.

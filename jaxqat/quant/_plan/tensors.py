@@ -6,12 +6,14 @@ if the network is to run on integers throughout. The maximum of windows of codes
 """
 
 import dataclasses
-from typing import NoReturn
+from collections.abc import Mapping
+from typing import Any, NoReturn
 
 from jaxqat.errors import RecipeError
 from jaxqat.quant._plan.origins import Origins
-from jaxqat.quant._plan.plan import QuantizedTensor
+from jaxqat.quant._plan.plan import LEARNED, QuantizedTensor
 from jaxqat.quant._trace.arguments import Key
+from jaxqat.quant._trace.program import Node
 from jaxqat.quant.recipe import Settings
 
 # What two readers of a tensor must agree on; of two widths the larger one serves both.
@@ -25,9 +27,9 @@ class TensorPlanner:
         tensors: By variable.
     """
 
-    def __init__(self, origins: Origins):
+    def __init__(self, origins: Origins, layers: Mapping[Node, Any]):
         self.tensors: dict[int, QuantizedTensor] = {}
-        self._origins = origins
+        self._origins, self._layers = origins, layers
         self._uses: dict[Key, int] = {}
         self._dynamic: dict[int, str] = {}  # Paths of layers of dynamic ranges, by source.
 
@@ -64,11 +66,8 @@ class TensorPlanner:
 
     def read_at(self, source: int) -> QuantizedTensor:
         """Return the quantized tensor that stands for a source, when all are known."""
-        tensor = self.tensors.get(source)
-        if tensor is None:
-            before = self._origins.quantized_before(source, self.tensors)
-            tensor = self.tensors[before or source]
-        return tensor
+        before = self._quantized_at(source)
+        return self.tensors[source if before is None else before]
 
     def finish(self) -> None:
         """Merge maxima of windows with what they pick from; add additions and pools before.
@@ -98,8 +97,49 @@ class TensorPlanner:
                 before, label = found
                 tensor = self.tensors[number]
                 key = self.unique_key((*tensor.key[:-1], label))
-                self.tensors[before] = QuantizedTensor(key, tensor.settings)
+                self.tensors[before] = QuantizedTensor(key, tensor.settings, tensor.key)
                 waiting.append(before)
+            for node in self._origins.sums_before(number, self.tensors):
+                waiting += self._add_terms(node, self.tensors[number])
+
+    def _add_terms(self, node: Node, total: QuantizedTensor) -> list[int]:
+        """Quantize the terms of a residual addition; return those that were not quantized yet."""
+        sources = [self._origins.source(term) for term in node.inputs if isinstance(term, int)]
+        if any(source in self._dynamic for source in sources):
+            return []  # Codes of such a tensor have a scale for each example.
+        quantized = [self._quantized_at(source) for source in sources]
+        new = [s for s, q in zip(sources, quantized, strict=True) if q is None]
+        for source in dict.fromkeys(new):
+            key = self.unique_key(self._term_key(source, total))
+            self.tensors[source] = QuantizedTensor(key, _of_terms(total.settings), total.key)
+        pairs = zip(sources, quantized, strict=True)
+        keys = [self.tensors[s if q is None else q].key for s, q in pairs]
+        for source, other in zip(sources, keys[::-1], strict=True):
+            if source in new and self._origins.is_read_once(source, node):
+                tensor = self.tensors[source]
+                self.tensors[source] = dataclasses.replace(tensor, other_term=other)
+        return new
+
+    def _quantized_at(self, source: int) -> int | None:
+        """Return the quantized tensor that a source is, or has maxima of."""
+        if source in self.tensors:
+            return source
+        return self._origins.quantized_before(source, self.tensors)
+
+    def _term_key(self, source: int, total: QuantizedTensor) -> Key:
+        layer = self._origins.layer_before(source, self._layers)
+        if layer is None:
+            return (*total.key[:-1], "term")
+        return (*self._layers[layer].path.split("/"), "output")
+
+
+def _of_terms(settings: Settings) -> Settings:
+    """Return the settings of a sum's terms: 8 bits, as no layer multiplies them, and no learned
+    scale, as the range is cut to what the sum can show (`States`).
+    """
+    learned = settings.act_range in LEARNED
+    act_range = "ema" if learned else settings.act_range
+    return dataclasses.replace(settings, act_bits=8, act_range=act_range)
 
 
 def _widened(tensor: QuantizedTensor, settings: Settings, path: str) -> QuantizedTensor:

@@ -29,6 +29,8 @@ def real_values(graph, images):
                 value = sum(
                     x * np.float64(m) for x, m in zip(inputs, node.multipliers, strict=True)
                 )
+            case g.Requantize():
+                value = inputs[0] * np.float64(node.multiplier)
             case g.SumPool():
                 axes = tuple(range(1, 1 + len(node.window)))
                 value = integer_graph.windows(inputs[0], node, fill=0).sum(0)

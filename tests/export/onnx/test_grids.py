@@ -10,6 +10,8 @@ from references import integer_graph
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
+from export.onnx.fused import optimized  # noqa: E402
+
 from jaxqat.errors import ExportError  # noqa: E402
 from jaxqat.export._onnx.grids import offsets  # noqa: E402
 from jaxqat.export._onnx.model import onnx_model  # noqa: E402
@@ -38,11 +40,12 @@ def network(tensors, nodes, output):
 QUANTIZE = g.Quantize(name="quantize", inputs=(), output="x", inverse=F(1))
 
 
-def sum_of_two(scales, zeros, out):
+def sum_of_two(factors, shift, zeros, out):
     """A network that adds its two inputs, integers of -128..127 that become codes as they are."""
     x = tensor("x", (2,), 1, 0)
     nodes: list[g.Node] = [QUANTIZE]
     terms = []
+    scales = [factor / 2**shift * float(out.scale) for factor in factors]
     for i, (name, scale, zero) in enumerate(zip("ab", scales, zeros, strict=True)):
         weights = np.zeros((2, 1), np.int8)
         weights[i] = 1
@@ -54,15 +57,19 @@ def sum_of_two(scales, zeros, out):
             )
         )  # fmt: skip
         terms.append(tensor(name, (1,), scale, zero))
-    multipliers = (F(F(scales[0]) / out.scale), F(F(scales[1]) / out.scale))
-    nodes.append(g.Add(name="add", inputs=("a", "b"), output=out.name, multipliers=multipliers))
+    nodes.append(
+        g.Add(name="add", inputs=("a", "b"), output=out.name, factors=factors, shift=shift)
+    )
     return network([x, *terms, out], nodes, out.name)
 
 
 EVERY_PAIR = np.stack(np.meshgrid(np.arange(-128, 128), np.arange(-128, 128)), -1).reshape(-1, 2)
-IRREGULAR = np.random.default_rng(0).uniform(0.2, 1.6, 4)
-NEAR_TIES = [40.5 / 103, 61.5 / 97]  # 103 or 97 steps are half a step from a whole one.
-TINY = 0.001  # All its steps round to 0.
+# Factors over 2**shift: random ones, halves with many ties, one that vanishes, whole numbers.
+SUMS = [
+    *((tuple(map(int, f)), 14) for f in np.random.default_rng(0).integers(500, 24_000, (6, 2))),
+    *(((1, 1), 1), ((1, 3), 1), ((3, 5), 2), ((2**14 - 1, 2**14 + 1), 14)),
+    *(((1, 2**15 - 3), 14), ((1, 2), 0), ((40, 1), 0), ((61_001, 3), 12)),
+]
 
 
 def assert_exact(graph, images):
@@ -79,22 +86,16 @@ def assert_exact(graph, images):
     return {node.op_type for node in model.graph.node}
 
 
-@pytest.mark.parametrize("zeros", [(0, -128), (-3, 17)], ids=str)
-@pytest.mark.parametrize("other", [1.0, TINY, *IRREGULAR, *NEAR_TIES], ids="{:.3f}".format)
-@pytest.mark.parametrize("whole", [1, 2])
-def test_residual_additions_are_exact_for_every_pair_of_codes(whole, other, zeros):
-    out = tensor("out", (1,), 0.043, -5)
-    graph = sum_of_two((whole * out.scale, F(other) * out.scale), zeros, out)
-    # One rounding for both terms, which ONNX Runtime has a kernel for.
-    assert "Round" not in assert_exact(graph, EVERY_PAIR.astype(F))
-
-
-@pytest.mark.parametrize("factors", [(1, 0.5), (2, 1.5), (0.5, 0.5), (0.7137, 1.2291)], ids=str)
-def test_sums_that_one_rounding_would_change_are_exact_for_every_pair_of_codes(factors):
-    # Halves are rounded to the even neighbour of each term, not of the sum.
-    out = tensor("out", (1,), 0.043, 4)
-    graph = sum_of_two([F(f) * out.scale for f in factors], (3, -128), out)
-    assert "Round" in assert_exact(graph, EVERY_PAIR.astype(F))
+@pytest.mark.parametrize("zeros", [(0, -128, 3), (-3, 17, -5), (127, 5, -128)], ids=str)
+@pytest.mark.parametrize(("factors", "shift"), SUMS, ids=str)
+def test_sums_are_one_kernel_and_exact_for_every_pair_of_codes(factors, shift, zeros, tmp_path):
+    *terms, zero = zeros
+    for scale in (0.043, 0.7137, 1.5):
+        # An odd smallest code: the offset to uint8 has to be even, or ties go the other way.
+        out = tensor("out", (1,), scale, zero, low=-127 if zero != -128 else -128)
+        graph = sum_of_two(factors, shift, terms, out)
+        assert_exact(graph, EVERY_PAIR.astype(F))
+        assert optimized(onnx_model(graph), tmp_path)["QLinearAdd"] == 1
 
 
 def average(length, out_scale):
@@ -142,7 +143,7 @@ def test_bounds_that_uint8_does_not_have_are_kept():
     for low, high, zero in ((-20, 90, -20), (10, 100, -30), (-128, 60, 100), (-127, 127, 0)):
         x = tensor("x", (1,), 1, 0)
         out = tensor("out", (1,), 1.5, zero, low=low, high=high)
-        node = g.Add(name="add", inputs=("x",), output="out", multipliers=(F(1 / 1.5),))
+        node = g.Requantize(name="to", inputs=("x",), output="out", multiplier=F(1 / 1.5))
         graph = network([x, out], [QUANTIZE, node], "out")
         assert_exact(graph, np.arange(-300, 300, dtype=F)[:, None])
 
@@ -153,7 +154,7 @@ def test_a_border_of_zeros_is_kept_around_a_tensor_whose_bounds_leave_zero_out()
     wide = tensor("wide", (5, 1), 1, -30, low=-30, high=100)
     nodes = [
         QUANTIZE,
-        g.Add(name="shift", inputs=("x",), output="high", multipliers=(F(1),)),
+        g.Requantize(name="shift", inputs=("x",), output="high", multiplier=F(1)),
         g.Move(
             name="pad",
             kind="pad",
@@ -172,7 +173,7 @@ def test_tensors_among_which_codes_move_share_their_offset():
     joined = tensor("joined", (8, 1), 1, -20)
     nodes = [
         QUANTIZE,
-        g.Add(name="relu", inputs=("x",), output="relu", multipliers=(F(1),)),
+        g.Requantize(name="relu", inputs=("x",), output="relu", multiplier=F(1)),
         g.Concat(name="join", inputs=("x", "relu"), output="joined", axis=1),
     ]
     graph = network([x, relu, joined], nodes, "joined")

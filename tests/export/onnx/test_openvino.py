@@ -53,8 +53,8 @@ def disturbed(graph, images, seed):
         steps = integer_graph.step(node, graph.tensors, codes, images)
         if node.output not in graph.tensors:
             return steps
-        if isinstance(node, g.Product | g.Add | g.SumPool):
-            share = 1 if isinstance(node, g.Add) and len(node.inputs) == 2 else 0.01
+        if isinstance(node, g.Product | g.Add | g.Requantize | g.SumPool):
+            share = 1 if isinstance(node, g.Add) else 0.01
             off = rng.choice([-1, 1], steps.shape) * (rng.random(steps.shape) < share)
             steps = steps + off
         codes[node.output] = integer_graph.stored(graph.tensors[node.output], steps)

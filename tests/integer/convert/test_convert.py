@@ -74,8 +74,11 @@ def test_every_multiplier_is_the_float32_quotient_of_its_scales(name, recipe):
     for node in graph.nodes:
         if isinstance(node, g.Add):
             scales = [graph.tensors[name].scale for name in node.inputs]
-            quotients = [np.float32(s / graph.tensors[node.output].scale) for s in scales]
-            assert list(node.multipliers) == quotients
+            quotients = [float(s / graph.tensors[node.output].scale) for s in scales]
+            # As many bits as the sum leaves: the next power of two would reach 2**16.
+            assert (1 + sum(quotients)) * 2**node.shift < 2**16
+            assert node.shift == 15 or (1 + sum(quotients)) * 2 ** (node.shift + 1) >= 2**16
+            assert list(node.factors) == [round(q * 2**node.shift) for q in quotients]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -68,26 +68,32 @@ def test_a_float_operation_is_refused_with_its_name():
 
 def test_codes_become_a_requantization():
     ((kind, node),), _ = emitted(codes())
-    assert kind is g.Add
-    assert (node.inputs, node.output, node.multipliers) == (("x",), "y", (0.5,))
+    assert kind is g.Requantize
+    assert (node.inputs, node.output, node.multiplier) == (("x",), "y", 0.5)
 
 
 def test_a_sum_of_codes_becomes_one_addition():
     ((kind, node),), _ = emitted(forms.Sum(codes(), codes(key=("z",), on=GRID)))
     assert kind is g.Add
-    assert (node.inputs, node.multipliers) == (("x", "z"), (0.5, 1))
+    # Half a unit and a whole one: (1 + 1.5) 2**14 is below 2**16, and for 2**15 it is not.
+    assert (node.inputs, node.factors, node.shift) == (("x", "z"), (2**13, 2**14), 14)
+
+
+def test_a_sum_with_a_term_that_is_not_quantized_is_refused():
+    with pytest.raises(UnconvertibleError, match="y: adds a tensor that is not quantized"):
+        emitted(forms.Sum(codes(), forms.Real(jnp.zeros((1, *SHAPE)))))
 
 
 def test_a_clamp_becomes_the_bounds_of_its_tensor():
     nodes, tensors = emitted(forms.Clamp(codes(), 0.0, 6.0))
-    assert [kind for kind, _ in nodes] == [g.Add]
+    assert [kind for kind, _ in nodes] == [g.Requantize]
     # Codes of 0 and 6 on a grid of halves with the zero point 3.
     assert (tensors["y"].low, tensors["y"].high) == (3, 15)
 
 
 def test_clamps_that_do_not_overlap_become_two_nodes():
     nodes, tensors = emitted(forms.Clamp(forms.Clamp(codes(), None, 1.0), 2.0, None))
-    assert [kind for kind, _ in nodes] == [g.Add, g.Add]
+    assert [kind for kind, _ in nodes] == [g.Requantize, g.Requantize]
     assert (tensors["y/clipped"].high, tensors["y"].low) == (5, 7)
 
 
@@ -95,7 +101,7 @@ def test_a_move_becomes_a_move_behind_its_source():
     bind = lambda x: jnp.transpose(x, (0, 2, 1, 3))  # noqa: E731
     form = forms.Moved(codes((4, 3, 2)), operation("transpose", bind, permutation=(0, 2, 1, 3)))
     ((first, _), (kind, node)), tensors = emitted(form, (3, 4, 2))
-    assert (first, kind) == (g.Add, g.Move)
+    assert (first, kind) == (g.Requantize, g.Move)
     assert (node.inputs, node.output) == (("y/unmoved",), "y")
     assert (node.kind, node.axes) == ("transpose", (0, 2, 1, 3))
     assert (tensors["y/unmoved"].shape, tensors["y"].shape) == ((4, 3, 2), (3, 4, 2))
@@ -105,7 +111,7 @@ def test_a_concatenation_becomes_a_concat_of_its_parts():
     join = operation("concatenate", lambda *x: jnp.concatenate(x, 3), dimension=3)
     form = forms.Joined((codes(), codes(key=("z",))), join)
     (*parts, (kind, node)), tensors = emitted(form, (4, 4, 4))
-    assert [part for part, _ in parts] == [g.Add, g.Add]
+    assert [part for part, _ in parts] == [g.Requantize, g.Requantize]
     assert (kind, node.axis, node.inputs) == (g.Concat, 3, ("y/part0", "y/part1"))
     assert [tensors[name].shape for name in node.inputs] == [SHAPE, SHAPE]
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from references import integer_graph
 from references.integers import conv2d
 
 from jaxqat.integer._execute.pallas_conv import Residual, clip_round, convolve
@@ -24,7 +25,10 @@ from jaxqat.integer._execute.pallas_tiles import (
 )
 
 NONE, ONE, THREE = ((0, 0), (0, 0)), ((1, 1), (1, 1)), ((3, 3), (3, 3))
-CUT, SUMMED = (-120, 100), (-3, 0.71, -128, 127, 2)  # low and high; zero, multiplier, branch.
+CUT = (-120, 100)  # Smallest and largest code of the output.
+# Of the other term zero point and factor, of the branch zero point, bounds and factor; over 2**14.
+SUMMED = (-3, 11_633, 9, -120, 127, 24_001)
+SHIFT = 14
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Case:
     outputs: int
     geometry: Geometry
     zero_in: int
-    plus: tuple[int, float, int, int, int] | None = None
+    plus: tuple[int, int, int, int, int, int] | None = None
     zero_out: int = 5
     seed: int = 0
 
@@ -91,20 +95,24 @@ class Case:
         assert acc.shape[1:3] == g.output
         steps = np.rint((acc + bias).astype(np.float32) * multiplier)  # NumPy rounds half to even.
         if self.plus is not None:
-            zero, scale, low, high, factor = self.plus
-            centred = other.astype(np.float32) - np.float32(zero)
-            steps = np.clip(steps, low, high) * factor + np.rint(centred * np.float32(scale))
+            zero, factor, branch_zero, low, high, branch_factor = self.plus
+            branch = np.clip(steps.astype(np.int64) + branch_zero, low, high) - branch_zero
+            terms = (branch, other.astype(np.int64) - zero)
+            return np.clip(
+                integer_graph.summed(terms, (branch_factor, factor), SHIFT, self.zero_out), *CUT
+            ).astype(np.int8)
         return np.clip(steps.astype(np.int64) + self.zero_out, *CUT).astype(np.int8)
 
 
-def _residual(codes, zero, multiplier, low, high, factor):
+def _residual(codes, zero, factor, branch_zero, low, high, branch_factor):
     return Residual(
         codes=codes,
         zero_point=zero,
-        multiplier=np.float32(multiplier),
+        multiplier=np.float32(factor / 2**SHIFT),
+        branch_zero_point=branch_zero,
         branch_low=low,
         branch_high=high,
-        branch_multiplier=factor,
+        branch_multiplier=np.float32(branch_factor / 2**SHIFT),
     )
 
 
@@ -252,16 +260,15 @@ def test_the_product_is_rounded_to_float32_before_it_is_rounded_to_an_integer():
     np.testing.assert_array_equal(np.asarray(codes)[0, 0, 0], np.rint(products))
 
 
-def test_a_residual_is_clipped_before_it_is_added_and_rounded_by_itself():
-    plus = (-128, 300.5, -10, 7, 2)  # The other summand reaches 300.5 * 255, far beyond codes.
+def test_a_branch_is_clipped_before_it_is_added():
+    # Three quarters of each code, with many ties, and a branch that is nearly always clipped.
+    plus = (-128, 3 * 2**12, 4, -6, 11, 2**13)
     shape = case((5, 5), 16, 16, 3, 1, ONE, -128, plus)
-    codes = shape.computed()
-    np.testing.assert_array_equal(codes, shape.expected())
-    plus = (127, 0.004, -10, 7, 2)  # It vanishes: the branch alone is seen, and its clipping.
+    np.testing.assert_array_equal(shape.computed(), shape.expected())
+    # The other term vanishes: the branch alone is seen, from -10 to 7, doubled.
+    plus = (127, 1, 4, -6, 11, 2**15)
     alone = case((5, 5), 16, 16, 3, 1, ONE, -128, plus).computed()
-    assert set(np.unique(alone)) <= {5 - 1 + 2 * step for step in range(-10, 8)} | {
-        5 + 2 * step for step in range(-10, 8)
-    }
+    assert set(np.unique(alone)) == {5 + 2 * step for step in range(-10, 8)}
 
 
 @pytest.mark.parametrize(
