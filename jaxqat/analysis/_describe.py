@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxqat.integer._convert.convert import obstacles
 from jaxqat.integer._packing import packed_size
-from jaxqat.quant._plan.plan import NO_WEIGHTS, LayerInfo
+from jaxqat.quant._plan.plan import CONSTANT_WEIGHTS, NO_WEIGHTS, LayerInfo
 from jaxqat.quant.models.bound import QuantizedModel
 from jaxqat.quant.models.quantize import quantize
 
@@ -91,7 +91,7 @@ def describe(model: Any, *arguments: Any, **kwargs: Any) -> Description:
 
 
 def _described(layer: LayerInfo, ranges: Mapping[Any, Any]) -> LayerDescription:
-    weightless = layer.kind == "attention" or layer.float_reason == NO_WEIGHTS
+    weightless = layer.kind == "attention" or layer.float_reason in (NO_WEIGHTS, CONSTANT_WEIGHTS)
     weights = 0 if weightless else math.prod(layer.weight_shape)
     bits = layer.weight_bits
     size = 4 * weights if bits is None else packed_size(weights, bits)

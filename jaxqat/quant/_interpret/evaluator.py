@@ -126,7 +126,7 @@ class Evaluator:
         Forms take their coefficients from such products. Training, which follows its batch
         statistics anyway, does not need it.
         """
-        frozen = self._mode is Mode.FROZEN and self.plan.level[number] == PARAMETERS
+        frozen = self._mode is Mode.FROZEN and self.plan.level[number] <= PARAMETERS
         if frozen and primitive_of(node.name).may_be_contracted and values.dtype == jnp.float32:
             return forms.uncontracted(values)
         return values
@@ -150,7 +150,7 @@ class Evaluator:
     ) -> None:
         """Set a variable; quantize it if the plan says so."""
         tensor = self.plan.tensors.get(number)
-        constant = self.plan.level[number] == PARAMETERS
+        constant = self.plan.level[number] <= PARAMETERS
         if tensor is not None:
             real, before = values, forms.Operand(values, form, constant, float_reason, holds)
             holds = self._switches.tensor(tensor)

@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxqat.quant._forms.primitives import primitive_of
-from jaxqat.quant._plan.plan import DATA, PARAMETERS, STATISTICS
+from jaxqat.quant._plan.plan import CONSTANTS, DATA, PARAMETERS, STATISTICS
 from jaxqat.quant._trace.arguments import Key
 from jaxqat.quant._trace.program import Node, Program
 
@@ -23,7 +23,7 @@ def dependence(
         paths: For each flat argument, the path of the parameter it is, or None.
         is_data: For each flat argument, whether it varies from call to call.
     """
-    level = [PARAMETERS] * len(program.avals)
+    level = [CONSTANTS] * len(program.avals)
     names: dict[int, Key] = {}
     for number, path, data in zip(program.inputs, paths, is_data, strict=True):
         level[number] = DATA if data else PARAMETERS
@@ -31,7 +31,7 @@ def dependence(
             names[number] = path
     for node in program.nodes:
         reads = [a for a in node.inputs if isinstance(a, int)]
-        depends = max((level[a] for a in reads), default=PARAMETERS)
+        depends = max((level[a] for a in reads), default=CONSTANTS)
         if primitive_of(node.name).may_be_statistic and _is_statistic(node, program):
             depends = min(depends, STATISTICS)
         if any(a in program.carried and is_float(program.avals[a]) for a in node.outputs):

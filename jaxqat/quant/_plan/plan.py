@@ -16,14 +16,16 @@ from jaxqat.quant._trace.arguments import Key
 from jaxqat.quant._trace.program import Atom, Node, Program
 from jaxqat.quant.recipe import Recipe, Settings
 
-# What a value depends on: the largest of its operands' levels.
-PARAMETERS, STATISTICS, DATA = 0, 1, 2
+# What a value depends on: the largest of its operands' levels. Parameters are all variables of the
+# model, whatever their collection.
+CONSTANTS, PARAMETERS, STATISTICS, DATA = 0, 1, 2, 3
 
 # The leaf of a tensor's state that gradients train, by the method in `Settings.act_range`.
 LEARNED = {"lsq": "step", "pact": "bound"}
 
 LEFT_BY_RECIPE = "the recipe leaves it in float"
 NO_WEIGHTS = "both operands depend on the data"
+CONSTANT_WEIGHTS = "one operand is a constant, not a parameter"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,6 +19,7 @@ from jaxqat.quant._numerics.weights import WeightQuantizer
 from jaxqat.quant._plan.dependence import dependence, is_float
 from jaxqat.quant._plan.origins import Origins
 from jaxqat.quant._plan.plan import (
+    CONSTANT_WEIGHTS,
     LEFT_BY_RECIPE,
     NO_WEIGHTS,
     PARAMETERS,
@@ -159,7 +160,10 @@ class _Planner:
     def _visit_pair(self, node: Node, kind: str) -> None:
         """Take in a product without weights; a rule of kind 'attention' may quantize it."""
         path = "/".join(p for p in (node.scope, f"{node.name}{len(self.table)}") if p)
-        if max(self._operands.levels(node)) == PARAMETERS:
+        constant = self._operands.constant_side(node)
+        if constant is not None:
+            return self._leave(node, kind, constant, (path, ""), CONSTANT_WEIGHTS)
+        if max(self._operands.levels(node)) <= PARAMETERS:
             reason = "both operands depend on parameters only"
             return self._leave(node, kind, 1, (path, ""), reason)
         settings = None if kind == "conv" else self.recipe.settings(path, "attention")

@@ -6,7 +6,7 @@ from jaxqat.errors import RecipeError
 from jaxqat.quant._numerics.grouped import GroupedDot
 from jaxqat.quant._numerics.products import Convolution, Dot, Product
 from jaxqat.quant._plan.dependence import is_float
-from jaxqat.quant._plan.plan import DATA, LEFT_BY_RECIPE, PARAMETERS
+from jaxqat.quant._plan.plan import CONSTANTS, DATA, LEFT_BY_RECIPE, PARAMETERS
 from jaxqat.quant._trace.arguments import Key
 from jaxqat.quant._trace.program import Atom, Constant, Node, Program
 from jaxqat.quant.recipe import Settings
@@ -30,13 +30,19 @@ class Operands:
 
     def levels(self, node: Node) -> list[int]:
         """Return what each operand depends on."""
-        return [PARAMETERS if isinstance(a, Constant) else self.level[a] for a in node.inputs]
+        return [CONSTANTS if isinstance(a, Constant) else self.level[a] for a in node.inputs]
 
     def weight_side(self, node: Node) -> int | None:
         """Return which operand of a product depends on parameters only, if just one does."""
+        return self._lower_side(node, PARAMETERS)
+
+    def constant_side(self, node: Node) -> int | None:
+        """Return which operand of a product is a constant, as interpolation matrices are."""
+        return self._lower_side(node, CONSTANTS)
+
+    def _lower_side(self, node: Node, level: int) -> int | None:
         levels = self.levels(node)
-        one = min(levels) == PARAMETERS < max(levels)
-        return levels.index(PARAMETERS) if one else None
+        return levels.index(level) if min(levels) == level and max(levels) > PARAMETERS else None
 
     def name(self, atom: Atom) -> Key | None:
         """Return the path of the parameter that names an operand."""
