@@ -34,7 +34,7 @@ INSIDE = {
         *("_convert", "_execute", "_store", "_verify"),
     ),
     "pipeline": (
-        *("hashing", "results", "data", "models", "metrics"),
+        *("hashing", "terminal", "results", "data", "models", "metrics"),
         *("training", "checkpoint", "report"),
         *("config", "networks", "evaluation", "run", "stages", "display", "integer_networks"),
         *("post_training", "takeover"),
@@ -53,7 +53,7 @@ OWNERS = {
     "jinja2": {"pipeline.report"},
     "sklearn": {"pipeline.metrics", "pipeline.data"},
     "jsonargparse": {"pipeline.config", "cli", "commands"},
-    "rich": {"pipeline", "commands", "bench", "lowering", "cli"},
+    "rich": {"pipeline", "commands", "bench", "cli"},
     "onnx": {"export", "bench", "commands"},
     "onnxruntime": {"export", "bench", "commands"},
     "openvino": {"export"},

@@ -87,7 +87,7 @@ def analyze(
         **dataclasses.asdict(analysis),
     }
     title = f"{experiment.name}: {stage}, {len(chosen):,} images of the {split} split"
-    print_analysis(title, analysis.rows(), analysis.summary(), console)
+    print_analysis(title, analysis, console)
     write_json(folder.analysis, result, error=RunFolderError)
     page = write_analysis(folder.path, result)
     console.print(f"analysis: {page}", highlight=False, soft_wrap=True)

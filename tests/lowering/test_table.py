@@ -10,8 +10,8 @@ from lowering.networks import CONVOLUTIONS, network, network_shapes
 from lowering.targets import for_targets
 from rich.console import Console
 
-from jaxqat.lowering import compile_for, lowering_table, print_lowering
-from jaxqat.lowering.table import in_bytes
+from jaxqat.commands.lowering import in_bytes, print_lowering
+from jaxqat.lowering import compile_for, lowering_table
 
 
 def printed(compiled, width=160):
