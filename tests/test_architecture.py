@@ -34,14 +34,14 @@ INSIDE = {
         *("_convert", "_execute", "_store", "_verify"),
     ),
     "pipeline": (
-        *("hashing", "terminal", "results", "data", "models", "metrics"),
+        *("hashing", "terminal", "results", "measurements", "data", "models", "metrics"),
         *("training", "checkpoint", "report"),
         *("config", "networks", "evaluation", "run", "stages", "display", "integer_networks"),
         *("post_training", "takeover"),
     ),
 }
-# Parts of the pipeline that know none of the others, apart from what these two say.
-SHARED = ("hashing", "results")
+# Parts of the pipeline that know none of the others, apart from what these say.
+SHARED = ("hashing", "results", "measurements")
 INDEPENDENT = ("data", "models", "metrics", "training", "checkpoint", "report")
 # Third-party packages that only the named parts import.
 OWNERS = {

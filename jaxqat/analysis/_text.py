@@ -21,8 +21,8 @@ def aligned(rows: Sequence[Sequence[str]], *, texts: int = 1) -> Iterator[str]:
 
 
 def decibels(ratio: float | None) -> str:
-    """Return a ratio in dB as text; a dash for None."""
-    return "–" if ratio is None else f"{ratio:.1f}"
+    """Return a ratio in dB as text, with a true minus sign; a dash for None."""
+    return "–" if ratio is None else f"{ratio:.1f}".replace("-", "−")
 
 
 def percent(share: float | None) -> str:

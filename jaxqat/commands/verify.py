@@ -18,9 +18,9 @@ from jaxqat.pipeline.integer_networks import (
     load_network,
     verify_network,
 )
+from jaxqat.pipeline.measurements import Comparison, SplitName
 from jaxqat.pipeline.networks import matmul_precision
 from jaxqat.pipeline.post_training import restore_quantized
-from jaxqat.pipeline.results import to_json
 from jaxqat.pipeline.run.folder import RunFolder
 from jaxqat.pipeline.run.results import describe_run, verification_result
 
@@ -33,7 +33,7 @@ def verify(
     *,
     stage: Literal["qat", "ptq"] = "qat",
     format: Literal["onnx", "openvino"] | None = None,
-    split: Literal["test", "train", "validation"] = "test",
+    split: SplitName = "test",
     console: Console | None = None,
 ) -> Verification:
     """Compare every code of the integer network with the network it was converted from.
@@ -80,7 +80,7 @@ def verify(
     counted = verification_result(verification)
     print_verification(f"{experiment.name}: {networks_compared}", counted, console or Console())
     info = describe_run(experiment, dataset, None)
-    result = {**to_json(info), "of": networks_compared, **to_json(counted)}
+    result = Comparison(**vars(info), **vars(counted), of=networks_compared)
     parts = ("verify", None if stage == "qat" else stage, format, split)
     folder.write_evaluation("_".join(filter(None, parts)), result)
     return verification

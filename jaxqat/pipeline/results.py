@@ -1,18 +1,19 @@
 """What a run achieved, as typed data: the content of results.json.
 
-`write` and `read` are the only way in and out of that file, so that what one part of the pipeline
-writes is what another part reads. Keys that are absent from the file have their default.
+`write` and `read` are the only way in and out of that file and of those of `measurements`, so that
+what one part of the pipeline writes is what another part reads. Keys that are absent from a file
+have their default.
 """
 
 import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from jaxqat.errors import JaxqatError
 from jaxqat.integer._store.files import write_json
-from jaxqat.integer._store.typed_json import TypedJson
+from jaxqat.integer._store.typed_json import CodecError, TypedJson
 
 TRAINED_STAGES = ("fp32", "qat")
 """Stages that are trained, in order; each has checkpoints."""
@@ -263,9 +264,10 @@ class Environment:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunInfo:
-    """What identifies a run.
+    """What identifies a run; each file of measurements begins with it.
 
     Attributes:
+        WRITTEN_BY: Command that writes the file.
         name: Name of the experiment.
         seed: Its seed.
         precision: Precision of products in float.
@@ -275,6 +277,8 @@ class RunInfo:
         command: What was typed.
     """
 
+    WRITTEN_BY: ClassVar[str] = "jaxqat train"
+
     name: str
     seed: int
     precision: str
@@ -282,6 +286,9 @@ class RunInfo:
     data: dict[str, Any]
     environment: Environment
     command: str | None = None
+
+
+Measurement = TypeVar("Measurement", bound=RunInfo)
 
 
 class Tested(NamedTuple):
@@ -348,20 +355,26 @@ def to_json(value: Any) -> dict[str, Any]:
     return _JSON.encode(value, type(value))
 
 
-def write(path: Path, results: Results, *, error: type[JaxqatError]) -> None:
-    """Replace results.json in one step.
+def write(path: Path, measurement: RunInfo, *, error: type[JaxqatError]) -> None:
+    """Create or replace a file in one step.
 
     Raises:
-        error: If it cannot be written.
+        error: If it cannot be written, or a value is not of its declared type; names the file and
+            the key.
     """
-    write_json(path, to_json(results), error=error)
+    try:
+        content = to_json(measurement)
+    except CodecError as problem:
+        raise error(f"{path}: cannot be written: {problem}") from problem
+    write_json(path, content, error=error)
 
 
-def read(path: Path, *, error: type[JaxqatError]) -> Results:
-    """Read results.json.
+def read(path: Path, of: type[Measurement], *, error: type[JaxqatError]) -> Measurement:
+    """Read a file that `write` wrote.
 
     Args:
         path: The file.
+        of: Class of its content.
         error: What to raise.
 
     Raises:
@@ -369,16 +382,14 @@ def read(path: Path, *, error: type[JaxqatError]) -> Results:
             file and the key.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as problem:
-        raise error(f"{path} is missing: the run has not been evaluated yet.") from problem
+        raise error(f"{path} is missing: `{of.WRITTEN_BY}` writes it.") from problem
     except (OSError, UnicodeDecodeError) as problem:
         raise error(f"{path} cannot be read: {problem}.") from problem
-    try:
-        content = json.loads(text)
     except ValueError as problem:
         raise error(f"{path} is not JSON: {problem}.") from problem
     try:
-        return _JSON.decode(content, Results)
+        return _JSON.decode(content, of)
     except ValueError as problem:
         raise error(f"{path} is broken: {problem}") from problem

@@ -145,7 +145,7 @@ def test_another_recipe_and_other_batches_replace_what_was_there_and_are_recorde
     assert verification.differing == 0 and not verification.failures
     assert (run / "evaluations/verify_ptq_test.json").is_file()
     scores = evaluate.evaluate(run, stage="ptq", console=console)
-    assert scores["metrics"] == entry["test"] and scores["step"] == STEPS
+    assert to_json(scores.metrics) == entry["test"] and scores.step == STEPS
     output = run / "ptq.stablehlo"
     export.export(run, output, format="stablehlo", stage="ptq", console=console)
     from jaxqat.export._stablehlo import load_stablehlo

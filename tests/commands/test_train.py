@@ -17,7 +17,8 @@ from jaxqat.pipeline.checkpoint import CheckpointError
 from jaxqat.pipeline.config import config_hash
 from jaxqat.pipeline.data import DataError, load_dataset
 from jaxqat.pipeline.evaluation import Predictor
-from jaxqat.pipeline.results import to_json
+from jaxqat.pipeline.measurements import Evaluation
+from jaxqat.pipeline.results import read, to_json
 from jaxqat.pipeline.run.folder import RunFolder, RunFolderError
 from jaxqat.pipeline.training import DivergedError, Stopped
 
@@ -172,13 +173,13 @@ def test_evaluate_needs_the_folder_only_and_writes_nothing_but_evaluations(
     after = files(run)
     assert after.pop(added)
     assert after == before
-    assert result == json.loads((run / added).read_text())
-    assert result["step"] == STEPS
+    assert read(run / added, Evaluation, error=RunFolderError) == result
+    assert (result.stage, result.split, result.step) == (stage, split, STEPS)
     if split == "test":
-        expected = json.loads((run / "results.json").read_text())[stage]["test"]
-        assert result["metrics"] == expected
+        expected = {t.key: t.test for t in RunFolder(run).read_results().tested()}
+        assert result.metrics == expected[stage]
     else:
-        assert result["metrics"]["n"] == 100
+        assert result.metrics.n == 100
     assert f"{stage} at step {STEPS}" in console.file.getvalue()
 
 
@@ -241,7 +242,7 @@ def test_select_best_goes_on_from_the_best_checkpoint_and_tests_it(
     train.train(tiny(**changes), tmp_path, console=console)
     for stage in ("fp32", "qat", "integer"):
         result = evaluate.evaluate(tmp_path, stage=stage, console=console)
-        assert result["step"] == STEPS_PER_EPOCH
+        assert result.step == STEPS_PER_EPOCH
     kernels = {}
     for stage, step in (("fp32", 6), ("fp32", 12), ("qat", 6)):
         info = tmp_path / "checkpoints" / stage / str(step) / "info" / "metadata"
@@ -283,7 +284,7 @@ def test_infinite_loss_stops_and_keeps_what_was_good(tmp_path, small_network, co
     assert (tmp_path / "checkpoints" / "fp32" / str(STEPS)).is_dir()
     assert {r["stage"] for r in RunFolder(tmp_path).read_metrics()} == {"fp32"}
     assert not (tmp_path / "results.json").exists()
-    assert evaluate.evaluate(tmp_path, stage="fp32", console=console)["metrics"]["n"] == 40
+    assert evaluate.evaluate(tmp_path, stage="fp32", console=console).metrics.n == 40
 
 
 def test_another_config_is_refused_and_nothing_changes(finished, console):

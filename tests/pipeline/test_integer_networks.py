@@ -67,13 +67,13 @@ def test_it_is_evaluated_without_any_checkpoint(run, console):
     shutil.rmtree(run / "checkpoints")
     (run / "results.json").unlink()
     result = evaluate.evaluate(run, console=console)
-    assert result["stage"] == "integer"
+    assert result.stage == "integer"
 
 
 def test_evaluation_gives_the_metrics_of_the_run(run, console):
     result = evaluate.evaluate(run, stage="integer", console=console)
-    assert result["metrics"] == results_of(run)["integer"]["test"]
-    assert result["step"] == STEPS
+    assert to_json(result.metrics) == results_of(run)["integer"]["test"]
+    assert result.step == STEPS
 
 
 @pytest.mark.parametrize("name", ["graph.json", "arrays.npz", "SHA256SUMS"])
@@ -162,7 +162,7 @@ def test_a_network_that_cannot_be_converted_costs_nothing_but_itself(
     assert "This run has no integer network." in page and reason in page
     with pytest.raises(RunFolderError, match=r"could not be converted.*(\n.*)*block_conv"):
         evaluate.evaluate(tmp_path, console=console)
-    assert evaluate.evaluate(tmp_path, stage="qat", console=console)["metrics"]["n"] == 40
+    assert evaluate.evaluate(tmp_path, stage="qat", console=console).metrics.n == 40
     before = files(tmp_path)
     train.train(settings, tmp_path, console=console)
     assert files(tmp_path) == before

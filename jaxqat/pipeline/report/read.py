@@ -48,7 +48,7 @@ def read_run(workdir: Path) -> Run:
     return Run(
         config=_parse_config(config_text, workdir / "config.yaml"),
         config_text=config_text,
-        results=results.read(workdir / "results.json", error=ReportError),
+        results=results.read(workdir / "results.json", Results, error=ReportError),
         epochs=_read_epochs(workdir / "metrics.jsonl"),
         samples=read_samples(workdir),
     )

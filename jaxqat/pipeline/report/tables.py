@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from jaxqat.analysis._text import decibels, percent
 from jaxqat.pipeline.report import paper
 from jaxqat.pipeline.report.figures import MAX_NAMED_CLASSES
 from jaxqat.pipeline.report.read import Run
@@ -22,11 +23,6 @@ def title(results: Results) -> str:
     """Return what the run did to the bits: 'FP32 to W4A4'."""
     last = results.qat or results.ptq
     return "FP32" if last is None else f"FP32 to {last.bits}"
-
-
-def percent(fraction: float) -> str:
-    """Return a fraction of 1 in percent; with 10,000 test images it moves by 0.01 %."""
-    return f"{100 * fraction:.2f}"
 
 
 def minus(text: str) -> str:
@@ -145,11 +141,6 @@ def verification(results: Results) -> dict[str, Any] | None:
 
 def _differences(counted: TensorDifferences | VerificationResult) -> list[str]:
     return [count(n) for n in (counted.codes, counted.differing, counted.largest)]
-
-
-def decibels(ratio: float | None) -> str:
-    """Return a ratio in dB as text."""
-    return DASH if ratio is None else minus(f"{ratio:.1f}")
 
 
 def post_training(results: Results) -> dict[str, Any] | None:

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from jaxqat.errors import InputError
-from jaxqat.integer._store.files import write_atomically, write_json
+from jaxqat.integer._store.files import write_atomically
 from jaxqat.pipeline import config as configs
 from jaxqat.pipeline import results
 from jaxqat.pipeline.config import Experiment
+from jaxqat.pipeline.measurements import Comparison, Evaluation, RunAnalysis
 from jaxqat.pipeline.results import Results
 
 
@@ -109,7 +110,7 @@ class RunFolder:
         Raises:
             RunFolderError: If it is missing or broken; names the key.
         """
-        return results.read(self.results, error=RunFolderError)
+        return results.read(self.results, Results, error=RunFolderError)
 
     def find_results(self) -> Results | None:
         """Read results.json; None if there is none yet.
@@ -140,7 +141,7 @@ class RunFolder:
                 break
         return records
 
-    def write_evaluation(self, name: str, result: Mapping[str, Any]) -> Path:
+    def write_evaluation(self, name: str, result: Evaluation | Comparison) -> Path:
         """Write a measurement to RUN/evaluations/NAME.json.
 
         Raises:
@@ -151,8 +152,16 @@ class RunFolder:
             path.parent.mkdir(exist_ok=True)
         except OSError as error:
             raise RunFolderError(f"{path.parent}: cannot be made: {error.strerror}.") from error
-        write_json(path, result, error=RunFolderError)
+        results.write(path, result, error=RunFolderError)
         return path
+
+    def write_analysis(self, result: RunAnalysis) -> None:
+        """Replace analysis.json in one step.
+
+        Raises:
+            RunFolderError: If it cannot be written.
+        """
+        results.write(self.analysis, result, error=RunFolderError)
 
     def truncate_metrics(self, stage: str, last_step: int) -> None:
         """Remove the epochs of a stage that end after a step, which will be repeated."""

@@ -1,13 +1,17 @@
 """The run folder: one process, one experiment, nothing half-written."""
 
+import dataclasses
 import json
 import os
 
 import pytest
 import tiny_run
+from pipeline.report import made_up
 from tiny_run import tiny, without_privileges
 
 from jaxqat.pipeline.config import to_yaml
+from jaxqat.pipeline.measurements import Evaluation
+from jaxqat.pipeline.results import read
 from jaxqat.pipeline.run.folder import (
     RunFolder,
     RunFolderError,
@@ -121,15 +125,16 @@ def test_a_line_that_a_killed_process_cut_short_is_dropped(tmp_path):
 
 def test_a_file_that_cannot_be_replaced_stays_as_it_was(tmp_path, monkeypatch):
     folder = RunFolder(tmp_path)
-    path = folder.write_evaluation("a", {"a": 1})
+    before = made_up.evaluation()
+    path = folder.write_evaluation("a", before)
 
     def fail(descriptor):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(RunFolderError, match=r"a.json: cannot be written: No space left"):
-        folder.write_evaluation("a", {"a": 2})
-    assert json.loads(path.read_text()) == {"a": 1}
+        folder.write_evaluation("a", dataclasses.replace(before, step=13))
+    assert read(path, Evaluation, error=RunFolderError) == before
     assert list(path.parent.iterdir()) == [path]
 
 
