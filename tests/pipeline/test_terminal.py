@@ -23,10 +23,10 @@ def test_text_is_printed_as_it_is(console):
 
 
 def test_a_narrow_terminal_folds_text_and_keeps_numbers_whole():
-    narrow = Console(file=io.StringIO(), width=30)
+    file = io.StringIO()
     rows = [("stage1/block0/conv1/input", "123,456,789")]
-    print_table("tensors", HEADER, rows, narrow)
-    lines = narrow.file.getvalue().splitlines()
+    print_table("tensors", HEADER, rows, Console(file=file, width=30))
+    lines = file.getvalue().splitlines()
     assert max(map(len, lines)) <= 30
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if "│" in line]
     assert "".join(text for text, _ in cells) == rows[0][0]
@@ -34,9 +34,10 @@ def test_a_narrow_terminal_folds_text_and_keeps_numbers_whole():
 
 
 def test_rows_are_red_where_the_caller_says_so():
-    colored = Console(file=io.StringIO(), width=80, force_terminal=True, color_system="standard")
+    file = io.StringIO()
+    colored = Console(file=file, width=80, force_terminal=True, color_system="standard")
     print_table("layers", HEADER, [("first", "1"), ("second", "2")], colored, red=[False, True])
-    lines = colored.file.getvalue().splitlines()
+    lines = file.getvalue().splitlines()
     for name, is_red in (("first", False), ("second", True)):
         (line,) = [line for line in lines if name in line]
         assert ("\x1b[1;31m" in line) is is_red
