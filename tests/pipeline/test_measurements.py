@@ -88,11 +88,17 @@ def test_what_is_wrong_is_named_by_file_and_key(tmp_path, of, change, message):
         read(path, of, error=RunFolderError)
 
 
+@pytest.mark.parametrize(
+    ("of", "command"), [(Evaluation, "evaluate"), (Comparison, "verify"), (RunAnalysis, "analyze")]
+)
+def test_a_missing_file_is_named_with_the_command_that_writes_it(tmp_path, of, command):
+    with pytest.raises(RunFolderError, match=rf"file\.json is missing: `jaxqat {command}` writes"):
+        read(tmp_path / "file.json", of, error=RunFolderError)
+
+
 @of_each_file
-def test_a_file_that_is_cut_short_or_missing_is_named(tmp_path, of):
+def test_a_file_that_is_cut_short_is_named(tmp_path, of):
     path = tmp_path / "file.json"
-    with pytest.raises(RunFolderError, match=rf"file\.json is missing: `{of.WRITTEN_BY}` writes"):
-        read(path, of, error=RunFolderError)
     write(path, MADE_UP[of](), error=RunFolderError)
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(RunFolderError, match=r"file\.json is not JSON"):
