@@ -223,7 +223,7 @@ def test_images_of_different_sizes_are_refused_and_can_be_resized(
         {"train": (images, labels), "test": random_split(3, 4, (6, 6, 3))}, shape=(None, None, 3)
     )
 
-    with pytest.raises(DataError, match=r"All must be alike: set data.image_size"):
+    with pytest.raises(DataError, match=r"All must have one size: set data.image_size"):
         load_dataset(config(root, tmp_path))
     data = load_dataset(config(root, tmp_path, image_size=6))
 
@@ -237,7 +237,7 @@ def test_train_and_test_images_of_different_sizes_are_refused(prepare_tfds, tmp_
     splits = {"train": random_split(1, 5, (6, 6, 3)), "test": random_split(2, 5, (8, 8, 3))}
     root, _ = prepare_tfds(splits, shape=(None, None, 3))
 
-    with pytest.raises(DataError, match=r"they must be alike: set data.image_size"):
+    with pytest.raises(DataError, match=r"both must have one size: set data.image_size"):
         load_dataset(config(root, tmp_path))
 
 
