@@ -134,7 +134,7 @@ def test_a_file_that_cannot_be_replaced_stays_as_it_was(tmp_path, monkeypatch):
 
 
 def test_a_folder_without_config_is_no_run(tmp_path):
-    with pytest.raises(RunFolderError, match=r"is no run folder: it holds no config.yaml"):
+    with pytest.raises(RunFolderError, match=r"is not a run folder: it holds no config.yaml"):
         RunFolder(tmp_path).load_config()
 
 
