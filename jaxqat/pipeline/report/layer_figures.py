@@ -1,4 +1,4 @@
-"""The figures of the page of `jaxqat analyze`, as PNG bytes; see `figures` for their form."""
+"""The figures of the page that `jaxqat analyze` writes, as PNG bytes; like those in `figures`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,8 +17,8 @@ NAME_LENGTH = 26  # Letters of a layer's name that fit.
 def draw_noise(analysis: Mapping[str, Any], theme: Theme) -> bytes:
     """Draw the signal to quantization noise of every layer's weights, input and output, in order.
 
-    An input without a static range (each example has its own, or it is integer already, as that of
-    an embedding) has no entry among the tensors, and no dot.
+    An input has no dot if it has no static range: its range is dynamic, or, as in an embedding, its
+    values are integers.
     """
     ratios = {tensor["name"]: tensor["sqnr_db"] for tensor in analysis["tensors"]}
     layers = analysis["layers"]
@@ -38,36 +38,39 @@ def draw_noise(analysis: Mapping[str, Any], theme: Theme) -> bytes:
 
 
 def draw_sensitivity(analysis: Mapping[str, Any], theme: Theme) -> bytes:
-    """Draw the result with each layer quantized alone and with each in float; the worst on top."""
-    rows = analysis["sensitivity"]
+    """Draw the result with each layer alone quantized or in float; the most sensitive on top."""
+    layers = analysis["sensitivity"]
     labelled = analysis["real"]["accuracy"] is not None
     scores = [("sqnr_db", 1.0, "SQNR of the result (dB)")]
     scores += [("accuracy", 100.0, "Accuracy (%)")] if labelled else []
     with themed(theme):
-        figure, panels = _panels(len(scores), len(rows))
+        figure, panels = _panels(len(scores), len(layers))
         for axes, (key, scale, label) in zip(panels, scores, strict=True):
-            for way, name, marker, color in (
+            for variant, name, marker, color in (
                 ("alone", "quantized alone", "o", theme.validation),
                 ("without", "alone in float", "D", theme.train),
             ):
-                values = [None if r[way][key] is None else scale * r[way][key] for r in rows]
+                values = [
+                    None if layer[variant][key] is None else scale * layer[variant][key]
+                    for layer in layers
+                ]
                 _dots(axes, values, name, marker, color)
             if analysis["quantized"][key] is not None:
-                everything = {"color": theme.muted, "linewidth": 0.9, "linestyle": "--"}
+                style = {"color": theme.muted, "linewidth": 0.9, "linestyle": "--"}
                 value = scale * analysis["quantized"][key]
-                axes.axvline(value, label="all quantized", **everything)
+                axes.axvline(value, label="all quantized", **style)
             axes.set_xlabel(label)
             axes.xaxis.set_major_locator(MaxNLocator(4))
-        _name_rows(panels[0], [row["path"] for row in rows])
+        _name_rows(panels[0], [layer["path"] for layer in layers])
         _legend(figure, panels[0])
         return to_png(figure)
 
 
 def draw_histograms(tensors: Sequence[Mapping[str, Any]], theme: Theme) -> bytes:
-    """Draw histograms of tensors with the ranges of their codes, two per row, on a log scale.
+    """Draw histograms of tensors and their ranges, two per row, on a log scale.
 
     Args:
-        tensors: Entries of the analysis' `tensors`, at least one.
+        tensors: Entries of the analysis's `tensors`, at least one.
         theme: Colours of the figure.
     """
     rows = -(-len(tensors) // 2)
@@ -93,7 +96,7 @@ def _draw_histogram(axes: Axes, tensor: Mapping[str, Any], theme: Theme) -> None
     for end in ends:
         axes.axvline(end, color=theme.ink, linewidth=0.9, linestyle="--")
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(EngFormatter(sep=""))  # Without formulas, as the theme has it.
+    axes.yaxis.set_major_formatter(EngFormatter(sep=""))  # The theme does not parse formulas.
     axes.set_ylim(bottom=0.5)
     first = float(min(edges[used[0]], ends[0]))
     last = float(max(edges[used[-1] + 1], ends[1]))

@@ -128,7 +128,7 @@ def deploy(results: Results, test: Scores) -> Results:
     integer = IntegerResult(test=test, requantization="float", step=11_700, bits="W8A8")
     speed = Speed(evaluate_images_per_s=9120.0)
     size = SizeBytes(fp32=44_695_848, integer=11_248_816)
-    return results.adding("integer", integer, speed, verify=verification, size_bytes=size)
+    return results.with_network("integer", integer, speed, verify=verification, size_bytes=size)
 
 
 ENVIRONMENT = Environment(

@@ -185,7 +185,7 @@ def test_a_run_without_fine_tuning_compares_fp32_with_ptq(show):
         "11,250,000",
         "3.97",
     ]
-    assert "differs from the quantized network that it was made from: 7 codes differ." in page.text
+    assert "differs from the quantized network it was converted from: 7 codes differ." in page.text
 
 
 def test_codes_that_differ_are_counted_by_tensor_and_in_total(show):
@@ -246,11 +246,11 @@ def test_frozen_part_is_explained_only_where_there_is_one(write_run, undrawn):
 
 def test_selected_weights_are_said_to_be_selected(write_run, undrawn):
     workdir = write_run(fp32_epochs=2, qat_epochs=1)
-    assert "did best on the validation split" not in write_report(workdir).read_text()
+    assert "weights of best validation accuracy" not in write_report(workdir).read_text()
 
     with (workdir / "config.yaml").open("a") as file:
         file.write("select: best\n")
-    assert "did best on the validation split" in write_report(workdir).read_text()
+    assert "weights of best validation accuracy" in write_report(workdir).read_text()
 
 
 def test_same_run_gives_the_same_bytes(write_run):
