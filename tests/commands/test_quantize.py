@@ -212,4 +212,4 @@ def test_a_network_that_is_missing_or_damaged_says_how_to_make_it(run, small_net
     assert f"delete {run / 'ptq'} and run `jaxqat quantize {run}` again" in capsys.readouterr().err
     shutil.rmtree(run / "ptq")
     assert run_command("evaluate", run, "--stage", "ptq") == 2
-    assert f"`jaxqat quantize {run}` makes it" in capsys.readouterr().err
+    assert f"`jaxqat quantize {run}` creates it" in capsys.readouterr().err

@@ -142,7 +142,7 @@ def test_every_setting_that_matters_and_no_other_is_named(
 ):
     changes = {"seed": 1, "fp32__optimizer__learning_rate": 0.2, "data__train_limit": 90}
     error = refused(tmp_path, finished, capsys, **OTHERS, **changes)
-    assert "its FP32 network is of other settings" in error
+    assert "its FP32 network has other settings" in error
     named = [line.strip() for line in error.splitlines() if line.startswith("  ")]
     assert named == [
         "data.train_limit: 100 -> 90",
@@ -168,7 +168,7 @@ def test_an_unfinished_fp32_stage_is_refused(float_run, tmp_path, small_network,
 
 
 def test_what_is_no_run_folder_is_refused(tmp_path, small_network, capsys):
-    assert "is no run folder" in refused(tmp_path, tmp_path / "nothing", capsys)
+    assert "is not a run folder" in refused(tmp_path, tmp_path / "nothing", capsys)
 
 
 def test_other_data_is_refused(finished, tmp_path, small_network, capsys, monkeypatch):
@@ -177,7 +177,7 @@ def test_other_data_is_refused(finished, tmp_path, small_network, capsys, monkey
 
     monkeypatch.setattr("jaxqat.pipeline.takeover.check_data", check_other)
     error = refused(tmp_path, finished, capsys)
-    assert f"the data is not what the checkpoint of step {STEPS} was trained on: version" in error
+    assert f"the checkpoint of step {STEPS} was trained on other data. There -> here: version" in error
 
 
 def test_a_copy_that_fails_leaves_no_checkpoint_and_the_next_one_succeeds(
