@@ -89,13 +89,13 @@ def test_all_variants_take_the_same_images(small_network, monkeypatch):
 @pytest.mark.parametrize(
     ("factor", "message"),
     [
-        (0.0, "the cosine of their updates is 0.000, of at least 0.5"),
-        (-1.0, "the cosine of their updates is -1.000, of at least 0.5"),
-        (np.nan, "numbers that are not finite"),
+        (0.0, "the cosine of the two is 0.000, expected at least 0.5"),
+        (-1.0, "the cosine of the two is -1.000, expected at least 0.5"),
+        (np.nan, "the update of the first training step is not finite"),
     ],
-    ids=["still", "backwards", "nan"],
+    ids=["zero", "opposite", "nan"],
 )
-def test_a_step_that_trains_otherwise_is_refused_by_name(factor, message):
+def test_an_update_unlike_that_of_fp32_raises_an_error_with_the_precision(factor, message):
     update = [np.arange(6.0).reshape(2, 3), np.ones(2)]
     check_update("FP32", update, update)
     with pytest.raises(BenchmarkError, match="QAT: ") as refusal:
