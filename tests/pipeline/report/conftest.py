@@ -16,7 +16,7 @@ from jaxqat.pipeline.results import Results, SizeBytes, Speed, StageResult
 
 @pytest.fixture
 def write_run(tmp_path: Path) -> Callable[..., Path]:
-    """Writes a run folder; what the test does not name is the paper's run."""
+    """Function that writes a run folder; by default, a run like the paper's."""
 
     def write(
         *,

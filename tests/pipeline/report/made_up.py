@@ -23,7 +23,7 @@ CIFAR10 += ["dog", "frog", "horse", "ship", "truck"]
 
 
 def scores(class_names: Sequence[str], accuracy: float, *, seed: int, per_class: int = 100):
-    """Scores of a made-up classifier that errs towards the neighbouring classes."""
+    """Return scores of a made-up classifier that confuses neighbouring classes."""
     rng = np.random.default_rng(seed)
     k = len(class_names)
     labels = np.repeat(np.arange(k), per_class)
@@ -34,7 +34,7 @@ def scores(class_names: Sequence[str], accuracy: float, *, seed: int, per_class:
 
 
 def records(stage: str, epochs: int, *, frozen: int = 0, validation: bool = True):
-    """Lines of metrics.jsonl with curves that rise and fall as training does."""
+    """Return lines of metrics.jsonl with curves like those of training."""
     rng = np.random.default_rng(len(stage) + epochs)
     start = 0.4 if stage == "fp32" else 0.9
     for epoch in range(1, epochs + 1):
