@@ -65,7 +65,7 @@ def convert_and_test(
 
 
 def experiment_of(experiment: Experiment, graph: IntegerGraph) -> Experiment:
-    """Return the run's experiment with the recipe and the number of batches behind RUN/ptq."""
+    """Return the run's experiment with the recipe and the calibration batches of RUN/ptq."""
     origin: Any = graph.metadata
     quant = configs.from_dict({"quant": origin["recipe"]}).quant
     return with_quantization(experiment, quant, origin["calibration_batches"])

@@ -177,7 +177,7 @@ class PtqResult(IntegerResult):
         calibration_images: Number of images in these batches.
         preset: Name of the preset used instead of the config's recipe; None without one.
         recipe: The recipe.
-        size_bytes: Bytes of the network's arrays, as they are saved.
+        size_bytes: Bytes of the network's saved arrays.
         verify: The comparison with the quantized network; None if there was none.
     """
 
@@ -203,7 +203,7 @@ class SizeBytes:
 
     Attributes:
         fp32: All parameters, four bytes each.
-        integer: The arrays of QAT's integer network, as they are saved; None if there is none.
+        integer: The saved arrays of QAT's integer network; None if there is none.
     """
 
     fp32: int

@@ -13,7 +13,7 @@ class CheckpointConfig:
     """Newest checkpoints to keep per stage; 2 keeps one as a fallback."""
 
     keep_best: bool = True
-    """Whether to keep also the checkpoint with the best validation accuracy, if there is one."""
+    """Whether to also keep the checkpoint with the best validation accuracy, if there is one."""
 
     every_epochs: int = 1
     """Epochs between checkpoints; the last epoch always has one."""

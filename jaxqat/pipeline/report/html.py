@@ -43,7 +43,7 @@ def write_report(workdir: Path) -> Path:
         raise ReportError(f"{folder}: cannot be made: {error.strerror}.") from error
     for name, png in light.items():
         write_atomically(folder / f"{name}.png", png, error=ReportError)
-    # Written last, so that a new page never lies beside old figures.
+    # Written last, so that a new page never comes with old figures.
     write_atomically(path, page, error=ReportError)
     return path
 

@@ -45,7 +45,7 @@ class RunFolder:
 
     @property
     def results(self) -> Path:
-        """Scores and other measurements, written after each tested stage."""
+        """Scores and other measurements, written at the end of `train` and `quantize`."""
         return self.path / "results.json"
 
     @property

@@ -162,10 +162,10 @@ def make_dispatch(step: Callable, length: int) -> Callable:
 
 
 def dispatch_length(steps_per_epoch: int, limit: int) -> int:
-    """Return the steps per dispatch: the largest divisor of an epoch's steps in limit/2..limit.
+    """Return the steps per dispatch: at most `limit`, and a divisor of the epoch if possible.
 
-    A divisor saves compiling another dispatch for the rest of an epoch. If there is none, return
-    the limit.
+    A divisor saves compiling another dispatch for the rest of an epoch. Divisors of half the limit
+    or less are not used.
     """
     for length in range(min(limit, steps_per_epoch), limit // 2, -1):
         if steps_per_epoch % length == 0:
