@@ -39,8 +39,7 @@ def lowering(
 ) -> Compiled:
     """Show the kernels that a device's compiler makes of an integer network.
 
-    The network is compiled, not run: the device need not be present, its compiler must be
-    installed.
+    The network is compiled, not run: this needs the device's compiler, but not the device.
 
     Args:
         run: Run folder; without one, a ResNet-18 with random weights on 32x32 images is compiled.
@@ -55,9 +54,9 @@ def lowering(
         The compiled network.
 
     Raises:
-        RunFolderError: The folder is no run folder, or holds no integer network.
-        ArtifactError: The integer network is damaged.
-        LoweringError: An argument cannot be used, the compiler is not installed, or it fails.
+        RunFolderError: If the folder is not a run folder, or holds no integer network.
+        ArtifactError: If the integer network is damaged.
+        LoweringError: If an argument is invalid, or the compiler is not installed or fails.
     """
     name = _executor_for(get_target(target), executor)
     for option, value in (("batch_size", batch_size), ("width", width)):
@@ -78,7 +77,7 @@ def _network(run: Path | None, width: int | None) -> IntegerGraph:
         return random_network(WIDTH if width is None else width)
     if width is not None:
         raise LoweringError(
-            f"width is for the random ResNet-18 only; {run} has a network of its own."
+            f"width is for the random ResNet-18 only, and {run} has its own network."
         )
     folder = RunFolder(Path(run))
     folder.load_config()

@@ -1,8 +1,7 @@
-"""What a run achieved, as typed data: the content of results.json.
+"""The results of a run: the content of results.json as typed data.
 
-`write` and `read` are the only way in and out of that file and of those of `measurements`, so that
-what one part of the pipeline writes is what another part reads. Keys that are absent from a file
-have their default.
+All parts of the pipeline access this file and those of `measurements` by `write` and `read`, and so
+agree on their content. Keys missing from a file have their default.
 """
 
 import dataclasses
@@ -27,12 +26,12 @@ _JSON = TypedJson(defaults=True)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClassScores:
-    """Quality of the predictions for one class.
+    """Scores of the predictions for one class.
 
     Attributes:
         name: Name of the class.
-        precision: Share of its predictions that are right, 0..1.
-        recall: Share of its images that are found, 0..1.
+        precision: Share of its predictions that are correct, 0..1.
+        recall: Share of its images that are classified correctly, 0..1.
         f1: Harmonic mean of the two.
         support: Number of its images.
     """
@@ -46,13 +45,13 @@ class ClassScores:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scores:
-    """Quality of a classifier on a split.
+    """Scores of a classifier on a split.
 
     Attributes:
         accuracy: Share of the images that are classified correctly, 0..1.
-        precision: Mean over the classes, with equal weights.
-        recall: Likewise.
-        f1: Likewise.
+        precision: Precision, mean over the classes with equal weights.
+        recall: Recall, mean over the classes with equal weights.
+        f1: F1, mean over the classes with equal weights.
         loss: Mean cross-entropy, in nats.
         confusion_matrix: Counts of images, by true class (row) and predicted class (column).
         per_class: Scores of each class, in the order of the matrix.
@@ -80,7 +79,7 @@ class Scores:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Origin:
-    """The run that trained an FP32 stage, if another one did."""
+    """The other run that trained an FP32 stage."""
 
     name: str
     config_hash: str
@@ -92,10 +91,10 @@ class StageResult:
 
     Attributes:
         test: Scores on the test split.
-        train_seconds: Time that its epochs took.
+        train_seconds: Time of its epochs.
         epochs: Number of epochs.
         bits: Bits of weights and activations, such as 'W4A4'; None for a float network.
-        from_run: The run that trained it, if another one did.
+        from_run: The other run that trained it; None if this run did.
     """
 
     test: Scores
@@ -126,10 +125,10 @@ class TensorDifferences:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VerificationResult:
-    """An integer network compared with the quantized network that it was made from.
+    """An integer network compared with the quantized network it was converted from.
 
     Attributes:
-        tensors: Each tensor.
+        tensors: Differences of each tensor.
         images: Number of images.
         codes: Number of codes, all tensors together.
         differing: Number of codes that differ.
@@ -137,8 +136,8 @@ class VerificationResult:
         top1_flips: Images whose class differs between the two.
         top1_flips_fp32: Images whose class differs between the integer network and the same
             weights in float; None if that was not compared.
-        logits_only: Whether one of the two shows no tensor inside, so that only classes count.
-        failures: How the contract is broken; empty if it is kept.
+        logits_only: Whether one of the two gives no codes, so that only classes are compared.
+        failures: Conditions of the comparison that do not hold; empty if it passes.
     """
 
     tensors: tuple[TensorDifferences, ...]
@@ -159,7 +158,7 @@ class IntegerResult:
     Attributes:
         test: Scores on the test split.
         requantization: How accumulators become codes: 'float' or 'fixed_point'.
-        step: Training step of the checkpoint that it was made from.
+        step: Training step of the checkpoint that was converted.
         bits: Bits of weights and activations, such as 'W4A4'.
     """
 
@@ -174,12 +173,12 @@ class PtqResult(IntegerResult):
     """The integer network of post-training quantization.
 
     Attributes:
-        calibration_batches: Training batches that the activation ranges come from.
-        calibration_images: Images in these.
-        preset: Name of the recipe, if a preset was asked for instead of the config's recipe.
+        calibration_batches: Number of training batches used for calibration.
+        calibration_images: Number of images in these batches.
+        preset: Name of the preset used instead of the config's recipe; None without one.
         recipe: The recipe.
-        size_bytes: Bytes of the network's arrays, as they are saved.
-        verify: The comparison with the quantized network, if there was one.
+        size_bytes: Bytes of the network's saved arrays.
+        verify: The comparison with the quantized network; None if there was none.
     """
 
     calibration_batches: int
@@ -192,7 +191,7 @@ class PtqResult(IntegerResult):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Speed:
-    """Images per second of a network; training is None where nothing was trained."""
+    """Images per second of a network; those of training are None if nothing was trained."""
 
     evaluate_images_per_s: float
     train_images_per_s: float | None = None
@@ -204,7 +203,7 @@ class SizeBytes:
 
     Attributes:
         fp32: All parameters, four bytes each.
-        integer: The arrays of QAT's integer network, as they are saved; None if there is none.
+        integer: The saved arrays of QAT's integer network; None if there is none.
     """
 
     fp32: int
@@ -274,7 +273,7 @@ class RunInfo:
         config_hash: SHA-256 of its config.
         data: Fingerprint of the data.
         environment: Software and device.
-        command: What was typed.
+        command: The command line.
     """
 
     WRITTEN_BY: ClassVar[str] = "jaxqat train"
@@ -292,7 +291,7 @@ Measurement = TypeVar("Measurement", bound=RunInfo)
 
 
 class Tested(NamedTuple):
-    """A tested network: its key in results.json, its name for a reader, its scores."""
+    """A tested network: its key in results.json, its displayed name, its scores."""
 
     key: str
     name: str
@@ -335,7 +334,7 @@ class Results(RunInfo):
             raise ValueError(f"the networks have different numbers of classes: {sorted(counts)}.")
 
     def tested(self) -> Iterator[Tested]:
-        """Return the tested networks, in the order in which they are made."""
+        """Yield the tested networks, in the order in which a run makes them."""
         yield Tested("fp32", "FP32", self.fp32.test)
         if self.ptq is not None:
             yield Tested("ptq", f"PTQ {self.ptq.bits}, integer", self.ptq.test)
@@ -344,8 +343,8 @@ class Results(RunInfo):
         if self.integer is not None:
             yield Tested("integer", f"QAT {self.integer.bits}, integer", self.integer.test)
 
-    def adding(self, network: str, result: Any, speed: Speed, **more: Any) -> "Results":
-        """Return these results with one more network, or another one in its place."""
+    def with_network(self, network: str, result: Any, speed: Speed, **more: Any) -> "Results":
+        """Return these results with a network added or replaced."""
         speeds = {**self.speed, network: speed}
         return dataclasses.replace(self, **{network: result}, speed=speeds, **more)
 
@@ -356,7 +355,7 @@ def to_json(value: Any) -> dict[str, Any]:
 
 
 def write(path: Path, measurement: RunInfo, *, error: type[JaxqatError]) -> None:
-    """Create or replace a file in one step.
+    """Write a file atomically.
 
     Raises:
         error: If it cannot be written, or a value is not of its declared type; names the file and
@@ -375,11 +374,10 @@ def read(path: Path, of: type[Measurement], *, error: type[JaxqatError]) -> Meas
     Args:
         path: The file.
         of: Class of its content.
-        error: What to raise.
+        error: Exception to raise.
 
     Raises:
-        error: If it is missing, cannot be read, or its content is not as it should be; names the
-            file and the key.
+        error: If the file is missing or its content invalid; names the file and the key.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""The figures of the page of `jaxqat analyze`, as PNG bytes; see `figures` for their form."""
+"""The figures of the page that `jaxqat analyze` writes, as PNG bytes; like those in `figures`."""
 
 from collections.abc import Callable, Sequence
 
@@ -20,8 +20,8 @@ NAME_LENGTH = 26  # Letters of a layer's name that fit.
 def draw_noise(analysis: RunAnalysis, theme: Theme) -> bytes:
     """Draw the signal to quantization noise of every layer's weights, input and output, in order.
 
-    An input without a static range (each example has its own, or it is integer already, as that of
-    an embedding) has no entry among the tensors, and no dot.
+    An input has no dot if it has no static range: its range is dynamic, or, as in an embedding, its
+    values are integers.
     """
     ratios = {tensor.name: tensor.sqnr_db for tensor in analysis.tensors}
     layers = analysis.layers
@@ -41,7 +41,7 @@ def draw_noise(analysis: RunAnalysis, theme: Theme) -> bytes:
 
 
 def draw_sensitivity(analysis: RunAnalysis, theme: Theme) -> bytes:
-    """Draw the result with each layer quantized alone and with each in float; the worst on top."""
+    """Draw the result with each layer alone quantized or in float; the most sensitive on top."""
     rows = analysis.sensitivity
     scores: dict[str, Score] = {"SQNR of the result (dB)": lambda effect: effect.sqnr_db}
     if analysis.real.accuracy is not None:
@@ -72,10 +72,10 @@ def _draw_effects(axes: Axes, analysis: RunAnalysis, score: Score, theme: Theme)
 
 
 def draw_histograms(tensors: Sequence[TensorAnalysis], theme: Theme) -> bytes:
-    """Draw histograms of tensors with the ranges of their codes, two per row, on a log scale.
+    """Draw histograms of tensors and their ranges, two per row, on a log scale.
 
     Args:
-        tensors: Entries of the analysis' `tensors`, at least one.
+        tensors: Entries of the analysis's `tensors`, at least one.
         theme: Colours of the figure.
     """
     rows = -(-len(tensors) // 2)
@@ -101,7 +101,7 @@ def _draw_histogram(axes: Axes, tensor: TensorAnalysis, theme: Theme) -> None:
     for end in ends:
         axes.axvline(end, color=theme.ink, linewidth=0.9, linestyle="--")
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(EngFormatter(sep=""))  # Without formulas, as the theme has it.
+    axes.yaxis.set_major_formatter(EngFormatter(sep=""))  # The theme does not parse formulas.
     axes.set_ylim(bottom=0.5)
     first = float(min(edges[used[0]], ends[0]))
     last = float(max(edges[used[-1] + 1], ends[1]))

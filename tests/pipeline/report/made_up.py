@@ -25,7 +25,7 @@ CIFAR10 += ["dog", "frog", "horse", "ship", "truck"]
 
 
 def scores(class_names: Sequence[str], accuracy: float, *, seed: int, per_class: int = 100):
-    """Scores of a made-up classifier that errs towards the neighbouring classes."""
+    """Return scores of a made-up classifier that confuses neighbouring classes."""
     rng = np.random.default_rng(seed)
     k = len(class_names)
     labels = np.repeat(np.arange(k), per_class)
@@ -36,7 +36,7 @@ def scores(class_names: Sequence[str], accuracy: float, *, seed: int, per_class:
 
 
 def records(stage: str, epochs: int, *, frozen: int = 0, validation: bool = True):
-    """Lines of metrics.jsonl with curves that rise and fall as training does."""
+    """Return lines of metrics.jsonl with curves like those of training."""
     rng = np.random.default_rng(len(stage) + epochs)
     start = 0.4 if stage == "fp32" else 0.9
     for epoch in range(1, epochs + 1):
@@ -134,7 +134,7 @@ def deploy(results: Results, test: Scores) -> Results:
     integer = IntegerResult(test=test, requantization="float", step=11_700, bits="W8A8")
     speed = Speed(evaluate_images_per_s=9120.0)
     size = SizeBytes(fp32=44_695_848, integer=11_248_816)
-    return results.adding("integer", integer, speed, verify=verification(), size_bytes=size)
+    return results.with_network("integer", integer, speed, verify=verification(), size_bytes=size)
 
 
 ENVIRONMENT = Environment(

@@ -20,7 +20,7 @@ def undrawn(monkeypatch):
         monkeypatch.setattr(layer_figures, name, lambda *data, theme: b"a figure")
 
 
-def test_the_page_needs_nothing_else_and_holds_the_figures_in_both_colours(tmp_path):
+def test_the_page_is_self_contained_with_figures_in_both_themes(tmp_path):
     path = write_analysis(tmp_path, made_up())
     page = Page(path.read_text())
     assert path == tmp_path / "analysis.html" and list(tmp_path.iterdir()) == [path]
@@ -32,7 +32,7 @@ def test_the_page_needs_nothing_else_and_holds_the_figures_in_both_colours(tmp_p
     assert page.tables_outside_scroll == 0
 
 
-def test_layers_stand_with_the_most_sensitive_first(tmp_path, undrawn):
+def test_the_most_sensitive_layer_comes_first(tmp_path, undrawn):
     page = Page(write_analysis(tmp_path, made_up()).read_text())
     rows = [row for row in page.rows if row[0].startswith("block")]
     assert [row[0] for row in rows] == [f"block{i}/conv" for i in reversed(range(8))]
@@ -78,7 +78,7 @@ def test_names_are_shown_as_text_and_never_as_markup(tmp_path, undrawn):
     assert page.rows[-1][0] == odd
 
 
-def test_histograms_are_of_the_inputs_of_the_most_sensitive_layers_each_once():
+def test_histograms_show_the_inputs_of_the_most_sensitive_layers_once():
     names = [tensor.name for tensor in worst_tensors(made_up())]
     assert names == [f"block{i}/conv/input" for i in (7, 6, 5, 4, 3, 2)]
     assert [tensor.name for tensor in worst_tensors(made_up(2))] == ["block1/conv/input"]
