@@ -117,8 +117,7 @@ class IntegerGraph:
         return [node for node in self.nodes if tensor in node.inputs]
 
     def size_bytes(self) -> int:
-        """Return the stored bytes of packed weights, int32 biases and float32 multipliers.
-        """
+        """Return the bytes of the packed weights, int32 biases and float32 multipliers."""
         return sum(
             packed_size(p.weights.size, p.weight_bits) + p.bias.nbytes + p.multiplier.nbytes
             for p in self.products()
