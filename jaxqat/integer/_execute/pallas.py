@@ -28,30 +28,32 @@ class PallasCuda(Cuda):
     interpret: ClassVar[bool] = False
 
     def __init__(self, graph: g.IntegerGraph):
-        self._geometry = {p.name: self._supported(graph, p) for p in graph.products()}
+        self._geometry = {p.name: self._kernel_geometry(graph, p) for p in graph.products()}
         self.fused = {
             node.name: branch
             for node in graph.nodes
-            if isinstance(node, g.Add) and (branch := self._branch(graph, node)) is not None
+            if isinstance(node, g.Add) and (branch := self._fused_branch(graph, node)) is not None
         }
-        self._delayed = {branch.name for branch in self.fused.values()}
+        self._branch_names = {branch.name for branch in self.fused.values()}
         super().__init__(graph)
 
-    def _supported(self, graph: g.IntegerGraph, node: g.Product) -> pallas_tiles.Geometry | None:
+    def _kernel_geometry(
+        self, graph: g.IntegerGraph, node: g.Product
+    ) -> pallas_tiles.Geometry | None:
         if node.kind != "conv" or graph.requantization != "float" or len(node.window) != 2:
             return None
         if node.output not in graph.tensors:
             return None
         shape = graph.tensors[node.inputs[0]].shape
         where = {"strides": node.strides, "padding": node.padding, "dilation": node.dilation}
-        reason = pallas_tiles.supported(
+        reason = pallas_tiles.unsupported_reason(
             (1, *shape), node.weights, node.bias, groups=node.groups, **where
         )
         if reason is not None:
             return None
         return pallas_tiles.Geometry(size=shape[:2], window=node.window, **where)  # pyright: ignore[reportArgumentType]
 
-    def _branch(self, graph: g.IntegerGraph, add: g.Add) -> g.Product | None:
+    def _fused_branch(self, graph: g.IntegerGraph, add: g.Add) -> g.Product | None:
         """The convolution whose result nothing but this addition reads, on a branch's grid."""
         if len(add.inputs) != 2 or graph.output in add.inputs or add.inputs[0] == add.inputs[1]:
             return None
@@ -68,7 +70,7 @@ class PallasCuda(Cuda):
         geometry = self._geometry[node.name]
         if geometry is None:
             return super().prepare(node)
-        zero_in = self.zero(node.inputs[0])
+        zero_in = self.stored_zero(node.inputs[0])
         weights, bias = pallas_tiles.lay_out(
             node.weights, node.bias, geometry=geometry, zero_in=zero_in
         )
@@ -76,7 +78,7 @@ class PallasCuda(Cuda):
 
     def visited_nodes(self) -> Iterable[g.Node]:
         """Return the nodes whose result is in memory; fused branches are not."""
-        return (node for node in self.graph.nodes if node.name not in self._delayed)
+        return (node for node in self.graph.nodes if node.name not in self._branch_names)
 
     def node(
         self,
@@ -110,8 +112,8 @@ class PallasCuda(Cuda):
             branch_high=tensor.high,
             branch_multiplier=int(node.multipliers[side]),
         )
-        own, codes = parameters[branch.name], values[branch.inputs[0]]
-        return self._convolve(branch, own, codes, node.output, residual)
+        arrays, codes = parameters[branch.name], values[branch.inputs[0]]
+        return self._convolve(branch, arrays, codes, node.output, residual)
 
     def product(self, node: g.Product, arrays: dict[str, Array], x: Array) -> Array:
         """Compute a convolution or a dense layer with its requantization."""
@@ -122,7 +124,7 @@ class PallasCuda(Cuda):
     def _convolve(
         self,
         node: g.Product,
-        own: dict[str, Array],
+        arrays: dict[str, Array],
         codes: Array,
         output: str,
         residual: pallas_conv.Residual | None,
@@ -131,9 +133,9 @@ class PallasCuda(Cuda):
         assert geometry is not None
         return pallas_conv.convolve(
             codes,
-            own["weights"],
-            own["bias"],
-            own["multiplier"],
+            arrays["weights"],
+            arrays["bias"],
+            arrays["multiplier"],
             geometry=geometry,
             zero_out=tensor.zero_point,
             low=tensor.low,

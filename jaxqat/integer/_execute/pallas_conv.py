@@ -207,7 +207,7 @@ def _kernel(plan: _Plan, x_ref, w_ref, b_ref, m_ref, *refs) -> None:
     rows, columns = pl.ds(row, tile.rows), pl.ds(column, tile.outputs)
     in_columns = _before_end(column, tile.outputs, plan.outputs)
     in_rows = _before_end(row, tile.rows, plan.rows)
-    in_tile = _outer(in_rows, in_columns, (tile.rows, tile.outputs))
+    in_tile = _outer_mask(in_rows, in_columns, (tile.rows, tile.outputs))
 
     sums = _accumulate(plan, _bias(plan, b_ref, row, column), x_ref, w_ref, row, column)
     multiplier = plgpu.load(m_ref.at[columns], mask=in_columns)
@@ -225,15 +225,15 @@ def _bias(plan: _Plan, b_ref, row: Array, column: Array) -> Int32[Array, "m o"]:
     inner = min(inner, plan.bias_rows - 1)  # Without inner pixels, it stands for the last one.
     in_columns = _before_end(column, tile.outputs, plan.outputs)
     usual = plgpu.load(
-        b_ref.at[pl.ds(inner, 1), columns], mask=_outer(None, in_columns, (1, tile.outputs))
+        b_ref.at[pl.ds(inner, 1), columns], mask=_outer_mask(None, in_columns, (1, tile.outputs))
     )
     usual = jnp.broadcast_to(usual, shape)
     if plan.bias_rows == 1:
         return usual
     _, y, x = _pixels(plan, row)
-    edge = _class(vertical, y) * horizontal.count + _class(horizontal, x)
+    edge = _edge_class(vertical, y) * horizontal.count + _edge_class(horizontal, x)
     channel = column + lax.iota(jnp.int32, tile.outputs)
-    mask = _outer(edge != inner, in_columns, shape)
+    mask = _outer_mask(edge != inner, in_columns, shape)
     return plgpu.load(b_ref.at[edge[:, None], channel[None, :]], mask=mask, other=usual)
 
 
@@ -244,7 +244,7 @@ def _accumulate(
     tile, depth = plan.tile, plan.tile.block
     codes_at = _codes_at(plan, row)
     in_columns = _before_end(column, tile.outputs, plan.outputs)
-    weights_mask = _outer(in_columns, None, (tile.outputs, depth))
+    weights_mask = _outer_mask(in_columns, None, (tile.outputs, depth))
 
     def add_block(i: Array, acc: Array) -> Array:
         start = i.astype(jnp.int32) * depth  # With jax_enable_x64, a loop counts in int64.
@@ -309,7 +309,7 @@ def _pixels(plan: _Plan, row: Array) -> tuple[Array, Array, Array]:
     return image, line - image * height, pixel - line * width
 
 
-def _class(edges: Edges, position: Array) -> Array:
+def _edge_class(edges: Edges, position: Array) -> Array:
     """Number of a position's class."""
     return jnp.minimum(position, edges.before) + jnp.maximum(position - (edges.after - 1), 0)
 
@@ -319,7 +319,7 @@ def _before_end(start: Array, size: int, end: int) -> Bool[Array, "size"] | None
     return None if end % size == 0 else start + lax.iota(jnp.int32, size) < end
 
 
-def _outer(rows: Array | None, columns: Array | None, shape: tuple[int, int]) -> Array | None:
+def _outer_mask(rows: Array | None, columns: Array | None, shape: tuple[int, int]) -> Array | None:
     """Mask of a tile from masks of its rows and of its columns."""
     if rows is None:
         return None if columns is None else jnp.broadcast_to(columns[None, :], shape)

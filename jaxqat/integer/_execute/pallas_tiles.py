@@ -135,7 +135,7 @@ def padded_depth(window: Pair, channels: int) -> int:
     return -(-depth // block) * block
 
 
-def supported(
+def unsupported_reason(
     shape: tuple[int, ...],
     weights: np.ndarray,
     bias: np.ndarray,
@@ -172,7 +172,7 @@ def supported(
     codes_out = shape[0] * math.prod(geometry.output) * outputs
     if (codes := max(codes_in, codes_out)) > LARGEST_TENSOR:
         return f"a tensor of {codes} codes has more than {LARGEST_TENSOR}"
-    return _overflow(weights, bias)
+    return _overflow_reason(weights, bias)
 
 
 def lay_out(
@@ -198,7 +198,7 @@ def lay_out(
     Raises:
         ValueError: If a sum can leave int32.
     """
-    if reason := _overflow(weights, bias):
+    if reason := _overflow_reason(weights, bias):
         raise ValueError(f"the kernel cannot compute this convolution: {reason}.")
     *window, channels, outputs = weights.shape
     taps = np.zeros((outputs, *window, padded_channels(channels)), np.int8)
@@ -213,7 +213,7 @@ def lay_out(
     return matrix, (bias - zero_in * met.reshape(-1, outputs)).astype(np.int32)
 
 
-def _overflow(weights: np.ndarray, bias: np.ndarray) -> str | None:
+def _overflow_reason(weights: np.ndarray, bias: np.ndarray) -> str | None:
     """Tensor cores saturate, so no partial sum may leave int32, a folded zero point included."""
     weights = np.abs(weights.astype(np.int64)).sum((0, 1, 2))
     largest = int((np.abs(bias.astype(np.int64)) + 256 * weights).max())

@@ -87,9 +87,7 @@ class Product(Node):
                 raise self.error(f"{field} is not positive and finite everywhere.")
         bound = self.accumulator_bound(source)
         if bound > np.iinfo(np.int32).max:
-            raise self.error(
-                f"its accumulator, bias included, can reach {bound}, beyond int32."
-            )
+            raise self.error(f"its accumulator, bias included, can reach {bound}, beyond int32.")
 
     def _check_arrays(self) -> None:
         types = {"weights": np.int8, "bias": np.int32}

@@ -168,9 +168,7 @@ def _check_sums(folder: Path, files: Mapping[str, bytes]) -> None:
         if line not in expected
     ]  # fmt: skip
     names = " and ".join(str(folder / name) for name in damaged) or str(folder / SUMS_FILE)
-    raise ArtifactError(
-        f"{names}: damaged: content and SHA-256 in {folder / SUMS_FILE} differ."
-    )
+    raise ArtifactError(f"{names}: damaged: content and SHA-256 in {folder / SUMS_FILE} differ.")
 
 
 def _unpack(path: Path, content: bytes) -> dict[str, np.ndarray]:

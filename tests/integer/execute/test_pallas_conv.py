@@ -20,7 +20,7 @@ from jaxqat.integer._execute.pallas_tiles import (
     choose_tile,
     lay_out,
     padded_depth,
-    supported,
+    unsupported_reason,
 )
 
 NONE, ONE, THREE = ((0, 0), (0, 0)), ((1, 1), (1, 1)), ((3, 3), (3, 3))
@@ -277,7 +277,7 @@ def test_what_the_kernel_cannot_compute_has_a_reason(shape, weights, more, reaso
     axes = len(shape) - 2
     arrays = np.ones(weights, np.int8), np.zeros(weights[-1], np.int32)
     options = {"strides": (1,) * axes, "padding": ((0, 0),) * axes, **more}
-    assert reason in (supported(shape, *arrays, **options) or "")
+    assert reason in (unsupported_reason(shape, *arrays, **options) or "")
 
 
 def test_sums_that_could_saturate_are_refused():
@@ -286,9 +286,9 @@ def test_sums_that_could_saturate_are_refused():
     edge = 2**31 - 1 - 256 * 4 * 127
     options = {"strides": (1, 1), "padding": NONE}
     fits = np.array([edge, -edge], np.int32)
-    assert supported((1, 8, 8, 4), weights, fits, **options) is None
+    assert unsupported_reason((1, 8, 8, 4), weights, fits, **options) is None
     beyond = fits + np.array([0, -1], np.int32)
-    assert "beyond int32" in (supported((1, 8, 8, 4), weights, beyond, **options) or "")
+    assert "beyond int32" in (unsupported_reason((1, 8, 8, 4), weights, beyond, **options) or "")
     with pytest.raises(ValueError, match=r"can reach 2147483648, beyond int32"):
         lay_out(weights, beyond, geometry=geometry, zero_in=0)
 
