@@ -1,8 +1,9 @@
-"""Execution on NVIDIA GPUs from sm_80 on with a kernel that writes s8 codes itself.
+"""Execution on NVIDIA GPUs from sm_80 on, with a convolution kernel that writes s8 codes.
 
-Every two-dimensional convolution is one Pallas kernel with its requantization; that of a residual
-block adds the shortcut too. Nothing wider than s8 goes to memory between layers. What the kernel
-does not compute (grouped, one- and three-dimensional convolutions, fixed point) runs as in `Cuda`.
+Each two-dimensional convolution and its requantization are one Pallas kernel; at the end of a
+residual block the kernel adds the shortcut too. Between such layers, only s8 goes to memory. The
+kernel does not support grouped, one- and three-dimensional convolutions, fixed point or a real
+result; these run as in `Cuda`.
 """
 
 from collections.abc import Iterable, Mapping
@@ -18,11 +19,11 @@ from jaxqat.integer._execute.cuda import Cuda
 
 
 class PallasCuda(Cuda):
-    """Pallas convolutions; products that have no kernel go through cuDNN.
+    """Compute convolutions with the Pallas kernel, and all else as `Cuda`.
 
     Attributes:
-        interpret: Whether the kernels run as JAX operations, for tests without a GPU.
-        fused: The convolution that an addition is computed with, by the addition's name.
+        interpret: Whether to run the kernels as JAX operations, for tests without a GPU.
+        fused: Convolution whose kernel computes an addition, by the addition's name.
     """
 
     interpret: ClassVar[bool] = False
@@ -45,28 +46,28 @@ class PallasCuda(Cuda):
         if node.output not in graph.tensors:
             return None
         shape = graph.tensors[node.inputs[0]].shape
-        where = {"strides": node.strides, "padding": node.padding, "dilation": node.dilation}
+        options = {"strides": node.strides, "padding": node.padding, "dilation": node.dilation}
         reason = pallas_tiles.unsupported_reason(
-            (1, *shape), node.weights, node.bias, groups=node.groups, **where
+            (1, *shape), node.weights, node.bias, groups=node.groups, **options
         )
         if reason is not None:
             return None
         return pallas_tiles.Geometry(size=shape[:2], window=node.window, **where)  # pyright: ignore[reportArgumentType]
 
     def _fused_branch(self, graph: g.IntegerGraph, add: g.Add) -> g.Product | None:
-        """The convolution whose result nothing but this addition reads, on a branch's grid."""
+        """Return a convolution that only this addition reads, on a grid that the kernel can add."""
         if len(add.inputs) != 2 or graph.output in add.inputs or add.inputs[0] == add.inputs[1]:
             return None
         made_by = {p.output: p for p in graph.products() if self._geometry[p.name] is not None}
         for name, multiplier in zip(add.inputs, add.multipliers, strict=True):
             node, tensor = made_by.get(name), graph.tensors[name]
-            whole = multiplier in (1, 2) and tensor.zero_point == 0
-            if node is not None and whole and len(graph.readers(name)) == 1:
+            addable = multiplier in (1, 2) and tensor.zero_point == 0
+            if node is not None and addable and len(graph.readers(name)) == 1:
                 return node
         return None
 
     def prepare(self, node: g.Product) -> dict[str, np.ndarray]:
-        """What the kernel reads, or cuDNN."""
+        """Return weights and bias as the kernel reads them; without a kernel, as `Cuda`."""
         geometry = self._geometry[node.name]
         if geometry is None:
             return super().prepare(node)
@@ -77,7 +78,7 @@ class PallasCuda(Cuda):
         return {"weights": weights, "bias": bias}
 
     def visited_nodes(self) -> Iterable[g.Node]:
-        """Return the nodes whose result is in memory; fused branches are not."""
+        """Return all nodes except fused branches, whose results are not in memory."""
         return (node for node in self.graph.nodes if node.name not in self._branch_names)
 
     def node(
@@ -87,7 +88,7 @@ class PallasCuda(Cuda):
         images: Array,
         parameters: Mapping[str, Any],
     ) -> Array:
-        """Compute one node; an addition together with the branch that is fused with it."""
+        """Compute one node; an addition together with its fused branch."""
         branch = self.fused.get(node.name)
         if branch is None or not isinstance(node, g.Add):
             return super().node(node, values, images, parameters)
@@ -101,22 +102,22 @@ class PallasCuda(Cuda):
         values: Mapping[str, Array],
         parameters: Mapping[str, Any],
     ) -> Array:
-        side = node.inputs.index(branch.output)
-        other = node.inputs[1 - side]
+        index = node.inputs.index(branch.output)
+        other = node.inputs[1 - index]
         tensor = self.graph.tensors[branch.output]
         residual = pallas_conv.Residual(
             codes=values[other],
             zero_point=self.graph.tensors[other].zero_point,
-            multiplier=node.multipliers[1 - side],
+            multiplier=node.multipliers[1 - index],
             branch_low=tensor.low,
             branch_high=tensor.high,
-            branch_multiplier=int(node.multipliers[side]),
+            branch_multiplier=int(node.multipliers[index]),
         )
         arrays, codes = parameters[branch.name], values[branch.inputs[0]]
         return self._convolve(branch, arrays, codes, node.output, residual)
 
     def product(self, node: g.Product, arrays: dict[str, Array], x: Array) -> Array:
-        """Compute a convolution or a dense layer with its requantization."""
+        """Return a convolution or a dense layer with its requantization."""
         if self._geometry[node.name] is None:
             return super().product(node, arrays, x)
         return self._convolve(node, arrays, x, node.output, None)
