@@ -298,7 +298,7 @@ def mlp(m: Maker):
 
 
 def series(m: Maker):
-    """One spatial axis; a dense layer at each step of it."""
+    """One spatial axis, and a dense layer at each position."""
     x = m.max_pool("pool", m.conv("conv1", m.quantize(), 8, window=5), padding=0)
     x = m.dense("dense", x, 8)
     x = m.conv("conv2", x, 8, dilation=2)
@@ -315,7 +315,7 @@ def volume(m: Maker):
 
 
 def moves(m: Maker):
-    """Every way in which codes are moved; the result is a tensor of codes."""
+    """All kinds of moves; the result is a tensor of codes."""
     x = m.conv("conv1", m.quantize(), 6, relu=False)
     x = m.same(g.Move, "pad", x, kind="pad", padding=((0, 0), (1, 2), (0, 1), (0, 2)))
     x = m.same(g.Move, "turn", x, kind="transpose", axes=(0, 2, 1, 3))
