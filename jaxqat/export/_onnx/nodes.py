@@ -199,8 +199,8 @@ class OnnxWriter(GraphVisitor[str]):
         scales = weight_scales(node, source.scale, out)
         if scales is None:
             raise ExportError(
-                f"node {node.name!r}: ONNX needs multipliers that are float32 quotients of float32 "
-                "scales, (scale_in * weight_scale) / scale_out."
+                f"node {node.name!r}: its multipliers must be float32 quotients of float32 scales, "
+                "(scale_in * weight_scale) / scale_out, which ONNX needs."
             )
         spatial = len(source.shape) - 1
         weights = oriented_weights(node.weights, node.kind, spatial)
