@@ -52,7 +52,7 @@ class PallasCuda(Cuda):
         )
         if reason is not None:
             return None
-        return pallas_tiles.Geometry(size=shape[:2], window=node.window, **where)  # pyright: ignore[reportArgumentType]
+        return pallas_tiles.Geometry(size=shape[:2], window=node.window, **options)  # pyright: ignore[reportArgumentType]
 
     def _fused_branch(self, graph: g.IntegerGraph, add: g.Add) -> g.Product | None:
         """Return a convolution that only this addition reads, on a grid that the kernel can add."""
