@@ -70,10 +70,10 @@ def test_broken_file_is_named_with_its_problem(write_run, name, content, message
         (lambda r: r.update(layers=[{"kind": "conv"}]), r"layers\[0\]\.path: is missing"),
         (lambda r: r.update(speed=[1]), "speed: must be an object"),
         (lambda r: r.update(integer={"step": 1}), r"integer\.test: is missing"),
-        (lambda r: r.update(conversion_error=1), "conversion_error: must be a text"),
+        (lambda r: r.update(conversion_error=1), "conversion_error: must be a string"),
         (lambda r: r.update(verify=[]), "verify: must be an object"),
         (lambda r: r["verify"].pop("differing"), r"verify\.differing: is missing"),
-        (lambda r: r["verify"].update(failures=[1]), r"verify\.failures\[0\]: must be a text"),
+        (lambda r: r["verify"].update(failures=[1]), r"verify\.failures\[0\]: must be a string"),
         (
             lambda r: r["verify"]["tensors"][0].update(sqnr_db="40"),
             r"verify\.tensors\[0\]\.sqnr_db: must be a number",
