@@ -1,7 +1,7 @@
-"""Use the library alone: quantize, train by hand, convert, verify, save, export to StableHLO.
+"""Use only the library: quantize, train, convert, verify, save, export to StableHLO.
 
-Run by test_bare_library.py with the packages of every extra blocked, and by CI in an environment
-where they are not installed. It therefore uses no pytest and nothing but the core dependencies.
+test_bare_library.py runs this script with the packages of every extra blocked, CI in an environment
+without them. So it uses no pytest, and only the core dependencies.
 """
 
 import sys
@@ -15,7 +15,7 @@ import numpy as np
 
 import jaxqat
 
-# Without what Flax itself installs: optax, orbax-checkpoint, rich, PyYAML; and JAX: SciPy.
+# Not listed, as Flax and JAX install them: optax, orbax-checkpoint, rich, PyYAML; SciPy.
 EXTRAS = [
     "sklearn",
     "matplotlib",

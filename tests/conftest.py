@@ -1,4 +1,4 @@
-"""Tests run on the CPU, whatever else the machine has, and never touch a user's cache."""
+"""Run tests on the CPU, even on a machine with a GPU, and limit the memory maps of the process."""
 
 import gc
 import os
@@ -8,21 +8,21 @@ import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-# Linux allows a process 65,530 memory maps by default. A compiled kernel holds three of them while
-# its program lives, and at the limit XLA's CPU backend dies with SIGSEGV instead of raising an
-# error (jax issue 27201). One test here holds up to 20,000.
+# By default, Linux allows a process 65,530 memory maps. Each compiled kernel holds three while its
+# program exists, and at the limit XLA's CPU backend dies with SIGSEGV instead of raising an error
+# (jax issue 27201). One test here needs up to 20,000.
 MAX_MAPS = 8_000
 
 
 def memory_maps() -> int:
-    """Count the memory maps of this process; 0 where the system does not list them."""
+    """Count the memory maps of this process; 0 if the system does not list them."""
     path = Path("/proc/self/maps")
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def release_programs() -> None:
-    """Drop every compiled program that nothing else holds."""
-    import jax  # Not before the platform is set.
+    """Drop every compiled program without other references."""
+    import jax  # Only after the platform is set.
 
     jax.clear_caches()
     gc.collect()

@@ -1,4 +1,4 @@
-"""The import rules: who may know whom, read from the source."""
+"""The import rules, checked on the source: which part may import which."""
 
 import ast
 import subprocess
@@ -12,8 +12,8 @@ import jaxqat
 
 PACKAGE = Path(__file__).parent.parent / "jaxqat"
 
-# Each part with the others that it may import. The library comes first, and knows nothing of the
-# experiment (`pipeline`), the commands and the tools for developers.
+# The other parts that each part may import. The library comes first; it does not import the
+# experiment (`pipeline`), the commands or the tools for developers.
 PARTS: dict[str, set[str]] = {
     "quant": set(),
     "integer": {"quant"},
@@ -26,7 +26,7 @@ PARTS: dict[str, set[str]] = {
     "cli": {"quant", "integer", "export", "lowering", "pipeline", "bench", "commands"},
 }
 LIBRARY = ("quant", "integer", "export", "analysis")
-# The folders inside a part, in the order in which they may import: only from those before.
+# The folders and modules of a part, in order: each may import only those before it.
 INSIDE = {
     "quant": ("recipe", "_trace", "_numerics", "_forms", "_plan", "_interpret", "models"),
     "integer": (
@@ -34,14 +34,14 @@ INSIDE = {
         *("_convert", "_execute", "_store", "_verify"),
     ),
     "pipeline": (
-        *("hashing", "results", "data", "models", "metrics"),
+        *("hashing", "terminal", "results", "measurements", "data", "models", "metrics"),
         *("training", "checkpoint", "report"),
         *("config", "networks", "evaluation", "run", "stages", "display", "integer_networks"),
         *("post_training", "takeover"),
     ),
 }
-# Parts of the pipeline that know none of the others, apart from what these two say.
-SHARED = ("hashing", "results")
+# Of the pipeline, independent modules import no others but the shared ones.
+SHARED = ("hashing", "results", "measurements")
 INDEPENDENT = ("data", "models", "metrics", "training", "checkpoint", "report")
 # Third-party packages that only the named parts import.
 OWNERS = {
@@ -53,28 +53,28 @@ OWNERS = {
     "jinja2": {"pipeline.report"},
     "sklearn": {"pipeline.metrics", "pipeline.data"},
     "jsonargparse": {"pipeline.config", "cli", "commands"},
-    "rich": {"pipeline", "commands", "bench", "lowering", "cli"},
+    "rich": {"pipeline", "commands", "bench", "cli"},
     "onnx": {"export", "bench", "commands"},
     "onnxruntime": {"export", "bench", "commands"},
     "openvino": {"export"},
     "torch": {"bench"},
 }
-# Loaded by what needs them, when it needs them, and never by `import jaxqat`.
+# Imported only when needed, and never by `import jaxqat`.
 HEAVY = ("optax", "orbax", "tensorflow_datasets", "matplotlib", "jsonargparse", "sklearn")
 OPTIONAL = ("onnx", "onnxruntime", "openvino", "torch")
 
 
-# Functions that import what their argument names.
+# Functions that import the module named by their argument.
 IMPORTERS = ("importlib.import_module", "library")
 
 
 def module_of(path: Path) -> tuple[str, ...]:
-    """('quant', 'recipe') for jaxqat/quant/recipe.py."""
+    """Return ('quant', 'recipe') for jaxqat/quant/recipe.py."""
     return tuple(part.removesuffix(".py") for part in path.relative_to(PACKAGE).parts)
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Every module that a file imports, anywhere in it, by its full name."""
+    """Yield the full name of every module that a file imports, at any place."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -97,7 +97,7 @@ def of_jaxqat(path: Path) -> set[tuple[str, ...]]:
     return {tuple(parts[1:]) for parts in names if parts[0] == "jaxqat" and len(parts) > 1}
 
 
-def test_the_rules_are_about_modules_that_exist():
+def test_the_rules_cover_exactly_the_existing_modules():
     modules = {module_of(path) for path in SOURCES}
     assert set(PARTS) == {module[0] for module in modules} - {"__init__", "errors"}
     for part, inside in INSIDE.items():

@@ -1,4 +1,4 @@
-"""The library part needs none of the extras: its script runs with their packages blocked."""
+"""The library needs none of the extras: a script runs with their packages blocked."""
 
 import subprocess
 import sys
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import bare_library
 
-# Flax imports orbax-checkpoint and optax itself; whether jaxqat does is test_architecture.py's.
+# Flax imports orbax-checkpoint and optax; test_architecture.py checks that jaxqat does not.
 BLOCKED = """
 import sys, runpy
 class Blocker:

@@ -1,4 +1,4 @@
-"""The command: exit statuses, messages, signals; in processes of their own where those matter."""
+"""The command line: exit statuses, messages, signals; in separate processes where necessary."""
 
 import functools
 import importlib.util
@@ -24,7 +24,7 @@ from jaxqat.pipeline import config
 ROOT = Path(__file__).parent.parent
 TRAIN = train.train
 open_tmp = tiny_run.open_tmp
-# The command with a small network, by a path that says where the library is.
+# The command with a small network.
 COMMAND = [sys.executable, str(ROOT / "tests" / "tiny_run.py")]
 
 
@@ -36,7 +36,7 @@ def config_file(tmp_path_factory) -> Path:
 
 
 def start(*arguments: object, compiled: Path | None = None) -> subprocess.Popen:
-    """Start the command; `compiled` is where it finds programs that were compiled before."""
+    """Start the command; `compiled` is a folder for its cache of compiled programs."""
     paths = (str(ROOT), os.environ.get("PYTHONPATH", ""))
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     if compiled is not None:
@@ -54,7 +54,7 @@ def start(*arguments: object, compiled: Path | None = None) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str, str]:
-    """Exit status, what was printed, and the errors; the process ends in any case."""
+    """Return exit status, stdout and stderr; kill the process after a timeout."""
     try:
         out, err = process.communicate(timeout=300)
     except subprocess.TimeoutExpired:
@@ -79,7 +79,7 @@ def interrupt(process: subprocess.Popen, run: Path, stage: str, signum: int) -> 
 
 
 def arrays(run: Path) -> list[dict]:
-    """SHA-256 of all arrays at the end of both stages."""
+    """Return the SHA-256 of all arrays at the end of both stages."""
     paths = [run / "checkpoints" / s / str(STEPS) / "info" / "metadata" for s in ("fp32", "qat")]
     return [json.loads(path.read_text())["arrays"] for path in paths]
 
@@ -96,7 +96,7 @@ def compiled(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, config_file) -> Path:
-    """A run that nothing interrupted, all of it compiled afresh."""
+    """An uninterrupted run, compiled without a cache."""
     run = tmp_path_factory.mktemp("finished") / "run"
     status, out, err = finish(start("train", "--config", config_file, "--workdir", run))
     assert status == 0, err
@@ -106,7 +106,7 @@ def finished(tmp_path_factory, config_file) -> Path:
 
 
 @pytest.mark.slow
-def test_a_run_that_signals_stopped_ends_on_the_bits_of_one_that_nothing_stopped(
+def test_a_run_stopped_by_signals_ends_with_the_bits_of_an_uninterrupted_one(
     tmp_path, config_file, finished, compiled
 ):
     run = tmp_path / "run"
@@ -127,7 +127,7 @@ def test_a_run_that_signals_stopped_ends_on_the_bits_of_one_that_nothing_stopped
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_from_its_last_checkpoint_to_the_same_bits(
+def test_a_killed_run_resumes_from_its_last_checkpoint_with_the_same_bits(
     tmp_path, config_file, finished, compiled
 ):
     run = tmp_path / "run"
@@ -141,7 +141,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_to_the_same_bits(
     assert losses(run) == losses(finished)
 
 
-def test_evaluate_and_report_work_on_the_folder_alone(tmp_path, finished):
+def test_evaluate_and_report_need_only_the_folder(tmp_path, finished):
     run = tmp_path / "moved"
     shutil.copytree(finished, run)
     (run / "report.html").unlink()
@@ -177,7 +177,7 @@ def test_a_workdir_of_another_config_shows_the_difference(finished, config_file,
         (["--data.name", "no_such_set"], "no_such_set"),
     ],
 )
-def test_bad_options_are_named_and_leave_nothing(
+def test_invalid_options_are_named_and_leave_no_folder(
     tmp_path, config_file, monkeypatch, capsys, arguments, message
 ):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "data"))
@@ -200,7 +200,7 @@ def test_bad_options_are_named_and_leave_nothing(
         ("quant: {rules: [{path: '['}]}", "quant.rules.path must be a regular expression"),
     ],
 )
-def test_bad_config_files_are_named_and_leave_nothing(tmp_path, capsys, text, message):
+def test_invalid_config_files_are_named_and_leave_no_folder(tmp_path, capsys, text, message):
     path = tmp_path / "bad.yaml"
     path.write_text(text)
     assert run_command("train", "--config", path, "--workdir", tmp_path / "run") == 2
@@ -233,7 +233,7 @@ def test_bad_config_files_are_named_and_leave_nothing(tmp_path, capsys, text, me
     ],
     ids=lambda arguments: "_".join(arguments[:2]) or "nothing",
 )
-def test_what_is_missing_or_unknown_exits_with_2(tmp_path, capsys, arguments):
+def test_missing_and_unknown_arguments_exit_with_2(tmp_path, capsys, arguments):
     assert run_command(*(a.format(tmp=tmp_path) for a in arguments)) == 2
     assert "error: " in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
@@ -247,7 +247,7 @@ def test_a_missing_checkpoint_exits_with_2(tmp_path, finished, capsys):
         assert "there are no checkpoints of qat" in capsys.readouterr().err
 
 
-def test_a_read_only_workdir_exits_with_2_at_once(open_tmp, capsys):
+def test_a_read_only_workdir_exits_with_2(open_tmp, capsys):
     run = open_tmp / "run"
     run.mkdir(mode=0o555)
     with without_privileges():
@@ -268,19 +268,19 @@ def test_infinite_loss_exits_with_1(tmp_path, config_file):
     assert "Traceback" not in err
 
 
-def test_print_config_prints_what_can_be_read_again(tmp_path, config_file, capsys):
+def test_a_printed_config_can_be_loaded(tmp_path, config_file, capsys):
     arguments = ["train", "--config", str(config_file), "--qat.epochs", "7", "--print_config"]
     assert run_command(*arguments) == 0
     path = tmp_path / "printed.yaml"
     printed = yaml.safe_load(capsys.readouterr().out)
-    for where in ("workdir", "from"):
-        printed.pop(where, None)
+    for key in ("workdir", "from"):
+        printed.pop(key, None)
     path.write_text(yaml.safe_dump(printed))
     expected = config.from_dict(SETTINGS)
     assert config.differences(expected, config.load(path)) == ["qat.epochs: 2 -> 7"]
 
 
-def test_help_tells_settings_with_meaning_and_default(capsys):
+def test_help_lists_settings_with_meaning_and_default(capsys):
     assert run_command("train", "--help") == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "--qat.epochs EPOCHS Passes over the training split" in text
@@ -297,17 +297,17 @@ def test_help_lists_every_command_with_the_first_line_of_its_docstring(capsys):
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
-def test_help_of_a_command_says_what_the_docstring_says_of_every_parameter(name, capsys):
+def test_help_of_a_command_describes_every_parameter_as_its_docstring_does(name, capsys):
     assert run_command(name, "--help") == 0
     text = " ".join(capsys.readouterr().out.split())
     function = getattr(cli.COMMANDS[name], name)
     described = "".join(inspect.getdoc(function) or "").split("Args:")[1].split("Returns:")[0]
     for parameter in inspect.signature(function).parameters:
-        told = described.split(f"    {parameter}: ")[1].split(".")[0]
+        sentence = described.split(f"    {parameter}: ")[1].split(".")[0]
         shown = parameter not in cli.SUPPLIED
         # The formatter breaks lines at hyphens.
-        told, page = (" ".join(t.split()).replace("- ", "-") for t in (told, text))
-        assert (told in page) is shown, parameter
+        sentence, page = (" ".join(t.split()).replace("- ", "-") for t in (sentence, text))
+        assert (sentence in page) is shown, parameter
 
 
 @pytest.mark.parametrize(
@@ -328,7 +328,7 @@ def test_help_shows_choices_and_defaults(arguments, shown, capsys):
 
 
 @pytest.mark.parametrize(("script", "command"), [("train", "train"), ("evaluate", "evaluate")])
-def test_scripts_take_the_options_of_the_command(monkeypatch, capsys, script, command):
+def test_scripts_have_the_options_of_the_command(monkeypatch, capsys, script, command):
     path = ROOT / "scripts" / f"{script}.py"
     monkeypatch.setattr(sys, "argv", [str(path), "--help"])
     spec = importlib.util.spec_from_file_location("__main__", path)
@@ -341,7 +341,7 @@ def test_scripts_take_the_options_of_the_command(monkeypatch, capsys, script, co
     assert ours == capsys.readouterr().out
 
 
-def test_a_stop_and_a_failure_have_their_exit_statuses(monkeypatch, capsys, tmp_path):
+def test_stops_and_failures_have_their_exit_statuses(monkeypatch, capsys, tmp_path):
     from jaxqat.pipeline.checkpoint import CheckpointError
     from jaxqat.pipeline.training import Stopped
 
@@ -362,14 +362,14 @@ def test_a_stop_and_a_failure_have_their_exit_statuses(monkeypatch, capsys, tmp_
         assert capsys.readouterr().err.startswith("jaxqat: ")
 
 
-def test_a_printed_configuration_can_be_given_back(tmp_path, capsys):
+def test_a_printed_config_can_be_passed_as_config(tmp_path, capsys):
     config = ROOT / "configs/quickstart.yaml"
     assert run_command("train", "--config", config, "--qat.epochs", 7, "--print_config") == 0
     printed = tmp_path / "printed.yaml"
     printed.write_text(capsys.readouterr().out)
-    given_back = ("train", "--config", printed, "--workdir", tmp_path / "run")
-    # Far enough to have understood every key: more warm-up than the 7 epochs of the file.
-    assert run_command(*given_back, "--qat.optimizer.warmup_epochs", 8) == 2
+    again = ("train", "--config", printed, "--workdir", tmp_path / "run")
+    # A warm-up longer than the 7 epochs of the file is refused after all keys are parsed.
+    assert run_command(*again, "--qat.optimizer.warmup_epochs", 8) == 2
     assert "qat.optimizer.warmup_epochs must be below epochs (7)" in capsys.readouterr().err
 
 
@@ -382,7 +382,7 @@ def test_a_printed_configuration_can_be_given_back(tmp_path, capsys):
         ("lowering", "--target"),
     ],
 )
-def test_a_missing_argument_is_called_what_a_person_types(command, missing, capsys):
+def test_a_missing_argument_is_named_as_on_the_command_line(command, missing, capsys):
     assert run_command(command) == 2
     error = capsys.readouterr().err
     assert missing in error and f"{command}." not in error

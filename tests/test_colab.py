@@ -1,4 +1,4 @@
-"""The Colab notebook, run cell by cell on the quickstart."""
+"""The Colab notebook runs with the quickstart's config."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 def test_the_notebook_trains_evaluates_and_shows_the_report(tmp_path, monkeypatch):
     notebook = nbformat.read(ROOT / "scripts/colab.ipynb", as_version=4)
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    # What a person would set in the form: another configuration, here also a smaller one.
+    # A user would set CONFIG in the form; here it becomes a smaller experiment.
     assert 'CONFIG = "cifar10_resnet18"' in cells[0].source
     cells[0].source += f'\nCONFIG, RUN = "quickstart", {str(tmp_path / "run")!r}'
     trained = 'options = [] if CONFIG == "quickstart"'

@@ -1,4 +1,4 @@
-"""The example of the README runs to its end."""
+"""The README's example of a custom model runs to its end."""
 
 import subprocess
 import sys

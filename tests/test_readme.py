@@ -1,4 +1,4 @@
-"""The README says what the results files and the configurations say."""
+"""The README agrees with the results files and the configs, and its examples run."""
 
 import json
 import re
@@ -18,24 +18,24 @@ README = (ROOT / "README.md").read_text()
 ALL_RESULTS = {
     p: json.loads(p.read_text()) for p in (ROOT / "configs/results").glob("*/results.json")
 }
-# Runs that took over the FP32 network of another one have a table of their own.
+# Runs that start from another run's FP32 network have a separate table.
 RESULTS = sorted(p for p, results in ALL_RESULTS.items() if "from_run" not in results["fp32"])
 LOW_BITS = sorted(p for p, results in ALL_RESULTS.items() if "from_run" in results["fp32"])
 
 
 def rows(results):
-    """The table's rows, as the README prints them."""
+    """Yield the rows of the README's results table."""
     names = {"fp32": "FP32", "qat": "QAT, quantized", "integer": "QAT, integer"}
     sizes = {stage: f"{size:,}" for stage, size in results["size_bytes"].items()}
     for stage, name in names.items():
         test = results[stage]["test"]
         scores = (f"{100 * test[k]:.2f} %" for k in ("accuracy", "precision", "recall", "f1"))
-        # The size is the integer network's, not that of the graph it was trained as.
+        # The size is that of the integer network, not of the quantized one.
         yield f"| {name} | {' | '.join(scores)} | {sizes.get(stage, '–')} |"
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda p: p.parent.name)
-def test_every_row_of_the_results_table_is_that_of_a_results_file(path):
+def test_the_results_of_every_file_are_in_the_results_table(path):
     results = json.loads(path.read_text())
     for row in rows(results):
         assert row in README
@@ -47,7 +47,7 @@ def test_every_row_of_the_results_table_is_that_of_a_results_file(path):
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda p: p.parent.name)
-def test_what_is_said_of_codes_and_classes_is_what_was_counted(path):
+def test_the_counts_of_codes_and_classes_are_those_of_verify(path):
     check = json.loads(path.read_text())["verify"]
     assert f"{check['differing']} of {check['codes']:,} codes differ" in README
     in_onnx, in_openvino = (
@@ -59,14 +59,14 @@ def test_what_is_said_of_codes_and_classes_is_what_was_counted(path):
     assert f"{in_openvino['top1_flips']} of {in_openvino['images']:,} images change" in README
 
 
-def test_there_is_no_result_without_a_results_file():
+def test_every_row_of_the_results_table_has_a_results_file():
     expected = {row for path in RESULTS for row in rows(json.loads(path.read_text()))}
     assert set(re.findall(r"^\| (?:FP32|QAT).*\|$", README, re.MULTILINE)) == expected
     assert expected
 
 
 def row_of_bits(results):
-    """The row of a network in the table of bits, as the README prints it."""
+    """Return the row of a network in the README's table of bits."""
     inner = [layer for layer in results["layers"] if "stage" in layer["path"]]
     ((weights, acts),) = {(layer["weight_bits"], layer["act_bits"]) for layer in inner}
     tests = (results["fp32"], results["ptq"], results["integer"])
@@ -74,14 +74,14 @@ def row_of_bits(results):
     return f"| W{weights}A{acts} | {scores} | {results['size_bytes']['integer']:,} |"
 
 
-def test_every_row_of_the_table_of_bits_is_that_of_a_results_file():
+def test_the_table_of_bits_has_exactly_one_row_for_each_results_file():
     expected = {row_of_bits(results) for results in ALL_RESULTS.values()}
     assert set(re.findall(r"^\| W\dA\d .*\|$", README, re.MULTILINE)) == expected
     assert len(expected) == len(ALL_RESULTS)
 
 
 @pytest.mark.parametrize("path", LOW_BITS, ids=lambda p: p.parent.name)
-def test_a_network_of_fewer_bits_is_of_the_same_float_network_and_exact(path):
+def test_a_network_of_fewer_bits_starts_from_the_same_float_network_and_is_exact(path):
     results = ALL_RESULTS[path]
     origin = ALL_RESULTS[path.parents[1] / results["fp32"]["from_run"]["name"] / path.name]
     assert results["fp32"]["from_run"]["config_hash"] == origin["config_hash"]
@@ -94,7 +94,7 @@ def test_a_network_of_fewer_bits_is_of_the_same_float_network_and_exact(path):
 
 
 def speed_rows(result):
-    """The table of speeds, as the README prints it: images/s and the ratio to FP32 of its kind."""
+    """Yield the rows of the README's table of speeds: images/s and the ratio to FP32."""
     sizes = [batch["batch_size"] for batch in result["batches"]]
     yield f"| engine | {' | '.join(f'batch {size}' for size in sizes)} |"
     for i, first in enumerate(result["batches"][0]["engines"]):
@@ -107,7 +107,7 @@ def speed_rows(result):
         yield f"| {first['label']} | {' | '.join(cells)} |"
 
 
-def test_every_speed_is_that_of_the_benchmark():
+def test_the_table_of_speeds_is_that_of_the_benchmark():
     path = ROOT / "configs/results/resnet18_inference_cpu.json"
     result = json.loads(path.read_text())
     for row in speed_rows(result):
@@ -116,20 +116,20 @@ def test_every_speed_is_that_of_the_benchmark():
     assert f"medians of {result['rounds']} rounds" in README
 
 
-def test_every_configuration_is_in_the_table():
+def test_every_config_is_in_the_readme():
     files = {path.name for path in (ROOT / "configs").glob("*.yaml")}
     assert {name for name in files if f"`configs/{name}`" in README} == files
 
 
 def code_blocks(heading):
-    """The Python blocks under a heading, with a blank line for each line before them."""
+    """Return the Python blocks under a heading."""
     section = re.split(r"^## ", README, flags=re.MULTILINE)
     (text,) = [part for part in section if part.startswith(f"{heading}\n")]
     return re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
 class MyModel(nn.Module):
-    """What the README calls a user's Linen module."""
+    """Stands for the user's Linen module in the README."""
 
     @nn.compact
     def __call__(self, x, train):
@@ -139,7 +139,7 @@ class MyModel(nn.Module):
 
 
 class NNXModel(nnx.Module):
-    """What the README calls a user's NNX module."""
+    """Stands for the user's NNX module in the README."""
 
     def __init__(self):
         self.conv = nnx.Conv(3, 8, (3, 3), rngs=nnx.Rngs(0))
@@ -149,12 +149,12 @@ class NNXModel(nnx.Module):
         return self.head(nnx.relu(self.conv(x)).mean((1, 2)))
 
 
-def test_the_library_examples_run_as_they_are_printed(tmp_path, monkeypatch, capsys):
+def test_the_library_examples_run_as_printed(tmp_path, monkeypatch, capsys):
     pytest.importorskip("onnxruntime")
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
     images = rng.normal(size=(6, 8, 8, 3)).astype(np.float32)
-    given = {
+    names = {
         "MyModel": MyModel,
         "images": images,
         "labels": np.arange(6) % 3,
@@ -169,14 +169,14 @@ def test_the_library_examples_run_as_they_are_printed(tmp_path, monkeypatch, cap
     }
     blocks = code_blocks("Use it as a library")
     assert len(blocks) == 4
-    scope = dict(given)
+    scope = dict(names)
     exec(blocks[0], scope)
     assert (scope["check"].differing, scope["check"].codes > 0) == (0, True)
     assert (tmp_path / "model.onnx").is_file()
     logits = scope["predict"](images)
     np.testing.assert_array_equal(logits, scope["network"](images))
     for block in blocks[1:]:
-        exec(block, {**given, "jaxqat": jaxqat})
+        exec(block, {**names, "jaxqat": jaxqat})
     assert "quantized against float, 6 examples" in capsys.readouterr().out
 
 

@@ -1,7 +1,7 @@
 """A run that takes seconds: a network of three layers on 100 of scikit-learn's digits.
 
-Test modules assign the fixtures they use. Run as a file it is the `jaxqat` command, with that
-network in place of the ResNet.
+Test modules import the fixtures they use by assignment. Run as a script, this file is the `jaxqat`
+command with that network instead of the ResNet.
 """
 
 import copy
@@ -29,7 +29,7 @@ from jaxqat.pipeline import config as configs
 from jaxqat.pipeline.config import Experiment
 from jaxqat.pipeline.training.progress import StageProgress
 
-# 6 steps an epoch, and 4 images that fill no batch.
+# 6 steps per epoch; 4 images fill no batch.
 SETTINGS: dict[str, Any] = {
     "name": "tiny",
     "evaluation_batch_size": 32,
@@ -44,7 +44,7 @@ NOBODY = 65534
 
 
 class SmallNet(nn.Module):
-    """What quantization cares about: batch norm, a residual addition, a dense head."""
+    """A network with batch norm, a residual addition and a dense head."""
 
     num_classes: int
     dtype: Any = jnp.float32
@@ -73,13 +73,13 @@ class SmallNet(nn.Module):
 
 
 def build_small(config, num_classes, dtype=jnp.float32):
-    """Takes the place of `jaxqat.pipeline.models.build_model`."""
+    """Return the network; replaces `jaxqat.pipeline.models.build_model`."""
     del config
     return SmallNet(num_classes, dtype)
 
 
 def tiny(**changes: Any) -> Experiment:
-    """The small experiment; `qat__epochs=3` changes `qat.epochs`."""
+    """Return the small experiment; `qat__epochs=3` changes `qat.epochs`."""
     settings = copy.deepcopy(SETTINGS)
     for key, value in changes.items():
         *sections, name = key.split("__")
@@ -92,7 +92,7 @@ def tiny(**changes: Any) -> Experiment:
 
 @pytest.fixture(scope="session")
 def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Programs that were compiled before are read from a cache: most of the time goes there."""
+    """Cache compiled programs: compilation takes most of the time."""
     settings = {
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
         "jax_persistent_cache_min_compile_time_secs": 0.05,
@@ -121,18 +121,18 @@ def _trained(base: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory, compiled_once: None) -> Path:
-    """A run from start to end, made once for all test modules, not to be changed."""
+    """A finished run, made once for all test modules; do not change it."""
     return _trained(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture
 def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Spares the seconds that drawing takes, where no test looks at it."""
+    """Save the seconds for drawing a report that the test does not read."""
     monkeypatch.setattr(train, "write_report", lambda path: path)
 
 
 def files(run: Path) -> dict[str, str]:
-    """SHA-256 of every file in a folder."""
+    """Return the SHA-256 of every file in a folder."""
     return {
         str(p.relative_to(run)): hashlib.sha256(p.read_bytes()).hexdigest()
         for p in sorted(run.rglob("*"))
@@ -141,7 +141,7 @@ def files(run: Path) -> dict[str, str]:
 
 
 def run_command(*arguments: object) -> int:
-    """The exit status of the `jaxqat` command, run in this process."""
+    """Run the `jaxqat` command in this process; return its exit status."""
     try:
         return cli.main([str(a) for a in arguments])
     except SystemExit as stop:
@@ -150,7 +150,7 @@ def run_command(*arguments: object) -> int:
 
 
 def signal_at(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    """Send SIGTERM once that many steps are done, counted over both stages."""
+    """Send SIGTERM after `steps` training steps, counted over both stages."""
     done = []
 
     def advance(self, n):
@@ -163,19 +163,19 @@ def signal_at(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
 
 @pytest.fixture
 def small_network(monkeypatch: pytest.MonkeyPatch, compiled_once: None) -> None:
-    """The experiments of this test train a small network in place of the ResNet."""
+    """Train the small network instead of the ResNet."""
     monkeypatch.setattr("jaxqat.pipeline.networks.build_model", build_small)
 
 
 @pytest.fixture
 def console() -> Console:
-    """A console that keeps what is printed: `console.file.getvalue()`."""
+    """A console that records what is printed: `console.file.getvalue()`."""
     return Console(file=io.StringIO(), width=200)
 
 
 @contextmanager
 def without_privileges() -> Iterator[None]:
-    """As root every folder is writable: what is tested here, is tested as nobody."""
+    """Run a block as nobody, because root can write to every folder."""
     root = os.geteuid() == 0
     if root:
         os.seteuid(NOBODY)
@@ -188,7 +188,7 @@ def without_privileges() -> Iterator[None]:
 
 @pytest.fixture
 def open_tmp(tmp_path: Path) -> Iterator[Path]:
-    """A folder that anyone may enter, in one that nobody may write."""
+    """A temporary folder that every user may enter and only its owner may write."""
     for folder in (tmp_path, *tmp_path.parents):
         if folder.stat().st_uid == os.geteuid() and folder != Path("/tmp"):
             folder.chmod(folder.stat().st_mode | 0o055)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from jaxqat.analysis._text import aligned
 from jaxqat.integer._convert.convert import obstacles
 from jaxqat.integer._packing import packed_size
 from jaxqat.quant._plan.plan import CONSTANT_WEIGHTS, NO_WEIGHTS, LayerInfo
@@ -50,12 +51,7 @@ class Description:
         macs = sum(row.layer.macs for row in self.layers)
         size = sum(row.weight_bytes for row in self.layers)
         rows.append(("total", "", "", "", "", "", f"{macs:,}", f"{size:,}"))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines: list[str] = []
-        for row in rows:
-            text = [cell.ljust(width) for cell, width in zip(row[:6], widths, strict=False)]
-            numbers = [cell.rjust(width) for cell, width in zip(row[6:], widths[6:], strict=True)]
-            lines.append("  ".join([*text, *numbers]).rstrip())
+        lines = list(aligned(rows, texts=6))
         for row in self.layers:
             if row.layer.float_reason is not None:
                 lines.append(f"in float: {row.layer.path}: {row.layer.float_reason}")

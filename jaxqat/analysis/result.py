@@ -7,6 +7,8 @@ is 10 log10(sum(x**2) / sum((x - q)**2)) dB. One bit more is about 6 dB.
 
 import dataclasses
 
+from jaxqat.analysis._text import aligned, decibels, percent
+
 
 @dataclasses.dataclass(frozen=True)
 class Effect:
@@ -143,13 +145,7 @@ class Analysis:
         return text
 
     def __str__(self) -> str:
-        rows = self.rows()
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines: list[str] = []
-        for first, *rest in rows:
-            cells = [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
-            lines.append("  ".join([first.ljust(widths[0]), *cells]))
-        return "\n".join([*lines, self.summary()])
+        return "\n".join([*aligned(self.rows()), self.summary()])
 
     def _columns(self) -> tuple[str, ...]:
         """Return the header of an effect: accuracy if it is known, otherwise agreement."""
@@ -166,13 +162,3 @@ def _layer_cells(layer: LayerAnalysis, read: TensorAnalysis | None) -> tuple[str
     bits = f"{layer.weight_bits}/{layer.act_bits or '–'}"
     noise = (decibels(layer.weight_sqnr_db), decibels(layer.output_sqnr_db))
     return (layer.path, bits, *noise, percent(None if read is None else read.clipped))
-
-
-def decibels(ratio: float | None) -> str:
-    """Return a ratio in dB as text."""
-    return "–" if ratio is None else f"{ratio:.1f}"
-
-
-def percent(share: float | None) -> str:
-    """Return a share (0 to 1) in percent, as text."""
-    return "–" if share is None else f"{100 * share:.2f}"

@@ -1,7 +1,7 @@
-"""How fast networks are, measured side by side: `jaxqat benchmark`.
+"""Measure and compare the speed of networks: `jaxqat benchmark`.
 
-Engines run in turns within one process, so that what else the machine does meets all of them
-alike; what they compute is compared before any of them is timed.
+Engines alternate within one process, so that other load on the machine affects all alike. Their
+results are compared before any engine is timed.
 """
 
 from jaxqat.bench.checks import BenchmarkError

@@ -1,4 +1,4 @@
-"""The engines: each makes, of one integer network, something that turns images into logits."""
+"""The engines, each of which computes logits from images with a given integer network."""
 
 import dataclasses
 import importlib.util
@@ -16,21 +16,21 @@ from jaxqat.integer._execute.executor import PLATFORMS, make_executor
 from jaxqat.integer.graph import IntegerGraph
 
 Bind = Callable[[np.ndarray], Call]
-"""Takes a batch of images and gives what makes logits of them."""
+"""Returns a function that computes the logits of a batch of images."""
 
-# How a result relates to others: 'float' engines to each other, 'exact' ones equal the integer
-# network, 'near' ones are the integer network up to their own rounding, and 'other' quantizes the
-# float network in its own way.
+# The reference of a result: 'float' engines are compared with each other; 'exact' ones equal the
+# integer network; 'near' ones equal it except for their own rounding; 'other' ones quantize the
+# float network by themselves.
 Kind = Literal["float", "exact", "near", "other"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What engines are made of.
+    """The input of all engines.
 
     Attributes:
         graph: The integer network.
-        threads: Of each engine on the CPU.
+        threads: Number of threads of each engine on the CPU.
         calibration: Batches of images, for engines that quantize by themselves.
     """
 
@@ -41,15 +41,15 @@ class Setup:
 
 @dataclasses.dataclass(frozen=True)
 class Engine:
-    """A way to run the network.
+    """A library and precision that can run the network.
 
     Attributes:
-        key: Its name in JSON.
-        label: For people.
-        packages: What it needs installed; the first is whose version counts.
+        key: Name in JSON.
+        label: Displayed name.
+        packages: Required packages; the version of the first is reported.
         precision: 'fp32', 'tf32', 'bf16' or 'integer'.
         kind: See `Kind`.
-        make: Makes it.
+        make: Builds the network.
     """
 
     key: str
@@ -61,29 +61,29 @@ class Engine:
 
     @property
     def family(self) -> str:
-        """Engines of one family differ in precision only: 'jax', 'ort', 'openvino', 'torch'."""
+        """Name of the library: 'jax', 'ort', 'openvino' or 'torch'."""
         return self.key.split("_")[0]
 
     def missing(self) -> str | None:
-        """The package that it needs and that is not installed."""
+        """Return a required package that is not installed; None if all are."""
         return next((name for name in self.packages if not is_installed(name)), None)
 
 
 def is_installed(package: str) -> bool:
-    """Whether a package could be imported."""
+    """Return whether a package is installed."""
     return importlib.util.find_spec(package) is not None
 
 
 def platform() -> str:
-    """'cpu', 'cuda' or 'tpu': the present device."""
+    """Return the platform of this machine's device: 'cpu', 'cuda' or 'tpu'."""
     name = jax.devices()[0].platform
     return "cuda" if name == "gpu" else name
 
 
 def engines_of(device: str) -> list[Engine]:
-    """The engines of a device; the first is what others are compared with.
+    """Return the engines of a platform; the first is JAX FP32.
 
-    On an accelerator that is JAX alone: the other engines would run on the host's processor.
+    On an accelerator, JAX is the only library: the others would run on the host's processor.
     """
     precisions = ("fp32", "tf32", "bf16") if device == "cuda" else ("fp32", "bf16")
     names = {"fp32": "FP32", "tf32": "TF32", "bf16": "bf16"}
@@ -102,9 +102,9 @@ def engines_of(device: str) -> list[Engine]:
 
 def _make_jax_float(precision: str) -> Callable[[Setup], Bind]:
     def make(setup: Setup) -> Bind:
-        # Of weights as arguments, cuDNN's layout is the one that XLA need not transpose each time.
+        # Weights are arguments: in cuDNN's layout, XLA need not transpose them at every call.
         network = JaxNetwork(setup.graph, precision, outputs_first=platform() == "cuda")
-        # Both sides get what the compiler is told on this platform.
+        # The same compiler options as for the integer network.
         options: Any = make_executor(setup.graph).compiler_options
         apply = jax.jit(network.apply, compiler_options=options)
         arrays = network.arrays()
@@ -119,9 +119,9 @@ def _make_jax_integer(name: str) -> Callable[[Setup], Bind]:
 
 def _bind_jax(function: Callable[[Any], jax.Array]) -> Bind:
     def bind(images: np.ndarray) -> Call:
-        # On an accelerator, the network is measured and not the way to it.
-        given = images if platform() == "cpu" else jax.device_put(images)
-        return lambda: jax.block_until_ready(function(given))
+        # Do not measure the transfer to an accelerator.
+        inputs = images if platform() == "cpu" else jax.device_put(images)
+        return lambda: jax.block_until_ready(function(inputs))
 
     return bind
 
@@ -130,8 +130,8 @@ def _bind_onnx(model: Any, setup: Setup, *, exact: bool) -> Bind:
     from jaxqat.export._onnx.runtime import make_session
 
     session = make_session(model, threads=setup.threads, exact=exact)
-    (given,) = session.get_inputs()
-    return lambda images: lambda: session.run(None, {given.name: images})[0]
+    (argument,) = session.get_inputs()
+    return lambda images: lambda: session.run(None, {argument.name: images})[0]
 
 
 def _make_onnx_float(setup: Setup) -> Bind:
@@ -147,8 +147,9 @@ def _make_onnx_integer(setup: Setup) -> Bind:
 
 
 def _make_onnx_static(setup: Setup) -> Bind:
-    """ONNX Runtime's own quantizer on the float model, prepared as its documentation asks, in the
-    form that is fast on x86: uint8 activations, int8 weights by channel, QDQ.
+    """Quantize the float model by ONNX Runtime, prepared as its documentation recommends.
+
+    uint8 activations, int8 weights per channel and QDQ form are fast on x86.
     """
     import onnx
     from onnxruntime import quantization
@@ -168,7 +169,7 @@ def _make_onnx_static(setup: Setup) -> Bind:
         names = ("float.onnx", "prepared.onnx", "static.onnx")
         source, prepared, target = (Path(folder) / name for name in names)
         source.write_bytes(float_model(setup.graph).SerializeToString())
-        # The symbolic inference is for transformers, and needs SymPy.
+        # Symbolic shape inference is for transformers and needs SymPy.
         quant_pre_process(source, prepared, skip_symbolic_shape=True)
         quantization.quantize_static(
             prepared,
@@ -210,11 +211,11 @@ def _make_torch(setup: Setup) -> Bind:
     arrays = network.arrays()
 
     def bind(images: np.ndarray) -> Call:
-        given = torch.from_numpy(images)
+        inputs = torch.from_numpy(images)
 
         def call() -> np.ndarray:
             with torch.inference_mode():
-                return network.run(arrays, given).numpy()
+                return network.run(arrays, inputs).numpy()
 
         return call
 

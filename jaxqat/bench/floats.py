@@ -1,6 +1,6 @@
-"""The same network in float, in JAX and in PyTorch: what integers are compared with.
+"""The float network of an integer graph, in JAX and in PyTorch: the baselines of the benchmark.
 
-What the network in float is, `FloatVisitor` says; here are the operations of both libraries.
+`FloatVisitor` defines that network; this module has the operations of both libraries.
 """
 
 from abc import abstractmethod
@@ -22,18 +22,18 @@ _PRECISIONS = {"fp32": "float32", "tf32": "tensorfloat32", "bf16": "default"}
 
 
 class FloatNetwork(FloatVisitor[Any]):
-    """Computes a graph in float on arrays in JAX's layout, channels last."""
+    """Computes a graph in float on arrays with channels last."""
 
     def all_folded(self) -> Arrays:
         """Return the float32 weights and bias of each product, by node."""
         return {node.name: self.folded(node) for node in self.graph.products()}
 
     def run(self, arrays: Arrays, images: Any) -> Any:
-        """Return the network's result."""
+        """Return the logits."""
         return self.visit(images, arrays)[self.graph.output]
 
     def quantize(self, node: g.Quantize, images: Any) -> Any:
-        """Return the images: nothing is rounded."""
+        """Return the images without rounding."""
         return images
 
     def add(self, node: g.Add, inputs: list[Any]) -> Any:
@@ -41,11 +41,11 @@ class FloatNetwork(FloatVisitor[Any]):
         return inputs[0] + inputs[1]
 
     def sum_pool(self, node: g.SumPool, x: Any) -> Any:
-        """Return averages of windows, or over all of space."""
+        """Return averages of windows, or of all pixels."""
         return self.window_sums(node, x) * self.pool_factor(node)
 
     def move(self, node: g.Move, x: Any) -> Any:
-        """Return the elements in other places."""
+        """Return the same values at other positions."""
         match node.kind:
             case "reshape":
                 return x.reshape(x.shape[0], *node.shape)
@@ -60,7 +60,7 @@ class FloatNetwork(FloatVisitor[Any]):
 
     @abstractmethod
     def window_sums(self, node: g.SumPool, x: Any) -> Any:
-        """Return sums of windows, or over all of space."""
+        """Return sums of windows, or of all pixels."""
 
     @abstractmethod
     def pad(self, x: Any, padding: tuple[tuple[int, int], ...]) -> Any:
@@ -76,12 +76,12 @@ class FloatNetwork(FloatVisitor[Any]):
 
 
 class JaxNetwork(FloatNetwork):
-    """In JAX.
+    """The float network in JAX.
 
     Attributes:
         precision: 'fp32', 'tf32' or 'bf16'.
-        outputs_first: Whether a convolution's weights are (outputs, *window, inputs), as cuDNN
-            wants them: (*window, inputs, outputs) would be transposed at every call.
+        outputs_first: Whether a convolution's weights are (outputs, *window, inputs), the layout of
+            cuDNN. Without it, cuDNN needs a transposition at every call.
     """
 
     def __init__(self, graph: g.IntegerGraph, precision: str, *, outputs_first: bool = False):
@@ -90,7 +90,7 @@ class JaxNetwork(FloatNetwork):
         self.dtype = jnp.bfloat16 if precision == "bf16" else jnp.float32
 
     def arrays(self) -> Arrays:
-        """On the device, in the precision they are computed with, laid out as it wants them."""
+        """Return weights and biases on the device, in the network's precision and layout."""
         folded = self.all_folded()
         if self.outputs_first:
             for node in self.graph.products():
@@ -100,7 +100,7 @@ class JaxNetwork(FloatNetwork):
         return jax.tree.map(lambda a: jnp.asarray(a, self.dtype), folded)
 
     def apply(self, arrays: Arrays, images: jax.Array) -> jax.Array:
-        """Logits, float32, of float32 images."""
+        """Return the float32 logits of float32 images."""
         with jax.default_matmul_precision(_PRECISIONS[self.precision]):
             return self.run(arrays, images.astype(self.dtype)).astype(jnp.float32)
 
@@ -123,47 +123,47 @@ class JaxNetwork(FloatNetwork):
         return total + bias
 
     def window_sums(self, node: g.SumPool, x: Any) -> Any:
-        """Sums in float32, as networks of lower precision average."""
+        """Return sums of windows, or of all pixels, computed in float32 for any precision."""
         x = x.astype(jnp.float32)
         if node.drop_axes:
             return x.sum(tuple(range(1, x.ndim - 1)))
         return lax.reduce_window(x, 0.0, lax.add, *_window(node)).astype(self.dtype)
 
     def max_pool(self, node: g.MaxPool, x: Any) -> Any:
-        """Maxima of windows."""
+        """Return maxima of windows."""
         lowest = np.asarray(-np.inf, x.dtype)
         return lax.reduce_window(x, lowest, lax.max, *_window(node))
 
     def concat(self, node: g.Concat, inputs: list[Any]) -> Any:
-        """Tensors side by side."""
+        """Concatenate tensors."""
         return jnp.concatenate(inputs, node.axis)
 
     def pad(self, x: Any, padding: tuple[tuple[int, int], ...]) -> Any:
-        """Zeros around."""
+        """Add zeros before and after each axis."""
         return jnp.pad(x, padding)
 
     def permute(self, x: Any, axes: tuple[int, ...]) -> Any:
-        """Axes in another order."""
+        """Put the axes in another order."""
         return jnp.transpose(x, axes)
 
     def flip(self, x: Any, axes: tuple[int, ...]) -> Any:
-        """Axes reversed."""
+        """Reverse axes."""
         return jnp.flip(x, axes)
 
     def bound(self, node: g.Node, x: Any, low: float | None, high: float | None) -> Any:
-        """Values within bounds."""
+        """Clip values to bounds."""
         return jnp.clip(x, low, high)
 
 
 class TorchNetwork(FloatNetwork):
-    """In PyTorch, on its channels-last kernels: its tensors are views of NHWC memory."""
+    """The float network in PyTorch; for its channels-last kernels, tensors are views of NHWC."""
 
     def __init__(self, graph: g.IntegerGraph, torch: Any):
         super().__init__(graph)
         self.torch, self.nn = torch, torch.nn.functional
 
     def arrays(self) -> Arrays:
-        """As PyTorch lays them out."""
+        """Return weights and biases in PyTorch's layout."""
         return {
             node.name: tuple(map(self._tensor, (_outputs_first(node, weights), bias)))
             for node, (weights, bias) in zip(
@@ -185,30 +185,31 @@ class TorchNetwork(FloatNetwork):
         if any(low != high for low, high in sides):
             x, padding = self.pad(x, ((0, 0), *sides, (0, 0))), 0
         convolve = getattr(self.nn, f"conv{len(node.window)}d")
-        return _last(
-            convolve(_first(x), weights, bias, node.strides, padding, node.dilation, node.groups)
-        )
+        x = _channels_first(x)
+        y = convolve(x, weights, bias, node.strides, padding, node.dilation, node.groups)
+        return _channels_last(y)
 
     def window_sums(self, node: g.SumPool, x: Any) -> Any:
-        """Sums of windows, or over all of space."""
+        """Return sums of windows, or of all pixels."""
         if node.drop_axes:
             return x.sum(tuple(range(1, x.ndim - 1)))
         x = self.pad(x, ((0, 0), *node.padding, (0, 0)))
         average = getattr(self.nn, f"avg_pool{len(node.window)}d")
-        return _last(average(_first(x), node.window, node.strides)) * float(np.prod(node.window))
+        averages = average(_channels_first(x), node.window, node.strides)
+        return _channels_last(averages) * float(np.prod(node.window))
 
     def max_pool(self, node: g.MaxPool, x: Any) -> Any:
-        """Maxima of windows."""
+        """Return maxima of windows."""
         x = self._pad(x, ((0, 0), *node.padding, (0, 0)), -np.inf)
         pool = getattr(self.nn, f"max_pool{len(node.window)}d")
-        return _last(pool(_first(x), node.window, node.strides))
+        return _channels_last(pool(_channels_first(x), node.window, node.strides))
 
     def concat(self, node: g.Concat, inputs: list[Any]) -> Any:
-        """Tensors side by side."""
+        """Concatenate tensors."""
         return self.torch.cat(inputs, node.axis)
 
     def pad(self, x: Any, padding: tuple[tuple[int, int], ...]) -> Any:
-        """Zeros around."""
+        """Add zeros before and after each axis."""
         return self._pad(x, padding, 0.0)
 
     def _pad(self, x: Any, padding: tuple[tuple[int, int], ...], value: float) -> Any:
@@ -217,30 +218,30 @@ class TorchNetwork(FloatNetwork):
         return self.nn.pad(x, [n for pair in reversed(padding) for n in pair], value=value)
 
     def permute(self, x: Any, axes: tuple[int, ...]) -> Any:
-        """Axes in another order."""
+        """Put the axes in another order."""
         return x.permute(axes)
 
     def flip(self, x: Any, axes: tuple[int, ...]) -> Any:
-        """Axes reversed."""
+        """Reverse axes."""
         return x.flip(axes)
 
     def bound(self, node: g.Node, x: Any, low: float | None, high: float | None) -> Any:
-        """Values within bounds."""
+        """Clip values to bounds."""
         return self.nn.relu(x) if low == 0 and high is None else x.clamp(low, high)
 
 
-def _first(x: Any) -> Any:
-    """Channels first, as a view."""
+def _channels_first(x: Any) -> Any:
+    """Return a view with channels first."""
     return x.movedim(-1, 1)
 
 
-def _last(x: Any) -> Any:
-    """Channels last, as a view."""
+def _channels_last(x: Any) -> Any:
+    """Return a view with channels last."""
     return x.movedim(1, -1)
 
 
 def _outputs_first(node: g.Product, weights: np.ndarray) -> np.ndarray:
-    """(*window, inputs, outputs) as (outputs, inputs, *window)."""
+    """Return (*window, inputs, outputs) as (outputs, inputs, *window)."""
     return np.moveaxis(weights, (-1, -2), (0, 1))
 
 

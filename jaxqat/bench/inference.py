@@ -1,4 +1,4 @@
-"""Inference of one network in several engines and precisions, from float32 images to logits."""
+"""Benchmark inference of one network, from float32 images to logits, in several engines."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -27,9 +27,9 @@ CALIBRATION_BATCHES, CALIBRATION_BATCH = 4, 16
 DEFAULT_BATCHES = {"cpu": (1, 32, 256)}
 ACCELERATOR_BATCHES = (1, 32, 256, 1024)
 
-Say = Callable[[str], None]
-Made = Mapping[str, tuple[Engine, Bind | str]]
-"""By key: an engine, and what it was made to, or why it is not measured."""
+Log = Callable[[str], None]
+Built = Mapping[str, tuple[Engine, Bind | str]]
+"""By key: an engine with its network, or with the reason why it is not measured."""
 
 
 def benchmark_inference(
@@ -39,39 +39,39 @@ def benchmark_inference(
     batch_sizes: Sequence[int] | None = None,
     rounds: int = 10,
     pixels: np.ndarray | None = None,
-    say: Say = lambda text: None,
+    log: Log = lambda text: None,
 ) -> dict[str, Any]:
-    """Time all engines that there are.
+    """Time all installed engines.
 
     Args:
         graph: The network.
-        threads: Of each engine on the CPU.
-        batch_sizes: Images of a call; None for those of the device.
-        rounds: How often each engine has its turn, at each batch size.
+        threads: Number of threads of each engine on the CPU.
+        batch_sizes: Images per call; None for the device's default sizes.
+        rounds: Number of measurements of each engine for each batch size.
         pixels: uint8 images to run; None for noise.
-        say: Told what is being done.
+        log: Receives progress messages.
 
     Returns:
-        JSON-able: the network, the device's roofline, and for each batch size a row for each engine
-        and sentences about where integers lose.
+        As JSON values: the network, the device's roofline, and for each batch size a table row for
+        each engine and notes on slower integer engines.
 
     Raises:
-        BenchmarkError: Engines disagree.
+        BenchmarkError: If engines disagree, or JAX cannot run the network.
     """
     device = platform()
     if pixels is not None and not are_usable(graph, pixels):
         pixels = None
     batch = make_images(graph, CALIBRATION_BATCHES * CALIBRATION_BATCH, pixels)
     setup = Setup(graph, threads, np.split(batch, CALIBRATION_BATCHES))
-    made = _make_all(engines_of(device), setup, say)
+    built = _build_all(engines_of(device), setup, log)
     batches = []
     for size in batch_sizes or DEFAULT_BATCHES.get(device, ACCELERATOR_BATCHES):
         images = make_images(graph, size, pixels)
-        say(f"batch {size}: comparing the engines' results")
-        rows, calls = _compared(made, graph, images)
-        say(f"batch {size}: {rounds} rounds of {len(calls)} engines")
+        log(f"batch {size}: comparing the engines' results")
+        rows, calls = _compare(built, graph, images)
+        log(f"batch {size}: {rounds} rounds of {len(calls)} engines")
         _measure(rows, calls, graph, size, rounds)
-        families = {key: engine.family for key, (engine, _) in made.items()}
+        families = {key: engine.family for key, (engine, _) in built.items()}
         batches.append({"batch_size": size, "engines": rows, "notes": notes(rows, families)})
     return {
         "network": _describe(graph),
@@ -96,29 +96,29 @@ def _describe_roofline() -> dict[str, Any] | None:
     return None if device is None else dataclasses.asdict(device)
 
 
-def _make_all(engines: Sequence[Engine], setup: Setup, say: Say) -> Made:
-    made: dict[str, tuple[Engine, Bind | str]] = {}
+def _build_all(engines: Sequence[Engine], setup: Setup, log: Log) -> Built:
+    built: dict[str, tuple[Engine, Bind | str]] = {}
     for engine in engines:
         missing = engine.missing()
         if missing is not None:
-            made[engine.key] = engine, f"{missing} is not installed"
+            built[engine.key] = engine, f"{missing} is not installed"
             continue
-        say(f"making {engine.label}")
+        log(f"building {engine.label}")
         try:
-            made[engine.key] = engine, engine.make(setup)
-        except Exception as error:  # Each engine has its own, for what it does not serve.
-            made[engine.key] = engine, _reason(error)
-    return made
+            built[engine.key] = engine, engine.make(setup)
+        except Exception as error:  # Each engine has its own exceptions.
+            built[engine.key] = engine, _reason(error)
+    return built
 
 
-def _compared(
-    made: Made, graph: IntegerGraph, images: np.ndarray
+def _compare(
+    built: Built, graph: IntegerGraph, images: np.ndarray
 ) -> tuple[list[dict[str, Any]], dict[str, Call]]:
-    """A row for each engine, and the calls of those whose results are right."""
+    """Run each engine once and check its result; return table rows and the calls to time."""
     rows: dict[str, dict[str, Any]] = {}
     calls: dict[str, Call] = {}
     results: dict[str, np.ndarray] = {}
-    for key, (engine, bind) in made.items():
+    for key, (engine, bind) in built.items():
         rows[key] = {"key": key, "label": engine.label, "precision": engine.precision}
         if isinstance(bind, str):
             rows[key]["not_measured"] = bind
@@ -133,15 +133,16 @@ def _compared(
     for key in (FLOAT, INTEGER):
         if key not in results:
             reason = rows[key]["not_measured"]
-            raise BenchmarkError(f"{where}: {made[key][0].label} cannot run this network: {reason}")
-    engines = {key: engine for key, (engine, _) in made.items()}
+            label = built[key][0].label
+            raise BenchmarkError(f"{where}: {label} cannot run this network: {reason}")
+    engines = {key: engine for key, (engine, _) in built.items()}
     for agreement in check(engines, results, graph, where):
         rows[agreement.engine]["agreement"] = dataclasses.asdict(agreement)
     return list(rows.values()), calls
 
 
 def _reason(error: Exception) -> str:
-    """The first line of a message, which may be a compiler's."""
+    """Return the first line of an error message, which may be a compiler's long one."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines or [type(error).__name__])[0][:200]
 
@@ -159,10 +160,9 @@ def check(
 
     Args:
         engines: Engines by key.
-        results: Results by key, for the engines that have one; JAX FP32 and JAX integer are among
-            them.
+        results: Results by engine key; those of JAX FP32 and JAX integer are required.
         graph: The network.
-        where: What was run, for the error message.
+        where: Name of the measurement, for the error message.
 
     Raises:
         BenchmarkError: If two results differ by more than the limit.
@@ -192,7 +192,7 @@ def _measure(
     batch: int,
     rounds: int,
 ) -> None:
-    """Add times to the rows of the engines that are called."""
+    """Time the calls and add the times to the rows."""
     seconds = alternate(calls, rounds=rounds)
     device = roofline.known_device()
     for row in rows:
@@ -205,11 +205,11 @@ def _measure(
 
 
 def notes(rows: Sequence[Mapping[str, Any]], families: Mapping[str, str]) -> list[str]:
-    """Where an integer engine is slower than a float one of its family, in words.
+    """Return a sentence for each integer engine that is slower than a float one of its family.
 
     Args:
-        rows: Of one batch size.
-        families: By key of the engine.
+        rows: Table rows of one batch size.
+        families: Family of each engine, by key.
     """
     measured = [row for row in rows if "median_s" in row]
     found = []
@@ -220,7 +220,7 @@ def notes(rows: Sequence[Mapping[str, Any]], families: Mapping[str, str]) -> lis
             )
             if rival or (row["key"], other["key"]) == ("ort_integer", STATIC):
                 ratio = other["median_s"] / row["median_s"]
-                if round(ratio, 2) < 1:  # As it is told.
+                if round(ratio, 2) < 1:  # As displayed.
                     found.append(
                         f"{row['label']} is slower than {other['label']} here: "
                         f"{ratio:.2f} times its speed."

@@ -1,8 +1,8 @@
-"""What is benchmarked where there is no run: a ResNet-18 made on the spot, and images for it.
+"""The network and images for a benchmark without a run: a ResNet-18 with random weights.
 
-Speed does not depend on what weights say, but whether engines agree can only be seen where values
-neither vanish nor saturate: batch norm has the statistics of a batch, and activations the ranges of
-the images.
+Speed does not depend on the values of weights. But engines can only be compared if activations
+neither vanish nor saturate: so batch norm uses the statistics of a batch, and the activation
+ranges are calibrated.
 """
 
 from pathlib import Path
@@ -24,11 +24,11 @@ MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 
 
 def random_network(width: int, *, seed: int = 0) -> IntegerGraph:
-    """An integer ResNet-18 of CIFAR's size with random weights.
+    """Return an integer ResNet-18 for CIFAR's image size, with random weights.
 
     Args:
         width: Channels of the first stage; the paper's network has 64.
-        seed: Of weights and images.
+        seed: Seed of weights and calibration images.
     """
     module = build_model(ModelConfig(width=width), CLASSES)
     model = quantize(module)
@@ -39,7 +39,7 @@ def random_network(width: int, *, seed: int = 0) -> IntegerGraph:
     def initial(key):
         variables = module.init(key, images, train=False)
         _, updated = module.apply(variables, images, train=True, mutable=["batch_stats"])
-        # A step goes a tenth of the way from the initial statistics to those of the batch.
+        # One update moves the statistics by a tenth of the way to those of the batch.
         statistics = jax.tree.map(
             lambda old, new: old + (new - old) / 0.1,
             variables["batch_stats"],
@@ -57,13 +57,13 @@ def random_network(width: int, *, seed: int = 0) -> IntegerGraph:
 
 
 def run_pixels(workdir: Path) -> UInt8[np.ndarray, "n h w c"] | None:
-    """The test images that a run keeps for its report, if it does."""
+    """Return the test images saved for a run's report; None if there are none."""
     samples = read_samples(workdir)
     return None if samples is None else samples.images
 
 
 def are_usable(graph: IntegerGraph, pixels: UInt8[np.ndarray, "..."]) -> bool:
-    """Whether a network knows how to normalize these pixels."""
+    """Return whether a network has a table for pixels and these have the shape of its input."""
     return len(pixels) > 0 and (
         graph.quantize.table is not None and pixels.shape[1:] == graph.input_shape
     )
@@ -72,13 +72,13 @@ def are_usable(graph: IntegerGraph, pixels: UInt8[np.ndarray, "..."]) -> bool:
 def make_images(
     graph: IntegerGraph, count: int, pixels: UInt8[np.ndarray, "..."] | None = None
 ) -> Float32[np.ndarray, "..."]:
-    """Float input for a network, as users hand it over: (count, *input_shape), contiguous.
+    """Return contiguous float input for a network, of shape (count, *input_shape).
 
     Args:
         graph: The network.
-        count: How many; images are repeated.
-        pixels: Images to take, which are usable. Without them, the input is noise that spreads
-            over the range of the network's input.
+        count: Number of images; `pixels` are repeated as needed.
+        pixels: Usable images. Without them, the input is noise over the range of the network's
+            input.
     """
     node = graph.quantize
     tensor = graph.tensors[node.output]

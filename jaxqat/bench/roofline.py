@@ -1,11 +1,11 @@
-"""The least time that a device needs for an integer network: its arithmetic, or its memory traffic.
+"""The least time a device needs for an integer network, by its arithmetic and memory traffic.
 
     seconds >= max(2 MACs / peak, bytes / bandwidth)
 
-(Williams et al. 2009, doi:10.1145/1498765.1498785.) Bytes are those of a network whose layers
-(products, pools, and what moves codes) run one by one, each reading its int8 tensors and weights
-once and writing one int8 tensor. Images are quantized by the layer that reads them, and a residual
-addition is part of a product that makes one of its inputs.
+(Williams et al. 2009, doi:10.1145/1498765.1498785.) The bytes are counted for layers (products,
+pools, and moves of codes) that run one by one, each reading its int8 tensors and weights once and
+writing one int8 tensor. The first layer quantizes the images, and a residual addition is part of
+the product that computes one of its inputs.
 """
 
 import dataclasses
@@ -19,13 +19,13 @@ from jaxqat.integer import graph as g
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """What a device can do at most, from its data sheet.
+    """The peak performance of a device, from its data sheet.
 
     Attributes:
-        name: For people.
-        kind: What JAX calls it.
-        int8: Integer operations a second, dense, a multiplication and an addition being two.
-        bandwidth: Of its memory, bytes a second.
+        name: Displayed name.
+        kind: JAX's `device_kind`.
+        int8: Dense int8 operations per second; a multiply-accumulate counts as two.
+        bandwidth: Memory bandwidth, bytes per second.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Device:
     bandwidth: float
 
 
-# An 'H100 NVL' has other numbers, and so has a part of a GPU, 'NVIDIA H200 MIG 1g.18gb'.
+# Kinds must match exactly: an 'H100 NVL' or a part, 'NVIDIA H200 MIG 1g.18gb', has other numbers.
 DEVICES = (
     Device("NVIDIA H200", "NVIDIA H200", 1979e12, 4.8e12),
     Device("NVIDIA H100 PCIe", "NVIDIA H100 PCIe", 1513e12, 2.0e12),
@@ -50,36 +50,36 @@ DEVICES = (
 
 
 def known_device(kind: str | None = None) -> Device | None:
-    """The device of this name (None: the present one), if it is a known one."""
+    """Return the device with this `device_kind`, by default this machine's; None if unknown."""
     kind = jax.devices()[0].device_kind if kind is None else kind
     return next((device for device in DEVICES if device.kind == kind), None)
 
 
 def least_seconds(graph: g.IntegerGraph, batch: int, device: Device) -> float:
-    """The least time of a batch on a device."""
+    """Return the least time for a batch on a device."""
     arithmetic = 2 * macs(graph) * batch / device.int8
     return max(arithmetic, traffic(graph, batch) / device.bandwidth)
 
 
 def macs(graph: g.IntegerGraph) -> int:
-    """Multiply-accumulates of one example."""
+    """Return the multiply-accumulate operations for one image."""
     return sum(
         math.prod(_shape(graph, node.output)[:-1]) * node.weights.size for node in graph.products()
     )
 
 
 def traffic(graph: g.IntegerGraph, batch: int) -> int:
-    """Bytes read and written for a batch, float32 images and results included."""
+    """Return the bytes read and written for a batch, including float32 images and logits."""
     example = 4 * (math.prod(graph.input_shape) + math.prod(graph.output_shape))
     unstored = _unstored(graph)
     for node in graph.nodes:
         if isinstance(node, g.Move) and node.kind == "reshape":
-            continue  # Another name for the same bytes.
+            continue  # It moves no bytes.
         stored = [
             n for n in (*node.inputs, node.output) if n in graph.tensors and n not in unstored
         ]
         example += sum(math.prod(graph.tensors[name].shape) for name in stored)
-    # In memory a weight code is a byte, whatever its bits.
+    # In memory, a weight's code takes one byte for any number of bits.
     constants = sum(
         p.weights.nbytes + p.bias.nbytes + p.multiplier.nbytes for p in graph.products()
     )
@@ -87,7 +87,7 @@ def traffic(graph: g.IntegerGraph, batch: int) -> int:
 
 
 def _unstored(graph: g.IntegerGraph) -> set[str]:
-    """Tensors that are never in memory, being made where they are read."""
+    """Return the tensors that are never in memory, as the layer that reads them computes them."""
     names = {graph.quantize.output}
     products = {node.output for node in graph.products()}
     for node in graph.nodes:
@@ -102,5 +102,5 @@ def _shape(graph: g.IntegerGraph, name: str) -> tuple[int, ...]:
 
 
 def parameters(graph: g.IntegerGraph) -> int:
-    """Weights and biases."""
+    """Return the number of weights and biases."""
     return int(np.sum([node.weights.size + node.bias.size for node in graph.products()]))

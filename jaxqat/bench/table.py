@@ -1,47 +1,50 @@
 """Measurements as tables in the terminal."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+
+from jaxqat.pipeline.terminal import print_table, say
 
 
 def print_benchmark(result: Mapping[str, Any], console: Console) -> None:
     """Show what `benchmark` measured."""
     if result["what"] == "inference":
         for batch in result["batches"]:
-            console.print(_inference_table(result, batch))
+            _print_inference(result, batch, console)
             _print_notes([*_not_measured(batch), *batch["notes"]], console)
-        _say(_inference_conditions(result), console)
+        say(_inference_conditions(result), console)
     else:
-        console.print(_training_table(result))
+        _print_training(result, console)
         _print_notes(result["notes"], console)
-    _say(_conditions(result), console)
+    say(_conditions(result), console)
 
 
-def _inference_table(result: Mapping[str, Any], batch: Mapping[str, Any]) -> Table:
+def _print_inference(result: Mapping[str, Any], batch: Mapping[str, Any], console: Console) -> None:
     rows = [row for row in batch["engines"] if "median_s" in row]
-    name = result["network"]["name"] or "inference"
-    table = _table(f"{name}: batch {batch['batch_size']}", "engine")
-    columns = {"images/s": _rate, "ms": _milliseconds, "spread": _spread, "error": _error}
-    columns |= {"x JAX\nFP32": lambda row: _ratio(row["ratio_to_jax_fp32"])}
+    columns = {"engine": _label, "images/s": _rate, "ms": _milliseconds, "spread": _spread}
+    columns |= {"error": _error, "x JAX\nFP32": lambda row: _ratio(row["ratio_to_jax_fp32"])}
     if any(row["ratio_to_ort_fp32"] is not None for row in rows):
         columns |= {"x ORT\nFP32": lambda row: _ratio(row["ratio_to_ort_fp32"])}
     if result["roofline"] is not None:
         columns |= {"of\nroofline": _share}
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(row["label"], *(cell(row) for cell in columns.values()))
-    return table
+    name = result["network"]["name"] or "inference"
+    _print_columns(f"{name}: batch {batch['batch_size']}", columns, rows, console)
 
 
-def _table(title: str, first: str) -> Table:
-    table = Table(title=Text(title))  # A name may hold what would be markup.
-    table.add_column(first, overflow="fold")
-    return table
+def _print_columns(
+    title: str,
+    columns: Mapping[str, Callable[[Mapping[str, Any]], str]],
+    measured: Iterable[Mapping[str, Any]],
+    console: Console,
+) -> None:
+    rows = [[cell(row) for cell in columns.values()] for row in measured]
+    print_table(title, list(columns), rows, console)
+
+
+def _label(row: Mapping[str, Any]) -> str:
+    return row["label"]
 
 
 def _rate(row: Mapping[str, Any]) -> str:
@@ -73,20 +76,15 @@ def _share(row: Mapping[str, Any]) -> str:
     return "" if share is None else f"{100 * share:.1f} %"
 
 
-def _training_table(result: Mapping[str, Any]) -> Table:
-    name, batch = result["network"]["name"], result["batch_size"]
-    table = _table(f"{name}, training step: batch {batch}", "precision")
-    columns = {"images/s": _rate, "ms": _milliseconds, "spread": _spread}
+def _print_training(result: Mapping[str, Any], console: Console) -> None:
+    columns = {"precision": _label, "images/s": _rate, "ms": _milliseconds, "spread": _spread}
     columns |= {
         "x FP32": lambda row: _ratio(row["ratio_to_fp32"]),
         "temporary\nMB": _temporary,
         "cosine\nto FP32": lambda row: f"{row['cosine_to_fp32']:.3f}",
     }
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
-    for row in result["precisions"]:
-        table.add_row(row["label"], *(cell(row) for cell in columns.values()))
-    return table
+    title = f"{result['network']['name']}, training step: batch {result['batch_size']}"
+    _print_columns(title, columns, result["precisions"], console)
 
 
 def _temporary(row: Mapping[str, Any]) -> str:
@@ -101,11 +99,7 @@ def _not_measured(batch: Mapping[str, Any]) -> list[str]:
 
 def _print_notes(notes: list[str], console: Console) -> None:
     for note in notes:
-        _say(note, console)
-
-
-def _say(text: str, console: Console) -> None:
-    console.print(text, highlight=False, soft_wrap=True, markup=False)
+        say(note, console)
 
 
 def _inference_conditions(result: Mapping[str, Any]) -> str:

@@ -1,7 +1,7 @@
-"""Timing in alternation: engines take turns, and what is compared are medians over turns.
+"""Time several calls in alternation and compare their medians.
 
-A machine's clock, caches and other users change within seconds. Of two engines that are timed one
-after the other, each may meet another machine; in turns, both meet the same one.
+A machine's clock, caches and load change within seconds. Alternation exposes all engines to the
+same changes.
 """
 
 import math
@@ -12,19 +12,20 @@ from typing import Any
 import numpy as np
 
 Call = Callable[[], Any]
-"""Does the timed work once, and returns when it is done."""
+"""Does the timed work once and returns when it is done."""
 
-# A turn of a small batch is several calls: one of a millisecond would time the waking of threads.
-TURN_SECONDS = 0.1
-# Threads of ONNX Runtime and OpenMP spin for some ten milliseconds before they sleep; the next
-# engine would share the cores with them.
+# Short calls are repeated: a single one of a millisecond would time the waking of threads.
+MEASUREMENT_SECONDS = 0.1
+# Threads of ONNX Runtime and OpenMP spin for some ten milliseconds before they sleep, and would
+# take cores from the next engine.
 REST_SECONDS = 0.05
 
 
-def turns(names: Sequence[str], rounds: int) -> Iterator[tuple[str, ...]]:
-    """The order of each round: all names, forth and back, and then beginning one further.
+def round_orders(names: Sequence[str], rounds: int) -> Iterator[tuple[str, ...]]:
+    """Yield the order of names in each round; every second round reverses the one before.
 
-    Otherwise each would run behind the same neighbour, and with what that leaves in the caches.
+    Every two rounds the order begins with the next name. So the predecessor of an engine varies,
+    and with it the content of the caches.
     """
     for i in range(rounds):
         first = i // 2 % max(len(names), 1)
@@ -36,26 +37,26 @@ def alternate(
     calls: Mapping[str, Call],
     *,
     rounds: int,
-    turn_seconds: float = TURN_SECONDS,
+    measurement_seconds: float = MEASUREMENT_SECONDS,
     rest_seconds: float = REST_SECONDS,
 ) -> dict[str, list[float]]:
-    """Seconds of one call, by round, of calls that take turns.
+    """Measure the time of calls, all of them in every round.
 
     Args:
-        calls: By name; compiled and warm.
-        rounds: How often each has its turn.
-        turn_seconds: How long a turn lasts at least; it is one call or more.
-        rest_seconds: Idle time before each turn.
+        calls: Calls by name, compiled and warm.
+        rounds: Number of measurements of each call.
+        measurement_seconds: Least duration of a measurement, by repeating the call.
+        rest_seconds: Idle time before each measurement.
 
     Returns:
-        By name, for each round the mean over the calls of its turn.
+        Mean seconds of one call in each round, by name.
     """
     repeats = {
-        name: max(1, math.ceil(turn_seconds / max(seconds_of(call), 1e-9)))
+        name: max(1, math.ceil(measurement_seconds / max(seconds_of(call), 1e-9)))
         for name, call in calls.items()
     }
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for order in turns(list(calls), rounds):
+    for order in round_orders(list(calls), rounds):
         for name in order:
             time.sleep(rest_seconds)
             seconds[name].append(seconds_of(calls[name], repeats[name]))
@@ -63,7 +64,7 @@ def alternate(
 
 
 def seconds_of(call: Call, repeats: int = 1) -> float:
-    """Mean seconds of a call."""
+    """Return the mean seconds of a call."""
     start = time.perf_counter()
     for _ in range(repeats):
         call()
@@ -71,11 +72,11 @@ def seconds_of(call: Call, repeats: int = 1) -> float:
 
 
 def summarize(seconds: Sequence[float], items: int) -> dict[str, Any]:
-    """Median, quartiles and rate.
+    """Return all times, their median and quartiles, and images per second.
 
     Args:
-        seconds: Of each round.
-        items: Images that a call works on.
+        seconds: Time of a call in each round.
+        items: Images per call.
     """
     first, median, third = np.percentile(seconds, (25, 50, 75)).tolist()
     return {
@@ -87,11 +88,11 @@ def summarize(seconds: Sequence[float], items: int) -> dict[str, Any]:
 
 
 def add_ratios(rows: Sequence[dict[str, Any]], baselines: Mapping[str, str]) -> None:
-    """How many times as fast as a baseline each measured row is, by medians.
+    """Add to each row its speed relative to the baselines, by medians; None if not measured.
 
     Args:
-        rows: With a 'key', and 'median_s' where they were measured; changed in place.
-        baselines: Name of the ratio -> key of the row that it is of.
+        rows: Table rows with 'key' and, if measured, 'median_s'; changed in place.
+        baselines: Key of the baseline's row, by the name of the ratio.
     """
     medians = {row["key"]: row["median_s"] for row in rows if "median_s" in row}
     for row in rows:

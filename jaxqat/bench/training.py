@@ -1,4 +1,4 @@
-"""Training of one network: the time and the memory of a step in FP32, in bfloat16 and in QAT."""
+"""Benchmark a training step: time and memory in FP32, TF32, bfloat16 and QAT."""
 
 import dataclasses
 from collections.abc import Callable
@@ -23,23 +23,23 @@ from jaxqat.pipeline.training import (
 )
 from jaxqat.pipeline.training.step import make_dispatch
 
-# As in training: a CPU runs one step a call, and a call of one step leaves an accelerator idle.
+# As in training, a CPU runs one step per call. On an accelerator, such calls would leave it idle.
 STEPS_PER_CALL = {"cpu": 1}
 ACCELERATOR_STEPS_PER_CALL = 10
 STEPS_PER_EPOCH = 4
 
-# The updates of the first step, as vectors, point the same way up to what the precision rounds.
-# Unrelated directions of millions of parameters have a cosine of 0.
+# The updates of the first step, as vectors, have the same direction except for rounding. Unrelated
+# directions of millions of parameters have a cosine near 0.
 LEAST_COSINE = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """A way to train.
+    """A stage and precision to train in.
 
     Attributes:
-        key: Its name in JSON.
-        label: For people.
+        key: Name in JSON.
+        label: Displayed name.
         stage: 'fp32' or 'qat'.
         precision: `Experiment.precision`.
     """
@@ -71,23 +71,23 @@ def benchmark_training(
     classes: int,
     batch_size: int | None = None,
     rounds: int = 10,
-    say: Callable[[str], None] = lambda text: None,
+    log: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Time a training step in all precisions of the device.
 
     Args:
-        experiment: The network, the recipe, the optimizer; its data is not used.
-        image_shape: Of one image.
-        classes: How many.
-        batch_size: Images a step; None for the experiment's.
-        rounds: How often each has its turn.
-        say: Told what is being done.
+        experiment: The network, the recipe and the optimizer; its data is not used.
+        image_shape: Shape of one image.
+        classes: Number of classes.
+        batch_size: Images per training step; None for the experiment's.
+        rounds: Number of measurements of each precision.
+        log: Receives progress messages.
 
     Returns:
-        JSON-able: the network and a row for each precision.
+        The network and a table row for each precision, as JSON values.
 
     Raises:
-        BenchmarkError: A step does not train, or not in the direction of FP32.
+        BenchmarkError: If an update is not finite, is zero, or differs in direction from FP32's.
     """
     device = platform()
     batch = batch_size or experiment.fp32.batch_size
@@ -95,14 +95,14 @@ def benchmark_training(
     dataset = random_dataset(image_shape, classes, batch * STEPS_PER_EPOCH)
     rows, calls, first = [], {}, {}
     for variant in VARIANTS.get(device, VARIANTS["cpu"]):
-        say(f"compiling {variant.label}")
+        log(f"compiling {variant.label}")
         trainer = Trainer(variant, experiment, dataset, batch, length)
         first[variant.key] = trainer.first_update()
         check_update(variant.label, first[variant.key], first[FP32.key])
         rows.append({"key": variant.key, "label": variant.label, **trainer.memory()})
         rows[-1]["cosine_to_fp32"] = cosine(first[variant.key], first[FP32.key])
         calls[variant.key] = trainer.call()
-    say(f"{rounds} rounds of {len(calls)} steps")
+    log(f"{rounds} rounds of {len(calls)} steps")
     seconds = alternate(calls, rounds=rounds)
     for row in rows:
         row |= summarize([s / length for s in seconds[row["key"]]], batch)
@@ -122,7 +122,7 @@ class Trainer:
     """A compiled training step and its state.
 
     Attributes:
-        networks: Of the experiment in the variant's precision.
+        networks: Networks of the experiment in the variant's precision.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class Trainer:
         with matmul_precision(experiment):
             self.networks = Networks.build(experiment, dataset)
             config = experiment.fp32
-            # Both stages take the same steps, and without a warm-up the first of them moves.
+            # The same optimizer for both stages; without a warm-up, as its first update is zero.
             settings = dataclasses.replace(config.optimizer, warmup_epochs=0.0)
             optimizer = make_optimizer(
                 settings,
@@ -154,7 +154,7 @@ class Trainer:
             self._key = stage_key(experiment.seed, "fp32")
             self._state = self._init(optimizer)
             self._compiled = self._compile(step, length)
-            # Ten steps from the same start end further apart than one.
+            # First updates are compared, as rounding makes longer trainings diverge.
             self._one_step = self._compiled if length == 1 else self._compile(step, 1)
 
     def _compile(self, step: Any, length: int) -> Any:
@@ -166,20 +166,20 @@ class Trainer:
         if self._stage == "qat":
             variables = {"params": params, **collections}
             image = self.networks.one_image()
-            # Ranges that have seen nothing are those of the first batch.
+            # Uncalibrated ranges become those of the first batch.
             collections = self.networks.quantized.init_quant(variables, image, train=False)
             del collections["params"]
         return jax.tree.map(jnp.array, init_state(params, collections, optimizer))
 
     def first_update(self) -> list[np.ndarray]:
-        """What the first step adds to the parameters."""
+        """Run one training step; return its change of the parameters."""
         before = jax.tree.map(np.array, jax.tree.leaves(self._state.params))
         self._run(self._one_step)
         after = jax.tree.leaves(self._state.params)
         return [np.asarray(b) - a for a, b in zip(before, after, strict=True)]
 
     def memory(self) -> dict[str, int | None]:
-        """Bytes that a call needs, by the compiler's account."""
+        """Return the memory of a call in bytes, as the compiler reports it."""
         analysis = self._compiled.memory_analysis()
         return {
             "temporary_bytes": None if analysis is None else analysis.temp_size_in_bytes,
@@ -187,19 +187,19 @@ class Trainer:
         }
 
     def call(self) -> Call:
-        """Some steps, done when it returns; warm."""
+        """Return a call, already warm, that runs the compiled training steps."""
         self._run(self._compiled)
         return lambda: self._run(self._compiled)
 
     def _run(self, program: Any) -> None:
-        # The state's buffers are given away, as in training.
+        # The state's buffers are donated, as in training.
         arguments = (self._state, self._data, self._order, self._key)
         self._state, loss = program(*arguments)
         jax.block_until_ready(loss)
 
 
 def random_dataset(image_shape: tuple[int, ...], classes: int, count: int) -> Dataset:
-    """Random images of random classes."""
+    """Return random images of random classes."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (count, *image_shape), np.uint8)
     split = Split(images, rng.integers(0, classes, count, np.int32))
@@ -217,31 +217,31 @@ def random_dataset(image_shape: tuple[int, ...], classes: int, count: int) -> Da
 
 
 def check_update(label: str, update: list[np.ndarray], reference: list[np.ndarray]) -> None:
-    """Refuse a step that leaves parameters where they are, or goes another way than FP32's.
+    """Check that an update is finite and has about the direction of FP32's.
 
     Raises:
-        BenchmarkError: Says what it does.
+        BenchmarkError: If not; also if the update is zero.
     """
     if not all(np.isfinite(change).all() for change in update):
-        raise BenchmarkError(f"{label}: the first training step gives numbers that are not finite.")
+        raise BenchmarkError(f"{label}: the update of the first training step is not finite.")
     found = cosine(update, reference)
     if not found >= LEAST_COSINE:
         raise BenchmarkError(
-            f"{label}: the first training step goes another way than that of FP32: the cosine of "
-            f"their updates is {found:.3f}, of at least {LEAST_COSINE}. Times of wrong steps are "
-            "not reported."
+            f"{label}: the update of the first training step differs from that of FP32: the cosine "
+            f"of the two is {found:.3f}, expected at least {LEAST_COSINE}. Times of wrong steps "
+            "are not reported."
         )
 
 
 def cosine(first: list[np.ndarray], second: list[np.ndarray]) -> float:
-    """Cosine of two updates, each as one vector."""
+    """Return the cosine of two updates, each as one vector; 0 if one is zero."""
     a, b = (np.concatenate([x.ravel() for x in xs]).astype(np.float64) for xs in (first, second))
     size = np.linalg.norm(a) * np.linalg.norm(b)
     return float(a @ b / size) if size else 0.0
 
 
 def notes(rows: list[dict[str, Any]]) -> list[str]:
-    """Where QAT is slower, in words."""
+    """Return a sentence for each float variant that is faster than a QAT variant."""
     found = []
     for row in (row for row in rows if row["key"].startswith("qat")):
         for other in (other for other in rows if not other["key"].startswith("qat")):

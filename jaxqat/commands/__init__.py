@@ -1,1 +1,1 @@
-"""The commands of the `jaxqat` command line, one module each; `jaxqat.cli` parses for them."""
+"""The commands of `jaxqat`, one module each; `jaxqat.cli` parses their arguments."""

@@ -1,24 +1,24 @@
 """`jaxqat analyze`: find out why a run's quantized network is less accurate than its float one."""
 
-import dataclasses
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from rich.console import Console
 
 from jaxqat.analysis import analyze as analyze_layers
 from jaxqat.errors import InputError
-from jaxqat.integer._store.files import write_json
+from jaxqat.pipeline import config as configs
 from jaxqat.pipeline.data import load_dataset
 from jaxqat.pipeline.display import print_analysis
 from jaxqat.pipeline.evaluation import find_split
+from jaxqat.pipeline.measurements import RunAnalysis, SplitName
 from jaxqat.pipeline.networks import matmul_precision
 from jaxqat.pipeline.post_training import restore_quantized
 from jaxqat.pipeline.report import write_analysis
-from jaxqat.pipeline.results import to_json
-from jaxqat.pipeline.run.folder import RunFolder, RunFolderError
+from jaxqat.pipeline.run.folder import RunFolder
 from jaxqat.pipeline.run.results import describe_run
+from jaxqat.pipeline.terminal import say
 
 # Images per batch. The real values of all tensors of a batch, a few MB per image, stay in memory.
 ANALYSIS_BATCH_SIZE = 100
@@ -28,10 +28,10 @@ def analyze(
     run: Path,
     *,
     stage: Literal["qat", "ptq"] = "qat",
-    split: Literal["test", "train", "validation"] = "test",
+    split: SplitName = "test",
     images: int = 1000,
     console: Console | None = None,
-) -> dict[str, Any]:
+) -> RunAnalysis:
     """Find the layers where the quantized network loses accuracy.
 
     Writes RUN/analysis.json and RUN/analysis.html. Each batch runs twice per layer: with this layer
@@ -77,18 +77,18 @@ def analyze(
             preprocess=networks.normalize,
             train=False,
         )
-    result = {
-        **to_json(describe_run(experiment, dataset, None)),
-        "stage": stage,
-        "split": split,
-        "step": model.step,
-        "recipe": dataclasses.asdict(networks.experiment.quant),
-        "calibration_batches": networks.experiment.qat.calibration_batches,
-        **dataclasses.asdict(analysis),
-    }
+    result = RunAnalysis(
+        **vars(describe_run(experiment, dataset, None)),
+        **vars(analysis),
+        stage=stage,
+        split=split,
+        step=model.step,
+        recipe=configs.to_dict(networks.experiment)["quant"],
+        calibration_batches=networks.experiment.qat.calibration_batches,
+    )
     title = f"{experiment.name}: {stage}, {len(chosen):,} images of the {split} split"
-    print_analysis(title, analysis.rows(), analysis.summary(), console)
-    write_json(folder.analysis, result, error=RunFolderError)
+    print_analysis(title, result, console)
+    folder.write_analysis(result)
     page = write_analysis(folder.path, result)
-    console.print(f"analysis: {page}", highlight=False, soft_wrap=True)
+    say(f"analysis: {page}", console)
     return result

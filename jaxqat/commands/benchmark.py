@@ -38,8 +38,7 @@ def benchmark(
 ) -> dict[str, Any]:
     """Measure inference or training speed on this machine.
 
-    The engines take turns in every round, so that a change of the machine's speed affects
-    all of them.
+    Every round measures each engine once, so that a change of the machine's speed affects all.
 
     Args:
         run: Run folder; without one, a ResNet-18 with random weights on 32x32 images is measured.
@@ -50,34 +49,34 @@ def benchmark(
         rounds: Number of rounds, 1 or more.
         width: Width of the random ResNet-18: channels of its first stage; by default 64.
         json: File for the measurements, beside the printed table.
-        command: What was typed, recorded in the file.
+        command: The command line, recorded in the file.
         console: Where the table is printed; None for standard output.
 
     Returns:
         The measurements, as written to the file.
 
     Raises:
-        BenchmarkError: An argument cannot be used, or engines disagree.
-        RunFolderError: The folder is no run folder or holds no integer network, or the file cannot
-            be written.
-        ArtifactError: The integer network is damaged.
+        BenchmarkError: If an argument is invalid, or engines disagree.
+        RunFolderError: If the folder is not a run folder or holds no integer network, or the file
+            cannot be written.
+        ArtifactError: If the integer network is damaged.
     """
     console = console or Console()
     if run is not None and width is not None:
         raise BenchmarkError(
-            f"width is for the random ResNet-18 only; {run} has a network of its own."
+            f"width is for the random ResNet-18 only, and {run} has its own network."
         )
     width = WIDTH if width is None else width
     _check(what, batch_sizes, rounds, width, json)
     load = _load_average()
 
-    def say(text: str) -> None:
+    def log(text: str) -> None:
         console.print(text, style="dim", highlight=False)
 
     if what == "inference":
-        measured = _inference(run, batch_sizes, rounds, width, say)
+        measured = _inference(run, batch_sizes, rounds, width, log)
     else:
-        measured = _training(run, batch_sizes, rounds, width, say)
+        measured = _training(run, batch_sizes, rounds, width, log)
     result = {
         "what": what,
         "run": None if run is None else str(run),
@@ -113,12 +112,12 @@ def _check(
     if json is not None and (json.is_dir() or not json.parent.is_dir()):
         raise BenchmarkError(f"json must be a file in an existing folder, got {str(json)!r}.")
     if json is not None and not os.access(json.parent, os.W_OK):
-        raise BenchmarkError(f"json must be in a folder that can be written, got {str(json)!r}.")
+        raise BenchmarkError(f"json must be in a writable folder, got {str(json)!r}.")
 
 
-def _inference(run: Path | None, batch_sizes, rounds: int, width: int, say) -> dict[str, Any]:
+def _inference(run: Path | None, batch_sizes, rounds: int, width: int, log) -> dict[str, Any]:
     if run is None:
-        say(f"making a ResNet-18 of width {width}")
+        log(f"making a ResNet-18 of width {width}")
         graph, pixels = random_network(width), None
     else:
         graph, pixels = load_network(_open(run), "qat"), run_pixels(run)
@@ -128,11 +127,11 @@ def _inference(run: Path | None, batch_sizes, rounds: int, width: int, say) -> d
         batch_sizes=batch_sizes,
         rounds=rounds,
         pixels=pixels,
-        say=say,
+        log=log,
     )
 
 
-def _training(run: Path | None, batch_sizes, rounds: int, width: int, say) -> dict[str, Any]:
+def _training(run: Path | None, batch_sizes, rounds: int, width: int, log) -> dict[str, Any]:
     experiment = Experiment(name=f"ResNet-18, width {width}", model=ModelConfig(width=width))
     shape, classes = IMAGE_SHAPE, CLASSES
     if run is not None:
@@ -145,7 +144,7 @@ def _training(run: Path | None, batch_sizes, rounds: int, width: int, say) -> di
         classes=classes,
         batch_size=batch_sizes[0] if batch_sizes else None,
         rounds=rounds,
-        say=say,
+        log=log,
     )
 
 
@@ -156,7 +155,7 @@ def _open(run: Path) -> RunFolder:
 
 
 def thread_count() -> int:
-    """Return the number of processors this process may use; every engine is told to use them."""
+    """Return the number of processors that this process, and so each engine, may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -174,13 +173,12 @@ def versions() -> dict[str, str | None]:
 def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
-    except (
-        importlib.metadata.PackageNotFoundError
-    ):  # The distribution has another name, such as onnxruntime-gpu.
+    except importlib.metadata.PackageNotFoundError:
+        # The distribution has another name, such as onnxruntime-gpu.
         names = importlib.metadata.packages_distributions().get(package)
         return importlib.metadata.version(names[0]) if names else "unknown"
 
 
 def _load_average() -> float | None:
-    """Return the average number of runnable processes in the last minute, if the system tells."""
+    """Return the load average of the last minute; None if the system has none."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None

@@ -10,8 +10,8 @@ from jaxqat.pipeline.data import Dataset, load_dataset
 from jaxqat.pipeline.display import print_evaluation
 from jaxqat.pipeline.evaluation import Measured, Predictor, find_split, measure
 from jaxqat.pipeline.integer_networks import check_network_data, load_network
+from jaxqat.pipeline.measurements import Evaluation, SplitName
 from jaxqat.pipeline.networks import Networks, matmul_precision
-from jaxqat.pipeline.results import to_json
 from jaxqat.pipeline.run.folder import RunFolder
 from jaxqat.pipeline.run.results import describe_run
 from jaxqat.pipeline.run.snapshots import restore_model
@@ -24,9 +24,9 @@ def evaluate(
     run: Path,
     *,
     stage: Literal["fp32", "ptq", "qat", "integer"] = "integer",
-    split: Literal["test", "train", "validation"] = "test",
+    split: SplitName = "test",
     console: Console | None = None,
-) -> dict[str, Any]:
+) -> Evaluation:
     """Evaluate a network of a run on a split, from the run folder alone.
 
     Writes RUN/evaluations/STAGE_SPLIT.json and nothing else.
@@ -40,7 +40,7 @@ def evaluate(
         console: Where the metrics are printed; None for standard output.
 
     Returns:
-        The metrics, with the run, stage, split and training step they belong to.
+        Content of RUN/evaluations/STAGE_SPLIT.json.
 
     Raises:
         RunFolderError: The folder is no run folder, holds no such network, or cannot be written.
@@ -53,14 +53,14 @@ def evaluate(
     experiment = folder.load_config()
     evaluate_network = _evaluate_integer if stage in INTEGER else _evaluate_checkpoint
     dataset, step, measured = evaluate_network(folder, experiment, split, stage)
-    result = {
-        **to_json(describe_run(experiment, dataset, None)),
-        "stage": stage,
-        "split": split,
-        "step": step,
-        "evaluate_images_per_s": measured.images_per_s,
-        "metrics": to_json(measured.scores),
-    }
+    result = Evaluation(
+        **vars(describe_run(experiment, dataset, None)),
+        stage=stage,
+        split=split,
+        step=step,
+        evaluate_images_per_s=measured.images_per_s,
+        metrics=measured.scores,
+    )
     images = f"{measured.scores.n} images of the {split} split"
     # Print first: the folder may be read-only.
     print_evaluation(f"{experiment.name}: {stage} at step {step}, {images}", measured, console)

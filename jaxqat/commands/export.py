@@ -1,6 +1,6 @@
 """`jaxqat export`: write the integer network of a run for another runtime.
 
-The packages of the file formats are imported when they are needed: training does without them.
+Packages for the file formats are imported only when needed, as training does not need them.
 """
 
 from pathlib import Path
@@ -33,16 +33,16 @@ def export(
         input: Input of the exported network: raw pixels (uint8), or images normalized as in
             training (float).
         overwrite: Replace an existing file.
-        console: Where the file is named; None for standard output.
+        console: Where path and size are printed; None for standard output.
 
     Returns:
         Path of the file.
 
     Raises:
-        RunFolderError: The folder is no run folder, or holds no such integer network.
-        ArtifactError: The integer network is damaged.
-        ExportError: The network has no such form, or the file cannot be written.
-        ImportError: A package is not installed.
+        RunFolderError: If the folder is not a run folder, or holds no such integer network.
+        ArtifactError: If the integer network is damaged.
+        ExportError: If the format cannot express the network, or the file cannot be written.
+        ImportError: If a package is not installed.
     """
     console = console or Console()
     folder = RunFolder(Path(run))

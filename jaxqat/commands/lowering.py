@@ -10,10 +10,20 @@ from jaxqat.bench.networks import WIDTH, random_network
 from jaxqat.integer._execute.executor import PLATFORMS, make_executor
 from jaxqat.integer._execute.pallas_conv import COMPUTE_CAPABILITY
 from jaxqat.integer.graph import IntegerGraph
-from jaxqat.lowering import TARGETS, Compiled, LoweringError, Target, compile_for, print_lowering
+from jaxqat.lowering import (
+    TARGETS,
+    Compiled,
+    LoweringError,
+    LoweringTable,
+    Target,
+    compile_for,
+    lowering_table,
+)
+from jaxqat.lowering.table import Row
 from jaxqat.lowering.targets import get_target
 from jaxqat.pipeline.integer_networks import load_network
 from jaxqat.pipeline.run.folder import RunFolder
+from jaxqat.pipeline.terminal import print_table, say
 
 CHOICES = {"target": tuple(TARGETS), "executor": tuple(PLATFORMS)}
 
@@ -29,8 +39,7 @@ def lowering(
 ) -> Compiled:
     """Show the kernels that a device's compiler makes of an integer network.
 
-    The network is compiled, not run: the device need not be present, its compiler must be
-    installed.
+    The network is compiled, not run: this needs the device's compiler, but not the device.
 
     Args:
         run: Run folder; without one, a ResNet-18 with random weights on 32x32 images is compiled.
@@ -45,9 +54,9 @@ def lowering(
         The compiled network.
 
     Raises:
-        RunFolderError: The folder is no run folder, or holds no integer network.
-        ArtifactError: The integer network is damaged.
-        LoweringError: An argument cannot be used, the compiler is not installed, or it fails.
+        RunFolderError: If the folder is not a run folder, or holds no integer network.
+        ArtifactError: If the integer network is damaged.
+        LoweringError: If an argument is invalid, or the compiler is not installed or fails.
     """
     name = _executor_for(get_target(target), executor)
     for option, value in (("batch_size", batch_size), ("width", width)):
@@ -68,7 +77,7 @@ def _network(run: Path | None, width: int | None) -> IntegerGraph:
         return random_network(WIDTH if width is None else width)
     if width is not None:
         raise LoweringError(
-            f"width is for the random ResNet-18 only; {run} has a network of its own."
+            f"width is for the random ResNet-18 only, and {run} has its own network."
         )
     folder = RunFolder(Path(run))
     folder.load_config()
@@ -85,3 +94,39 @@ def _executor_for(target: Target, executor: str | None) -> str:
             f"executor must be one of {', '.join(fitting)} for {target.name}, got {executor!r}."
         )
     return executor
+
+
+def print_lowering(compiled: Compiled, console: Console) -> None:
+    """Print the kernels of a compiled function, those with float products in red; and totals."""
+    lowering = lowering_table(compiled)
+    texts = ("kernel", "layer", "what", "multiplies", "writes")
+    numbers = ("read", "written", *(() if lowering.cycles is None else ("cycles",)))
+    cells = [_cells(row)[: len(texts + numbers)] for row in lowering.rows]
+    title = f"{compiled.target}, kernels: {len(cells)}"
+    red = [row.is_float for row in lowering.rows]
+    print_table(title, texts + numbers, cells, console, texts=len(texts), red=red)
+    say(_totals(lowering, compiled.seconds), console)
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    """Return a kernel as text; the cycles come last, for devices without them to leave out."""
+    name = row.kernel if row.times == 1 else f"{row.kernel} ({row.times} times)"
+    sizes = in_bytes(row.bytes_read), in_bytes(row.bytes_written)
+    return (name, row.layer, row.what, row.products, row.writes, *sizes, f"{row.cycles or 0:,}")
+
+
+def _totals(lowering: LoweringTable, seconds: float) -> str:
+    estimate = "" if lowering.cycles is None else f"; about {lowering.cycles:,} cycles"
+    return (
+        f"products: {lowering.integer_products} integer, {lowering.float_products} float; "
+        f"{in_bytes(lowering.bytes_moved)} moved, {in_bytes(lowering.temporary_bytes)} of "
+        f"temporary memory{estimate}; compiled in {seconds:.1f} s, never run"
+    )
+
+
+def in_bytes(count: int) -> str:
+    """Return a size as text in decimal units, such as '3.1 MB'."""
+    value, units = float(count), ["B", "kB", "MB", "GB", "TB"]
+    while value >= 999.5 and len(units) > 1:
+        value, units = value / 1000, units[1:]
+    return f"{value:.3g} {units[0]}"

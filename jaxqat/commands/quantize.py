@@ -35,34 +35,33 @@ def quantize(
 ) -> Results:
     """Quantize the trained FP32 network of a run without training; evaluate and report it.
 
-    Writes RUN/ptq, the entry 'ptq' of RUN/results.json and the report, each in one step and only
-    after everything is measured. Before quantization-aware training the results hold FP32 and PTQ
-    only; `train` continues such a run.
+    Writes RUN/ptq, the entry 'ptq' of RUN/results.json and the report, each atomically and only
+    after all measurements. Before quantization-aware training, the results hold only FP32 and PTQ;
+    `train` continues such a run.
 
     Args:
         run: Run folder; its FP32 stage must be finished.
         method: Post-training quantization (ptq): activation ranges from a few training batches,
-            weights as FP32 left them.
+            weights from FP32.
         batches: Number of training batches to calibrate on, 1 or more; by default
             qat.calibration_batches of the run.
-        recipe: Preset to quantize by, such as int8_symmetric or w4a8; by default the recipe of the
-            run.
-        command: What was typed, recorded in the results of a run that has none yet.
+        recipe: Preset, such as int8_symmetric or w4a8; by default the recipe of the run.
+        command: The command line, recorded in the results if it creates them.
         console: Where the results are printed; None for standard output.
 
     Returns:
         Content of RUN/results.json.
 
     Raises:
-        RunFolderError: The folder is no run folder, its FP32 stage is not finished, another process
-            trains in it, or it cannot be written.
-        DataError: The data is missing, differs from the run's, or has too few batches.
-        RecipeError: The recipe does not exist, or does not fit the network.
-        CheckpointError: The checkpoint is damaged.
-        ConversionError: Parts of the network have no integer form.
-        Stopped: A signal arrived; the run is unchanged.
+        RunFolderError: If the folder is not a run folder, its FP32 stage is not finished or was
+            trained on other data, another process trains in it, or it cannot be written.
+        DataError: If the data is missing or damaged, or has too few batches.
+        RecipeError: If the recipe does not exist or does not fit the network.
+        CheckpointError: If the checkpoint is damaged.
+        ConversionError: If parts of the network have no integer form.
+        Stopped: If a signal came; the run is unchanged.
     """
-    del method  # There is one only.
+    del method  # There is only one.
     console = console or Console()
     experiment = RunFolder(Path(run)).load_config()
     quant = experiment.quant if recipe is None else Recipe.preset(recipe)
@@ -80,7 +79,7 @@ def quantize(
             results = _float_results(networks, folder, model, command)
         stop.raise_if_set()
         save(graph, folder.ptq, overwrite=True)
-        results = results.adding("ptq", ptq, speed)
+        results = results.with_network("ptq", ptq, speed)
         folder.write_results(results)
         report = write_report(folder.path)
     print_results(results, console)
@@ -103,7 +102,7 @@ def _check_batches(experiment: Experiment, dataset: Dataset, batches: int | None
 def _float_results(
     networks: Networks, folder: RunFolder, model: Model, command: str | None
 ) -> Results:
-    """Return the results of a run that ends with FP32, its layers as they were calibrated."""
+    """Return the results after the FP32 stage, with the layers of the calibrated network."""
     dataset, of_float = networks.dataset, {"params", *networks.shapes("fp32")[1]}
     variables = {name: value for name, value in model.tree().items() if name in of_float}
     predictor = Predictor.of_stage(networks, "fp32")

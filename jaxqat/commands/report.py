@@ -9,7 +9,7 @@ from jaxqat.pipeline.run.folder import RunFolder
 
 
 def report(run: Path, *, console: Console | None = None) -> Path:
-    """Write RUN/report.html again from the run folder alone.
+    """Write RUN/report.html again from the files in the run folder.
 
     Args:
         run: Run folder.
@@ -19,8 +19,8 @@ def report(run: Path, *, console: Console | None = None) -> Path:
         Path of the report.
 
     Raises:
-        RunFolderError: The folder is no run folder.
-        ReportError: A file that the report needs is missing or broken.
+        RunFolderError: If the folder is not a run folder.
+        ReportError: If a file that the report needs is missing or broken.
     """
     folder = RunFolder(Path(run))
     folder.load_config()

@@ -1,8 +1,7 @@
 """`jaxqat train`: the experiment from end to end.
 
-Both stages are trained before the test split is read; until then only training and validation
-images are used. The results keep the integer network of RUN/integer as 'integer', and that of
-RUN/ptq, which was only calibrated, as 'ptq'.
+Both stages are trained before the test split is used. In the results, 'integer' is the integer
+network of QAT in RUN/integer, and 'ptq' the calibrated one in RUN/ptq.
 """
 
 import dataclasses
@@ -60,23 +59,23 @@ def train(
     Args:
         experiment: YAML file with any of the options below.
         workdir: Run folder; created if it does not exist.
-        from_run: Another run, whose finished FP32 stage is used instead of training one. A folder
-            that has FP32 checkpoints already continues from its own.
-        command: What was typed, recorded in the results.
+        from_run: Another run; start from its finished FP32 stage. A run with FP32 checkpoints
+            continues from its own.
+        command: The command line, recorded in the results.
         console: Where progress is printed; None for standard output.
 
     Returns:
         Content of RUN/results.json.
 
     Raises:
-        RunFolderError: The folder belongs to another experiment or process, or is read-only; or the
-            FP32 stage of the other run is not finished, or has other settings or data.
-        DataError: The data cannot be used.
-        RecipeError: The recipe does not fit the network.
-        CheckpointError: No checkpoint is whole, or none can be written.
-        ArtifactError: The integer network cannot be written.
-        DivergedError: The loss or the weights became infinite or NaN.
-        Stopped: A signal arrived; the state is saved.
+        RunFolderError: If the folder belongs to another experiment or process, or is read-only; or
+            if the FP32 stage of the other run is not finished, or has other settings or data.
+        DataError: If the data is missing, damaged or unusable.
+        RecipeError: If the recipe does not fit the network.
+        CheckpointError: If all checkpoints are damaged, or none can be written.
+        ArtifactError: If the integer network cannot be written.
+        DivergedError: If the loss or the weights became infinite or NaN.
+        Stopped: If a signal came; the state was saved.
     """
     console = console or Console()
     with claim(Path(workdir)) as folder, stop_on_signals() as stop:
@@ -88,10 +87,10 @@ def train(
         _check_sizes(experiment, dataset)
         with matmul_precision(experiment):
             networks = Networks.build(experiment, dataset)
-            taken = _float_stage(networks, folder, from_run, console)
+            other = _float_stage(networks, folder, from_run, console)
             write_atomically(folder.config, to_yaml(experiment), error=RunFolderError)
-            if taken is not None:
-                taken.copy_to(folder)
+            if other is not None:
+                other.copy_to(folder)
             results = _run(networks, folder, stop, console, command)
     print_results(results, console)
     console.print(f"report: {folder.report}", highlight=False)
@@ -100,7 +99,7 @@ def train(
 
 def _already_finished(folder: RunFolder, console: Console) -> Results:
     results = folder.read_results()
-    console.print(f"{folder.path}: this run is finished; nothing is left to do.", highlight=False)
+    console.print(f"{folder.path}: this run is finished; there is nothing to do.", highlight=False)
     if not folder.report.exists():
         write_report(folder.path)
     print_results(results, console)
@@ -126,9 +125,9 @@ def _float_stage(
     if folder.has_checkpoints("fp32"):
         console.print(f"fp32: {folder.path} continues from its own checkpoints.", highlight=False)
         return None
-    taken = find_float_stage(networks, Path(from_run))
-    console.print(f"fp32: taken over from {from_run}.", highlight=False)
-    return taken
+    other = find_float_stage(networks, Path(from_run))
+    console.print(f"fp32: starts from that of {from_run}.", highlight=False)
+    return other
 
 
 def _run(
@@ -147,7 +146,7 @@ def _run(
     before = folder.find_results()
     results = float_results(networks, folder, qat, measured["fp32"], command)
     recipe = networks.experiment.quant
-    results = results.adding("qat", *stage_result(folder, "qat", measured["qat"], recipe))
+    results = results.with_network("qat", *stage_result(folder, "qat", measured["qat"], recipe))
     results = _add_integer(results, networks, folder, qat, stop, console)
     stop.raise_if_set()
     if results.integer is not None:
@@ -181,7 +180,7 @@ def _add_integer(
         step=qat.step,
         bits=bits_name(networks.experiment.quant),
     )
-    return results.adding(
+    return results.with_network(
         "integer",
         integer,
         Speed(evaluate_images_per_s=measured.images_per_s),
@@ -199,9 +198,9 @@ def _add_ptq(
     stop: StopRequest,
     console: Console,
 ) -> Results:
-    """Add post-training quantization to the results, unless `quantize` did before."""
+    """Add post-training quantization to the results; keep that of an earlier `quantize`."""
     if before is not None and before.ptq is not None and folder.ptq.is_dir():
-        return results.adding("ptq", before.ptq, before.speed["ptq"])
+        return results.with_network("ptq", before.ptq, before.speed["ptq"])
     if not networks.experiment.qat.test_calibrated:
         return results
     try:
@@ -210,11 +209,11 @@ def _add_ptq(
         warn(f"this run has no integer network of post-training quantization. {error}", console)
         return results
     save(graph, folder.ptq, overwrite=True)
-    return results.adding("ptq", ptq, speed)
+    return results.with_network("ptq", ptq, speed)
 
 
 def _measure(run: StageRun, model: Model) -> Measured:
-    """Test a stage's network on the test split."""
+    """Measure a stage's network on the test split."""
     variables, dataset = model.tree(), run.dataset
     return measure(
         lambda split: run.predictor.logits(split, variables), dataset.test, dataset.class_names

@@ -18,13 +18,13 @@ from jaxqat.pipeline.integer_networks import (
     load_network,
     verify_network,
 )
+from jaxqat.pipeline.measurements import Comparison, SplitName
 from jaxqat.pipeline.networks import matmul_precision
 from jaxqat.pipeline.post_training import restore_quantized
-from jaxqat.pipeline.results import to_json
 from jaxqat.pipeline.run.folder import RunFolder
 from jaxqat.pipeline.run.results import describe_run, verification_result
 
-# What the integer network is compared with, by the option `format`.
+# The reference for each value of the option `format`.
 REFERENCES = {None: "the training graph", "onnx": "ONNX Runtime", "openvino": "OpenVINO"}
 
 
@@ -33,35 +33,36 @@ def verify(
     *,
     stage: Literal["qat", "ptq"] = "qat",
     format: Literal["onnx", "openvino"] | None = None,
-    split: Literal["test", "train", "validation"] = "test",
+    split: SplitName = "test",
     console: Console | None = None,
 ) -> Verification:
     """Compare every code of the integer network with the network it was converted from.
 
     Without a format, the quantized network in inference mode is the reference. The exit status is 1
     if codes differ by more than one, or in 1 of 100,000 places or more, or if an image changes its
-    class. Writes RUN/evaluations/verify_SPLIT.json, with ptq and the format before SPLIT if they
-    are given, and nothing else.
+    class. Only RUN/evaluations/verify_SPLIT.json is written, with ptq and the format before SPLIT
+    if they are given.
 
     Args:
         run: Run folder.
         stage: Stage that made the integer network: quantization-aware training (qat) or
             post-training quantization (ptq).
-        format: Compare with the exported file instead, run by ONNX Runtime (onnx) or by OpenVINO
-            (openvino). OpenVINO fuses layers and shows no codes, so only classes are compared.
+        format: Compare with the exported file instead, run by ONNX Runtime (onnx) or OpenVINO
+            (openvino). OpenVINO fuses layers and gives no codes, so only classes are compared.
         split: Images to compare on.
         console: Where the comparison is printed; None for standard output.
 
     Returns:
-        The comparison. Its `failures` say which of the conditions above are broken.
+        The comparison. Its `failures` list the conditions above that do not hold.
 
     Raises:
-        RunFolderError: The folder is no run folder, or holds no such integer network.
-        DataError: The data is missing, damaged or differs from the run's.
-        CheckpointError: The checkpoint is missing or damaged.
-        ArtifactError: The integer network is damaged.
-        ExportError: The network has no ONNX form.
-        ImportError: A package is not installed.
+        RunFolderError: If the folder is not a run folder, holds no such integer network, or was
+            trained on other data.
+        DataError: If the data is missing or damaged.
+        CheckpointError: If the checkpoint is damaged.
+        ArtifactError: If the integer network is damaged.
+        ExportError: If ONNX cannot express the network.
+        ImportError: If a package is not installed.
     """
     folder = RunFolder(Path(run))
     experiment = folder.load_config()
@@ -80,7 +81,7 @@ def verify(
     counted = verification_result(verification)
     print_verification(f"{experiment.name}: {networks_compared}", counted, console or Console())
     info = describe_run(experiment, dataset, None)
-    result = {**to_json(info), "of": networks_compared, **to_json(counted)}
+    result = Comparison(**vars(info), **vars(counted), of=networks_compared)
     parts = ("verify", None if stage == "qat" else stage, format, split)
     folder.write_evaluation("_".join(filter(None, parts)), result)
     return verification
@@ -90,7 +91,7 @@ def _against_export(graph: IntegerGraph, images: Split, format: str) -> Verifica
     from jaxqat.export._onnx.builder import library
     from jaxqat.export._onnx.model import onnx_model
 
-    # A missing package ends the command before minutes of work.
+    # Raise for a missing package now, and not after minutes of work.
     library("onnxruntime" if format == "onnx" else "openvino")
     model = onnx_model(graph, input="uint8")
     exported = _in_onnx_runtime(model) if format == "onnx" else _in_openvino(model)

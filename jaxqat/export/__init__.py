@@ -1,9 +1,9 @@
-"""The integer network in the formats that other runtimes read.
+"""Export of the integer network to the formats of other runtimes.
 
     from jaxqat.export import export_onnx, export_stablehlo, load_stablehlo, load_onnx, run_onnx
 
-Importing this package imports neither `onnx` nor `onnxruntime`: each name loads its module when it
-is used first.
+Importing this package imports neither `onnx` nor `onnxruntime`: each name loads its module on first
+use.
 """
 
 import importlib

@@ -1,8 +1,9 @@
 # pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
-"""An integer network as StableHLO, by `jax.export`: one file for CPU, CUDA and TPU.
+"""Export of an integer network as StableHLO by `jax.export`: one file for CPU, CUDA and TPU.
 
-The file is what `jax.export` serializes, so `jax.export.deserialize` reads it, with a footer behind
-it: a description, and a checksum that `load_stablehlo` insists on. It needs no source of the model.
+The file is a program from `jax.export`, followed by a description and a checksum, which
+`load_stablehlo` verifies. `jax.export.deserialize` reads the file too. Neither needs the model's
+source.
 """
 
 import contextlib
@@ -29,10 +30,10 @@ _MAGIC = b"jaxqat.stablehlo.1"
 
 
 class StableHloNetwork:
-    """An exported network: images in, logits out.
+    """An exported network, as a function from images to logits.
 
     Attributes:
-        description: What `export_stablehlo` wrote beside it: input, platforms, metadata.
+        description: Input, output, platforms and metadata, from `export_stablehlo`.
     """
 
     def __init__(self, exported: export.Exported, description: dict[str, Any]):
@@ -40,15 +41,15 @@ class StableHloNetwork:
         self._call: Callable[[Any], jax.Array] = jax.jit(exported.call)
 
     def __call__(self, images: Any) -> jax.Array:
-        """The network's result, float32.
+        """Return the network's result, float32.
 
         Raises:
-            ExportError: The images have another shape or type than the file is for.
+            ExportError: If the images do not have the file's input shape or type.
         """
         images = np.asarray(images) if not hasattr(images, "dtype") else images
-        wanted = self.description["input"]
-        shape, dtype = tuple(wanted["shape"]), wanted["dtype"]
-        batch = wanted["batch"]
+        declared = self.description["input"]
+        shape, dtype = tuple(declared["shape"]), declared["dtype"]
+        batch = declared["batch"]
         fits = batch is None or images.shape[0] == batch
         if tuple(images.shape[1:]) != shape or images.dtype.name != dtype or not fits:
             raise ExportError(
@@ -70,18 +71,18 @@ def export_stablehlo(
     """Write an integer network as StableHLO.
 
     Args:
-        graph: The network.
-        path: The file.
-        input: 'float' for the model's input, 'uint8' for images as they are.
-        platforms: Which of 'cpu', 'cuda' and 'tpu' the file can run on. On CUDA it is cuDNN's
+        graph: Network to export.
+        path: File to write; its folder must exist.
+        input: 'float' for the model's input, 'uint8' for raw images.
+        platforms: Platforms that the file can run on, of 'cpu', 'cuda' and 'tpu'. CUDA uses cuDNN
             convolutions: a Pallas kernel cannot share a file with other platforms.
-        batch: Images in a call; None leaves it open. On a CPU, a fixed batch runs faster: it is
-            cut into chunks that fit the cache.
+        batch: Images per call; None allows any number. On a CPU a fixed batch runs faster, because
+            it is split into chunks that fit the cache.
         overwrite: Whether to replace an existing file.
 
     Raises:
-        ExportError: The path cannot be used, the graph has no table for uint8 images, or there is
-            no such platform.
+        ExportError: If the path cannot be used, a platform or the input is unknown, or the graph
+            has no table for uint8 images.
     """
     path = Path(path)
     check_target(path, overwrite)
@@ -94,7 +95,7 @@ def export_stablehlo(
         raise ExportError(f"input must be 'float' or 'uint8', got {input!r}.")
     if input == "uint8" and graph.quantize.table is None:
         raise ExportError(
-            "input 'uint8' needs a network that was converted with `preprocess`; give 'float'."
+            "input 'uint8' needs a network that was converted with `preprocess`; use 'float'."
         )
     dtype = "uint8" if input == "uint8" else "float32"
     size = batch if batch is not None else export.symbolic_shape("batch")[0]
@@ -114,14 +115,14 @@ def export_stablehlo(
 
 @contextlib.contextmanager
 def _without_tracebacks() -> Generator[None]:
-    """Keeps the paths of this machine's source files out of the exported program.
+    """Keep the folders of source files out of the exported program.
 
-    What is left is the name of the file that an operation comes from: the bytes do not depend on
-    where the package lies.
+    Only the file name of each operation's source remains, so that the exported bytes do not depend
+    on where the package is installed.
     """
     settings: dict[str, Any] = {
         "jax_include_full_tracebacks_in_locations": False,
-        "jax_hlo_source_file_canonicalization_regex": r"^.*[/\\]",  # What is taken away.
+        "jax_hlo_source_file_canonicalization_regex": r"^.*[/\\]",  # Removed from paths.
     }
     before = {name: getattr(jax.config, name) for name in settings}
     try:
@@ -134,8 +135,8 @@ def _without_tracebacks() -> Generator[None]:
 
 
 def _program(graph: IntegerGraph, platforms: tuple[str, ...]) -> Any:
-    """Images to logits, with the weights held once for all platforms."""
-    lowered = {name: PLATFORMS[name](graph) for name in platforms}
+    """Return a function from images to logits that holds the weights once for all platforms."""
+    by_name = {name: PLATFORMS[name](graph) for name in platforms}
     arrays = {p.name: {"weights": p.weights, "bias": p.bias} for p in graph.products()}
 
     def run(platform: Platform) -> Any:
@@ -151,17 +152,17 @@ def _program(graph: IntegerGraph, platforms: tuple[str, ...]) -> Any:
 
     def program(images: jax.Array) -> jax.Array:
         constants: Any = jax.tree.map(jnp.asarray, arrays)
-        branches = {name: run(platform) for name, platform in lowered.items()}
+        branches = {name: run(platform) for name, platform in by_name.items()}
         return lax.platform_dependent(images, constants, **branches)
 
     return program
 
 
 def load_stablehlo(path: Path | str) -> StableHloNetwork:
-    """Load the network from a file that `export_stablehlo` wrote.
+    """Load a network from a file that `export_stablehlo` wrote.
 
     Raises:
-        ExportError: The file is missing, damaged, or something else.
+        ExportError: If the file is missing, damaged, or of another kind.
     """
     path = Path(path)
     try:
@@ -177,15 +178,16 @@ def load_stablehlo(path: Path | str) -> StableHloNetwork:
 
 
 def _sealed(program: bytes, description: dict[str, Any]) -> bytes:
-    """program, description, checksum of both, length of the description, magic."""
+    """Join program, description, checksum of both, length of the description, and magic."""
     text = json.dumps(description).encode()
     digest = hashlib.sha256(program + text).digest()
     return program + text + digest + len(text).to_bytes(8, "little") + _MAGIC
 
 
 def _opened(path: Path, content: bytes) -> tuple[bytes, dict[str, Any]]:
+    """Split a file into program and description after checking the checksum."""
     if not content.endswith(_MAGIC):
-        raise ExportError(f"{path}: is cut short, or no network that `export_stablehlo` wrote.")
+        raise ExportError(f"{path}: is truncated, or was not written by `export_stablehlo`.")
     rest = content[: -len(_MAGIC)]
     length = int.from_bytes(rest[-8:], "little")
     digest, body = rest[-40:-8], rest[:-40]

@@ -1,9 +1,9 @@
-"""The same network in float: the baseline that integers are compared with.
+"""An integer graph in float: the baseline for comparisons with integers.
 
-Weights are code * weight_scale and biases bias * scale_in * weight_scale, batch norm folded into
-both as in the integer network, so that neither side does more than the other. Nothing is rounded
-to a grid; a tensor's grid shows only as ReLU, where its smallest code is its zero point, and as an
-upper bound, where the largest code that it holds is below 127.
+Weights are code * weight_scale and biases are bias * scale_in * weight_scale. Batch norm is folded
+into both, so the float and the integer network have the same operations. Nothing is rounded to a
+grid. The bounds of a tensor remain: a ReLU if its smallest code is its zero point or larger, and an
+upper bound if its largest code is below 127.
 """
 
 from abc import abstractmethod
@@ -29,16 +29,16 @@ Value = TypeVar("Value")
 
 
 class FloatVisitor(GraphVisitor[Value]):
-    """Computes a graph in float; a subclass knows the operations of one library."""
+    """Compute a graph in float; a subclass implements the operations in one library."""
 
     def folded(self, node: Product) -> tuple[np.ndarray, np.ndarray]:
-        """Return the float32 weights and bias of a product."""
+        """Return the float32 weights and bias of a product, with batch norm folded in."""
         scale = self.graph.tensors[node.inputs[0]].scale * node.weight_scale
         weights = node.weights.astype(np.float32) * node.weight_scale
         return weights, (node.bias * scale).astype(np.float32)
 
     def pool_factor(self, node: SumPool) -> float:
-        """Return the factor from the sum of a window's values to the pool's result."""
+        """Return the factor from the sum over a window to the result of the pool."""
         source, out = self.graph.tensors[node.inputs[0]], self.graph.tensors.get(node.output)
         return float(node.multiplier * (1.0 if out is None else out.scale) / source.scale)
 
@@ -49,7 +49,7 @@ class FloatVisitor(GraphVisitor[Value]):
         images: Value,
         parameters: Mapping[str, Any],
     ) -> Value:
-        """Compute one node, within the bounds of its output."""
+        """Compute one node and clip it to the bounds of its output."""
         x = super().node(node, values, images, parameters)
         out = self.graph.tensors.get(node.output)
         if out is None or isinstance(node, Quantize | Move | MaxPool | Concat):
@@ -64,4 +64,4 @@ class FloatVisitor(GraphVisitor[Value]):
 
     @abstractmethod
     def bound(self, node: Node, x: Value, low: float | None, high: float | None) -> Value:
-        """Return values within bounds; None is no bound."""
+        """Clip values to bounds; None means no bound."""

@@ -1,8 +1,8 @@
-"""Weight codes of few bits in the bytes of a file: four, two, or one to a byte.
+"""Packing of narrow weight codes for files: four, two or one code per byte.
 
-A code of 2 bits takes 2 bits, one of 3 or 4 bits takes 4, any wider one a byte. Codes stand in
-row-major order, in two's complement, the first in the lowest bits of its byte; what is left of the
-last byte is zero.
+A 2-bit code takes 2 bits, a 3- or 4-bit code takes 4, a wider one takes 8. Codes are in two's
+complement and row-major order, the first code in the lowest bits of its byte. Unused bits of the
+last byte are zero.
 """
 
 import math
@@ -12,20 +12,20 @@ from jaxtyping import Int8, UInt8
 
 
 def stored_bits(bits: int) -> int:
-    """Bits that a code of so many bits takes in a file: 2, 4 or 8."""
+    """Return the bits that a code of width `bits` takes in a file: 2, 4 or 8."""
     return 2 if bits <= 2 else 4 if bits <= 4 else 8
 
 
 def packed_size(count: int, bits: int) -> int:
-    """Bytes that so many codes take."""
+    """Return the bytes that `count` packed codes take."""
     return -(-count * stored_bits(bits) // 8)
 
 
 def pack(codes: Int8[np.ndarray, "..."], bits: int) -> UInt8[np.ndarray, " bytes"]:
-    """The bytes of codes.
+    """Pack codes into bytes.
 
     Args:
-        codes: In -2**(bits-1) .. 2**(bits-1) - 1.
+        codes: Codes in -2**(bits-1) .. 2**(bits-1) - 1.
         bits: Width of a code, 2 to 8.
     """
     width = stored_bits(bits)
@@ -37,22 +37,21 @@ def pack(codes: Int8[np.ndarray, "..."], bits: int) -> UInt8[np.ndarray, " bytes
 def unpack(
     packed: UInt8[np.ndarray, " bytes"], shape: tuple[int, ...], bits: int
 ) -> Int8[np.ndarray, "..."]:
-    """The codes that `pack` made bytes of.
+    """Unpack the codes from bytes that `pack` returned.
 
     Raises:
-        ValueError: There are more or fewer bytes than such codes take, or bits behind the last
-            code are not zero.
+        ValueError: If the number of bytes is wrong, or unused bits are not zero.
     """
     width, count = stored_bits(bits), math.prod(shape)
-    right = packed_size(count, bits)
-    if packed.dtype != np.uint8 or packed.shape != (right,):
+    size = packed_size(count, bits)
+    if packed.dtype != np.uint8 or packed.shape != (size,):
         raise ValueError(
-            f"{count} codes of {bits} bits are uint8[{right}], got "
+            f"{count} codes of {bits} bits must be packed as uint8[{size}], got "
             f"{packed.dtype.name}{list(packed.shape)}."
         )
     fields = ((packed[:, None] >> _shifts(width)) & (2**width - 1)).reshape(-1)
     if fields[count:].any():
-        raise ValueError(f"behind its {count} codes of {bits} bits, the last byte is not zero.")
+        raise ValueError(f"unused bits after {count} codes of {bits} bits must be zero.")
     sign = np.uint8(2 ** (width - 1))
     return ((fields[:count] ^ sign).astype(np.int16) - sign).astype(np.int8).reshape(shape)
 

@@ -1,7 +1,7 @@
-"""The one walk over an integer graph: a value for each tensor, by a method for each kind of node.
+"""Base class of every walk over an integer graph: one value per node, one method per node kind.
 
-Execution, the ONNX file and the float networks are visitors. A new kind of node is a case of
-`GraphVisitor.node` and an abstract method here, so that no visitor can be without it.
+Execution, ONNX export and the float networks are visitors. A new node kind needs a case in
+`GraphVisitor.node` and an abstract method here, so that every visitor must implement it.
 """
 
 from abc import ABC, abstractmethod
@@ -25,10 +25,10 @@ Value = TypeVar("Value")
 
 
 class GraphVisitor(ABC, Generic[Value]):
-    """Computes a value for each node of a graph.
+    """Compute a value for each node of a graph.
 
     Attributes:
-        graph: The graph.
+        graph: Graph to visit.
     """
 
     def __init__(self, graph: IntegerGraph):
@@ -39,8 +39,8 @@ class GraphVisitor(ABC, Generic[Value]):
 
         Args:
             images: Value of the network's input.
-            parameters: Arrays of each product by the node's name, for visitors that are given
-                them from outside.
+            parameters: Arrays of each product by the node's name, for visitors that take them
+                as arguments.
         """
         values: dict[str, Value] = {}
         for node in self.visited_nodes():
@@ -48,7 +48,7 @@ class GraphVisitor(ABC, Generic[Value]):
         return values
 
     def visited_nodes(self) -> Iterable[Node]:
-        """Return the nodes that have a value, in order."""
+        """Return the nodes to visit, in order."""
         return self.graph.nodes
 
     def node(
@@ -58,7 +58,7 @@ class GraphVisitor(ABC, Generic[Value]):
         images: Value,
         parameters: Mapping[str, Any],
     ) -> Value:
-        """Return the value of one node, given those of the nodes before it."""
+        """Return the value of one node, given the values of the nodes before it."""
         inputs = [values[name] for name in node.inputs]
         match node:
             case Quantize():
@@ -77,11 +77,11 @@ class GraphVisitor(ABC, Generic[Value]):
                 return self.move(node, inputs[0])
             case Concat():
                 return self.concat(node, inputs)
-        raise TypeError(f"node {node.name!r}: {type(node).__name__} is no kind of node.")
+        raise TypeError(f"node {node.name!r}: {type(node).__name__} is not a known node kind.")
 
     @abstractmethod
     def quantize(self, node: Quantize, images: Value) -> Value:
-        """Visit the network's input."""
+        """Visit the quantization of the network's input."""
 
     @abstractmethod
     def product(self, node: Product, arrays: Any, x: Value) -> Value:
@@ -97,7 +97,7 @@ class GraphVisitor(ABC, Generic[Value]):
 
     @abstractmethod
     def max_pool(self, node: MaxPool, x: Value) -> Value:
-        """Visit a pool of maxima."""
+        """Visit a max pool."""
 
     @abstractmethod
     def sum_pool(self, node: SumPool, x: Value) -> Value:
@@ -105,7 +105,7 @@ class GraphVisitor(ABC, Generic[Value]):
 
     @abstractmethod
     def move(self, node: Move, x: Value) -> Value:
-        """Visit a move of elements."""
+        """Visit a move."""
 
     @abstractmethod
     def concat(self, node: Concat, inputs: list[Value]) -> Value:

@@ -1,20 +1,19 @@
 # pyright: strict
-"""The integer network as plain data: int8 tensors, and the operations between them.
+"""The integer network as plain data: int8 tensors and the operations on them.
 
-Every tensor between two operations is int8 on a grid of its own, real = scale * (code -
-zero_point), and every operation reads codes and makes codes. The requantizations are those of
-Jacob et al. 2018 (arXiv:1712.05877, section 2.2), with batch norm and zero points folded into an
-integer bias that is added before the one multiplication,
+Each tensor between two operations is int8 on its own grid, real = scale * (code - zero_point).
+Requantization follows Jacob et al. 2018 (arXiv:1712.05877, section 2.2). Batch norm is folded into
+the weights' scale and an int32 bias, which is added before the only multiplication:
 
-    code = clip(round((acc + bias) * multiplier) + zero_point, low, high),
+    code = clip(round((acc + bias) * multiplier) + zero_point, low, high)
 
-where acc + bias is an int32 sum, converted to float32 once, and low and high are the smallest and
-the largest code that the output holds: a ReLU is no more than a higher `low`. With `fixed_point`
-the product and the rounding are integer as well (`arithmetic`). Arrays are NumPy's; nothing here
-computes, and nothing needs JAX.
+acc + bias is an int32 sum and is converted to float32 once. low and high are the smallest and the
+largest code of the output; a ReLU only raises `low`. With `fixed_point` the multiplication and the
+rounding are integer too (`_execute/arithmetic.py`). Arrays are NumPy arrays; this module computes
+nothing and does not need JAX.
 
-Each kind of node has a file in `jaxqat.integer._nodes` with its fields, invariants and shape. What
-is done with a graph (execution, export) is a `GraphVisitor` with one method for each kind.
+Each node kind has a file in `jaxqat.integer._nodes` with its fields, invariants and output shape.
+Execution and export are subclasses of `GraphVisitor`, which has one method per node kind.
 """
 
 import dataclasses
@@ -64,22 +63,22 @@ NODE_KINDS: tuple[type[Node], ...] = (
 class IntegerGraph:
     """An integer network.
 
-    Invariants, checked when it is made: nodes stand in an order in which each reads what earlier
-    ones made; every tensor is made once and has the shape that its node gives it; what only moves
-    codes keeps their bounds; arrays have the stated types and shapes; codes fit int8; scales and
-    multipliers are positive and finite; no accumulator can leave int32.
+    The constructor checks these invariants: each node reads only tensors of earlier nodes; each
+    tensor is the output of exactly one node and has its output shape; moves and max pools keep
+    zero point and bounds; arrays have the declared dtypes and shapes; codes fit int8; scales and
+    multipliers are positive and finite; no accumulator can overflow int32.
 
     Attributes:
-        input_shape: Of one example, without the batch; the input is float32, and uint8 too if the
-            `Quantize` node has a table.
-        tensors: By name.
-        nodes: In order of execution.
-        output: Name of the network's result: a tensor of `tensors` (its real values are the
-            result), or the output of the last product or pool, which is real then.
-        output_shape: Of one example's result.
+        input_shape: Shape of one input, without the batch. The input is float32, or also uint8 if
+            the `Quantize` node has a table.
+        tensors: Tensors by name.
+        nodes: Nodes in order of execution.
+        output: Name of the network's result: a tensor of `tensors`, whose real values are the
+            result, or otherwise the real output of a product or an average pool.
+        output_shape: Shape of one result, without the batch.
         requantization: 'float' (one float32 multiplication and a rounding) or 'fixed_point'
             (int32 multiplier and rounding shift).
-        metadata: Free text about it: 'labels' (class names), where it came from.
+        metadata: Free-form description, such as 'labels' (class names) and the origin.
 
     Raises:
         GraphError: If an invariant is broken; names the node or tensor.
@@ -94,24 +93,24 @@ class IntegerGraph:
     metadata: dict[str, object] = dataclasses.field(default_factory=dict[str, object])
 
     def __post_init__(self):
-        made: set[str] = set()
+        available: set[str] = set()
         for tensor in self.tensors.values():
             tensor.check()
         for node in self.nodes:
-            self._check_order(node, made)
+            self._check_order(node, available)
             inputs = [self.tensors[name] for name in node.inputs]
             node.check(inputs, self.tensors.get(node.output))
             self._check_shape(node)
-            made.add(node.output)
-        missing = [name for name in (*self.tensors, self.output) if name not in made]
+            available.add(node.output)
+        missing = [name for name in (*self.tensors, self.output) if name not in available]
         if missing:
             raise GraphError(f"no node makes {missing[0]!r}.")
         if sum(isinstance(node, Quantize) for node in self.nodes) != 1:
-            raise GraphError("a graph has one Quantize node.")
+            raise GraphError("a graph must have exactly one Quantize node.")
 
     @property
     def quantize(self) -> Quantize:
-        """The node that reads the input."""
+        """The node that quantizes the input."""
         return next(node for node in self.nodes if isinstance(node, Quantize))
 
     def products(self) -> Iterator[Product]:
@@ -123,26 +122,23 @@ class IntegerGraph:
         return [node for node in self.nodes if tensor in node.inputs]
 
     def size_bytes(self) -> int:
-        """Return the bytes of what the network needs, as saved.
-
-        These are packed weights, an int32 bias and a float32 multiplier for each output channel.
-        """
+        """Return the bytes of the packed weights, int32 biases and float32 multipliers."""
         return sum(
             packed_size(p.weights.size, p.weight_bits) + p.bias.nbytes + p.multiplier.nbytes
             for p in self.products()
         )
 
-    def _check_order(self, node: Node, made: set[str]) -> None:
-        missing = [name for name in node.inputs if name not in made]
-        # The network's real result is no tensor, so no node can read it.
+    def _check_order(self, node: Node, available: set[str]) -> None:
+        missing = [name for name in node.inputs if name not in available]
+        # A real result is not in `tensors`, so no node can read it.
         missing += [name for name in node.inputs if name not in self.tensors]
         if missing:
             raise node.error(f"reads {missing[0]!r}, which no node before it makes.")
-        if node.output in made:
-            raise node.error(f"makes {node.output!r}, which is made already.")
+        if node.output in available:
+            raise node.error(f"makes {node.output!r}, which an earlier node makes already.")
         real = node.may_be_real and node.output == self.output
         if node.output not in self.tensors and not real:
-            raise node.error(f"makes {node.output!r}, which is no tensor of the graph.")
+            raise node.error(f"makes {node.output!r}, which is not a tensor of the graph.")
 
     def _check_shape(self, node: Node) -> None:
         if isinstance(node, Quantize):

@@ -13,7 +13,7 @@ from jaxqat.lowering.kernels import (
     wide_activations,
 )
 from jaxqat.lowering.products import INTEGER_ENGINES, CompiledProduct
-from jaxqat.lowering.table import LoweringTable, lowering_table, print_lowering
+from jaxqat.lowering.table import LoweringTable, lowering_table
 from jaxqat.lowering.targets import (
     TARGETS,
     Compiled,
@@ -38,7 +38,6 @@ __all__ = [
     "is_available",
     "kernels",
     "lowering_table",
-    "print_lowering",
     "products",
     "wide_activations",
 ]

@@ -72,8 +72,8 @@ class Instruction:
     Attributes:
         name: Name, unique in its computation.
         opcode: Operation: 'fusion', 'convolution', ...
-        shapes: Shape of the result; of a tuple, the shapes of its leaves.
-        operands: Names of the operands, instructions of the same computation.
+        shapes: Shape of the result, or shapes of a tuple's leaves.
+        operands: Names of the operands, which are instructions of the same computation.
         attributes: Rest of the line after the operands.
         literal: Text in the parentheses: a parameter's number, a constant's value.
     """
@@ -118,7 +118,7 @@ class Instruction:
 
     @functools.cached_property
     def trip_count(self) -> int:
-        """Number of iterations of a loop, if the compiler knows it; otherwise 1."""
+        """Number of iterations of a loop; 1 if unknown."""
         count = self._find(r'"known_trip_count":\{"n":"(\d+)"')
         return int(count) if count else 1
 
@@ -228,7 +228,7 @@ def _end_of_type(line: str, start: int) -> int:
 
 
 def _closing(line: str, start: int) -> int:
-    """Return the position where the parenthesis at `start` closes."""
+    """Return the position of the parenthesis that closes the one at `start`."""
     depth = 0
     for match in re.compile(r"[()]").finditer(line, start):
         depth += 1 if match[0] == "(" else -1
@@ -261,7 +261,7 @@ def _padded(dims: tuple[int, ...], layout: str) -> int | None:
         return None
     extents = [int(n) for n in tile[1].split(",")]
     order = [int(n) for n in layout.split(":")[0].split(",") if n]
-    sizes = [dims[axis] for axis in reversed(order)]  # The minor axis is named first.
+    sizes = [dims[axis] for axis in reversed(order)]  # The layout begins with the minor axis.
     sizes = [1] * (len(extents) - len(sizes)) + sizes
     whole, tiled = sizes[: -len(extents)], sizes[-len(extents) :]
     return math.prod(whole) * math.prod(

@@ -1,6 +1,6 @@
-"""The kernels of a compiled module, with what they read and write.
+"""The kernels of a compiled module and their memory traffic.
 
-A kernel is an instruction that the device runs on its own: a fusion, a library call, a copy. Its
+A kernel is an instruction that the device runs by itself: a fusion, a library call, a copy. Its
 operands and results go through memory; values inside a fusion do not.
 """
 
@@ -17,7 +17,7 @@ from jaxqat.lowering.products import (
     pallas_name,
 )
 
-# Instructions of a schedule that compute nothing. "...-done" waits for "...-start".
+# Scheduled instructions without computation. In addition, "...-done" waits for "...-start".
 _IDLE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"}
 _IDLE |= {"partition-id", "replica-id", "opt-barrier"}
 _IDLE_TARGETS = {"ConcatBitcast", "AllocateBuffer"}
@@ -34,17 +34,17 @@ class Kernel:
     """A kernel and its memory traffic in one run.
 
     Attributes:
-        name: Name of the instruction; of a Pallas kernel, the name that its author gave it.
+        name: Name of the instruction, or of the Pallas kernel as its source has it.
         what: Kind of work: 'convolution', 'dot', 'reduce', 'copy' (moves values only),
             'elementwise', or another opcode or custom-call target.
         reads: Shapes of its operands.
         writes: Shapes of its results that other instructions read; without scratch space.
         outputs: Positions in `writes` that are results of the module.
-        bytes_read: Bytes read from main memory; of a slice or gather, only the part taken.
-        bytes_written: Bytes written to main memory; of an update in place, only the update.
+        bytes_read: Bytes read from main memory; a slice or gather reads only its part.
+        bytes_written: Bytes written to main memory; an update in place writes only the update.
         op_name: JAX's name of the operation.
-        cycles: Estimate of the TPU's compiler; None on other devices.
-        times: Number of runs, if the compiler knows the loop's count; otherwise 1.
+        cycles: Cycles of one run, estimated by the TPU's compiler; None on other devices.
+        times: Number of runs: iterations of the loops around it, 1 for an unknown number.
         products: Convolutions and dots in the kernel.
     """
 
@@ -62,7 +62,7 @@ class Kernel:
 
     @property
     def layer(self) -> str:
-        """Paths of the modules computed, from JAX's name stack; '' if unknown."""
+        """Paths of the computed modules, from JAX's name stack; '' if unknown."""
         names = [product.op_name for product in self.products] or [self.op_name]
         return ", ".join(dict.fromkeys(filter(None, map(layer_of, names))))
 
@@ -90,8 +90,8 @@ def wide_activations(kernels: Iterable[Kernel], *, at_least: int) -> list[tuple[
 
     Args:
         kernels: Kernels of one module.
-        at_least: Smallest number of elements to list. Choose at most the size of the smallest
-            activation of the batch, and more than the size of biases and logits.
+        at_least: Smallest number of elements to list: at most the size of the batch's smallest
+            activation, and more than the sizes of biases and logits.
     """
     return [
         (kernel, shape)
@@ -114,7 +114,7 @@ def layer_of(op_name: str) -> str:
     control flow and the primitive at the end are removed.
     """
     name = re.sub(r"\bp?jit\([^()]*\)", "", op_name)
-    name = re.sub(r"\w+\(|\)", "", name)  # A transformation may enclose one part or several.
+    name = re.sub(r"\w+\(|\)", "", name)  # A transformation encloses one part or several.
     inner = re.compile(r"(while|cond|body|closed_call|branch_\d+_fun)?$")
     return "/".join(part for part in name.split("/")[:-1] if not inner.match(part))
 
@@ -125,7 +125,7 @@ def _scheduled(
     for instruction in computation.instructions.values():
         place = Place(module, computation, instruction, caller)
         if instruction.opcode in _CONTROL:
-            # A loop's body takes one tuple, and sources are not traced through tuples.
+            # Not for a loop: its body has a tuple as parameter, and sources are not traced through.
             inlined = place if instruction.opcode in ("call", "async-start") else None
             for name in instruction.called:
                 inner = module.computations[name]
@@ -185,7 +185,7 @@ def _opcodes(place: Place) -> Iterator[str]:
 
 
 def _written(place: Place) -> list[tuple[Shape, bool]]:
-    """Return the shapes that others read, each with whether it is a result of the module."""
+    """Return the shapes that other instructions read, and whether each is a module's result."""
     instruction, users = place.instruction, place.computation.users[place.instruction.name]
     if instruction.opcode.endswith("-start"):
         return [(s, _is_returned(place, user)) for user in users for s in user.shapes]
@@ -193,7 +193,7 @@ def _written(place: Place) -> list[tuple[Shape, bool]]:
     if elements:
         read = {user.index: _is_returned(place, user) for user in elements}
         return [(instruction.shapes[number], read[number]) for number in sorted(read)]
-    # Nothing reads its parts: it is an array, or a tuple that is returned as a whole.
+    # Its parts are not read: it is an array, or a tuple returned as a whole.
     return [(shape, _is_returned(place, instruction)) for shape in instruction.shapes]
 
 
@@ -212,7 +212,7 @@ def _is_returned(place: Place, instruction: Instruction) -> bool:
 
 
 def _bytes_read(place: Place, name: str) -> int:
-    """Return the bytes that a kernel reads of one operand."""
+    """Return the number of bytes that a kernel reads from one operand."""
     instruction = place.instruction
     shapes = [s for s in place.computation.instructions[name].shapes if s.space == 0]
     if not shapes:
@@ -228,11 +228,11 @@ def _bytes_read(place: Place, name: str) -> int:
     else:
         readers = [(name, instruction)]
     whole = sum(shape.bytes for shape in shapes)
-    return min(whole, sum(_taken(name, reader, whole) for name, reader in readers))
+    return min(whole, sum(_part_read(name, reader, whole) for name, reader in readers))
 
 
-def _taken(name: str, reader: Instruction, whole: int) -> int:
-    """Return the bytes that an instruction reads of an operand."""
+def _part_read(name: str, reader: Instruction, whole: int) -> int:
+    """Return the number of bytes that an instruction reads from an operand of `whole` bytes."""
     if name in reader.operands[1:]:
         return whole
     if reader.opcode in _SLICES:

@@ -2,10 +2,6 @@
 
 import dataclasses
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
 from jaxqat.lowering.kernels import Kernel, kernels
 from jaxqat.lowering.targets import Compiled
 
@@ -74,41 +70,6 @@ def lowering_table(compiled: Compiled) -> LoweringTable:
         temporary_bytes=compiled.temporary_bytes,
         cycles=sum(cycles) if cycles else None,
     )
-
-
-def print_lowering(compiled: Compiled, console: Console) -> None:
-    """Print the table of a compiled function; kernels with float products are red."""
-    lowering = lowering_table(compiled)
-    table = Table(title=f"{compiled.target}, kernels: {len(lowering.rows)}")
-    for column in ("kernel", "layer", "what", "multiplies", "writes"):
-        table.add_column(column, overflow="fold")
-    numbers = ["read", "written"] + (["cycles"] if lowering.cycles is not None else [])
-    for column in numbers:
-        table.add_column(column, justify="right", no_wrap=True)
-    for row in lowering.rows:
-        name = row.kernel if row.times == 1 else f"{row.kernel} ({row.times} times)"
-        # As `Text`, because rich would read brackets as markup.
-        cells = [Text(t) for t in (name, row.layer, row.what, row.products, row.writes)]
-        sizes = [in_bytes(row.bytes_read), in_bytes(row.bytes_written)]
-        cycles = [f"{row.cycles or 0:,}"] if lowering.cycles is not None else []
-        table.add_row(*cells, *sizes, *cycles, style="bold red" if row.is_float else None)
-    console.print(table)
-    estimate = "" if lowering.cycles is None else f"; about {lowering.cycles:,} cycles"
-    console.print(
-        f"products: {lowering.integer_products} integer, {lowering.float_products} float; "
-        f"{in_bytes(lowering.bytes_moved)} moved, {in_bytes(lowering.temporary_bytes)} of "
-        f"temporary memory{estimate}; compiled in {compiled.seconds:.1f} s, never run",
-        highlight=False,
-        soft_wrap=True,
-    )
-
-
-def in_bytes(count: int) -> str:
-    """Return a size as text in decimal units, such as '3.1 MB'."""
-    value, units = float(count), ["B", "kB", "MB", "GB", "TB"]
-    while value >= 999.5 and len(units) > 1:
-        value, units = value / 1000, units[1:]
-    return f"{value:.3g} {units[0]}"
 
 
 def _row(kernel: Kernel) -> Row:

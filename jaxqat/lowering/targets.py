@@ -1,8 +1,8 @@
-"""Compile for an accelerator without the hardware: XLA's compilers need its description only.
+"""Compile for an accelerator without the hardware: XLA's compilers need only its description.
 
-`compile_for` returns the compiled program of a function for one target: the optimized HLO and its
-memory. The compilers come with the wheels of `jax[cuda13]` and `jax[tpu]`; no driver, device or
-network is needed. Nothing is run or timed.
+`compile_for` returns the program of a function for one target, as optimized HLO, and its memory.
+The compilers come with the wheels of `jax[cuda13]` and `jax[tpu]`; they need no driver, device or
+network access. Nothing is run or timed.
 """
 
 import contextlib
@@ -33,14 +33,14 @@ class LoweringError(InputError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """The properties of an NVIDIA GPU that XLA asks for (data sheet, CUDA's device properties).
+    """Properties of an NVIDIA GPU that XLA needs (data sheet, CUDA's device properties).
 
     Attributes:
         name: Name that the driver reports.
         capability: Major and minor compute capability.
         cores: Number of streaming multiprocessors.
-        lanes: float32 units per multiprocessor.
-        threads: Resident threads per multiprocessor.
+        lanes: Number of float32 units per multiprocessor.
+        threads: Largest number of resident threads per multiprocessor.
         shared_bytes: Shared memory per multiprocessor, bytes.
         block_bytes: Shared memory that one block can opt in to, bytes.
         l2_bytes: Second-level cache, bytes.
@@ -99,7 +99,7 @@ class Target:
     Attributes:
         name: Short name, such as 'sm_90'.
         platform: JAX's platform: 'cpu', 'cuda' or 'tpu'.
-        description: Name of the device for people.
+        description: Displayed name of the device.
         gpu: Properties of an NVIDIA GPU; None for other devices.
         topology: Name and shape of a TPU in libtpu's notation; '' for other devices.
     """
@@ -171,12 +171,12 @@ _OPTIONS: dict[str, dict[str, Any]] = {"cuda": {"xla_gpu_autotune_level": 0}}
 
 _WHEELS = {"cuda": 'pip install "jax[cuda13]"', "tpu": 'pip install "jax[tpu]"'}
 
-# libtpu asks for these variables on a machine without a TPU; one with a TPU sets its own.
+# libtpu needs these variables on a machine without a TPU; one with a TPU sets its own.
 _LIBTPU_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",  # Otherwise it waits for Google's metadata server.
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    # A second process would fail on /tmp/libtpu_lockfile, which guards a device that is not used.
+    # Otherwise a second process fails on /tmp/libtpu_lockfile, which guards a device.
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 
@@ -192,7 +192,7 @@ class Compiled:
         output_bytes: Memory of the results, bytes.
         alias_bytes: Part of the results that reuses donated arguments, bytes.
         temporary_bytes: Memory of intermediate values, bytes.
-        seconds: Time of tracing and compiling.
+        seconds: Time for tracing and compiling.
     """
 
     target: Target
@@ -214,8 +214,8 @@ def compile_for(
 
     Args:
         target: Target or its name in `TARGETS`.
-        function: Function of arrays. A jitted one (with donated or static arguments) is used
-            unchanged. In it, `jax.default_backend()` is this machine's, not the target's.
+        function: Function of arrays. A jitted one keeps its donated and static arguments. In it,
+            `jax.default_backend()` is this machine's, not the target's.
         *shapes: Arguments: trees of arrays, or of anything with a shape and a dtype.
         compiler_options: XLA's options for this compilation.
 
@@ -223,7 +223,8 @@ def compile_for(
         The compiled program and its memory.
 
     Raises:
-        LoweringError: The target is unknown, its compiler is not installed, or compilation fails.
+        LoweringError: If the target is unknown, its compiler is not installed, or compilation
+            fails.
     """
     target = get_target(target) if isinstance(target, str) else target
     arguments = _placed(target, shapes)
@@ -231,10 +232,10 @@ def compile_for(
     jitted: Any = function if isinstance(function, jax.stages.Wrapped) else jax.jit(function)
     start = time.perf_counter()
     with _abstract_device(target):
-        traced = jitted.trace(*arguments)  # Errors of the function itself are raised as they are.
+        traced = jitted.trace(*arguments)  # Errors in the function are passed on unchanged.
         try:
             compiled = traced.lower().compile(compiler_options=options)
-        except Exception as error:  # Every lowering rule and compiler raises its own.
+        except Exception as error:  # Lowering rules and compilers raise many types.
             raise LoweringError(f"{target}: {_reason(error)}") from error
     memory = compiled.memory_analysis()
     return Compiled(
@@ -267,7 +268,7 @@ def get_target(name: str) -> Target:
     """Return the target of this name.
 
     Raises:
-        LoweringError: There is none; the message lists all targets.
+        LoweringError: If there is none; lists all targets.
     """
     if name not in TARGETS:
         raise LoweringError(f"target must be one of {', '.join(TARGETS)}, got {name!r}.")
@@ -285,14 +286,14 @@ def is_available(target: Target | str) -> bool:
 
 
 def _reason(error: Exception, lines: int = 4, length: int = 600) -> str:
-    """Return the first lines of a compiler's message; its stack and the module come after."""
-    kept = [line.strip() for line in str(error).splitlines() if line.strip()][:lines]
-    return re.sub(r"\s+", " ", " ".join(kept))[:length]
+    """Return the first lines of a compiler's message, without its stack and the module."""
+    first = [line.strip() for line in str(error).splitlines() if line.strip()][:lines]
+    return re.sub(r"\s+", " ", " ".join(first))[:length]
 
 
 @functools.cache
 def _device(target: Target) -> Any:
-    """Return a device to compile for; only the CPU can also run something."""
+    """Return a device to compile for; all but the CPU are descriptions only."""
     if target.platform == "cpu":
         return jax.local_devices(backend="cpu")[0]
     find = _cuda_topology if target.gpu else _tpu_topology
@@ -307,7 +308,7 @@ def _device(target: Target) -> Any:
 
 
 def _abstract_device(target: Target) -> AbstractContextManager:
-    """Tell Pallas the device it lowers for; from JAX 0.11 on, it looks for a real one otherwise."""
+    """Tell Pallas the device to lower for; from JAX 0.11 on, it would look for a real one."""
     if target.gpu is None:
         return contextlib.nullcontext()
     device = AbstractDevice(device_kind=target.gpu.name, num_cores=target.gpu.cores, platform="gpu")
@@ -323,7 +324,7 @@ def _cuda_topology(target: Target) -> Any:
         topology="1x1x1",
         target_config=target.gpu.config(),
     )
-    # Without a driver, the plugin's check of CUDA's libraries fails and it is not registered.
+    # Without a driver, the plugin's check of CUDA's libraries would keep it from registering.
     with _environment({"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}):
         try:
             return describe()
@@ -345,7 +346,7 @@ def _tpu_topology(target: Target) -> Any:
 
 @contextlib.contextmanager
 def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Set environment variables within a block, unless they are set already."""
+    """Set environment variables within a block; keep those already set."""
     added = {name: value for name, value in variables.items() if name not in os.environ}
     os.environ.update(added)
     try:

@@ -1,1 +1,1 @@
-"""The experiment: from a configuration to a run folder."""
+"""The experiment: from a config to a run folder."""

@@ -1,7 +1,7 @@
 """The config of an experiment, composed of the config dataclasses of the pipeline's parts.
 
-An experiment is read from YAML and from options such as `--qat.epochs 1`, typed by jsonargparse.
-The hash of its canonical JSON identifies it: a run folder belongs to one experiment.
+An experiment is read from YAML and from options such as `--qat.epochs 1`, with types checked by
+jsonargparse. The hash of its canonical JSON identifies it: a run folder belongs to one experiment.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ PRECISIONS = ("float32", "tf32", "bfloat16")
 
 
 class ConfigError(InputError):
-    """A setting that cannot be used; the message names its dotted key."""
+    """An unusable setting; the message names its dotted key."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -165,10 +165,10 @@ def load(path: Path) -> Experiment:
 
 
 def from_dict(values: Mapping[str, Any]) -> Experiment:
-    """Return the experiment of nested settings; absent ones have their defaults.
+    """Return the experiment for nested settings; missing ones have their defaults.
 
     Raises:
-        ConfigError: If a key is unknown, a value ill-typed or out of range.
+        ConfigError: If a key is unknown, or a value has a wrong type or is out of range.
     """
     check_keys(Experiment, values)
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
@@ -181,7 +181,7 @@ def from_dict(values: Mapping[str, Any]) -> Experiment:
 
 
 def build(typed: jsonargparse.Namespace) -> Experiment:
-    """Return the experiment of settings that jsonargparse has parsed.
+    """Return the experiment for settings that jsonargparse has parsed.
 
     Raises:
         ConfigError: If a value is out of range; names its dotted key.
@@ -191,7 +191,7 @@ def build(typed: jsonargparse.Namespace) -> Experiment:
 
 
 def _build(cls: type, values: Any, key: str) -> Any:
-    if isinstance(values, jsonargparse.Namespace):  # As items of a list arrive.
+    if isinstance(values, jsonargparse.Namespace):  # An item of a list.
         values = values.as_dict()
     if not isinstance(values, Mapping):
         return values  # A default, or a section that jsonargparse has already built.
@@ -234,8 +234,8 @@ def check_keys(cls: type, values: Mapping[str, Any], key: str = "") -> None:
     for name, value in values.items():
         dotted = f"{key}.{name}" if key else str(name)
         if name not in names:
-            right = nearest(str(name), names)
-            near = f"{key}.{right}" if key else right
+            known = nearest(str(name), names)
+            near = f"{key}.{known}" if key else known
             raise ConfigError(f"unknown key {dotted!r}; the nearest right one is {near!r}.")
         item = _item_dataclass(hints[name])
         if dataclasses.is_dataclass(hints[name]):

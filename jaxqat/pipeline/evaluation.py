@@ -14,8 +14,6 @@ from jaxqat.pipeline.metrics import classification_metrics
 from jaxqat.pipeline.networks import Networks
 from jaxqat.pipeline.results import Scores
 
-SPLITS = ("test", "train", "validation")
-
 Logits = Callable[[Split], np.ndarray]
 
 

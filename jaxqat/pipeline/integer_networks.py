@@ -1,4 +1,4 @@
-"""The integer networks of a run: converted, tested, and compared with their quantized networks.
+"""Convert, save, load, test and verify the integer networks of a run.
 
 RUN/integer holds that of QAT, RUN/ptq that of post-training quantization.
 """
@@ -27,20 +27,17 @@ from jaxqat.pipeline.networks import Networks
 from jaxqat.pipeline.run.folder import RunFolder, RunFolderError
 from jaxqat.pipeline.run.snapshots import Model, check_same_data
 
-# Images whose codes and real values of all tensors are in memory at a time: a few MB each.
-VERIFIED_AT_A_TIME = 100
+# Each image needs a few MB, for the codes and float values of all tensors.
+VERIFY_BATCH_SIZE = 100
 
 
 def make_network(networks: Networks, folder: RunFolder, model: Model) -> IntegerGraph:
-    """Convert the network of QAT and save it in RUN/integer.
+    """Convert the network of QAT, save it in RUN/integer, and load it from there.
 
     Args:
         networks: Networks of the experiment.
-        folder: The run folder; an integer network in it is replaced.
+        folder: The run folder; an existing integer network is replaced.
         model: The trained network.
-
-    Returns:
-        The integer network, read back from the folder, so that the saved one is measured.
 
     Raises:
         ConversionError: Lists each part of the network that has no integer form, and the reason.
@@ -50,7 +47,7 @@ def make_network(networks: Networks, folder: RunFolder, model: Model) -> Integer
 
 
 def convert_network(networks: Networks, model: Model, *, stage: str, **more: Any) -> IntegerGraph:
-    """Return the integer network of a trained or calibrated one, with its origin as metadata.
+    """Convert a trained or calibrated network; add its origin as metadata.
 
     Args:
         networks: Networks of the experiment.
@@ -72,7 +69,7 @@ def convert_network(networks: Networks, model: Model, *, stage: str, **more: Any
 
 
 def _metadata(networks: Networks, step: int) -> dict[str, Any]:
-    """Return the names of the classes and where the network comes from."""
+    """Return the names of the classes and the origin of the network."""
     experiment, dataset = networks.experiment, networks.dataset
     described = {
         "name": experiment.name,
@@ -112,7 +109,7 @@ def verify_network(
 
     Args:
         networks: Networks of the experiment.
-        model: The quantized network that the integer network was made from.
+        model: The quantized network that was converted.
         graph: The integer network.
         split: Images to compare them on.
     """
@@ -127,18 +124,18 @@ def verify_network(
 
 
 def in_batches(split: Split) -> Iterator[np.ndarray]:
-    """Return the images of a split, a few at a time, without padding."""
-    for start in range(0, len(split), VERIFIED_AT_A_TIME):
-        yield split.images[start : start + VERIFIED_AT_A_TIME]
+    """Yield the images of a split in batches, without padding."""
+    for start in range(0, len(split), VERIFY_BATCH_SIZE):
+        yield split.images[start : start + VERIFY_BATCH_SIZE]
 
 
 def network_folder(folder: RunFolder, stage: str) -> Path:
-    """Return where a stage's integer network is kept: RUN/integer of 'qat', RUN/ptq of 'ptq'."""
+    """Return the folder of a stage's integer network: RUN/integer for 'qat', RUN/ptq for 'ptq'."""
     return {"qat": folder.integer, "ptq": folder.ptq}[stage]
 
 
 def load_network(folder: RunFolder, stage: str = "qat") -> IntegerGraph:
-    """Load the integer network of a stage from RUN/integer or RUN/ptq, without a checkpoint.
+    """Load the integer network of a stage from RUN/integer or RUN/ptq.
 
     Args:
         folder: The run folder.
@@ -152,29 +149,29 @@ def load_network(folder: RunFolder, stage: str = "qat") -> IntegerGraph:
     if stage == "ptq":
         command = f"`jaxqat quantize {folder.path}`"
     if not path.is_dir():
-        reason = f"{command} makes it." if stage == "ptq" else _reason(folder)
+        reason = f"{command} creates it." if stage == "ptq" else _why_not_converted(folder)
         raise RunFolderError(f"{folder.path}: holds no integer network ({path.name}/): {reason}")
     try:
         return load(path)
     except ArtifactError as error:
         raise ArtifactError(
-            f"{error} To make the network again from the run's checkpoint, delete {path} and run "
+            f"{error} To create the network again from the run's checkpoint, delete {path} and run "
             f"{command} again."
         ) from error
 
 
 def check_network_data(folder: RunFolder, graph: IntegerGraph, dataset: Dataset) -> None:
-    """Check that the data is what an integer network of a run was trained on.
+    """Check that an integer network of a run was trained on this data.
 
     Raises:
-        RunFolderError: If it is not; names what differs.
+        RunFolderError: If not; names what differs.
     """
     origin: Any = graph.metadata
     path = network_folder(folder, origin["stage"])
     check_same_data(str(path), origin["data"], dataset.fingerprint)
 
 
-def _reason(folder: RunFolder) -> str:
+def _why_not_converted(folder: RunFolder) -> str:
     results = folder.find_results()
     if results is not None and results.conversion_error is not None:
         return f"the trained network could not be converted. {results.conversion_error}"
@@ -187,9 +184,9 @@ def _reason(folder: RunFolder) -> str:
 
 
 def is_finished(folder: RunFolder) -> bool:
-    """Return whether nothing is left to do for a run.
+    """Return whether a run is complete.
 
-    A run whose integer network was deleted is not finished: it is made again.
+    A run without its integer network is not, unless the conversion failed: it is converted again.
     """
     results = folder.find_results()
     if results is None or results.qat is None:  # `quantize` writes results without QAT.

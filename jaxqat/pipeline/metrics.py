@@ -1,8 +1,4 @@
-"""The quality of a classifier.
-
-The measures are scikit-learn's, over all predictions of a split at once, never averaged over
-batches.
-"""
+"""Scores of a classifier: scikit-learn's metrics over a whole split, not averaged over batches."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,16 +16,16 @@ def classification_metrics(
     logits: Float[np.ndarray, "n k"],
     class_names: Sequence[str],
 ) -> Scores:
-    """Return the quality of predictions over a whole split.
+    """Return the scores of predictions over a whole split.
 
-    The prediction is the largest logit, the first of equal ones. Precision, recall and F1
-    are computed per class over `range(k)` and averaged with equal weights ("macro"). Where
-    one has no denominator (a class that is never predicted has no precision, one without
-    images has no recall) it counts as 0, so that a model that ignores a class pays for it.
-    The loss is the mean cross-entropy in nats, without label smoothing, in float64.
+    The prediction is the largest logit, of equal ones the first. Precision, recall and F1 are
+    computed per class and averaged over all k classes with equal weights ("macro"). A score
+    without a denominator is 0: precision of a class that is never predicted, recall of a class
+    without images. The loss is the mean cross-entropy in nats, in float64, without label
+    smoothing.
 
     Args:
-        labels: True classes, 0 to k - 1. Classes may be absent.
+        labels: True classes, 0 to k - 1; not all need occur.
         logits: Unnormalised scores of the same images; all finite.
         class_names: Names of the k classes, in the order of the logits.
 
@@ -41,7 +37,7 @@ def classification_metrics(
     _check_predictions(labels, logits, class_names)
     n, k = logits.shape
     predicted = logits.argmax(axis=1)
-    zero: Any = 0  # Documented as a number, annotated as a string.
+    zero: Any = 0  # scikit-learn documents a number but annotates a string.
     precision, recall, f1, support = (
         np.asarray(column)
         for column in precision_recall_fscore_support(

@@ -1,4 +1,4 @@
-"""The two networks of an experiment, float and quantized, as the functions that training takes."""
+"""The float and the quantized network of an experiment, as functions for training."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -16,19 +16,19 @@ from jaxqat.pipeline.models import build_model
 from jaxqat.pipeline.training import Collections, Forward
 from jaxqat.quant import LayerInfo, QuantizedModule, calibrate, quantize
 
-# What a stage's random keys are folded with. The numbers are part of what a seed means.
+# Folded into a stage's random key. Other numbers would change the results of every seed.
 STAGE_STREAMS = {"init": 0, "fp32": 1, "qat": 2}
 
 _MATMUL_PRECISION = {"float32": "float32", "tf32": "tensorfloat32", "bfloat16": "default"}
 
 
 def matmul_precision(experiment: Experiment) -> AbstractContextManager:
-    """The precision of float products while the block runs; JAX's default is not float32."""
+    """Set the precision of float products for a block; JAX's default is not float32."""
     return jax.default_matmul_precision(_MATMUL_PRECISION[experiment.precision])
 
 
 def stage_key(seed: int, stage: str) -> jax.Array:
-    """The random key of a stage."""
+    """Return the random key of a stage."""
     return jax.random.fold_in(jax.random.key(seed), STAGE_STREAMS[stage])
 
 
@@ -37,9 +37,9 @@ class Networks:
     """The networks of an experiment on its data.
 
     Attributes:
-        experiment: Which.
-        dataset: What the input is normalized by, and the shapes.
-        modules: Linen-like module by stage: 'fp32' and 'qat'.
+        experiment: The experiment.
+        dataset: Its data.
+        modules: Module of each stage, 'fp32' and 'qat', with the interface of Linen.
     """
 
     experiment: Experiment
@@ -48,7 +48,7 @@ class Networks:
 
     @classmethod
     def build(cls, experiment: Experiment, dataset: Dataset) -> "Networks":
-        """Both networks, checked by tracing: a rule that matches no layer ends here."""
+        """Return both networks; trace them, so that a rule that matches no layer raises here."""
         dtype = jnp.bfloat16 if experiment.precision == "bfloat16" else jnp.float32
         module = build_model(experiment.model, dataset.num_classes, dtype)
         quantized = quantize(module, experiment.quant)
@@ -62,18 +62,18 @@ class Networks:
         return self.modules["qat"]
 
     def init(self) -> tuple[Any, Collections]:
-        """Fresh parameters and batch statistics."""
+        """Return initial parameters and batch statistics."""
         key = stage_key(self.experiment.seed, "init")
         init = jax.jit(partial(self.modules["fp32"].init, train=False))
         lowered = init.lower(key, self.one_image())
-        # It runs once: on a CPU, optimizing the random number generation takes longer than it.
+        # It runs once: on a CPU, optimizing random number generation takes longer than running it.
         on_cpu = jax.default_backend() == "cpu"
         options: Any = {"xla_backend_optimization_level": 0} if on_cpu else None
         variables = dict(lowered.compile(compiler_options=options)(key, self.one_image()))
         return variables.pop("params"), variables
 
     def shapes(self, stage: str) -> tuple[Any, Collections]:
-        """Parameters and collections of a stage as shapes and dtypes."""
+        """Return parameters and collections of a stage as shapes and dtypes."""
 
         def init(key):
             variables = dict(self.modules[stage].init(key, self.one_image(), train=False))
@@ -82,13 +82,13 @@ class Networks:
         return jax.eval_shape(init, jax.random.key(0))
 
     def describe(self) -> tuple[LayerInfo, ...]:
-        """Every product of the network and how it is quantized."""
+        """Return every product of the network and how it is quantized."""
         params, collections = self.shapes("fp32")
         variables = {"params": params, **collections}
         return self.quantized.layers(variables, self.one_image(), train=False)
 
     def forward(self, stage: str, *, frozen: bool = False) -> Forward:
-        """The network in training mode, or with all its collections frozen."""
+        """Return the network in training mode, or with all its collections frozen."""
         module = self.modules[stage]
 
         def train(params, collections, images):
@@ -103,22 +103,22 @@ class Networks:
         return infer if frozen else train
 
     def normalize(self, images: jax.Array) -> jax.Array:
-        """Raw images to the networks' input."""
+        """Return the networks' input for raw images."""
         return normalize(images, self.dataset.mean, self.dataset.std)
 
     def prepare(self, key: jax.Array, images: jax.Array) -> jax.Array:
-        """Raw training images to augmented input."""
+        """Return the augmented input for raw training images."""
         config = self.experiment.augment
         images = augment(key, images, crop_padding=config.crop_padding, flip=config.flip)
         return self.normalize(images)
 
     def calibrate(self, params: Any, collections: Mapping[str, Any]) -> Collections:
-        """Return the collections with activation ranges of the float network added.
+        """Return the collections and, in addition, the float network's activation ranges.
 
-        They are observed on the first training images of a random order, without augmentation.
+        The ranges are observed on randomly chosen training images, without augmentation.
         """
         config, images = self.experiment.qat, self.dataset.train.images
-        # Training counts its epochs from 1: the order of epoch 0 is calibration's own.
+        # Training counts epochs from 1, so only calibration uses the order of epoch 0.
         order = np.asarray(epoch_permutation(self.experiment.seed, 0, len(images)))
         batches = min(config.calibration_batches, len(images) // config.batch_size)
         chosen = order[: batches * config.batch_size].reshape(batches, config.batch_size)
@@ -132,12 +132,12 @@ class Networks:
         return {name: value for name, value in bound.variables.items() if name != "params"}
 
     def predictor(self, stage: str) -> Callable[[Any, jax.Array], jax.Array]:
-        """(variables, uint8 images) -> logits, compiled once for all splits."""
+        """Return the compiled function (variables, uint8 images) -> logits."""
         module = self.modules[stage]
         return jax.jit(
             lambda variables, images: module.apply(variables, self.normalize(images), train=False)
         )
 
     def one_image(self) -> jax.Array:
-        """An input of the networks, for its shape and type."""
+        """Return an input of the networks, for tracing."""
         return jnp.zeros((1, *self.dataset.image_shape), jnp.float32)

@@ -1,9 +1,9 @@
-"""Post-training quantization of a run: its float network, calibrated, converted and tested.
+"""Post-training quantization of a run: calibrate, convert and test its float network.
 
 Nothing is trained (Krishnamoorthi 2018, arXiv:1806.08342, section 3.1): the activation ranges come
 from a few training batches, the weights from FP32. The integer network is saved in RUN/ptq, its
-scores on the test split in results.json under 'ptq'. `train` makes the same network at its end, but
-does not verify it, which would take longer than the rest.
+test scores are 'ptq' in results.json. `train` ends with the same, but does not verify the network,
+which would take longer than the rest.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from jaxqat.quant import Recipe
 
 
 def calibrated(networks: Networks, fp32: Model) -> Model:
-    """Return the trained float network with activation ranges; QAT starts from it, too."""
+    """Return the trained float network with activation ranges; QAT starts from it too."""
     return Model(fp32.params, networks.calibrate(fp32.params, fp32.collections), fp32.step)
 
 
@@ -36,8 +36,8 @@ def convert_and_test(
     Args:
         networks: Networks of the experiment.
         model: The calibrated network.
-        stop: Looked at after each part of the work.
-        preset: Name of the recipe, if a preset was asked for.
+        stop: Checked after conversion and after the test.
+        preset: Name of the recipe's preset, if there is one.
 
     Raises:
         ConversionError: Lists each part of the network that has no integer form, and the reason.
@@ -65,14 +65,14 @@ def convert_and_test(
 
 
 def experiment_of(experiment: Experiment, graph: IntegerGraph) -> Experiment:
-    """Return the run's experiment with the recipe and the calibration that made RUN/ptq."""
+    """Return the run's experiment with the recipe and the calibration batches of RUN/ptq."""
     origin: Any = graph.metadata
     quant = configs.from_dict({"quant": origin["recipe"]}).quant
     return with_quantization(experiment, quant, origin["calibration_batches"])
 
 
 def with_quantization(experiment: Experiment, quant: Recipe, batches: int) -> Experiment:
-    """Return an experiment with another recipe and another number of calibration batches."""
+    """Return the experiment with another recipe and number of calibration batches."""
     qat = dataclasses.replace(experiment.qat, calibration_batches=batches)
     return dataclasses.replace(experiment, quant=quant, qat=qat)
 
@@ -82,9 +82,9 @@ def restore_quantized(
 ) -> tuple[Networks, Model]:
     """Restore the quantized network of a stage, with its parameters and ranges.
 
-    'qat' comes from its checkpoint. 'ptq' is the FP32 network, calibrated again: by the recipe and
-    on the batches that RUN/ptq was made with, since `quantize` may have been told others than the
-    run's config says. A run without RUN/ptq is calibrated by its config.
+    'qat' comes from its checkpoint. 'ptq' is the FP32 network, calibrated again: with the recipe
+    and the batches of RUN/ptq, as `quantize` can override those of the config, or with those of the
+    config if there is no RUN/ptq.
 
     Args:
         folder: Run folder.
@@ -93,8 +93,9 @@ def restore_quantized(
         stage: 'qat' or 'ptq'.
 
     Raises:
-        CheckpointError: The checkpoint is missing or damaged.
-        ArtifactError: RUN/ptq is damaged.
+        CheckpointError: If the checkpoint is damaged.
+        RunFolderError: If there are no checkpoints, or the run was trained on other data.
+        ArtifactError: If RUN/ptq is damaged.
     """
     if stage == "qat":
         networks = Networks.build(experiment, dataset)

@@ -1,18 +1,18 @@
-"""What a run achieved, as typed data: the content of results.json.
+"""The results of a run: the content of results.json as typed data.
 
-`write` and `read` are the only way in and out of that file, so that what one part of the pipeline
-writes is what another part reads. Keys that are absent from the file have their default.
+All parts of the pipeline access this file and those of `measurements` by `write` and `read`, and so
+agree on their content. Keys missing from a file have their default.
 """
 
 import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from jaxqat.errors import JaxqatError
 from jaxqat.integer._store.files import write_json
-from jaxqat.integer._store.typed_json import TypedJson
+from jaxqat.integer._store.typed_json import CodecError, TypedJson
 
 TRAINED_STAGES = ("fp32", "qat")
 """Stages that are trained, in order; each has checkpoints."""
@@ -26,12 +26,12 @@ _JSON = TypedJson(defaults=True)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClassScores:
-    """Quality of the predictions for one class.
+    """Scores of the predictions for one class.
 
     Attributes:
         name: Name of the class.
-        precision: Share of its predictions that are right, 0..1.
-        recall: Share of its images that are found, 0..1.
+        precision: Share of its predictions that are correct, 0..1.
+        recall: Share of its images that are classified correctly, 0..1.
         f1: Harmonic mean of the two.
         support: Number of its images.
     """
@@ -45,13 +45,13 @@ class ClassScores:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scores:
-    """Quality of a classifier on a split.
+    """Scores of a classifier on a split.
 
     Attributes:
         accuracy: Share of the images that are classified correctly, 0..1.
-        precision: Mean over the classes, with equal weights.
-        recall: Likewise.
-        f1: Likewise.
+        precision: Precision, mean over the classes with equal weights.
+        recall: Recall, mean over the classes with equal weights.
+        f1: F1, mean over the classes with equal weights.
         loss: Mean cross-entropy, in nats.
         confusion_matrix: Counts of images, by true class (row) and predicted class (column).
         per_class: Scores of each class, in the order of the matrix.
@@ -79,7 +79,7 @@ class Scores:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Origin:
-    """The run that trained an FP32 stage, if another one did."""
+    """The other run that trained an FP32 stage."""
 
     name: str
     config_hash: str
@@ -91,10 +91,10 @@ class StageResult:
 
     Attributes:
         test: Scores on the test split.
-        train_seconds: Time that its epochs took.
+        train_seconds: Time of its epochs.
         epochs: Number of epochs.
         bits: Bits of weights and activations, such as 'W4A4'; None for a float network.
-        from_run: The run that trained it, if another one did.
+        from_run: The other run that trained it; None if this run did.
     """
 
     test: Scores
@@ -125,10 +125,10 @@ class TensorDifferences:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VerificationResult:
-    """An integer network compared with the quantized network that it was made from.
+    """An integer network compared with the quantized network it was converted from.
 
     Attributes:
-        tensors: Each tensor.
+        tensors: Differences of each tensor.
         images: Number of images.
         codes: Number of codes, all tensors together.
         differing: Number of codes that differ.
@@ -136,8 +136,8 @@ class VerificationResult:
         top1_flips: Images whose class differs between the two.
         top1_flips_fp32: Images whose class differs between the integer network and the same
             weights in float; None if that was not compared.
-        logits_only: Whether one of the two shows no tensor inside, so that only classes count.
-        failures: How the contract is broken; empty if it is kept.
+        logits_only: Whether one of the two gives no codes, so that only classes are compared.
+        failures: Conditions of the comparison that do not hold; empty if it passes.
     """
 
     tensors: tuple[TensorDifferences, ...]
@@ -158,7 +158,7 @@ class IntegerResult:
     Attributes:
         test: Scores on the test split.
         requantization: How accumulators become codes: 'float' or 'fixed_point'.
-        step: Training step of the checkpoint that it was made from.
+        step: Training step of the checkpoint that was converted.
         bits: Bits of weights and activations, such as 'W4A4'.
     """
 
@@ -173,12 +173,12 @@ class PtqResult(IntegerResult):
     """The integer network of post-training quantization.
 
     Attributes:
-        calibration_batches: Training batches that the activation ranges come from.
-        calibration_images: Images in these.
-        preset: Name of the recipe, if a preset was asked for instead of the config's recipe.
+        calibration_batches: Number of training batches used for calibration.
+        calibration_images: Number of images in these batches.
+        preset: Name of the preset used instead of the config's recipe; None without one.
         recipe: The recipe.
-        size_bytes: Bytes of the network's arrays, as they are saved.
-        verify: The comparison with the quantized network, if there was one.
+        size_bytes: Bytes of the network's saved arrays.
+        verify: The comparison with the quantized network; None if there was none.
     """
 
     calibration_batches: int
@@ -191,7 +191,7 @@ class PtqResult(IntegerResult):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Speed:
-    """Images per second of a network; training is None where nothing was trained."""
+    """Images per second of a network; those of training are None if nothing was trained."""
 
     evaluate_images_per_s: float
     train_images_per_s: float | None = None
@@ -203,7 +203,7 @@ class SizeBytes:
 
     Attributes:
         fp32: All parameters, four bytes each.
-        integer: The arrays of QAT's integer network, as they are saved; None if there is none.
+        integer: The saved arrays of QAT's integer network; None if there is none.
     """
 
     fp32: int
@@ -263,17 +263,20 @@ class Environment:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunInfo:
-    """What identifies a run.
+    """What identifies a run; each file of measurements begins with it.
 
     Attributes:
+        WRITTEN_BY: Command that writes the file.
         name: Name of the experiment.
         seed: Its seed.
         precision: Precision of products in float.
         config_hash: SHA-256 of its config.
         data: Fingerprint of the data.
         environment: Software and device.
-        command: What was typed.
+        command: The command line.
     """
+
+    WRITTEN_BY: ClassVar[str] = "jaxqat train"
 
     name: str
     seed: int
@@ -284,8 +287,11 @@ class RunInfo:
     command: str | None = None
 
 
+Measurement = TypeVar("Measurement", bound=RunInfo)
+
+
 class Tested(NamedTuple):
-    """A tested network: its key in results.json, its name for a reader, its scores."""
+    """A tested network: its key in results.json, its displayed name, its scores."""
 
     key: str
     name: str
@@ -328,7 +334,7 @@ class Results(RunInfo):
             raise ValueError(f"the networks have different numbers of classes: {sorted(counts)}.")
 
     def tested(self) -> Iterator[Tested]:
-        """Return the tested networks, in the order in which they are made."""
+        """Yield the tested networks, in the order in which a run makes them."""
         yield Tested("fp32", "FP32", self.fp32.test)
         if self.ptq is not None:
             yield Tested("ptq", f"PTQ {self.ptq.bits}, integer", self.ptq.test)
@@ -337,8 +343,8 @@ class Results(RunInfo):
         if self.integer is not None:
             yield Tested("integer", f"QAT {self.integer.bits}, integer", self.integer.test)
 
-    def adding(self, network: str, result: Any, speed: Speed, **more: Any) -> "Results":
-        """Return these results with one more network, or another one in its place."""
+    def with_network(self, network: str, result: Any, speed: Speed, **more: Any) -> "Results":
+        """Return these results with a network added or replaced."""
         speeds = {**self.speed, network: speed}
         return dataclasses.replace(self, **{network: result}, speed=speeds, **more)
 
@@ -348,37 +354,40 @@ def to_json(value: Any) -> dict[str, Any]:
     return _JSON.encode(value, type(value))
 
 
-def write(path: Path, results: Results, *, error: type[JaxqatError]) -> None:
-    """Replace results.json in one step.
+def write(path: Path, measurement: RunInfo, *, error: type[JaxqatError]) -> None:
+    """Write a file atomically.
 
     Raises:
-        error: If it cannot be written.
+        error: If it cannot be written, or a value is not of its declared type; names the file and
+            the key.
     """
-    write_json(path, to_json(results), error=error)
+    try:
+        content = to_json(measurement)
+    except CodecError as problem:
+        raise error(f"{path}: cannot be written: {problem}") from problem
+    write_json(path, content, error=error)
 
 
-def read(path: Path, *, error: type[JaxqatError]) -> Results:
-    """Read results.json.
+def read(path: Path, of: type[Measurement], *, error: type[JaxqatError]) -> Measurement:
+    """Read a file that `write` wrote.
 
     Args:
         path: The file.
-        error: What to raise.
+        of: Class of its content.
+        error: Exception to raise.
 
     Raises:
-        error: If it is missing, cannot be read, or its content is not as it should be; names the
-            file and the key.
+        error: If the file is missing or its content invalid; names the file and the key.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as problem:
-        raise error(f"{path} is missing: the run has not been evaluated yet.") from problem
+        raise error(f"{path} is missing: `{of.WRITTEN_BY}` writes it.") from problem
     except (OSError, UnicodeDecodeError) as problem:
         raise error(f"{path} cannot be read: {problem}.") from problem
-    try:
-        content = json.loads(text)
     except ValueError as problem:
         raise error(f"{path} is not JSON: {problem}.") from problem
     try:
-        return _JSON.decode(content, Results)
+        return _JSON.decode(content, of)
     except ValueError as problem:
         raise error(f"{path} is broken: {problem}") from problem

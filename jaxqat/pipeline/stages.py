@@ -55,8 +55,8 @@ class StageRun:
     Attributes:
         name: 'fp32' or 'qat'.
         networks: The networks, the experiment and the data.
-        folder: Where checkpoints and metrics go.
-        predictor: Gives the logits of this stage's network.
+        folder: Run folder, for checkpoints and metrics.
+        predictor: Computes the logits of this stage's network.
     """
 
     name: str
@@ -86,11 +86,11 @@ class StageRun:
 
     @property
     def total_steps(self) -> int:
-        """Updates in the whole stage."""
+        """Training steps in the whole stage."""
         return self.config.epochs * self.steps_per_epoch
 
     def open_store(self, *, read_only: bool = False) -> CheckpointStore:
-        """The stage's checkpoints."""
+        """Open the stage's checkpoints."""
         return open_store(self.networks.experiment, self.folder, self.name, read_only=read_only)
 
     def identity(self) -> dict[str, Any]:
@@ -117,12 +117,12 @@ class StageRun:
         """Train to the end of the stage, from its newest good checkpoint if there is one.
 
         Args:
-            start: Returns the network that the stage starts from if it has no checkpoint.
+            start: Returns the network to start from if there is no checkpoint.
             stop: Checked after each dispatch.
             console: Shows the progress.
 
         Returns:
-            The network of the last or of the best checkpoint, as the experiment selects.
+            The network of the last or the best checkpoint, as the experiment's `select` says.
         """
         with self.open_store() as store:
             restored = store.restore_newest_good(split_state(self.state_shapes()))
@@ -153,8 +153,8 @@ class StageRun:
         stop: StopRequest,
         console: Console,
     ) -> TrainState:
-        # A copy of its own: the loop gives the buffers away, the caller's arrays stay valid.
-        # (`device_put` would not do: on a CPU it shares the memory of a NumPy array.)
+        # A copy, because the loop donates the buffers and the caller's arrays must stay valid.
+        # `device_put` is not enough: on a CPU it shares the memory of a NumPy array.
         state = jax.jit(partial(jax.tree.map, jnp.copy))(state)
         progress = StageProgress(
             console,
@@ -196,7 +196,7 @@ class StageRun:
         config, dataset, seed = self.config, self.dataset, self.networks.experiment.seed
         steps = {frozen: self._step(frozen) for frozen in (False, True)}
         frozen_from = config.frozen_from if isinstance(config, QatConfig) else config.epochs + 1
-        # QAT continues the epoch count of FP32, so that it sees other orders of the images.
+        # QAT continues the epoch count of FP32, so that its orders of the images are new.
         offset = 0 if self.name == "fp32" else self.networks.experiment.fp32.epochs
         limit = config.steps_per_dispatch
         if limit is None:
@@ -239,7 +239,7 @@ class StageRun:
         if not np.isfinite(logits).all():
             raise DivergedError(
                 f"{self.name}: logits of the validation split are infinite or NaN after step "
-                f"{int(state.step)}; checkpoints from before it are good."
+                f"{int(state.step)}; earlier checkpoints are good."
             )
         scores = classification_metrics(split.labels, logits, self.dataset.class_names)
         return {"validation_loss": scores.loss, "validation_accuracy": scores.accuracy}
@@ -249,7 +249,7 @@ def check_finished(run: StageRun) -> int:
     """Return the last step of a finished stage.
 
     Raises:
-        RunFolderError: If the stage has no checkpoint, or not yet its last one.
+        RunFolderError: If the stage has no checkpoint, or is not finished.
     """
     folder, name = run.folder, run.name
     if not folder.has_checkpoints(name):
@@ -258,22 +258,22 @@ def check_finished(run: StageRun) -> int:
         last = max(store.steps(), default=0)
     if last < run.total_steps:
         raise RunFolderError(
-            f"{folder.path}: its {name.upper()} stage is at step {last} of {run.total_steps}. Run "
-            "its `jaxqat train` again to finish it."
+            f"{folder.path}: its {name.upper()} stage is at step {last} of {run.total_steps}. "
+            "Repeat its `jaxqat train` to finish it."
         )
     return last
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FolderReporter:
-    """Writes what the loop reports to the run folder, and prints it."""
+    """Writes metrics and checkpoints to the run folder, and prints progress."""
 
     run: StageRun
     store: CheckpointStore
     progress: StageProgress
 
     def advance(self, steps: int) -> None:
-        """Move the bar."""
+        """Move the progress bar."""
         self.progress.advance(steps)
 
     def epoch(self, record: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
-"""Taking over the finished FP32 stage of another run instead of training it again.
+"""Start a run from the finished FP32 stage of another run.
 
-The stage keeps its history: its checkpoints name their own experiment, its lines of metrics.jsonl
-are copied, and `RunFolder.origin` names the run that trained it.
+The stage keeps its history: its checkpoints name the experiment that trained them, its lines of
+metrics.jsonl are copied, and `RunFolder.origin` names the other run.
 """
 
 import dataclasses
@@ -17,8 +17,8 @@ from jaxqat.pipeline.run.folder import RunFolder, RunFolderError
 from jaxqat.pipeline.run.snapshots import check_data, split_state
 from jaxqat.pipeline.stages import StageRun, check_finished
 
-# Settings that the float network does not depend on, by the first part of their keys.
-OF_NO_MATTER = ("name", "quant", "qat", "evaluation_batch_size", "checkpoint")
+# Settings without influence on the float network, by the first part of their keys.
+IRRELEVANT = ("name", "quant", "qat", "evaluation_batch_size", "checkpoint")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,7 @@ class FloatStage:
 
     Attributes:
         folder: The run folder that holds it.
-        steps: The checkpoints to take: the last one, and the best one if that is selected.
+        steps: Steps of the checkpoints to copy: the last one, and the best one if it is selected.
         origin: Name and config hash of the run that trained it.
     """
 
@@ -36,18 +36,18 @@ class FloatStage:
     origin: dict[str, Any]
 
     def copy_to(self, folder: RunFolder) -> None:
-        """Copy it to a run without an FP32 stage; atomic, as the last operation is a rename."""
+        """Copy it to a run without FP32 checkpoints; the checkpoints appear atomically."""
         records = [r for r in self.folder.read_metrics() if r["stage"] == "fp32"]
         folder.replace_metrics("fp32", records)
         temporary, final = folder.path / ".fp32.tmp", folder.checkpoints("fp32")
-        shutil.rmtree(temporary, ignore_errors=True)  # Of a process that was killed.
+        shutil.rmtree(temporary, ignore_errors=True)  # Left by a killed process.
         try:
             for step in self.steps:
                 there = self.folder.checkpoints("fp32") / str(step)
                 shutil.copytree(there, temporary / str(step))
             (temporary / folder.origin.name).write_text(json.dumps(self.origin) + "\n")
             final.parent.mkdir(exist_ok=True)
-            if final.exists():  # Without a checkpoint, or we would not be here.
+            if final.exists():  # It holds no checkpoint.
                 shutil.rmtree(final)
             temporary.rename(final)
         except OSError as error:
@@ -57,36 +57,36 @@ class FloatStage:
 
 
 def check_settings(experiment: Experiment, workdir: Path) -> None:
-    """Check that the float network of a run is the one that an experiment would train.
+    """Check that an experiment would train the same float network as another run.
 
     Raises:
-        RunFolderError: If it is no run folder, or a setting differs; lists every such setting.
+        RunFolderError: If it is not a run folder, or a setting differs; lists every such setting.
     """
     theirs = RunFolder(workdir).load_config()
     differing = [
         line
         for line in configs.differences(theirs, experiment)
-        if line.partition(":")[0].partition(".")[0] not in OF_NO_MATTER
+        if line.partition(":")[0].partition(".")[0] not in IRRELEVANT
     ]
     if differing:
         raise RunFolderError(
-            f"{workdir}: its FP32 network is of other settings. There -> here:\n  "
+            f"{workdir}: its FP32 network has other settings. There -> here:\n  "
             + "\n  ".join(differing)
-            + "\nGive the same settings, or train FP32 anew without --from."
+            + "\nUse the same settings, or train FP32 without --from."
         )
 
 
 def find_float_stage(networks: Networks, workdir: Path) -> FloatStage:
-    """Find the finished FP32 stage of another run and verify its newest checkpoint.
+    """Find the finished FP32 stage of another run and verify the checkpoints to copy.
 
     Args:
         networks: Networks of the experiment that will start from it.
         workdir: The other run's folder; nothing in it is changed.
 
     Raises:
-        RunFolderError: It is no run folder, of other settings or other data, or its FP32 stage is
-            not finished.
-        CheckpointError: Its checkpoint is damaged.
+        RunFolderError: If it is not a run folder, has other settings or other data, or its FP32
+            stage is not finished.
+        CheckpointError: If a checkpoint is damaged.
     """
     check_settings(networks.experiment, workdir)
     folder = RunFolder(workdir)

@@ -1,7 +1,7 @@
-"""The float networks that integers are compared with, against ONNX Runtime's run of the same one.
+"""The float baselines in JAX and PyTorch, against ONNX Runtime's run of `float_model`.
 
-`float_model`, which shares no code with them but the folding's equation, is compared with float64
-NumPy in tests/export/test_onnx_float.py.
+`float_model` shares only the equation of batch-norm folding with them. It is compared with float64
+NumPy in tests/export/onnx/test_float_network.py.
 """
 
 import jax
@@ -66,7 +66,7 @@ def test_the_network_in_pytorch_is_the_float_network(case, symmetric):
     assert_equal_floats(result, reference(graph, images))
 
 
-def test_pytorch_s_weights_and_tensors_are_channels_last():
+def test_pytorchs_weights_are_channels_last():
     torch = pytest.importorskip("torch")
     graph = graphs.build("residual")
     network = TorchNetwork(graph, torch)
@@ -85,14 +85,16 @@ def test_bfloat16_rounds_as_bfloat16_and_stays_within_its_limit(case):
         results[precision] = jax.jit(network.apply)(network.arrays(), images)
         assert results[precision].dtype == np.float32
     error = relative_error(results["bf16"], results["fp32"])
-    # One rounding to 8 bits costs 2**-10 or so on average; float32 stays below 2**-18.
+    # One rounding to 8 bits costs about 2**-10 on average; float32 stays below 2**-18.
     assert 2**-12 < error < float_limit(graph, "bf16")
 
 
 @pytest.mark.parametrize(
     ("precision", "wanted"), [("fp32", "HIGHEST"), ("tf32", "HIGH"), ("bf16", "DEFAULT")]
 )
-def test_float32_is_asked_for_since_the_default_is_less_on_accelerators(precision, wanted):
+def test_products_request_their_precision_as_the_default_is_lower_on_accelerators(
+    precision, wanted
+):
     graph = graphs.build("residual")
     network = JaxNetwork(graph, precision)
     program = jax.jit(network.apply).lower(network.arrays(), images_of(graph)).as_text()
@@ -103,14 +105,14 @@ def test_float32_is_asked_for_since_the_default_is_less_on_accelerators(precisio
     ]
     assert len(products) == len(list(graph.products()))
     for line in products:
-        # DEFAULT is not written down everywhere.
+        # The text may omit DEFAULT.
         assert f"{wanted}, {wanted}]" in line.replace("#stablehlo<precision ", "").replace(
             ">", ""
         ) or (wanted == "DEFAULT" and "HIGH" not in line)
         assert ("bf16" in line) == (precision == "bf16")
 
 
-def test_weights_are_arguments_of_the_program_not_constants_of_it():
+def test_weights_are_arguments_of_the_program_and_not_constants():
     graph = graphs.build("residual")
     network = JaxNetwork(graph, "fp32")
     program = jax.jit(network.apply).lower(network.arrays(), images_of(graph)).as_text()

@@ -1,4 +1,4 @@
-"""Inference in several engines: what is compared, what is refused, what is left out and said."""
+"""The inference benchmark: comparisons, errors, engines that are not measured, notes."""
 
 import dataclasses
 import functools
@@ -20,7 +20,7 @@ GRAPH = graphs.build("residual")
 
 
 def engine(key, function, *, kind: Kind = "exact", precision="integer", packages=("jax",)):
-    """An engine that computes what `function(graph, images)` says."""
+    """An engine that computes `function(graph, images)`."""
 
     def make(setup):
         return lambda images: lambda: function(setup.graph, images)
@@ -50,14 +50,14 @@ JAX = [
 
 
 def measure(monkeypatch, *engines, graph=GRAPH, **options):
-    """A benchmark of these engines, without waiting."""
+    """Run a benchmark of these engines with made-up times."""
     monkeypatch.setattr(inference, "engines_of", lambda device: list(engines))
-    monkeypatch.setattr(inference, "alternate", no_clock)
+    monkeypatch.setattr(inference, "alternate", made_up_times)
     return benchmark_inference(graph, threads=1, batch_sizes=[2], rounds=1, **options)
 
 
-def no_clock(calls, *, rounds):
-    """A second a call; each engine takes one second longer than the one before."""
+def made_up_times(calls, *, rounds):
+    """The first engine takes one second per call, each other one a second longer."""
     return {name: [float(i + 1)] * rounds for i, name in enumerate(calls)}
 
 
@@ -78,7 +78,7 @@ def rows_of(result):
     ],
     ids=["scaled", "shuffled", "near", "zeros", "float", "shape", "nan"],
 )
-def test_an_engine_of_wrong_results_is_refused_and_both_are_named(
+def test_wrong_results_raise_an_error_with_the_names_of_both_engines(
     monkeypatch, kind, precision, wrong, against
 ):
     bad = engine("bad", wrong, kind=kind, precision=precision)
@@ -86,13 +86,13 @@ def test_an_engine_of_wrong_results_is_refused_and_both_are_named(
         measure(monkeypatch, *JAX, bad)
 
 
-def test_jax_s_integers_are_compared_with_the_float_network(monkeypatch):
+def test_jax_integer_is_compared_with_jax_fp32(monkeypatch):
     bad = engine("jax_integer", lambda g, x: -integers(g, x))
     with pytest.raises(BenchmarkError, match="jax_integer and jax_fp32 disagree"):
         measure(monkeypatch, JAX[0], bad)
 
 
-def test_right_results_are_let_through_and_their_errors_told(monkeypatch):
+def test_correct_results_are_accepted_and_their_errors_reported(monkeypatch):
     half = engine("near", lambda g, x: integers(g, x) / np.float32(2), kind="near")
     rows = rows_of(measure(monkeypatch, *JAX, engine("equal", integers), half))
     assert rows["equal"]["agreement"]["error"] == 0
@@ -102,13 +102,13 @@ def test_right_results_are_let_through_and_their_errors_told(monkeypatch):
     assert "agreement" not in rows["jax_fp32"]
 
 
-def test_a_network_of_two_bits_is_measured_though_the_float_one_is_another(monkeypatch):
+def test_a_network_of_two_bits_may_differ_from_the_float_network(monkeypatch):
     graph = graphs.build("concat", bits=2)
     rows = rows_of(measure(monkeypatch, *JAX, graph=graph))
     assert rows["jax_integer"]["agreement"]["error"] > 0.7
     assert rows["jax_integer"]["agreement"]["limit"] is None
     bad = engine("jax_integer", lambda g, x: integers(g, x) * np.nan)
-    with pytest.raises(BenchmarkError, match="right would be any finite number"):
+    with pytest.raises(BenchmarkError, match="expected a finite number"):
         measure(monkeypatch, JAX[0], bad, graph=graph)
 
 
@@ -121,16 +121,16 @@ def test_an_engine_that_is_not_installed_is_listed_and_not_measured(monkeypatch)
 
 
 class OwnError(Exception):
-    """As ONNX Runtime has them: of no kind but Exception."""
+    """Derived from Exception only, as ONNX Runtime's exceptions."""
 
 
-@pytest.mark.parametrize("when", ["made", "bound", "called"])
+@pytest.mark.parametrize("when", ["built", "bound", "called"])
 def test_an_engine_that_fails_is_listed_with_the_reason(monkeypatch, when):
     def fail(*arguments):
         raise OwnError("\n  no kernel for Conv\nstack of a compiler")
 
     makes = {
-        "made": fail,
+        "built": fail,
         "bound": lambda setup: fail,
         "called": lambda setup: lambda images: fail,
     }
@@ -142,7 +142,7 @@ def test_an_engine_that_fails_is_listed_with_the_reason(monkeypatch, when):
 
 
 @pytest.mark.parametrize("key", ["jax_fp32", "jax_integer"])
-def test_without_what_others_are_compared_with_there_is_no_benchmark(monkeypatch, key):
+def test_a_failing_reference_engine_is_an_error(monkeypatch, key):
     def fail(graph, images):
         raise OwnError("out of memory")
 
@@ -151,7 +151,7 @@ def test_without_what_others_are_compared_with_there_is_no_benchmark(monkeypatch
         measure(monkeypatch, *engines)
 
 
-def test_times_and_ratios_are_those_of_the_clock(monkeypatch):
+def test_medians_rates_and_ratios_follow_from_the_times(monkeypatch):
     ort = engine("ort_fp32", floats, kind="float", precision="fp32")
     rows = rows_of(measure(monkeypatch, *JAX, ort))
     assert [rows[k]["median_s"] for k in ("jax_fp32", "jax_integer", "ort_fp32")] == [1.0, 2.0, 3.0]
@@ -160,7 +160,7 @@ def test_times_and_ratios_are_those_of_the_clock(monkeypatch):
     assert rows["jax_integer"]["ratio_to_ort_fp32"] == 1.5
 
 
-def test_notes_say_where_integers_are_slower_than_floats_of_their_family():
+def test_notes_name_integer_engines_slower_than_float_ones_of_their_family():
     def row(key, precision, seconds):
         return {"key": key, "label": key.upper(), "precision": precision, "median_s": seconds}
 
@@ -181,7 +181,7 @@ def test_notes_say_where_integers_are_slower_than_floats_of_their_family():
     assert notes([r | {"median_s": 1.0} for r in rows[:-1]], families) == []
 
 
-def test_a_run_s_images_are_the_network_s_pixels_and_noise_is_called_noise(monkeypatch):
+def test_a_runs_images_are_used_if_they_fit_and_noise_otherwise(monkeypatch):
     pixels = graphs.pixels(GRAPH, 3)
     assert measure(monkeypatch, *JAX, pixels=pixels)["images"] == "test images of the run"
     assert measure(monkeypatch, *JAX, pixels=pixels[:, 1:])["images"] == "noise"
@@ -189,7 +189,7 @@ def test_a_run_s_images_are_the_network_s_pixels_and_noise_is_called_noise(monke
     tensor = GRAPH.tensors[GRAPH.quantize.output]
     images = make_images(GRAPH, 4, pixels)
     assert images.dtype == np.float32 and images.flags.c_contiguous
-    # Half a step from what training normalizes, and the fourth image is the first again.
+    # Within half a code of the images that training normalizes; the fourth repeats the first.
     exact = graphs.normalized(pixels)
     assert np.abs(images[:3] - exact).max() <= tensor.scale * (0.5 + 2**-12)
     np.testing.assert_array_equal(images[3], images[0])
@@ -221,17 +221,17 @@ def test_accelerators_run_jax_in_every_precision_and_nothing_on_the_host(device,
     assert len({engine.label for engine in engines}) == len(engines)
 
 
-def test_quantize_static_gets_its_best_options_and_the_images_that_are_measured(monkeypatch):
+def test_quantize_static_gets_its_best_options_and_calibration_images(monkeypatch):
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
     from jaxqat.bench import engines as module
 
-    made = []
-    monkeypatch.setattr(module, "_bind_onnx", lambda model, setup, exact: made.append(model))
+    models = []
+    monkeypatch.setattr(module, "_bind_onnx", lambda model, setup, exact: models.append(model))
     images = make_images(GRAPH, 8)
     (static,) = [e for e in module.CPU_ENGINES if e.key == "ort_static"]
     static.make(Setup(GRAPH, 1, np.split(images, 2)))
-    (model,) = made
+    (model,) = models
     arrays = {i.name: onnx.numpy_helper.to_array(i) for i in model.graph.initializer}
     makers = {output: node for node in model.graph.node for output in node.output}
     convolutions = [n for n in model.graph.node if n.op_type == "Conv"]
@@ -243,6 +243,6 @@ def test_quantize_static_gets_its_best_options_and_the_images_that_are_measured(
         assert arrays[weights.input[0]].dtype == np.int8
         assert arrays[weights.input[1]].shape == (arrays[weights.input[0]].shape[0],)
     first = next(n for n in model.graph.node if n.op_type == "QuantizeLinear")
-    # The images' own range in 255 steps, in float32.
+    # The range of the images divided by 255, in float32.
     spread = (images.max() - images.min()) / 255
     np.testing.assert_allclose(arrays[first.input[1]], spread, rtol=1e-6)

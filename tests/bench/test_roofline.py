@@ -1,4 +1,4 @@
-"""Arithmetic and traffic of a network, against sums done by hand."""
+"""Arithmetic and memory traffic of a network, against sums by hand."""
 
 import pytest
 from integer import graphs
@@ -30,7 +30,7 @@ def test_macs_of_a_resnet_are_those_of_the_formula(width):
 @pytest.mark.parametrize(
     ("case", "by_hand"),
     [
-        # Positions times window times inputs of a group times outputs.
+        # Positions x window x input channels of a group x output channels.
         ("chain", 72 * 9 * 3 * 8 + 20 * 9 * 8 * 12 + 20 * 9 * 12 * 12 + 240 * 5),
         (
             "depthwise",
@@ -59,12 +59,12 @@ def test_traffic_of_a_chain_is_each_tensor_written_once_and_read_once():
     assert roofline.traffic(graph, 7) == arrays + 7 * example
 
 
-def test_traffic_of_a_residual_network_has_additions_inside_of_convolutions():
+def test_traffic_of_a_residual_network_counts_additions_as_part_of_convolutions():
     graph = graphs.build("residual")
     images, stem, pool = 4 * 16 * 16 * 3, 16 * 16 * 8, 8 * 8 * 8
     identity = (pool + pool) + (pool + pool + pool)  # conv1; conv2 with the shortcut.
     after = 4 * 4 * 12
-    # conv1; the projection; one of them is stored and read by the other one's addition.
+    # conv1; conv2 and the projection, one of which is stored and read by the other's addition.
     projected = (pool + after) + (after) + (pool + after) + (after + after)
     head = (after + 12) + (12 + 4 * 5)
     example = images + stem + (stem + pool) + identity + projected + head
@@ -93,6 +93,6 @@ def test_the_least_time_is_the_longer_of_arithmetic_and_traffic():
         ("cpu", None),
     ],
 )
-def test_only_the_very_devices_have_a_roofline(kind, name):
+def test_only_exactly_known_devices_have_a_roofline(kind, name):
     device = roofline.known_device(kind)
     assert (device and device.name) == name

@@ -1,4 +1,4 @@
-"""The benchmark of a run folder's own network, on its own images."""
+"""The benchmark of a run's network, on its images."""
 
 import json
 
@@ -10,7 +10,7 @@ compiled_once, small_network = tiny_run.compiled_once, tiny_run.small_network
 console, finished = tiny_run.console, tiny_run.finished
 
 
-def test_a_run_s_network_is_measured_on_its_images(finished, console):
+def test_a_runs_network_is_measured_on_its_images(finished, console):
     result = benchmark(finished, batch_sizes=[1, 2], rounds=1, console=console)
     assert result["run"] == str(finished)
     assert result["images"] == "test images of the run"
@@ -20,7 +20,7 @@ def test_a_run_s_network_is_measured_on_its_images(finished, console):
     assert "tiny: batch 2" in console.file.getvalue()
 
 
-def test_training_of_a_run_s_network_is_measured(finished, small_network, console, tmp_path):
+def test_training_of_a_runs_network_is_measured(finished, small_network, console, tmp_path):
     path = tmp_path / "speed.json"
     benchmark(finished, what="train", batch_sizes=[8], rounds=1, json=path, console=console)
     result = json.loads(path.read_text())

@@ -1,4 +1,4 @@
-"""The training benchmark: the same step in every precision, refused where it trains otherwise."""
+"""The training benchmark: the same training step in every precision, checked against FP32."""
 
 import numpy as np
 import pytest
@@ -36,12 +36,12 @@ def test_every_precision_of_the_device_is_measured(small_network):
         assert row["ratio_to_fp32"] == rows["fp32"]["median_s"] / row["median_s"]
         assert row["temporary_bytes"] > 0
     np.testing.assert_allclose(rows["fp32"]["cosine_to_fp32"], 1, rtol=2**-50)
-    # Operands of 8 bits turn the gradient by a few per cent; other images would give about 0.2.
+    # With operands of 8 bits the cosine falls by a few per cent; other images would give about 0.2.
     assert 0.9 < rows["bf16"]["cosine_to_fp32"] < 1
     assert 0.9 < rows["qat"]["cosine_to_fp32"] < 1
 
 
-def test_times_are_those_of_one_step_where_a_call_makes_several(small_network, monkeypatch):
+def test_times_are_per_step_if_a_call_has_several(small_network, monkeypatch):
     monkeypatch.setitem(training.STEPS_PER_CALL, "cpu", 2)
     monkeypatch.setitem(training.VARIANTS, "cpu", (FP32,))
     monkeypatch.setattr(training, "alternate", lambda calls, rounds: {"fp32": [4.0] * rounds})
@@ -51,19 +51,19 @@ def test_times_are_those_of_one_step_where_a_call_makes_several(small_network, m
     assert result["precisions"][0]["images_per_s"] == BATCH / 2.0
 
 
-def test_what_is_compared_is_one_step_however_many_a_call_makes(small_network):
+def test_first_updates_are_those_of_one_step_for_any_steps_per_call(small_network):
     one, several = trainer(length=1).first_update(), trainer(length=3).first_update()
     for a, b in zip(one, several, strict=True):
         np.testing.assert_array_equal(a, b)
 
 
-def test_a_call_makes_all_of_its_steps(small_network):
-    made = trainer(length=3)
-    made.call()()
-    assert int(made._state.step) == 6  # The warm call's and the timed one's.
+def test_a_call_runs_all_of_its_steps(small_network):
+    three_steps = trainer(length=3)
+    three_steps.call()()
+    assert int(three_steps._state.step) == 6  # A warm-up call and the timed one.
 
 
-def test_all_variants_take_the_same_images(small_network, monkeypatch):
+def test_all_variants_see_the_same_images(small_network, monkeypatch):
     seen = []
 
     def forward(self, stage):
@@ -78,7 +78,7 @@ def test_all_variants_take_the_same_images(small_network, monkeypatch):
 
         return train
 
-    # Both run the float network: whatever still differs is what they are given.
+    # Both run the float network, so only their input can differ.
     monkeypatch.setattr("jaxqat.pipeline.networks.Networks.forward", forward)
     floats, quantized = trainer(FP32).first_update(), trainer(QAT).first_update()
     assert {"fp32", "qat"} <= set(seen)
@@ -89,13 +89,13 @@ def test_all_variants_take_the_same_images(small_network, monkeypatch):
 @pytest.mark.parametrize(
     ("factor", "message"),
     [
-        (0.0, "the cosine of their updates is 0.000, of at least 0.5"),
-        (-1.0, "the cosine of their updates is -1.000, of at least 0.5"),
-        (np.nan, "numbers that are not finite"),
+        (0.0, "the cosine of the two is 0.000, expected at least 0.5"),
+        (-1.0, "the cosine of the two is -1.000, expected at least 0.5"),
+        (np.nan, "the update of the first training step is not finite"),
     ],
-    ids=["still", "backwards", "nan"],
+    ids=["zero", "opposite", "nan"],
 )
-def test_a_step_that_trains_otherwise_is_refused_by_name(factor, message):
+def test_an_update_unlike_that_of_fp32_raises_an_error_with_the_precision(factor, message):
     update = [np.arange(6.0).reshape(2, 3), np.ones(2)]
     check_update("FP32", update, update)
     with pytest.raises(BenchmarkError, match="QAT: ") as refusal:
@@ -103,7 +103,7 @@ def test_a_step_that_trains_otherwise_is_refused_by_name(factor, message):
     assert message in str(refusal.value)
 
 
-def test_notes_say_where_qat_is_slower():
+def test_notes_name_float_variants_faster_than_qat():
     rows = [
         {"key": "fp32", "label": "FP32", "median_s": 1.0},
         {"key": "bf16", "label": "bf16", "median_s": 4.0},

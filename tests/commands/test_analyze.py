@@ -1,5 +1,6 @@
 """The command `analyze` on a run."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -14,6 +15,8 @@ from jaxqat.commands import analyze as diagnosis
 from jaxqat.commands import quantize, train
 from jaxqat.errors import InputError
 from jaxqat.pipeline.data import DataError, load_dataset
+from jaxqat.pipeline.measurements import RunAnalysis
+from jaxqat.pipeline.results import read
 from jaxqat.pipeline.run.folder import RunFolderError
 
 compiled_once, small_network = tiny_run.compiled_once, tiny_run.small_network
@@ -64,9 +67,9 @@ def test_the_post_training_network_is_that_of_fp32_before_fine_tuning(
 ):
     found = diagnosis.analyze(run, stage="ptq", console=console)
     results = json.loads((run / "results.json").read_text())
-    assert found["real"]["accuracy"] == results["fp32"]["test"]["accuracy"]
-    assert found["quantized"]["accuracy"] == results["ptq"]["test"]["accuracy"]
-    assert json.loads(json.dumps(found)) == json.loads((run / "analysis.json").read_text())
+    assert found.real.accuracy == results["fp32"]["test"]["accuracy"]
+    assert found.quantized.accuracy == results["ptq"]["test"]["accuracy"]
+    assert read(run / "analysis.json", RunAnalysis, error=RunFolderError) == found
 
 
 def test_the_post_training_network_is_that_of_the_recipe_it_was_made_with(
@@ -75,11 +78,11 @@ def test_the_post_training_network_is_that_of_the_recipe_it_was_made_with(
     monkeypatch.setattr(quantize, "write_report", lambda path: path)  # Spares seconds.
     results = quantize.quantize(run, recipe="w4a8", batches=1, console=console)
     found = diagnosis.analyze(run, stage="ptq", console=console)
-    assert [layer["weight_bits"] for layer in found["layers"]] == [4, 4, 4]
-    assert (found["recipe"]["weight_bits"], found["calibration_batches"]) == (4, 1)
+    assert [layer.weight_bits for layer in found.layers] == [4, 4, 4]
+    assert (found.recipe["weight_bits"], found.calibration_batches) == (4, 1)
     # The very network that `verify --stage ptq` finds equal to RUN/ptq, code by code.
     assert results.ptq is not None
-    assert found["quantized"]["accuracy"] == results.ptq.test.accuracy
+    assert found.quantized.accuracy == results.ptq.test.accuracy
 
 
 def test_a_run_without_an_integer_network_of_ptq_is_calibrated_by_its_config(
@@ -88,7 +91,7 @@ def test_a_run_without_an_integer_network_of_ptq_is_calibrated_by_its_config(
     before = diagnosis.analyze(run, stage="ptq", console=console)
     shutil.rmtree(run / "ptq")
     after = diagnosis.analyze(run, stage="ptq", console=console)
-    assert {**after, "environment": None} == {**before, "environment": None}
+    assert dataclasses.replace(after, environment=before.environment) == before
 
 
 def test_a_run_with_dynamic_ranges_has_a_page(tmp_path, small_network, console, no_report):
@@ -104,14 +107,14 @@ def test_a_run_with_dynamic_ranges_has_a_page(tmp_path, small_network, console, 
 
 def test_images_are_counted_from_the_first_of_the_split(run, small_network, console, unpainted):
     found = diagnosis.analyze(run, split="train", images=7, console=console)
-    assert found["examples"] == 7 and "7 images of the train split" in console.file.getvalue()
-    pixels = next(t for t in found["tensors"] if t["name"] == "stem_conv/input")
-    assert pixels["values"] == 7 * 8 * 8
+    assert found.examples == 7 and "7 images of the train split" in console.file.getvalue()
+    pixels = next(t for t in found.tensors if t.name == "stem_conv/input")
+    assert pixels.values == 7 * 8 * 8
     # Of these images, and of no others: in the units of the input, the ends are so far apart.
     data = load_dataset(tiny_run.tiny().data)
     ends = (float(np.max(data.train.images[:7])), float(np.min(data.train.images[:7])))
     spread = (ends[0] - ends[1]) / 255 / data.std[0]
-    assert pixels["largest"] - pixels["smallest"] == pytest.approx(spread, rel=1e-5)
+    assert pixels.largest - pixels.smallest == pytest.approx(spread, rel=1e-5)
 
 
 def test_a_run_that_was_never_quantized_is_named(run, small_network, console):

@@ -1,4 +1,4 @@
-"""The command end to end: what it prints, what it writes, what it refuses."""
+"""`jaxqat benchmark` end to end: its output, its file, its errors."""
 
 import contextlib
 import io
@@ -23,10 +23,10 @@ compiled_once, console = tiny_run.compiled_once, tiny_run.console
 
 @pytest.fixture
 def nothing_to_measure(monkeypatch):
-    """Whoever gets as far as measuring fails at once."""
+    """Make any measurement fail the test."""
 
     def measure(*arguments):
-        raise AssertionError("it measures")
+        raise AssertionError("a measurement was started")
 
     monkeypatch.setattr(module, "_inference", measure)
     monkeypatch.setattr(module, "_training", measure)
@@ -34,7 +34,7 @@ def nothing_to_measure(monkeypatch):
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory, compiled_once):
-    """A ResNet-18 of width 4 from the command line: the status, the JSON, and what is printed."""
+    """The benchmark of a ResNet-18 of width 4: exit status, JSON, printed text, JSON file."""
     path = tmp_path_factory.mktemp("benchmark") / "speed.json"
     arguments = ("benchmark", "--width", 4, "--batch_sizes", 2, "--rounds", 2, "--json", path)
     printed = io.StringIO()
@@ -44,7 +44,7 @@ def measured(tmp_path_factory, compiled_once):
     return status, json.loads(path.read_text()), printed.getvalue(), path
 
 
-def test_the_json_tells_what_was_measured_on_what_with_what(measured):
+def test_the_json_holds_command_network_environment_and_versions(measured):
     status, result, _, path = measured
     assert status == 0
     command = f"jaxqat benchmark --width 4 --batch_sizes 2 --rounds 2 --json {path}"
@@ -65,7 +65,7 @@ def test_the_json_tells_what_was_measured_on_what_with_what(measured):
     assert [batch["batch_size"] for batch in result["batches"]] == [2]
 
 
-def test_every_engine_has_its_row_with_times_and_ratios_or_the_reason_why_not(measured):
+def test_every_engine_has_times_and_ratios_or_the_reason_why_not(measured):
     _, result, _, _ = measured
     for batch in result["batches"]:
         rows = {row["key"]: row for row in batch["engines"]}
@@ -83,17 +83,17 @@ def test_every_engine_has_its_row_with_times_and_ratios_or_the_reason_why_not(me
             assert (row["key"] == "jax_fp32") == ("agreement" not in row)
 
 
-def test_notes_are_in_the_json_and_say_each_loss_of_int8(measured):
+def test_notes_in_json_and_text_name_each_slower_integer_engine(measured):
     _, result, printed, _ = measured
     for batch in result["batches"]:
         rows = {row["key"]: row for row in batch["engines"]}
-        loss = rows["jax_integer"]["median_s"] > rows["jax_fp32"]["median_s"]
-        said = any(n.startswith("JAX integer is slower than JAX FP32") for n in batch["notes"])
-        assert said == loss
+        slower = rows["jax_integer"]["median_s"] > rows["jax_fp32"]["median_s"]
+        noted = any(n.startswith("JAX integer is slower than JAX FP32") for n in batch["notes"])
+        assert noted == slower
         assert all(note in printed for note in batch["notes"])
 
 
-def test_nothing_names_the_host(measured):
+def test_the_name_of_the_host_is_not_recorded(measured):
     _, result, printed, _ = measured
     names = {socket.gethostname(), os.uname().nodename}
     words = set(json.dumps(result).replace('"', " ").split()) | set(printed.split())
@@ -107,7 +107,7 @@ def test_the_table_fits_a_narrow_terminal(measured):
     assert len(table) >= 6
     assert all(len(line) <= 80 and "…" not in line for line in table)
     (row,) = [line for line in table if "JAX FP32" in line][:1]
-    # Engine, images/s, ms, spread and the ratio to itself; it has no error.
+    # Engine, images/s, ms, spread and ratio; JAX FP32 is the reference of the errors.
     assert len([cell for cell in row.split("│") if cell.strip()]) >= 5
 
 
@@ -127,7 +127,7 @@ def test_the_table_fits_a_narrow_terminal(measured):
     ],
     ids=lambda value: "_".join(value) if isinstance(value, list) else "",
 )
-def test_bad_arguments_are_named_at_once_and_leave_nothing(
+def test_invalid_arguments_are_named_before_measuring_and_leave_no_file(
     nothing_to_measure, tmp_path, capsys, arguments, message
 ):
     status = run_command("benchmark", *(a.format(tmp=tmp_path) for a in arguments))
@@ -139,7 +139,7 @@ def test_bad_arguments_are_named_at_once_and_leave_nothing(
 
 
 @pytest.mark.parametrize("what", ["inference", "train"])
-def test_a_folder_that_is_no_run_is_named(tmp_path, capsys, what):
+def test_a_folder_that_is_not_a_run_is_named(tmp_path, capsys, what):
     assert run_command("benchmark", tmp_path / "none", "--what", what) == 2
     assert str(tmp_path / "none") in capsys.readouterr().err.replace("\n", "")
     assert list(tmp_path.iterdir()) == []
@@ -150,21 +150,19 @@ def test_a_folder_that_is_no_run_is_named(tmp_path, capsys, what):
     [{"what": "both"}, {"rounds": 0}, {"width": 0}, {"batch_sizes": [4, 0]}],
     ids=lambda options: next(iter(options)),
 )
-def test_the_function_refuses_what_the_command_refuses(nothing_to_measure, options):
+def test_the_function_checks_its_arguments_like_the_command(nothing_to_measure, options):
     (name,) = options
     with pytest.raises(BenchmarkError, match=f"{name} must be"):
         benchmark(**options)
 
 
-def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(
-    nothing_to_measure, tmp_path, monkeypatch
-):
+def test_a_read_only_folder_is_an_error_before_measuring(nothing_to_measure, tmp_path, monkeypatch):
     monkeypatch.setattr(module.os, "access", lambda path, mode: False)  # Root may write anywhere.
-    with pytest.raises(BenchmarkError, match="can be written"):
+    with pytest.raises(BenchmarkError, match="in a writable folder"):
         benchmark(json=tmp_path / "speed.json", width=4)
 
 
-def test_a_package_by_another_name_has_a_version(monkeypatch):
+def test_a_package_whose_distribution_has_another_name_has_a_version(monkeypatch):
     def version(name):
         if name == "onnxruntime":
             raise module.importlib.metadata.PackageNotFoundError(name)
@@ -177,7 +175,7 @@ def test_a_package_by_another_name_has_a_version(monkeypatch):
 
 
 def test_the_random_network_neither_vanishes_nor_saturates(compiled_once):
-    """Codes of the last tensors spread, and logits tell classes apart."""
+    """Every tensor has many different codes, and the logits differ between images."""
     graph = random_network(4)
     codes, logits = integer_graph.run(graph, make_images(graph, 4))
     for name, values in codes.items():
@@ -186,7 +184,7 @@ def test_the_random_network_neither_vanishes_nor_saturates(compiled_once):
     assert graph.metadata["name"] == "ResNet-18, width 4, random weights"
 
 
-def test_shares_of_the_roofline_and_reasons_are_shown(console):
+def test_shares_of_the_roofline_and_reasons_are_printed(console):
     row = {
         "key": "jax_integer", "label": "JAX integer (cuda)", "precision": "integer",
         "median_s": 0.5,
@@ -205,13 +203,13 @@ def test_shares_of_the_roofline_and_reasons_are_shown(console):
     print_benchmark(result, console)
     text = console.file.getvalue()
     assert "37.5 %" in text
-    assert "100 %" in text  # Between the quartiles, of the median.
+    assert "100 %" in text  # The distance of the quartiles over the median.
     assert "net [bold]: batch 2" in text
     assert "JAX integer (x) is not measured: no [kernel] for sm_75" in text
     assert "int8 loses" in text
     assert "ORT" not in text
 
 
-def test_the_file_is_an_ordinary_one(measured):
+def test_a_regular_file_and_no_temporary_one_is_left(measured):
     assert stat.S_ISREG(measured[3].stat().st_mode)
     assert [p.name for p in measured[3].parent.iterdir()] == [measured[3].name]

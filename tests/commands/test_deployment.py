@@ -1,4 +1,4 @@
-"""The commands that use a run's integer network: verify, export, lowering."""
+"""The commands for a run's integer network: verify, export, lowering."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ WANTS_ONNX = "onnxruntime"
 
 @pytest.fixture
 def run(finished, tmp_path) -> Path:
-    """A finished run to be changed."""
+    """A copy of a finished run, which a test may change."""
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
@@ -54,7 +54,7 @@ def test_verify_finds_no_code_that_differs_from_the_training_graph(
     graph = load(run / "integer")
     assert check.failures == ()
     assert check.images == len(getattr(load_dataset(tiny().data), split))
-    # Training does not show the branch of a sum by itself, but within the sum.
+    # The quantized network gives no codes for the branches of a sum, only for the sum.
     branches = ("/left", "/right")
     sizes = {
         name: int(np.prod(t.shape))
@@ -71,7 +71,7 @@ def test_verify_finds_no_code_that_differs_from_the_training_graph(
     assert {Path(name).name for name in new} == {f"verify_{split}.json"}
 
 
-def test_verify_fails_where_the_network_is_not_the_one_that_was_trained(
+def test_verify_fails_if_the_network_is_not_the_trained_one(
     run, small_network, console, monkeypatch
 ):
     tamper(run)
@@ -87,7 +87,7 @@ def test_verify_fails_where_the_network_is_not_the_one_that_was_trained(
 
 def test_verify_compares_every_code_with_onnx_runtimes(run, console):
     pytest.importorskip(WANTS_ONNX)
-    shutil.rmtree(run / "checkpoints")  # The file and the integer network alone are compared.
+    shutil.rmtree(run / "checkpoints")  # Only the file and the integer network are compared.
     check = verify.verify(run, format="onnx", console=console)
     assert check.failures == ()
     assert {t.name for t in check.tensors} == set(load(run / "integer").tensors)
@@ -125,12 +125,12 @@ def test_the_exported_files_give_the_logits_of_the_integer_network(run, console,
 
 
 @pytest.mark.parametrize("format", ["onnx", "stablehlo"])
-def test_a_file_that_exists_is_replaced_only_when_asked(run, console, tmp_path, format):
+def test_an_existing_file_is_replaced_only_on_request(run, console, tmp_path, format):
     path = tmp_path / "file"
-    path.write_text("somebody's work")
+    path.write_text("old content")
     with pytest.raises(ExportError, match="exists"):
         export.export(run, path, format=format, console=console)
-    assert path.read_text() == "somebody's work"
+    assert path.read_text() == "old content"
     export.export(run, path, format=format, overwrite=True, console=console)
     assert path.stat().st_size > 1000
     with pytest.raises(ExportError, match=str(tmp_path / "no")):
@@ -148,7 +148,7 @@ def test_a_damaged_network_is_neither_exported_nor_verified(run, console, tmp_pa
     assert not (tmp_path / "file").exists()
 
 
-def test_what_is_no_run_folder_is_named(tmp_path, console):
+def test_a_folder_that_is_not_a_run_is_named(tmp_path, console):
     for command in (
         lambda: verify.verify(tmp_path, console=console),
         lambda: export.export(tmp_path, tmp_path / "f", format="stablehlo", console=console),
@@ -158,7 +158,7 @@ def test_what_is_no_run_folder_is_named(tmp_path, console):
             command()
 
 
-def test_lowering_shows_every_product_of_a_run_with_its_integers(finished, console):
+def test_lowering_shows_every_product_of_a_run_and_its_integer_types(finished, console):
     compiled = lowering.lowering(finished, target="cpu", batch_size=4, console=console)
     shown = console.file.getvalue()
     for node in load(finished / "integer").products():
@@ -167,23 +167,23 @@ def test_lowering_shows_every_product_of_a_run_with_its_integers(finished, conso
     assert "u8" in shown and "s8" in shown
 
 
-def test_an_executor_of_another_device_is_refused(finished, console):
+def test_an_executor_of_another_device_is_an_error(finished, console):
     with pytest.raises(LoweringError, match=r"executor must be one of cpu for cpu, got 'tpu'"):
         lowering.lowering(finished, target="cpu", executor="tpu", console=console)
 
 
-def test_a_width_is_refused_where_a_run_has_its_own_network(finished, console):
+def test_a_width_is_an_error_for_a_run_with_its_own_network(finished, console):
     with pytest.raises(LoweringError, match="width is for the random ResNet-18"):
         lowering.lowering(finished, target="cpu", width=8, console=console)
     with pytest.raises(BenchmarkError, match="width is for the random ResNet-18"):
         benchmark(finished, width=8, console=console)
 
 
-def test_what_cannot_be_written_is_shown_all_the_same(run, console, monkeypatch):
-    def refuse(*arguments):
+def test_an_evaluation_that_cannot_be_written_is_still_printed(run, console, monkeypatch):
+    def fail(*arguments):
         raise RunFolderError("cannot be written")
 
-    monkeypatch.setattr("jaxqat.pipeline.run.folder.RunFolder.write_evaluation", refuse)
+    monkeypatch.setattr("jaxqat.pipeline.run.folder.RunFolder.write_evaluation", fail)
     with pytest.raises(RunFolderError, match="cannot be written"):
         evaluate.evaluate(run, console=console)
     assert "accuracy" in console.file.getvalue()

@@ -1,4 +1,4 @@
-"""`jaxqat quantize`: the FP32 network of a run on integers, without training, beside the others."""
+"""`jaxqat quantize`: post-training quantization of a run's FP32 network."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ def results_of(run: Path) -> dict:
 
 @pytest.fixture
 def run(finished, tmp_path) -> Path:
-    """A finished run to be changed."""
+    """A copy of a finished run, which a test may change."""
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
@@ -47,7 +47,7 @@ def float_run(run) -> Path:
 
 
 def recomputed(run: Path, batches: int = 2, recipe: str = "int8"):
-    """The network by the library's own functions from the checkpoint of FP32, and its scores."""
+    """Return network, logits and scores, computed with the public API from the FP32 checkpoint."""
     data = load_dataset(tiny().data)
     fp32 = restore_model(Networks.build(tiny(), data), RunFolder(run), "fp32")
     order = np.asarray(epoch_permutation(0, 0, len(data.train)))[: batches * 16].reshape(-1, 16)
@@ -66,8 +66,8 @@ def recomputed(run: Path, batches: int = 2, recipe: str = "int8"):
     return graph, logits, to_json(scores)
 
 
-def assert_is(run: Path, graph, logits, metrics) -> None:
-    """The run's network of post-training quantization, and its scores, are these."""
+def assert_ptq_is(run: Path, graph, logits, metrics) -> None:
+    """Assert that a run's PTQ network, its logits and its scores are these."""
     saved = jaxqat.load(run / "ptq")
     assert [content(n) for n in saved.nodes] == [content(n) for n in graph.nodes]
     assert content(saved.tensors) == content(graph.tensors)
@@ -76,12 +76,12 @@ def assert_is(run: Path, graph, logits, metrics) -> None:
     assert results_of(run)["ptq"]["test"] == metrics
 
 
-def test_a_finished_run_tested_the_network_of_calibration_alone(finished, small_network):
-    assert_is(finished, *recomputed(finished))
+def test_train_also_tests_the_calibrated_network(finished, small_network):
+    assert_ptq_is(finished, *recomputed(finished))
     entry = results_of(finished)["ptq"]
     assert (entry["calibration_batches"], entry["calibration_images"]) == (2, 32)
     assert (entry["step"], entry["preset"]) == (STEPS, None)
-    assert "verify" not in entry  # `quantize` takes the time.
+    assert "verify" not in entry  # Only `quantize` verifies it.
     assert entry["size_bytes"] == jaxqat.load(finished / "ptq").size_bytes()
     metadata = jaxqat.load(finished / "ptq").metadata
     assert (metadata["stage"], metadata["step"], metadata["calibration_batches"]) == (
@@ -91,13 +91,13 @@ def test_a_finished_run_tested_the_network_of_calibration_alone(finished, small_
     )
 
 
-def test_the_command_needs_fp32_alone_and_train_goes_on_from_there(
+def test_the_command_needs_only_fp32_and_train_continues_from_there(
     finished, float_run, small_network, console, capsys, monkeypatch
 ):
     checkpoints = files(float_run / "checkpoints")
     assert run_command("quantize", float_run) == 0
     assert "PTQ W8A8, integer" in capsys.readouterr().out
-    assert_is(float_run, *recomputed(float_run))
+    assert_ptq_is(float_run, *recomputed(float_run))
     found, whole = results_of(float_run), results_of(finished)
     assert "qat" not in found and "integer" not in found
     verification = found["ptq"].pop("verify")
@@ -110,24 +110,24 @@ def test_the_command_needs_fp32_alone_and_train_goes_on_from_there(
     assert (float_run / "figures/confusion_ptq.png").is_file()
     assert files(float_run / "checkpoints") == checkpoints
     with monkeypatch.context() as patch:
-        patch.setattr(quantize, "write_report", lambda path: path)  # Spares seconds.
+        patch.setattr(quantize, "write_report", lambda path: path)  # Saves seconds.
         quantize.quantize(float_run, batches=1, console=console)
-    asked_for, network = results_of(float_run)["ptq"], files(float_run / "ptq")
-    assert asked_for["calibration_batches"] == 1
+    one_batch, network = results_of(float_run)["ptq"], files(float_run / "ptq")
+    assert one_batch["calibration_batches"] == 1
     results = to_json(train.train(tiny(), float_run, console=console))
-    assert results["integer"] == whole["integer"] and results["ptq"] == asked_for
+    assert results["integer"] == whole["integer"] and results["ptq"] == one_batch
     assert files(float_run / "ptq") == network
     page = (float_run / "report.html").read_text()
     assert "PTQ W8A8, integer" in page and "QAT W8A8, integer" in page
 
 
-def test_another_recipe_and_other_batches_replace_what_was_there_and_are_recorded(
+def test_another_recipe_and_other_batches_replace_the_network_and_are_recorded(
     run, small_network, console
 ):
     before = results_of(run)
     command = ("quantize", run, "--method", "ptq", "--batches", 3, "--recipe", "int8_symmetric")
     assert run_command(*command) == 0
-    assert_is(run, *recomputed(run, 3, "int8_symmetric"))
+    assert_ptq_is(run, *recomputed(run, 3, "int8_symmetric"))
     after = results_of(run)
     entry = after.pop("ptq")
     assert (entry["preset"], entry["calibration_batches"]) == ("int8_symmetric", 3)
@@ -140,12 +140,12 @@ def test_another_recipe_and_other_batches_replace_what_was_there_and_are_recorde
     assert "48 training images (3 batches); preset int8_symmetric" in page
     for name in ("PTQ W8A8, integer", "QAT W8A8, integer"):
         assert f"Confusion matrix of {name}" in page
-    # Made again from FP32 as it was made here, and not as the config says.
+    # `verify` calibrates FP32 again with this recipe and not with that of the config.
     verification = verify.verify(run, stage="ptq", console=console)
     assert verification.differing == 0 and not verification.failures
     assert (run / "evaluations/verify_ptq_test.json").is_file()
     scores = evaluate.evaluate(run, stage="ptq", console=console)
-    assert scores["metrics"] == entry["test"] and scores["step"] == STEPS
+    assert to_json(scores.metrics) == entry["test"] and scores.step == STEPS
     output = run / "ptq.stablehlo"
     export.export(run, output, format="stablehlo", stage="ptq", console=console)
     from jaxqat.export._stablehlo import load_stablehlo
@@ -156,7 +156,7 @@ def test_another_recipe_and_other_batches_replace_what_was_there_and_are_recorde
 
 
 def test_the_same_command_gives_the_same_network_and_scores(run, small_network, monkeypatch):
-    monkeypatch.setattr(quantize, "write_report", lambda path: path)  # Spares seconds.
+    monkeypatch.setattr(quantize, "write_report", lambda path: path)  # Saves seconds.
     before, network = results_of(run), files(run / "ptq")
     quantize.quantize(run)
     assert files(run / "ptq") == network
@@ -170,14 +170,16 @@ def test_the_same_command_gives_the_same_network_and_scores(run, small_network, 
         (("--recipe", "int9"), "Recipe must be one of int8,"),
     ],
 )
-def test_bad_options_are_named_and_change_nothing(run, small_network, capsys, arguments, message):
+def test_invalid_options_are_named_and_change_nothing(
+    run, small_network, capsys, arguments, message
+):
     before = files(run)
     assert run_command("quantize", run, *arguments) == 2
     assert message in capsys.readouterr().err
     assert files(run) == before
 
 
-def test_a_run_without_the_checkpoint_of_fp32_is_left_as_it_is(run, small_network, capsys):
+def test_a_run_without_an_fp32_checkpoint_stays_unchanged(run, small_network, capsys):
     shutil.rmtree(run / "checkpoints/fp32")
     before = files(run)
     for _ in ("no folder", "an empty one"):
@@ -187,7 +189,7 @@ def test_a_run_without_the_checkpoint_of_fp32_is_left_as_it_is(run, small_networ
         (run / "checkpoints/fp32").mkdir(exist_ok=True)
 
 
-def test_a_run_whose_fp32_stage_is_not_done_is_told_so(float_run, small_network, capsys):
+def test_an_unfinished_fp32_stage_is_an_error(float_run, small_network, capsys):
     shutil.rmtree(float_run / f"checkpoints/fp32/{STEPS}")
     before = files(float_run)
     assert run_command("quantize", float_run) == 2
@@ -195,7 +197,7 @@ def test_a_run_whose_fp32_stage_is_not_done_is_told_so(float_run, small_network,
     assert files(float_run) == before
 
 
-def test_an_interruption_before_all_is_measured_changes_nothing(run, small_network, monkeypatch):
+def test_an_interrupted_measurement_changes_nothing(run, small_network, monkeypatch):
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
@@ -205,11 +207,11 @@ def test_an_interruption_before_all_is_measured_changes_nothing(run, small_netwo
     assert files(run) == before
 
 
-def test_a_network_that_is_missing_or_damaged_says_how_to_make_it(run, small_network, capsys):
+def test_errors_of_a_missing_or_damaged_network_say_how_to_create_it(run, small_network, capsys):
     path = run / "ptq/graph.json"
     path.write_text(path.read_text()[:-1])
     assert run_command("evaluate", run, "--stage", "ptq") == 2
     assert f"delete {run / 'ptq'} and run `jaxqat quantize {run}` again" in capsys.readouterr().err
     shutil.rmtree(run / "ptq")
     assert run_command("evaluate", run, "--stage", "ptq") == 2
-    assert f"`jaxqat quantize {run}` makes it" in capsys.readouterr().err
+    assert f"`jaxqat quantize {run}` creates it" in capsys.readouterr().err

@@ -17,7 +17,8 @@ from jaxqat.pipeline.checkpoint import CheckpointError
 from jaxqat.pipeline.config import config_hash
 from jaxqat.pipeline.data import DataError, load_dataset
 from jaxqat.pipeline.evaluation import Predictor
-from jaxqat.pipeline.results import to_json
+from jaxqat.pipeline.measurements import Evaluation
+from jaxqat.pipeline.results import read, to_json
 from jaxqat.pipeline.run.folder import RunFolder, RunFolderError
 from jaxqat.pipeline.training import DivergedError, Stopped
 
@@ -35,7 +36,7 @@ def arrays(run: Path) -> dict[str, dict]:
 
 
 def network(run: Path) -> dict[str, bytes]:
-    """The bytes of the integer network."""
+    """Bytes of the files of the integer network."""
     return {path.name: path.read_bytes() for path in (run / "integer").iterdir()}
 
 
@@ -43,7 +44,7 @@ def losses(run: Path) -> list[tuple]:
     return [(r["stage"], r["epoch"], r["loss"]) for r in RunFolder(run).read_metrics()]
 
 
-def test_a_run_leaves_what_the_contract_says(finished):
+def test_a_finished_run_has_its_files_and_results(finished):
     assert {p.name for p in finished.iterdir()} == {
         "checkpoints",
         "config.yaml",
@@ -84,7 +85,7 @@ def test_a_run_leaves_what_the_contract_says(finished):
     parameters = kernels + 2 * 2 * 4 + 10
     assert results["parameters"] == parameters
     assert results["size_bytes"]["fp32"] == 4 * parameters
-    # A byte a weight; an int32 bias and a float32 multiplier per output channel (4, 4, 10).
+    # One byte per weight; an int32 bias and a float32 multiplier per output channel (4, 4, 10).
     assert results["size_bytes"]["integer"] == kernels + (4 + 4) * (4 + 4 + 10)
     assert results["integer"]["requantization"] == "float"
     assert results["integer"]["step"] == STEPS
@@ -98,12 +99,12 @@ def test_a_run_leaves_what_the_contract_says(finished):
     assert layers["head"]["weight_min"] < 0 < layers["head"]["weight_max"]
 
 
-def test_the_dropped_batch_is_said(finished):
+def test_the_dropped_batch_is_printed(finished):
     log = finished.with_suffix(".log").read_text()
     assert log.count("the last, partial batch of each epoch is dropped: 4 of 100 images") == 2
 
 
-def test_a_finished_run_is_left_as_it_is(finished, console):
+def test_a_finished_run_stays_unchanged(finished, console):
     before = files(finished)
     results = train.train(tiny(), finished, console=console)
     assert "this run is finished" in console.file.getvalue()
@@ -116,7 +117,7 @@ def test_a_finished_run_is_left_as_it_is(finished, console):
     [(3, "fp32"), (STEPS + 2, "qat"), (STEPS + STEPS_PER_EPOCH + 2, "qat")],
     ids=["fp32", "qat", "qat_frozen"],
 )
-def test_stopped_within_an_epoch_and_started_again_it_ends_on_the_same_bits(
+def test_a_run_stopped_within_an_epoch_and_resumed_ends_with_the_same_bits(
     finished, tmp_path, monkeypatch, no_report, small_network, console, steps, stage
 ):
     run = tmp_path / "run"
@@ -137,9 +138,9 @@ def test_stopped_within_an_epoch_and_started_again_it_ends_on_the_same_bits(
     assert ours["layers"] == theirs["layers"]
 
 
-# Orbax closes its event loop when a read fails, and reads that still go on complain to the void.
+# Orbax closes its event loop when a read fails; reads still in progress then warn.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_damaged_checkpoint_is_named_and_trained_again_to_the_same_bits(
+def test_a_damaged_checkpoint_is_named_and_trained_again_with_the_same_bits(
     finished, tmp_path, no_report, small_network, console, caplog
 ):
     run = tmp_path / "run"
@@ -161,7 +162,7 @@ def test_a_damaged_checkpoint_is_named_and_trained_again_to_the_same_bits(
     ("stage", "split"),
     [("qat", "test"), ("fp32", "train"), ("integer", "test"), ("integer", "train")],
 )
-def test_evaluate_needs_the_folder_only_and_writes_nothing_but_evaluations(
+def test_evaluate_needs_only_the_folder_and_writes_only_evaluations(
     finished, tmp_path, small_network, console, stage, split
 ):
     run = tmp_path / "run"
@@ -172,17 +173,17 @@ def test_evaluate_needs_the_folder_only_and_writes_nothing_but_evaluations(
     after = files(run)
     assert after.pop(added)
     assert after == before
-    assert result == json.loads((run / added).read_text())
-    assert result["step"] == STEPS
+    assert read(run / added, Evaluation, error=RunFolderError) == result
+    assert (result.stage, result.split, result.step) == (stage, split, STEPS)
     if split == "test":
-        expected = json.loads((run / "results.json").read_text())[stage]["test"]
-        assert result["metrics"] == expected
+        expected = {t.key: t.test for t in RunFolder(run).read_results().tested()}
+        assert result.metrics == expected[stage]
     else:
-        assert result["metrics"]["n"] == 100
+        assert result.metrics.n == 100
     assert f"{stage} at step {STEPS}" in console.file.getvalue()
 
 
-def test_report_is_drawn_again_from_the_folder(finished, tmp_path):
+def test_report_is_written_again_from_the_folder(finished, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(finished, run, ignore=shutil.ignore_patterns("report.html", "checkpoints"))
     assert report.report(run) == run / "report.html"
@@ -196,7 +197,7 @@ def test_report_is_drawn_again_from_the_folder(finished, tmp_path):
         ("qat", "test", RunFolderError, "no checkpoints of qat"),
     ],
 )
-def test_what_a_run_does_not_have_cannot_be_evaluated(
+def test_a_missing_split_or_checkpoint_is_an_error_of_evaluate(
     finished, tmp_path, small_network, console, stage, split, error, message
 ):
     run = tmp_path / "run"
@@ -205,7 +206,7 @@ def test_what_a_run_does_not_have_cannot_be_evaluated(
         evaluate.evaluate(run, stage=stage, split=split, console=console)
 
 
-def test_the_test_split_is_read_after_all_training_only(
+def test_the_test_split_is_read_only_after_training(
     tmp_path, monkeypatch, no_report, small_network, console
 ):
     read = []
@@ -218,19 +219,18 @@ def test_the_test_split_is_read_after_all_training_only(
     monkeypatch.setattr(Predictor, "logits", watch)
     changes = {"data__validation_size": 30, "data__test_limit": 41}
     train.train(tiny(**changes), tmp_path, console=console)
-    # The validation images after each of the four epochs, whose line is written after it; then
-    # the test images: warm-up and measurement of each of the three networks, then of the integer
-    # network.
+    # Validation after each of the four epochs, before its line is written; then the test images,
+    # with a warm-up for each of four networks: FP32, QAT, integer, PTQ.
     assert read[:4] == [(0, 30), (1, 30), (2, 30), (3, 30)]
     assert read[4:] == [(4, 1), (4, 41)] * 4
     lines = RunFolder(tmp_path).read_metrics()
     assert all(0 <= r["validation_accuracy"] <= 1 for r in lines)
 
 
-def test_select_best_goes_on_from_the_best_checkpoint_and_tests_it(
+def test_select_best_continues_from_the_best_checkpoint_and_tests_it(
     tmp_path, monkeypatch, no_report, small_network, console
 ):
-    # Validation says that the first epoch of each stage was the best.
+    # The first epoch of each stage has the best validation accuracy.
     scores = iter([0.9, 0.1, 0.8, 0.2])
 
     def validate(self, state):
@@ -241,18 +241,18 @@ def test_select_best_goes_on_from_the_best_checkpoint_and_tests_it(
     train.train(tiny(**changes), tmp_path, console=console)
     for stage in ("fp32", "qat", "integer"):
         result = evaluate.evaluate(tmp_path, stage=stage, console=console)
-        assert result["step"] == STEPS_PER_EPOCH
+        assert result.step == STEPS_PER_EPOCH
     kernels = {}
     for stage, step in (("fp32", 6), ("fp32", 12), ("qat", 6)):
         info = tmp_path / "checkpoints" / stage / str(step) / "info" / "metadata"
         kernels[stage, step] = json.loads(info.read_text())["arrays"]
-    # At this learning rate QAT leaves the weights as it found them: those of the best epoch.
+    # At this learning rate QAT does not change the weights: they are those of the best epoch.
     path = "params/head/kernel"
     assert kernels["qat", 6]["model"][path] == kernels["fp32", 6]["model"][path]
     assert kernels["qat", 6]["model"][path] != kernels["fp32", 12]["model"][path]
 
 
-def test_frozen_epochs_leave_ranges_and_statistics_alone(finished):
+def test_frozen_epochs_do_not_change_ranges_and_statistics(finished):
     (before, after) = (
         json.loads((finished / "checkpoints" / "qat" / str(s) / "info" / "metadata").read_text())
         for s in (STEPS_PER_EPOCH, STEPS)
@@ -263,19 +263,21 @@ def test_frozen_epochs_leave_ranges_and_statistics_alone(finished):
         assert changed == path.startswith("params/"), path
 
 
-def test_several_steps_a_dispatch_make_the_same_run(
+def test_several_steps_per_dispatch_give_the_same_run(
     finished, tmp_path, no_report, small_network, console
 ):
     changes = {"fp32__steps_per_dispatch": 4, "qat__steps_per_dispatch": 4}
     train.train(tiny(**changes), tmp_path, console=console)
-    # Compiled differently, so equal up to rounding: a difference of 2**-24 in a weight, grown over
-    # 24 steps; a step left out or done twice moves the loss by a hundredth.
+    # Compiled differently, so equal up to rounding: a difference of 2**-24 in a weight grows over
+    # 24 steps. A step omitted or done twice changes the loss by a hundredth.
     for ours, theirs in zip(losses(tmp_path), losses(finished), strict=True):
         assert ours[:2] == theirs[:2]
         assert abs(ours[2] - theirs[2]) < 1e-3
 
 
-def test_infinite_loss_stops_and_keeps_what_was_good(tmp_path, small_network, console):
+def test_infinite_loss_stops_the_run_and_keeps_earlier_checkpoints(
+    tmp_path, small_network, console
+):
     settings = tiny(qat__optimizer__learning_rate=3e38)
     with pytest.raises(DivergedError, match=r"qat: .*epoch 1"):
         train.train(settings, tmp_path, console=console)
@@ -283,10 +285,10 @@ def test_infinite_loss_stops_and_keeps_what_was_good(tmp_path, small_network, co
     assert (tmp_path / "checkpoints" / "fp32" / str(STEPS)).is_dir()
     assert {r["stage"] for r in RunFolder(tmp_path).read_metrics()} == {"fp32"}
     assert not (tmp_path / "results.json").exists()
-    assert evaluate.evaluate(tmp_path, stage="fp32", console=console)["metrics"]["n"] == 40
+    assert evaluate.evaluate(tmp_path, stage="fp32", console=console).metrics.n == 40
 
 
-def test_another_config_is_refused_and_nothing_changes(finished, console):
+def test_another_config_is_an_error_and_changes_nothing(finished, console):
     before = files(finished)
     with pytest.raises(RunFolderError, match=r"seed: 0 -> 1"):
         train.train(tiny(seed=1), finished, console=console)
@@ -302,7 +304,7 @@ def test_another_config_is_refused_and_nothing_changes(finished, console):
     ],
     ids=["data", "batch_size", "rule"],
 )
-def test_bad_input_leaves_no_folder(
+def test_invalid_input_leaves_no_folder(
     tmp_path, monkeypatch, small_network, console, changes, error, message
 ):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "nothing"))
@@ -312,7 +314,7 @@ def test_bad_input_leaves_no_folder(
     assert not (tmp_path / "run").exists()
 
 
-def test_other_data_than_the_checkpoints_is_refused(
+def test_data_other_than_that_of_the_checkpoints_is_an_error(
     finished, tmp_path, monkeypatch, small_network, console
 ):
     run = tmp_path / "run"
@@ -327,11 +329,11 @@ def test_other_data_than_the_checkpoints_is_refused(
         lambda: evaluate.evaluate(run, stage="qat", console=console),
         lambda: evaluate.evaluate(run, stage="integer", console=console),
     ):
-        with pytest.raises(RunFolderError, match=r"the data is not what .* version: .*'other'"):
+        with pytest.raises(RunFolderError, match=r"was trained on other data.* version: .*'other'"):
             call()
 
 
-def test_a_checkpoint_is_due_every_so_many_epochs_and_at_the_end(
+def test_checkpoints_are_saved_every_n_epochs_and_at_the_end(
     tmp_path, no_report, small_network, console
 ):
     settings = tiny(
@@ -347,7 +349,7 @@ def test_a_checkpoint_is_due_every_so_many_epochs_and_at_the_end(
     assert not (tmp_path / "ptq").exists()
 
 
-def test_a_stop_at_the_end_of_an_epoch_is_saved_though_no_checkpoint_is_due(
+def test_a_stop_is_saved_even_if_no_checkpoint_is_due(
     tmp_path, monkeypatch, small_network, console
 ):
     signal_at(monkeypatch, STEPS_PER_EPOCH)

@@ -1,4 +1,4 @@
-"""The public names of `jaxqat.export`, loaded when they are used."""
+"""The public names of `jaxqat.export` are loaded on first use."""
 
 import subprocess
 import sys

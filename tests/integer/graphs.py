@@ -1,8 +1,7 @@
-"""Small random integer graphs whose codes spread over their ranges, as those of trained networks.
+"""Small random integer graphs whose codes spread over their ranges, like those of trained networks.
 
-Every graph is built while a calibration batch runs through it (by the reference interpreter), so
-that the scale of each tensor follows from the values that it holds. `CASES` names the networks;
-`build(name, ...)` makes one.
+The reference interpreter runs a calibration batch while a graph is built, so that each tensor's
+scale follows from its values. `CASES` lists the networks; `build(name, ...)` builds one.
 """
 
 import dataclasses
@@ -17,7 +16,7 @@ F = np.float32
 
 
 def pixels(graph, count, seed=1):
-    """Random uint8 images, with structure: neighbours are alike."""
+    """Return random uint8 images with correlated neighbours."""
     rng = np.random.default_rng(seed)
     noise = rng.normal(size=(count, *graph.input_shape))
     for axis in range(1, noise.ndim - 1):
@@ -27,7 +26,7 @@ def pixels(graph, count, seed=1):
 
 
 def normalized(images):
-    """Pixels as the float input of a graph: (pixel / 255 - mean) / deviation, by channel."""
+    """Normalize pixels to a graph's float input: (pixel / 255 - mean) / deviation, by channel."""
     channels = np.arange(images.shape[-1]) % 3
     mean = np.array([0.49, 0.48, 0.45], F)[channels]
     inverse_deviation = np.array([4.05, 4.11, 3.82], F)[channels]
@@ -36,7 +35,7 @@ def normalized(images):
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """Scale, zero point, and the codes that a tensor may hold."""
+    """Scale, zero point, and smallest and largest code of a tensor."""
 
     scale: np.float32
     zero_point: int
@@ -45,7 +44,7 @@ class Grid:
 
 
 class Maker:
-    """Builds a graph node by node. Methods return the name of the tensor that they make."""
+    """Build a graph node by node. Methods return the name of their output tensor."""
 
     def __init__(
         self,
@@ -68,7 +67,7 @@ class Maker:
         return self.shape
 
     def grid(self, values, *, relu=False, upper=None):
-        """The recipe's grid of real values; `upper` clips them below the grid's end."""
+        """Return the recipe's grid for real values, clipped at `upper` times their maximum."""
         top = 2 ** (self.bits - 1) - 1
         low, high = float(values.min()), float(values.max())
         if relu:
@@ -83,24 +82,24 @@ class Maker:
         return Grid(scale, zero, zero if relu else bottom, last)
 
     def real(self, name):
-        """Real values of a tensor on the calibration batch."""
+        """Return a tensor's real values on the calibration batch."""
         tensor = self.tensors[name]
         return (self.codes[name].astype(F) - tensor.zero_point) * tensor.scale
 
     def emit(self, node, grid):
-        """Adds a node, and its output's tensor unless the output is the network's real result."""
+        """Add a node, and its output tensor unless the output is the network's real result."""
         self.nodes.append(node)
         if grid is None:
             return node.output
         fields = dataclasses.asdict(grid)
-        # The shape is known once the node has run; nothing that runs reads it.
+        # The shape is known after the node has run; the interpreter does not need it.
         tensor = g.Tensor(name=node.output, shape=(), **fields)
-        steps = self._step(node, {**self.tensors, node.output: tensor})
-        self.codes[node.output] = integer_graph.stored(tensor, steps)
-        self.tensors[node.output] = dataclasses.replace(tensor, shape=steps.shape[1:])
+        units = self._run(node, {**self.tensors, node.output: tensor})
+        self.codes[node.output] = integer_graph.stored(tensor, units)
+        self.tensors[node.output] = dataclasses.replace(tensor, shape=units.shape[1:])
         return node.output
 
-    def _step(self, node, tensors) -> np.ndarray:
+    def _run(self, node, tensors) -> np.ndarray:
         return integer_graph.step(node, tensors, self.codes, self.images, self.requantization)
 
     def quantize(self):
@@ -115,7 +114,7 @@ class Maker:
         return self.emit(node, grid)
 
     def product(self, name, x, weights_shape, **options):
-        """A product without its multiplier, which the grid decides, and its real values."""
+        """Return a product that still lacks its multiplier, and its real values."""
         limit = 2 ** (self.bits - 1) - 1
         weights = self.rng.normal(size=weights_shape) * limit / 3
         weights = np.clip(np.round(weights), -limit, limit).astype(np.int8)
@@ -126,19 +125,19 @@ class Maker:
             name=name, inputs=(x,), output=name, weights=weights, bias=zeros, multiplier=ones,
             weight_scale=ones, weight_bits=self.bits, **options,
         )  # fmt: skip
-        total = integer_graph.step(node, self.tensors, self.codes)  # Real: the output is no tensor.
+        total = integer_graph.step(node, self.tensors, self.codes)  # Real: not in `tensors`.
         spread = total.std() + 1e-6
         bias = np.round(self.rng.normal(size=outputs) * spread / 3).astype(np.int32)
         scale = self.tensors[x].scale
         weight_scale = (self.rng.uniform(0.5, 1.5, outputs) / spread / scale).astype(F)
-        # A constant channel, as of a batch norm whose gamma is 0: one accumulator unit.
+        # A constant channel of one accumulator unit, as after a batch norm with gamma 0.
         weights[..., -1], bias[-1], weight_scale[-1] = 0, 1, F(0.7) / scale
         node = dataclasses.replace(node, weights=weights, bias=bias, weight_scale=weight_scale)
         total[..., -1] = 0
         return node, (total + bias) * (scale * weight_scale)
 
     def requantized(self, node, grid, output=None):
-        """Adds a product whose output is on a grid (None: the network's real result)."""
+        """Add a product whose output is on a grid (None: the network's real result)."""
         scale = self.tensors[node.inputs[0]].scale
         multiplier = (scale * node.weight_scale).astype(F)
         if grid is not None:
@@ -170,7 +169,7 @@ class Maker:
         return self.requantized(node, None, output="logits")
 
     def block(self, name, x, outputs, *, stride=1):
-        """A basic block of a ResNet; the shortcut is a 1x1 convolution where shapes change."""
+        """Add a basic block of a ResNet; the shortcut is a 1x1 convolution if shapes change."""
         y = self.conv(f"{name}/conv1", x, outputs, stride=stride)
         branch, values = self.conv_values(f"{name}/conv2", y, outputs)
         short = others = None
@@ -201,7 +200,7 @@ class Maker:
         return self.emit(node, grid)
 
     def same(self, node_type, name, x, **fields):
-        """A node whose output is on its input's grid."""
+        """Add a node whose output is on its input's grid."""
         fields |= {"name": name, "output": f"{name}/output"}
         return self.emit(node_type(inputs=(x,), **fields), self.grid_of(x))
 
@@ -217,7 +216,7 @@ class Maker:
         )  # fmt: skip
 
     def average(self, name, x, window=None, *, padding=0):
-        """An average pool, global (and without spatial axes) if no window is given."""
+        """Add an average pool: without a window, a global one that drops the spatial axes."""
         *spatial, _ = self.tensors[x].shape
         extent = tuple(spatial) if window is None else (window,) * len(spatial)
         node = g.SumPool(
@@ -225,7 +224,7 @@ class Maker:
             padding=((padding, padding),) * len(spatial), drop_axes=window is None,
             multiplier=self.tensors[x].scale * F(1 / np.prod(extent)),
         )  # fmt: skip
-        grid = self.grid(self._step(node, self.tensors))
+        grid = self.grid(self._run(node, self.tensors))
         multiplier = F(node.multiplier / grid.scale)
         node = dataclasses.replace(node, multiplier=multiplier, output=f"{name}/output")
         return self.emit(node, grid)
@@ -234,7 +233,7 @@ class Maker:
         if output in self.tensors:
             shape = self.tensors[output].shape
         else:
-            shape = self._step(self.nodes[-1], self.tensors).shape[1:]
+            shape = self._run(self.nodes[-1], self.tensors).shape[1:]
         return g.IntegerGraph(
             input_shape=self.shape, tensors=self.tensors, nodes=tuple(self.nodes), output=output,
             output_shape=shape, requantization=self.requantization,
@@ -301,7 +300,7 @@ def mlp(m: Maker):
 
 
 def series(m: Maker):
-    """One spatial axis; a dense layer at each step of it."""
+    """One spatial axis, and a dense layer at each position."""
     x = m.max_pool("pool", m.conv("conv1", m.quantize(), 8, window=5), padding=0)
     x = m.dense("dense", x, 8)
     x = m.conv("conv2", x, 8, dilation=2)
@@ -318,7 +317,7 @@ def volume(m: Maker):
 
 
 def moves(m: Maker):
-    """Every way in which codes are moved; the result is a tensor of codes."""
+    """All kinds of moves; the result is a tensor of codes."""
     x = m.conv("conv1", m.quantize(), 6, relu=False)
     x = m.same(g.Move, "pad", x, kind="pad", padding=((0, 0), (1, 2), (0, 1), (0, 2)))
     x = m.same(g.Move, "turn", x, kind="transpose", axes=(0, 2, 1, 3))
@@ -352,7 +351,7 @@ CASES = {
 def build(
     name, *, symmetric=False, bits=8, requantization: g.Requantization = "float", seed=0
 ) -> g.IntegerGraph:
-    """The named graph by the recipe `int8`, or `int8_symmetric`, with codes of `bits` bits."""
+    """Build a graph by the recipe `int8` or `int8_symmetric`, with codes of `bits` bits."""
     case = CASES[name]
     return case.network(
         Maker(case.shape, symmetric=symmetric, bits=bits, requantization=requantization, seed=seed)
@@ -360,7 +359,7 @@ def build(
 
 
 def resnet18(width=64, size=32, *, symmetric=False, seed=0):
-    """The graph of a CIFAR ResNet-18, for measurements."""
+    """Build the graph of a CIFAR ResNet-18."""
     m = Maker((size, size, 3), symmetric=symmetric, seed=seed, batch=1)
     x = m.conv("stem", m.quantize(), width)
     for stage in range(4):

@@ -1,7 +1,7 @@
-"""Flax models of many kinds, small, with parameters as training leaves them; and their codes.
+"""Small Flax models of many kinds, with parameters as after training, and their codes.
 
-`MODELS` names them. `Trained` is one of them quantized and calibrated, with what the training graph
-computes in inference mode: that is what the integer network has to compute as well.
+`MODELS` lists them. `Trained` is a quantized and calibrated model: in inference mode, the integer
+network must compute the same codes and logits.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ def norm(train, name):
 
 
 class Vgg(nn.Module):
-    """Convolutions with biases and no batch norm, max pools with and without a border."""
+    """Convolutions with biases and no batch norm, max pools with and without padding."""
 
     @nn.compact
     def __call__(self, x, train):
@@ -38,7 +38,7 @@ class Vgg(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Dense layers; the second has no ReLU behind it."""
+    """Dense layers, the second without ReLU."""
 
     @nn.compact
     def __call__(self, x, train):
@@ -66,7 +66,7 @@ class Mobile(nn.Module):
 
 
 class Sequence(nn.Module):
-    """`nn.Sequential`, an average pool, asymmetric borders, a mirror image beside the tensor."""
+    """`nn.Sequential`, an average pool, asymmetric padding, concatenation with a mirror image."""
 
     @nn.compact
     def __call__(self, x, train):
@@ -96,7 +96,7 @@ class Grouped(nn.Module):
 
 
 class Residual(nn.Module):
-    """An identity shortcut, a projected one, both with batch norm behind the convolutions."""
+    """An identity shortcut and a projected one, with batch norm after the convolutions."""
 
     @nn.compact
     def __call__(self, x, train):
@@ -123,7 +123,7 @@ class Series(nn.Module):
 
 
 class Inception(nn.Module):
-    """Branches side by side, one of them the tensor that the others read."""
+    """Concatenated branches, one of them a pool of the tensor that the others read."""
 
     @nn.compact
     def __call__(self, x, train):
@@ -166,7 +166,7 @@ def resnet18():
 
 
 def inputs(count, shape=(8, 8, 3), seed=0):
-    """Float images in which neighbours are alike."""
+    """Return float images with correlated neighbours."""
     x = np.random.default_rng(seed).normal(size=(count, *shape))
     for axis in range(1, x.ndim - 1):
         x = x + np.roll(x, 1, axis)
@@ -174,10 +174,9 @@ def inputs(count, shape=(8, 8, 3), seed=0):
 
 
 def randomized(variables, seed=0):
-    """Parameters with signs and zeros that initializers do not make.
+    """Draw all parameters, including signs and zeros that initializers do not give.
 
-    Of each batch norm's gamma a third is negative, and the last channel's is 0; biases, means and
-    variances are drawn too.
+    A third of each batch norm's gammas is negative, and the last one is 0.
     """
     rng = np.random.default_rng(seed)
 
@@ -204,7 +203,7 @@ class Trained:
     variables: Any
 
     def convert(self, shape=(8, 8, 3), **options):
-        """Its integer network."""
+        """Return its integer network."""
         images = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
         return jaxqat.convert(self.model, self.variables, images, train=False, **options)
 
@@ -219,13 +218,13 @@ class Trained:
         return run
 
     def __call__(self, images):
-        """Codes by tensor, and logits, of the training graph in inference mode."""
+        """Return codes by tensor, and logits, of the training graph in inference mode."""
         codes, logits = self._run(self.variables, images)
         return {name: np.asarray(values) for name, values in codes.items()}, np.asarray(logits)
 
 
 def trained(module, recipe: Any = "int8", *, images=None, seed=0) -> Trained:
-    """The module with random parameters, quantized by the recipe and calibrated on the images."""
+    """Quantize a module with random parameters by a recipe, and calibrate it on images."""
     images = inputs(8) if images is None else images
     shapes = jax.eval_shape(
         functools.partial(module.init, train=False), jax.random.key(0), images[:1]
@@ -234,29 +233,29 @@ def trained(module, recipe: Any = "int8", *, images=None, seed=0) -> Trained:
     model = jaxqat.quantize(module, recipe)
     empty = model.init_quant(variables, images, train=False)
     calibrate = jax.jit(functools.partial(model.calibrate, train=False))
-    # The parameters stay NumPy arrays, of which float64 can be made.
+    # The parameters stay NumPy arrays, which can be converted to float64.
     return Trained(model, {**calibrate(empty, images), **variables})
 
 
 def assert_same(actual, expected, *, every=True):
-    """Codes of every tensor and results of two networks, bit by bit.
+    """Compare the codes and results of two networks bit by bit.
 
     Args:
         actual: Codes by tensor, and the result.
-        expected: The same of the other network, which may have more tensors.
-        every: Whether it must not.
+        expected: The same for the other network.
+        every: Whether both must have the same tensors; otherwise `expected` may have more.
     """
     (codes, result), (expected_codes, expected_result) = actual, expected
     assert codes and set(codes) <= set(expected_codes)
     assert not every or set(codes) == set(expected_codes)
     for name, wanted in codes.items():
         np.testing.assert_array_equal(np.asarray(wanted), expected_codes[name], err_msg=name)
-    # float32 as bits: two NaNs, or zeros of either sign, are not the same by accident.
+    # As bits, so that NaNs and the sign of zeros count.
     left, right = (np.asarray(x, np.float32).view(np.uint32) for x in (result, expected_result))
     np.testing.assert_array_equal(left, right)
 
 
-# Functions of (parameters, images), small enough to be traced in milliseconds.
+# Functions of (parameters, images) that trace in milliseconds.
 
 WEIGHTS = {
     name: np.random.default_rng(sum(shape)).normal(0, 0.3, shape).astype(np.float32)
@@ -270,7 +269,7 @@ def conv(x, w, padding: Any = "SAME", **options):
 
 
 def calibrated(function, recipe: Any = "int8"):
-    """A quantized function of `WEIGHTS` and images, and its variables with ranges."""
+    """Quantize a function of `WEIGHTS` and images; return it and its calibrated variables."""
     model = jaxqat.quantize(function, recipe)
     variables = model.init_quant({"params": WEIGHTS}, inputs(4))
     return model, {**jax.jit(model.calibrate)(variables, inputs(4)), "params": WEIGHTS}

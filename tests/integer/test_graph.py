@@ -23,15 +23,15 @@ def first(graph, node_type, **fields):
 
 
 def with_node(graph, node_type, **changes):
-    """The graph with changes to the first node of a type."""
-    place, node = first(graph, node_type)
+    """Return the graph with changes to the first node of a type."""
+    index, node = first(graph, node_type)
     nodes = list(graph.nodes)
-    nodes[place] = dataclasses.replace(node, **changes)
+    nodes[index] = dataclasses.replace(node, **changes)
     return dataclasses.replace(graph, nodes=tuple(nodes))
 
 
 def with_tensor(graph, name, **changes):
-    """The graph with changes to a tensor."""
+    """Return the graph with changes to a tensor."""
     tensors = {**graph.tensors, name: dataclasses.replace(graph.tensors[name], **changes)}
     return dataclasses.replace(graph, tensors=tensors)
 
@@ -49,7 +49,7 @@ def test_a_node_that_reads_a_later_tensor_is_refused():
 def test_a_tensor_made_twice_is_refused():
     copy = dataclasses.replace(GRAPH.nodes[1], name="again")
     nodes = (*GRAPH.nodes[:2], copy, *GRAPH.nodes[2:])
-    with refused(f"node 'again': makes {copy.output!r}, which is made already"):
+    with refused(f"node 'again': makes {copy.output!r}, which an earlier node makes already"):
         dataclasses.replace(GRAPH, nodes=nodes)
 
 
@@ -61,23 +61,23 @@ def test_a_tensor_that_no_node_makes_is_refused():
 
 def test_a_node_that_makes_no_tensor_of_the_graph_is_refused():
     tensors = {name: t for name, t in GRAPH.tensors.items() if name != "stem/output"}
-    with refused("node 'stem': makes 'stem/output', which is no tensor of the graph"):
+    with refused("node 'stem': makes 'stem/output', which is not a tensor of the graph"):
         dataclasses.replace(GRAPH, tensors=tensors)
 
 
 def test_an_output_that_no_node_makes_is_refused():
-    with refused("node 'head': makes 'logits', which is no tensor"):
+    with refused("node 'head': makes 'logits', which is not a tensor"):
         dataclasses.replace(GRAPH, output="scores")
     with refused("no node makes 'scores'"):
         dataclasses.replace(GRAPH, nodes=GRAPH.nodes[:-1], output="scores")
 
 
 @pytest.mark.parametrize("count", [0, 2])
-def test_a_graph_has_one_place_where_images_come_in(count):
+def test_a_graph_has_exactly_one_quantize_node(count):
     _, quantize = first(GRAPH, g.Quantize)
     second = dataclasses.replace(quantize, name="second", output="second")
     other = dataclasses.replace(GRAPH.tensors["input"], name="second")
-    with refused("one Quantize node" if count else "reads 'input', which no node"):
+    with refused("exactly one Quantize node" if count else "reads 'input', which no node"):
         dataclasses.replace(
             GRAPH,
             nodes=(*GRAPH.nodes, second) if count else GRAPH.nodes[1:],
@@ -97,13 +97,13 @@ def test_a_graph_has_one_place_where_images_come_in(count):
     ids=str,
 )
 def test_codes_and_zero_points_beyond_int8_are_refused(changes):
-    with refused(r"tensor 'stem/output': codes .* with the zero point .* do not fit int8"):
+    with refused(r"tensor 'stem/output': codes .* with zero point .* do not fit int8"):
         with_tensor(GRAPH, "stem/output", **changes)
 
 
 @pytest.mark.parametrize("scale", [0, -1, np.nan, np.inf])
 def test_a_scale_that_is_not_positive_and_finite_is_refused(scale):
-    with refused(f"tensor 'stem/output': the scale .*{scale}.* is not positive"):
+    with refused(f"tensor 'stem/output': the scale must be positive and finite, got .*{scale}"):
         with_tensor(GRAPH, "stem/output", scale=np.float32(scale))
 
 
@@ -114,23 +114,23 @@ ARRAYS |= {"weight_scale": np.float32}
 @pytest.mark.parametrize("field", ARRAYS)
 def test_an_array_of_another_type_is_refused(field):
     array = getattr(first(GRAPH, g.Product)[1], field)
-    right = np.dtype(ARRAYS[field]).name
-    with refused(f"node 'stem': {field} is float64 of shape .*; right would be {right}"):
+    dtype = np.dtype(ARRAYS[field]).name
+    with refused(f"node 'stem': {field} must be {dtype}.*, got float64 "):
         with_node(GRAPH, g.Product, **{field: array.astype(np.float64)})
 
 
 @pytest.mark.parametrize("field", ["bias", "multiplier", "weight_scale"])
 def test_an_array_without_one_number_per_channel_is_refused(field):
     array = getattr(first(GRAPH, g.Product)[1], field)
-    with refused(rf"node 'stem': {field} is .* of shape \(7,\); right would be .* \(8,\)"):
+    with refused(rf"node 'stem': {field} must be .* \(8,\), got .* \(7,\)"):
         with_node(GRAPH, g.Product, **{field: array[:-1]})
 
 
 def test_weights_for_another_number_of_channels_are_refused():
     weights = first(GRAPH, g.Product)[1].weights
-    with refused(r"node 'stem': weights \(3, 3, 2, 8\) in 1 group\(s\) take 2 .* 'input' has 3"):
+    with refused(r"node 'stem': weights \(3, 3, 2, 8\) in 1 group\(s\) need 2 .* 'input' has 3"):
         with_node(GRAPH, g.Product, weights=weights[:, :, :2])
-    with refused("node 'stem': weights .* in 2 group.s. take 6 channels"):
+    with refused("node 'stem': weights .* in 2 group.s. need 6 channels"):
         with_node(GRAPH, g.Product, groups=2)
 
 
@@ -138,7 +138,7 @@ def test_a_table_of_another_type_or_shape_is_refused():
     table = GRAPH.quantize.table
     assert table is not None
     for bad in (table.astype(np.uint8), table[:, :2], table[1:]):
-        with refused(r"node 'input': table is .*; right would be int8 \(256, 3\)"):
+        with refused(r"node 'input': table must be int8 \(256, 3\), .* got "):
             with_node(GRAPH, g.Quantize, table=bad)
 
 
@@ -190,7 +190,7 @@ def test_an_addition_that_float32_could_not_hold_is_refused(factors, shift, prob
 
 @pytest.mark.parametrize("changes", [{"zero_point": 3}, {"low": -120}, {"high": 100}], ids=str)
 def test_codes_are_not_moved_onto_another_grid(changes):
-    """A platform that stores codes by their bounds would read them with another offset."""
+    """A platform that derives the storage offset from the bounds would read wrong codes."""
     with refused("node 'pool': moves codes .* from 'stem/output' to 'pool/output'.*the same"):
         with_tensor(GRAPH, "pool/output", **changes)
 
@@ -209,8 +209,8 @@ def test_a_tensor_of_another_shape_than_its_node_makes_is_refused(graph):
         if node.output in graph.tensors:
             shape = graph.tensors[node.output].shape
             bad = (*shape[:-1], shape[-1] + 1)
-            # The node that reads it may notice first, by its channels.
-            with refused(rf"{node.name!r}: makes .*of shape .*, which is declared|take|table"):
+            # A reader of the tensor may raise first, by its channels.
+            with refused(rf"{node.name!r}: makes .*of shape .*, which is declared|need|table"):
                 with_tensor(graph, node.output, shape=bad)
     with refused(r"of shape .*, which is declared as \(77,\)"):
         dataclasses.replace(graph, output_shape=(77,))
@@ -218,7 +218,7 @@ def test_a_tensor_of_another_shape_than_its_node_makes_is_refused(graph):
 
 def test_a_reshape_to_another_number_of_codes_is_refused():
     graph = graphs.build("mlp")
-    with refused("node 'flat': reshapes .* another number of codes"):
+    with refused("node 'flat': reshapes .* another size"):
         with_node(graph, g.Move, shape=(7,))
 
 
@@ -230,7 +230,7 @@ def test_terms_of_different_shapes_are_refused():
 
 
 def product_of(codes_high, inputs, bias):
-    """A dense layer whose sum can be inputs * 127 * codes_high + bias, and no more."""
+    """Return a dense layer whose accumulator is at most inputs * 127 * codes_high + bias."""
     tensor = g.Tensor(
         name="x", shape=(inputs,), scale=np.float32(1), zero_point=0, low=0, high=codes_high
     )
@@ -261,13 +261,13 @@ def test_an_accumulator_that_can_leave_int32_by_one_is_refused_by_the_layer_s_na
     bias = most - inputs * 127 * 127 if sign > 0 else -most
     graph = product_of(127, inputs, bias)
     assert next(graph.products()).accumulator_bound(graph.tensors["x"]) == most
-    with refused("node 'stage1/dense': its accumulator can reach 2147483648, beyond int32"):
+    with refused("node 'stage1/dense': its accumulator, .* can reach 2147483648, beyond int32"):
         product_of(127, inputs, bias + sign)
 
 
 @pytest.mark.parametrize("case", ["residual", "depthwise", "mlp"])
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_the_accumulator_bound_is_what_the_worst_codes_give(case, symmetric):
+def test_the_accumulator_bound_is_reached_by_the_worst_codes(case, symmetric):
     graph = graphs.build(case, symmetric=symmetric)
     for node in graph.products():
         tensor = graph.tensors[node.inputs[0]]
@@ -280,19 +280,19 @@ def test_the_accumulator_bound_is_what_the_worst_codes_give(case, symmetric):
         assert node.accumulator_bound(graph.tensors[node.inputs[0]]) == np.max(sums)
 
 
-def test_a_border_s_real_zeros_count_in_the_bound():
-    """Behind a clip to codes above the zero point, the real zero is a code beyond the bounds."""
+def test_the_real_zeros_of_padding_count_in_the_bound():
+    """After a clip to codes above the zero point, the real zero lies outside of the bounds."""
     graph = product_of(100, 10, 5)
     tensor = dataclasses.replace(graph.tensors["x"], low=90)
     graph = dataclasses.replace(graph, tensors={"x": tensor})
     node = next(graph.products())
     assert node.accumulator_bound(graph.tensors[node.inputs[0]]) == 10 * 127 * 100 + 5
-    # All taps on the border.
+    # All taps on padding.
     node = dataclasses.replace(node, bias=np.array([-(10 * 127 * 100)], np.int32))
     assert node.accumulator_bound(graph.tensors[node.inputs[0]]) == 10 * 127 * 100
 
 
-def test_size_is_that_of_the_arrays():
+def test_size_is_the_sum_of_the_arrays():
     weights = [p.weights.size for p in GRAPH.products()]
     channels = [p.weights.shape[-1] for p in GRAPH.products()]
     assert GRAPH.size_bytes() == sum(weights) + 8 * sum(channels)  # int8; int32 and float32.
@@ -300,7 +300,7 @@ def test_size_is_that_of_the_arrays():
 
 @pytest.mark.parametrize(("bits", "packed"), [(2, 4), (3, 2), (4, 2), (5, 1), (7, 1), (8, 1)])
 def test_weights_of_few_bits_count_as_they_are_packed(bits, packed):
-    quantize, product = product_of(1, 7, 0).nodes  # Seven weights leave a byte that is not full.
+    quantize, product = product_of(1, 7, 0).nodes  # Seven weights leave the last byte partly empty.
     narrow = dataclasses.replace(product, weights=np.ones((7, 1), np.int8), weight_bits=bits)
     graph = dataclasses.replace(product_of(1, 7, 0), nodes=(quantize, narrow))
     assert graph.size_bytes() == -(-7 // packed) + 8
@@ -315,23 +315,24 @@ def test_a_weight_code_beyond_its_bits_is_refused_by_the_layer_s_name(bits, sign
     if (bits, sign) == (8, 1):
         return  # int8 has no 128.
     weights[0, 0, 0, 0] += sign
-    with refused(f"'stem': weight_bits is {bits} and the largest weight code .{2 ** (bits - 1)};"):
+    largest = 2 ** (bits - 1)
+    with refused(rf"'stem': weight_bits must .* got {bits} and a code of magnitude {largest}\."):
         with_node(GRAPH, g.Product, weights=weights, weight_bits=bits)
 
 
 @pytest.mark.parametrize("bits", [-1, 0, 1, 9])
 def test_weight_bits_beyond_2_to_8_are_refused(bits):
     weights = first(GRAPH, g.Product)[1].weights * 0
-    with refused(f"node 'stem': weight_bits is {bits} and .* right would be 2 to 8 bits"):
+    with refused(rf"node 'stem': weight_bits must be in 2\.\.8 .* got {bits} and"):
         with_node(GRAPH, g.Product, weights=weights, weight_bits=bits)
 
 
-def test_readers_of_a_residual_stream_are_all_told():
+def test_all_readers_of_a_residual_stream_are_listed():
     assert [n.name for n in GRAPH.readers("pool/output")] == ["block0/conv1", "block0/add"]
     assert GRAPH.readers("logits") == []
 
 
-def test_the_reference_interpreter_runs_the_graphs_these_tests_break():
-    """What is refused above was valid before."""
+def test_the_reference_interpreter_runs_the_unchanged_graph():
+    """So each error above comes from the change alone."""
     codes, _ = integer_graph.run(GRAPH, graphs.pixels(GRAPH, 2))
     assert set(codes) == set(GRAPH.tensors)

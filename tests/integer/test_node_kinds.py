@@ -1,4 +1,4 @@
-"""Every kind of node is known wherever nodes are handled; a new one is missed nowhere."""
+"""Every part of the library handles every node kind, so that no new kind is forgotten."""
 
 import inspect
 import re
@@ -56,7 +56,7 @@ def test_every_kind_of_node_has_a_shape_and_a_check_of_its_own(kind):
 
 
 def test_no_integer_form_is_missing_in_conversion():
-    """A form says how a tensor follows from integers: it has a method that computes its units."""
+    """Every class with a method `in_units` is an integer form."""
     classes = vars(forms).values()
     known = {c for c in classes if isinstance(c, type) and hasattr(c, "in_units")}
     assert set(emit._EMITTERS) == known - {forms.Form, forms.Either}

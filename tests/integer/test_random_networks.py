@@ -1,7 +1,7 @@
-"""Networks that nobody thought of: drawn layer by layer, with a recipe and parameters of any kind.
+"""Random networks: layers, recipe and parameters are drawn by Hypothesis.
 
-For each, the codes of the training graph in inference mode, of the interpreter in NumPy and of a
-platform are the same integers.
+For each network, the training graph in inference mode, the NumPy interpreter and a platform compute
+the same codes.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ ACTIVATIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class Conv:
-    """A convolution, and batch norm or a bias behind it, and an activation."""
+    """A convolution with batch norm or a bias, and an activation."""
 
     features: int
     window: int
@@ -44,7 +44,7 @@ class Conv:
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """A residual block, its shortcut projected or not."""
+    """A residual block with an identity or a projected shortcut."""
 
     projected: bool
     norm: bool
@@ -53,7 +53,7 @@ class Block:
 
 @dataclasses.dataclass(frozen=True)
 class Pool:
-    """Maxima or averages of windows."""
+    """A max or an average pool."""
 
     kind: str
     window: int
@@ -63,14 +63,14 @@ class Pool:
 
 @dataclasses.dataclass(frozen=True)
 class Branches:
-    """Two convolutions and the tensor itself, side by side."""
+    """A concatenation of two convolutions and their input."""
 
     features: int
     activation: str
 
 
 class Network(nn.Module):
-    """The layers in order, then a flattening or an average, dense layers, a head."""
+    """The layers in order, a flattening or an average, dense layers, and a head."""
 
     layers: tuple[Any, ...]
     flat: bool
@@ -122,8 +122,8 @@ class Network(nn.Module):
 SIZE = (7, 6)
 
 
-def extents_behind(sizes, layer):
-    """The extents that a layer leaves of these."""
+def sizes_after(sizes, layer):
+    """Return the spatial sizes of a layer's output."""
     if not isinstance(layer, Conv | Pool) or layer.padding == "SAME":
         stride = layer.stride if isinstance(layer, Conv | Pool) else 1
         return tuple(-(-size // stride) for size in sizes)
@@ -162,17 +162,17 @@ branches = st.builds(Branches, features=st.sampled_from([2, 4]), activation=acti
 
 @st.composite
 def networks(draw):
-    """A stem, for which the images need no groups, and up to three layers more."""
+    """Draw a stem without groups, and up to three more layers."""
     stem = dataclasses.replace(draw(convolutions), groups=1, stride=1)
     layers = [stem]
-    channels, sizes = stem.features, extents_behind(SIZE, stem)
+    channels, sizes = stem.features, sizes_after(SIZE, stem)
     for layer in draw(st.lists(st.one_of(convolutions, blocks, pools, branches), max_size=3)):
         if isinstance(layer, Conv) and channels % layer.groups:
             layer = dataclasses.replace(layer, groups=1)
-        behind = extents_behind(sizes, layer)
-        if min(behind) < 1:  # Nothing would be left of the images.
+        output_sizes = sizes_after(sizes, layer)
+        if min(output_sizes) < 1:  # The output would be empty.
             continue
-        sizes = behind
+        sizes = output_sizes
         layers.append(layer)
         if isinstance(layer, Conv):
             channels = layer.features
@@ -186,7 +186,7 @@ def networks(draw):
 
 @st.composite
 def recipes(draw):
-    """The two recipes, mostly with 8 bits, and with other bits and weights in one layer."""
+    """Draw a recipe, mostly with 8 bits, sometimes with a rule for the first layer and the head."""
     bits = st.sampled_from([8, 8, 8, 2, 3, 4, 5, 6, 7])
     weight_ranges = st.sampled_from(["absmax", "percentile", "mse", "snr", "lsq"])
     rule = Rule(
@@ -207,7 +207,7 @@ def recipes(draw):
 
 
 class Interpreted(PallasCuda):
-    """Pallas kernels as JAX operations."""
+    """`PallasCuda` with kernels that run as JAX operations."""
 
     interpret = True
 
@@ -245,6 +245,6 @@ def test_training_reference_and_lowering_compute_the_same(
     if fixed:
         graph = dataclasses.replace(graph, requantization="fixed_point")
     network = make_executor(graph, platform=platform)
-    every = platform != "cuda_pallas"  # It fuses branches of additions, which then are no tensors.
-    found = network.codes(images), np.asarray(network(images))
-    assert_same(found, integer_graph.run(graph, images), every=every)
+    every = platform != "cuda_pallas"  # It does not store the codes of fused branches.
+    computed = network.codes(images), np.asarray(network(images))
+    assert_same(computed, integer_graph.run(graph, images), every=every)

@@ -49,7 +49,7 @@ _ROWS, _MATRIX = (256, 512), (512, 128)
 
 CASES = {
     "s8_convolution": Case(
-        # At once to float32: cuDNN has no s8 convolution whose s32 sums are used as they are.
+        # Directly to float32: cuDNN has no s8 convolution that returns its s32 sums.
         lambda x, w, m: requantize(convolve(x, w, S32).astype(F32), m),
         (shape(*_IMAGES), shape(*_KERNEL), _CHANNELS),
         "convolution",

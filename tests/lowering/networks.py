@@ -12,7 +12,7 @@ CONVOLUTIONS = 6
 
 
 def convolve(x, layer, stride=1):
-    """(s8 x s8 -> s32) at once to float32: (acc + bias) * multiplier, rounded."""
+    """Convolve (s8 x s8 -> s32), convert directly to float32, requantize and round."""
     pad = layer["weights"].shape[0] // 2
     total = lax.conv_general_dilated(
         x,

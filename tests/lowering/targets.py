@@ -1,4 +1,4 @@
-"""The targets that tests are parametrized with; all but the CPU need an extra wheel."""
+"""The targets of parametrized tests; all but the CPU need an extra wheel."""
 
 from collections.abc import Iterable
 

@@ -1,4 +1,4 @@
-"""Bytes that kernels read and write, against counts by hand in small modules."""
+"""The bytes that kernels read and write, against counts by hand for small modules."""
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +11,8 @@ from jaxqat.lowering import compile_for, float_activations, kernels, products, w
 from jaxqat.lowering.hlo import Shape, parse
 from jaxqat.lowering.kernels import layer_of
 
-# In the syntax of the three compilers: tuples with scratch space, tiled layouts in on-chip memory,
-# asynchronous copies, nested fusions, updates in place, slices, loops. Comments give what counts.
+# The syntax of the three compilers: tuples with scratch space, tiled layouts in on-chip memory,
+# asynchronous copies, nested fusions, updates in place, slices, loops.
 MODULE = """\
 HloModule jit_step, is_scheduled=true, entry_computation_layout={(s8[4,8]{1,0})->f32[4,16]{1,0}}
 
@@ -85,7 +85,7 @@ def found():
     return {kernel.name: kernel for kernel in kernels(MODULE)}
 
 
-def test_every_instruction_that_does_something_is_a_kernel_in_order(found):
+def test_every_instruction_that_computes_is_a_kernel_in_order(found):
     names = ["copy-start", "call", "real", "codes.1", "on_chip", "result", "one_row", "table.1"]
     assert list(found) == names
     whats = ["copy", "dot", "elementwise", "elementwise", "elementwise", "copy", "copy", "copy"]
@@ -101,7 +101,7 @@ def test_bytes_are_those_of_main_memory(found):
         "codes.1": (4 * 4 * 16, 4 * 16),
         "on_chip": (4 * 16, 0),
         "result": (0, 4 * 4 * 16),
-        "one_row": (4 * 16 + 4, 4 * 16),  # Of the table, one row; and the index.
+        "one_row": (4 * 16 + 4, 4 * 16),  # One row of the table, and the index.
         "table.1": (4 * 16 + 4, 4 * 16),  # The new row and the index; the rest stays in place.
     }
 
@@ -111,16 +111,16 @@ def test_a_loops_body_runs_as_often_as_the_compiler_knows(found):
     assert times == {"one_row": 7, "table.1": 7}
 
 
-def test_cycles_and_layers_are_read_from_the_compilers_notes(found):
+def test_cycles_and_layers_are_read_from_the_compilers_metadata(found):
     assert {n: k.cycles for n, k in found.items() if k.cycles is not None} == {"on_chip": 321}
     assert {n: k.layer for n, k in found.items() if k.layer} == {"call": "Net/head"}
 
 
-def test_results_are_told_from_what_other_kernels_read(found):
+def test_results_of_the_module_are_distinguished(found):
     assert {name for name, kernel in found.items() if kernel.outputs} == {"result"}
 
 
-def test_activations_count_by_size_and_type_unless_they_are_the_result(found):
+def test_activations_are_selected_by_size_and_type_without_results(found):
     def names(function, at_least):
         return [kernel.name for kernel, _ in function(found.values(), at_least=at_least)]
 
@@ -139,7 +139,7 @@ def test_shapes_know_their_size():
 
 
 @on_all
-def test_bytes_in_memory_are_the_compilers_own_with_the_padding_of_tiles(target):
+def test_bytes_in_memory_equal_the_compilers_with_padding_of_tiles(target):
     shapes = [shape(3, 5, 5, 24), shape(3, 3, 24, 64), shape(7, dtype=F32), shape(9, 70, dtype=F32)]
     shapes += [shape(33, 130), shape(6, 7, 9, dtype=jnp.bfloat16), shape(dtype=F32)]
 
@@ -180,12 +180,12 @@ def test_text_without_a_module_is_an_error():
         parse("HloModule nothing\n")
 
 
-def test_a_line_that_is_no_instruction_is_an_error():
+def test_a_line_that_is_not_an_instruction_is_an_error():
     with pytest.raises(ValueError, match="not an HLO instruction: 'what is this'"):
         parse(MODULE.replace("  %start = s32[] constant(0)", "  what is this"))
 
 
-def test_constants_of_every_kind_are_read():
+def test_constants_of_every_kind_are_parsed():
     def function(x):
         # Strings of braces, booleans, negative and non-finite numbers.
         matrix = jnp.asarray([[1.0, -2.0, jnp.inf], [0.5, jnp.nan, 3.0]])
@@ -195,7 +195,7 @@ def test_constants_of_every_kind_are_read():
     assert [product.kind for product in products(kernels(compiled.text))] == ["dot"]
 
 
-def test_what_a_scan_multiplies_counts_in_each_of_its_steps():
+def test_a_product_in_a_scan_counts_once_per_iteration():
     def function(x, weights):
         return lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)[0]
 

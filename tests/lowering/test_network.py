@@ -1,4 +1,4 @@
-"""A hand-written integer network on every platform, and the assertions themselves."""
+"""A hand-written integer network on every platform, and tests of the assertions."""
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,7 @@ def test_the_scopes_of_the_network_name_its_kernels(target):
 
 @for_targets(GPUS)
 def test_cudnn_writes_each_convolutions_result_in_float(target):
-    # The price of exact rounding without a kernel of one's own.
+    # The price of exact rounding without a custom kernel.
     found = kernels(compile_for(target, network, *SHAPES).text)
     written = float_activations(found, at_least=SMALLEST)
     assert len(written) == CONVOLUTIONS
@@ -51,7 +51,7 @@ def test_cudnn_writes_each_convolutions_result_in_float(target):
 @on_all
 def test_one_layer_left_in_float_is_found(target):
     def function(layers, x):
-        # The codes are right, the arithmetic is not: bfloat16, as a TPU would do it by default.
+        # Correct codes, but multiplied in bfloat16, a TPU's default.
         real = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), layers["head"])
         pooled = x.astype(jnp.bfloat16).mean((1, 2))
         return network(layers, x) + pooled @ jnp.ones((4, 128), jnp.bfloat16) @ jnp.tile(

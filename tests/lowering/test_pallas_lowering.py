@@ -36,7 +36,7 @@ LAYERS = {
     "tails": (9, 20, 36, 3, 2, True),
 }
 BATCHES = {"of_1024": 1024, "of_1": 1}
-ZERO = -128  # With it, biases depend on the edges; without, the kernel has less to do.
+ZERO = -128  # A zero point: biases depend on the edges, so the kernel does more.
 
 
 def geometry_of(size, window, stride):
@@ -74,12 +74,12 @@ def layer(x, operands, geometry, other=None, tile=None):
     return convolve(x, *operands, geometry=geometry, residual=residual, tile=tile, **codes)
 
 
-# Inline assembly puts several instructions on a line, each perhaps under a predicate.
+# Inline assembly puts several instructions on a line, each possibly with a predicate.
 INSTRUCTION = re.compile(r"(?:^|;)\s*(@!?%\w+\s+)?([a-z][\w.:]*)\s", re.MULTILINE)
 
 
 def instructions(ptx):
-    """Count the instructions of the code by full name, predicated or not."""
+    """Count the instructions by full name, with or without predicate."""
     return collections.Counter(found[2] for found in INSTRUCTION.finditer(ptx))
 
 
@@ -117,7 +117,7 @@ def test_a_layer_is_one_kernel_on_int8_tensor_cores(target, shape, batch, tmp_pa
     )
     found = kernels(compiled.text)
     assert [kernel.name for kernel in found][-1] == "int8_convolution"
-    # Three channels are padded to four, which joins what makes the codes; here nothing does.
+    # Three channels are padded to four. In a network, the kernel that makes the codes pads them.
     assert [kernel.what for kernel in found][:-1] == ["copy"] * (inputs % 4 != 0)
     (product,) = products(found)
     assert product.is_integer and product.engine == "Pallas"
@@ -126,10 +126,10 @@ def test_a_layer_is_one_kernel_on_int8_tensor_cores(target, shape, batch, tmp_pa
     names = instructions(ptx.read_text())
     tensor = [n for n in names if re.match(r"(wgmma\.mma_async|mma\.sync).*\.s32\.s8\.s8", n)]
     assert tensor and not any(name.startswith(("dp4a", "mad.lo.s16")) for name in names)
-    # Products are rounded by themselves, and no compiler was left free to fuse them ('mul.f32').
+    # Products have their own rounding; a plain 'mul.f32' could be fused with an addition.
     assert names["mul.rn.f32"] and not names["mul.f32"]
     assert not any(name.startswith("fma") for name in names)
-    # Operands move in vectors, never byte by byte (the codes that a tiny tile makes may).
+    # Operands move in vectors, never byte by byte; codes written by a tiny tile may.
     assert batch == 1 or not any(re.match(r"(ld|st)\.shared.*\.[bsu]8$", n) for n in names)
     assert " 0 bytes spill stores, 0 bytes spill loads" in assembled(ptx, tmp_path)
 
@@ -138,7 +138,7 @@ def test_a_layer_is_one_kernel_on_int8_tensor_cores(target, shape, batch, tmp_pa
 def test_a_tail_touches_no_memory_beyond_its_tensors(target, tmp_path):
     size, inputs, outputs, window, stride, _ = LAYERS["tails"]
     batch, geometry = 1023, geometry_of(size, window, stride)
-    # With one stage, operands are loaded by plain instructions, which show their predicates.
+    # With one stage, operands are loaded by plain instructions with visible predicates.
     tile = Tile(rows=128, outputs=64, block=64, warps=4, stages=1)
     assert batch * math.prod(geometry.output) % tile.rows and outputs % tile.outputs
     compile_for(
@@ -157,7 +157,7 @@ def test_a_tail_touches_no_memory_beyond_its_tensors(target, tmp_path):
 
 
 @on_supported
-def test_hopper_uses_its_own_instructions_where_tiles_are_large(target, tmp_path):
+def test_hopper_uses_its_own_instructions_for_large_tiles(target, tmp_path):
     geometry = geometry_of(16, 3, 1)
     x = jax.ShapeDtypeStruct((256, 16, 16, 128), jnp.int8)
     operands = operands_of(128, 128, geometry)
@@ -205,7 +205,7 @@ def network(geometries, operands, images):
 
 
 @on_supported
-def test_a_network_reads_and_writes_codes_and_nothing_else(target):
+def test_a_network_reads_and_writes_only_codes(target):
     batch, found = 64, list(resnet18())
     geometries = {name: geometry for name, geometry, *_ in found}
     operands = {name: operands_of(i, o, geometry) for name, geometry, i, o in found}
@@ -214,7 +214,7 @@ def test_a_network_reads_and_writes_codes_and_nothing_else(target):
         target, lambda ops, images: network(geometries, ops, images), operands, images
     )
     quantize, *layers = kernels(compiled.text)
-    # The images are read once; their three channels of codes are padded as they are written.
+    # The images are read once; their three channels of codes are padded when written.
     assert quantize.what == "elementwise"
     assert quantize.bytes_written == batch * 32 * 32 * padded_channels(3)
     assert (
@@ -222,7 +222,7 @@ def test_a_network_reads_and_writes_codes_and_nothing_else(target):
         == ["int8_convolution"] * 20
         == ["int8_convolution" for _ in found]
     )
-    # Every layer writes the codes of its output: no padded, transposed or float copy of any.
+    # Every layer writes only the codes of its output, without padded, transposed or float copies.
     assert sum(kernel.bytes_written for kernel in layers) == sum(
         batch * math.prod(geometry.output) * outputs for _, geometry, _, outputs in found
     )

@@ -33,7 +33,7 @@ def test_a_product_counts_once_and_as_integer_only_if_codes_are_multiplied(targe
 
 @on_all
 @pytest.mark.parametrize("name", ["s8_convolution", "s8_dot"])
-def test_s8_operands_reach_a_unit_for_them(target, name):
+def test_s8_operands_are_multiplied_by_an_8_bit_unit(target, name):
     case = CASES[name]
     (product,) = products(kernels(compile_for(target, case.function, *case.shapes).text))
     assert [operand.dtype for operand in product.operands] == ["s8", "s8"]
@@ -43,16 +43,16 @@ def test_s8_operands_reach_a_unit_for_them(target, name):
 
 
 @on_all
-def test_a_product_taken_apart_shows_the_codes_it_widens_and_that_xla_loops(target):
-    # A matrix times one row is a multiplication and a sum, or a dot of s32 on the CPU.
+def test_a_split_product_shows_its_widened_codes_and_is_a_loop_of_xla(target):
+    # A matrix times one row becomes a multiplication and a sum, or a dot of s32 on the CPU.
     case = CASES["s8_dot_of_one_row"]
     (product,) = products(kernels(compile_for(target, case.function, *case.shapes).text))
     assert product.types == "s32(s8) x s32(s8) -> s32"
     assert product.engine == "XLA"
 
 
-# Operands on long ways: through a fusion within a fusion, one with two results, a call, paddings,
-# and conversions that widen, narrow or round.
+# Operands that pass through nested fusions, a fusion with two results, a call, padding, and
+# conversions that widen, narrow or round.
 MODULE = """\
 %inner (a: s32[8,16], b: s32[16,4]) -> s32[8,4] {
   %a = s32[8,16]{1,0} parameter(0)
@@ -100,15 +100,15 @@ ENTRY %main (x: s8[4,16], w: s8[16,4]) -> s32[8,4] {
     [
         ("s8", "s32(s8) x s32(s8) -> s32", True),
         ("s16", "s32(s8) x s32(s8) -> s32", True),
-        # An s32 that was a float is a rounded value, whatever the float was before.
+        # An s32 converted from a float is a rounded value, even if the float held codes.
         ("f32", "s32(s8) x s32 -> s32", False),
-        # So is an s32 that was wider than it is.
+        # So is an s32 converted from a wider type.
         ("s64", "s32(s8) x s32 -> s32", False),
         # Unsigned codes are codes.
         ("u8", "s32(s8) x s32(u8) -> s32", True),
     ],
 )
-def test_operands_are_followed_to_their_codes_and_not_through_roundings(dtype, types, is_integer):
+def test_operands_are_traced_to_their_codes_but_not_through_roundings(dtype, types, is_integer):
     (product,) = products(kernels(MODULE.replace("TYPE", dtype)))
     assert (product.types, product.is_integer) == (types, is_integer)
 
@@ -122,7 +122,7 @@ def test_a_tpu_convolves_converted_codes_as_codes_but_sums_floats(target):
 
 
 def pallas_dot(x, w, *, name, dtype):
-    """Multiply a block of rows with a matrix, both converted to `dtype` first."""
+    """Multiply a block of rows by a matrix, both converted to `dtype` first."""
 
     def kernel(x_ref, w_ref, out_ref):
         left, right = x_ref[...].astype(dtype), w_ref[...].astype(dtype)
@@ -166,7 +166,7 @@ def test_a_pallas_kernel_is_judged_by_the_dots_in_its_program(target, dtype):
 
 
 @for_targets(GPUS)
-def test_what_a_library_leaves_in_scratch_space_is_not_written(target):
+def test_scratch_space_of_a_library_does_not_count_as_written(target):
     case = CASES["s8_convolution"]
     found = kernels(compile_for(target, case.function, *case.shapes).text)
     (kernel,) = (kernel for kernel in found if kernel.products)

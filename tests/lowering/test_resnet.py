@@ -20,7 +20,7 @@ WIDTH, BATCH = 64, 64
 PRODUCTS = 20 + 1
 SMALLEST = BATCH * 4 * 4 * 8 * WIDTH  # The last stage's activations.
 
-# By target: the executor's lowering, and whether its idiom writes codes only.
+# By target: the executor's lowering, and whether it writes only codes.
 EXACT = {
     "cpu": ("cpu", False),
     "sm_75": ("cuda", False),
@@ -33,8 +33,9 @@ FUSED = {"sm_80": ("cuda_pallas", True), "sm_90": ("cuda_pallas", True)}
 
 @functools.cache
 def resnet18(recipe: str):
-    """An integer ResNet-18. Which kernels it runs as depends on shapes and grids, not on training:
-    weights are random, and ranges those of tensors after ReLU, but for the images'.
+    """Return an integer ResNet-18 with random weights and the ranges of tensors after ReLU.
+
+    Its kernels depend on shapes and grids, but not on training.
     """
     model = quantize(build_model(ModelConfig(width=WIDTH), num_classes=10), recipe)
     images = jnp.zeros((1, 32, 32, 3))

@@ -10,8 +10,8 @@ from lowering.networks import CONVOLUTIONS, network, network_shapes
 from lowering.targets import for_targets
 from rich.console import Console
 
-from jaxqat.lowering import compile_for, lowering_table, print_lowering
-from jaxqat.lowering.table import in_bytes
+from jaxqat.commands.lowering import in_bytes, print_lowering
+from jaxqat.lowering import compile_for, lowering_table
 
 
 def printed(compiled, width=160):
@@ -24,7 +24,7 @@ def compiled_case(name, target="cpu"):
     return compile_for(target, CASES[name].function, *CASES[name].shapes)
 
 
-def test_the_sums_are_those_of_the_kernels():
+def test_totals_are_sums_over_the_kernels():
     table = lowering_table(compile_for("cpu", network, network_shapes(32), shape(8, 16, 16, 4)))
     assert (table.integer_products, table.float_products) == (CONVOLUTIONS + 1, 0)
     assert table.bytes_moved == sum(row.bytes_read + row.bytes_written for row in table.rows)
@@ -38,7 +38,7 @@ def test_the_sums_are_those_of_the_kernels():
     assert moved == {(8 * 16 * 16 * 32 + 9 * 32 * 32, 4 * 8 * 16 * 16 * 32)}
 
 
-def test_loops_count_as_often_as_they_run():
+def test_kernels_in_loops_count_once_per_iteration():
     def function(x, weights):
         return jax.lax.scan(lambda x, w: (x @ w, None), x, weights)[0]
 
@@ -53,7 +53,7 @@ def test_loops_count_as_often_as_they_run():
     )
 
 
-def test_a_row_says_what_is_multiplied_written_and_for_which_layer():
+def test_a_row_shows_types_results_and_layer():
     def function(x, w):
         with jax.named_scope("net[head]"):  # rich would take it for markup.
             return dot(x, w, S32)
@@ -73,7 +73,7 @@ def test_a_float_product_counts_as_float():
     assert "products: 0 integer, 1 float" in printed(compiled_case("float_convolution"))
 
 
-def test_it_is_readable_in_a_narrow_terminal():
+def test_the_table_fits_a_narrow_terminal():
     text = printed(compiled_case("s8_convolution"), width=60)
     assert max(map(len, text.splitlines()[:-1])) <= 60
     assert "products: 1 integer, 0 float" in text

@@ -14,7 +14,7 @@ from lowering.targets import GPUS, TPUS, for_targets, on_all
 
 from jaxqat.lowering import TARGETS, LoweringError, compile_for
 
-ROWS, COLUMNS = 128, 256  # Of a size that needs no padding anywhere.
+ROWS, COLUMNS = 128, 256  # Multiples of every tile, so there is no padding.
 MATRIX = shape(ROWS, COLUMNS, dtype=F32)
 BYTES = ROWS * COLUMNS * 4
 
@@ -24,7 +24,7 @@ def test_memory_is_that_of_the_arguments_and_results(target):
     compiled = compile_for(target, lambda x, y: (x + y, x - y), MATRIX, MATRIX)
     assert compiled.target is target
     assert compiled.argument_bytes == 2 * BYTES
-    # Two results; some compilers count a table of pointers to them, of up to a page.
+    # Two results; some compilers add a table of pointers, of up to a page.
     assert 0 <= compiled.output_bytes - 2 * BYTES < 4096
     assert compiled.alias_bytes == 0
 
@@ -44,7 +44,7 @@ def test_trees_of_arrays_shapes_and_keys_are_arguments():
 
 
 @pytest.mark.parametrize("arguments", [(), (3,), (MATRIX, "name")], ids=["none", "int", "text"])
-def test_other_arguments_are_refused(arguments):
+def test_other_arguments_are_an_error(arguments):
     with pytest.raises(LoweringError, match="the arguments must be arrays or"):
         compile_for("cpu", lambda *_: 0, *arguments)
 
@@ -68,13 +68,13 @@ def test_a_missing_compiler_is_an_error_with_the_command_that_installs_it(name, 
 
 
 @for_targets(GPUS)
-def test_what_the_compiler_refuses_is_an_error_with_its_reason(target):
+def test_a_failed_compilation_is_an_error_with_the_compilers_reason(target):
     shapes = CASES["s8_convolution"].shapes[:2]
     with pytest.raises(LoweringError, match=rf"\({target.name}\): UNIMPLEMENTED: .*CuDNN"):
         compile_for(target, lambda x, w: convolve(x, w, S32), *shapes)
 
 
-def test_what_cannot_be_lowered_is_an_error_with_its_reason():
+def test_a_failed_lowering_is_an_error_with_its_reason():
     def function(x):
         kernel = pl.pallas_call(lambda x_ref, y_ref: None, out_shape=MATRIX)
         return kernel(x)
@@ -88,7 +88,7 @@ def test_an_unknown_compiler_option_is_an_error_that_names_it():
         compile_for("cpu", jnp.sin, MATRIX, compiler_options={"xla_of_nobody": 1})
 
 
-def test_errors_of_the_function_itself_are_its_own():
+def test_errors_in_the_function_are_raised_unchanged():
     def function(x):
         raise KeyError("mine")
 
@@ -113,9 +113,7 @@ sys.stdin.read()
 
 @for_targets(("sm_90", "tpu_v5e"))
 @pytest.mark.parametrize("started", ["started", "fresh"])
-def test_a_process_compiles_whether_or_not_jax_looked_for_a_device_and_is_left_as_it_was(
-    target, started
-):
+def test_compilation_works_before_and_after_jax_starts_and_changes_no_environment(target, started):
     # Without JAX_PLATFORMS, JAX tries every plugin when it starts; CUDA's fails its own checks.
     ours = ("JAX_", "TPU_", "ALLOW_MULTIPLE_LIBTPU_LOAD")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
@@ -137,12 +135,12 @@ def test_two_processes_compile_for_a_tpu_at_once(target):
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, **pipes) as one:
         assert one.stdout and one.stdout.readline() == "compiled\n"
-        # The first holds libtpu until its input ends.
+        # The first process keeps libtpu until its input ends.
         done = subprocess.run(command, input="", capture_output=True, text=True, timeout=120)
         one.communicate("")
     assert done.stdout == "compiled\n", done.stderr
 
 
-def test_targets_are_named_after_themselves():
+def test_targets_are_listed_under_their_names():
     assert all(name == target.name for name, target in TARGETS.items())
     assert {t.gpu.capability for t in TARGETS.values() if t.gpu} == {(7, 5), (8, 0), (9, 0)}

@@ -67,18 +67,18 @@ def test_every_forward_product_of_the_qat_step_multiplies_codes(target, recipe):
     forward = [product for product in found if not product.is_backward]
     assert [product.types for product in forward if not is_proper(product)] == []
 
-    # Those of the batch; the affine recipe also sums the weights that meet a border, once.
+    # Products of the batch; the affine recipe also sums, once, the weights at the borders.
     of_the_batch = [product for product in forward if batch in product.result.dims]
     kinds = [product.kind for product in of_the_batch]
     assert (kinds.count("convolution"), kinds.count("dot")) == (CONVOLUTIONS, DENSE)
-    # Gradients of both operands, but for the images'.
+    # Gradients of both operands, except for the images.
     backward = [product for product in found if product.is_backward]
     assert len(backward) == 2 * (CONVOLUTIONS + DENSE) - 1
     assert all(not product.is_integer for product in backward)
 
 
 @for_targets(("cpu",))
-def test_a_step_that_only_simulates_codes_is_told_apart(target):
+def test_a_step_that_only_simulates_codes_has_no_integer_products(target):
     @functools.partial(jax.jit)
     def step(w, x):
         # Quantized and dequantized in float32, as most libraries train.

@@ -1,4 +1,4 @@
-"""The config: typed, with errors that name the key, and an identity."""
+"""The config: types, error messages, hash."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ from jaxqat.quant import Rule
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
 
-def test_yaml_and_back_is_the_same_experiment(tmp_path):
+def test_an_experiment_survives_yaml(tmp_path):
     experiment = tiny(quant={"rules": [{"path": "head", "weight_bits": 4}]})
     assert experiment.quant.rules == (Rule(path="head", weight_bits=4),)
     path = tmp_path / "config.yaml"
@@ -22,7 +22,7 @@ def test_yaml_and_back_is_the_same_experiment(tmp_path):
     assert configs.load(path) == experiment
 
 
-def test_what_is_not_said_takes_the_defaults_of_its_own_section():
+def test_missing_settings_have_the_defaults_of_their_section():
     assert configs.from_dict({}) == Experiment()
     # A setting of qat.optimizer keeps QAT's own learning rate, not FP32's.
     experiment = configs.from_dict({"qat": {"optimizer": {"momentum": 0.5}}})
@@ -43,7 +43,7 @@ def test_what_is_not_said_takes_the_defaults_of_its_own_section():
         ({"quant": {"rules": [{"wight_bits": 4}]}}, "quant.rules.wight_bits", "weight_bits"),
     ],
 )
-def test_an_unknown_key_is_named_with_the_nearest_right_one(settings, key, right):
+def test_an_unknown_key_is_named_with_the_nearest_known_one(settings, key, right):
     with pytest.raises(ConfigError, match=f"unknown key '{key}'.*{right}'"):
         configs.from_dict(settings)
 
@@ -61,7 +61,7 @@ def test_an_unknown_key_is_named_with_the_nearest_right_one(settings, key, right
         ({"quant": {"rules": ["head"]}}, "quant.rules"),
     ],
 )
-def test_an_ill_typed_value_names_its_key(settings, key):
+def test_a_value_of_a_wrong_type_names_its_key(settings, key):
     with pytest.raises(ConfigError, match=f'"{key}"'):
         configs.from_dict(settings)
 
@@ -107,7 +107,7 @@ def test_the_last_fifth_of_fine_tuning_is_frozen_by_default(epochs, freeze_epoch
     assert config.frozen_from == first
 
 
-def test_the_hash_changes_with_any_setting_and_with_nothing_else():
+def test_the_hash_depends_on_every_setting_and_on_nothing_else():
     reordered = dict(reversed(SETTINGS.items()))
     assert configs.config_hash(configs.from_dict(reordered)) == configs.config_hash(tiny())
     assert configs.config_hash(tiny(seed=1)) != configs.config_hash(tiny())

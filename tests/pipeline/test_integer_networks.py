@@ -1,4 +1,4 @@
-"""The integer network of a run: made after training, kept in RUN/integer, used from there alone."""
+"""The integer network of a run: converted after training, saved in RUN/integer, used from there."""
 
 import json
 import os
@@ -32,22 +32,22 @@ def results_of(run: Path) -> dict:
 
 @pytest.fixture
 def run(finished, tmp_path) -> Path:
-    """A finished run to be changed."""
+    """A copy of a finished run, which a test may change."""
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
-def test_the_result_called_integer_is_the_saved_network_s(finished):
-    """Computed here by an interpreter in NumPy, from the folder."""
+def test_integer_scores_are_those_of_the_saved_network(finished):
+    """The reference is a NumPy interpreter of the saved network."""
     test = load_dataset(tiny().data).test
     graph = load(finished / "integer")
     _, logits = integer_graph.run(graph, test.images)
     names = load_dataset(tiny().data).class_names
     scores = classification_metrics(test.labels, logits, names)
-    # The last product is one float32 multiplication of an exact integer: the same bits everywhere.
+    # The last product is one float32 multiplication of an exact integer: the bits are equal.
     assert results_of(finished)["integer"]["test"] == to_json(scores)
 
 
-def test_it_says_what_it_is_and_where_it_comes_from(finished):
+def test_its_metadata_name_its_content_and_origin(finished):
     metadata = load(finished / "integer").metadata
     dataset = load_dataset(tiny().data)
     assert metadata["labels"] == list(dataset.class_names)
@@ -67,17 +67,17 @@ def test_it_is_evaluated_without_any_checkpoint(run, console):
     shutil.rmtree(run / "checkpoints")
     (run / "results.json").unlink()
     result = evaluate.evaluate(run, console=console)
-    assert result["stage"] == "integer"
+    assert result.stage == "integer"
 
 
 def test_evaluation_gives_the_metrics_of_the_run(run, console):
     result = evaluate.evaluate(run, stage="integer", console=console)
-    assert result["metrics"] == results_of(run)["integer"]["test"]
-    assert result["step"] == STEPS
+    assert to_json(result.metrics) == results_of(run)["integer"]["test"]
+    assert result.step == STEPS
 
 
 @pytest.mark.parametrize("name", ["graph.json", "arrays.npz", "SHA256SUMS"])
-def test_a_damaged_network_is_named_and_can_be_made_again(
+def test_a_damaged_network_is_named_and_can_be_converted_again(
     run, finished, small_network, no_report, console, name
 ):
     path = run / "integer" / name
@@ -87,16 +87,16 @@ def test_a_damaged_network_is_named_and_can_be_made_again(
         with pytest.raises(ArtifactError, match=r"delete .*integer and run the same") as caught:
             evaluate.evaluate(run, console=console)
         assert str(path) in str(caught.value)
-    shutil.rmtree(run / "integer")  # As the message says.
+    shutil.rmtree(run / "integer")  # As the message advises.
     train.train(tiny(), run, console=console)
     assert files(run / "integer") == files(finished / "integer")
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
-def test_stopped_around_the_conversion_and_started_again_it_ends_with_the_same_network(
+def test_a_run_stopped_around_the_conversion_resumes_to_the_same_network(
     finished, run, monkeypatch, small_network, no_report, console, moment
 ):
-    """Trained to the end of QAT, then a signal, or worse."""
+    """QAT is finished, then a signal or an interrupt comes."""
     (run / "results.json").unlink()
     shutil.rmtree(run / "integer")
     make_network = train.make_network
@@ -120,7 +120,7 @@ def test_stopped_around_the_conversion_and_started_again_it_ends_with_the_same_n
     assert (run / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
 
 
-def test_a_deleted_network_is_made_again_from_its_checkpoint_without_training(
+def test_a_deleted_network_is_converted_again_from_its_checkpoint_without_training(
     finished, run, small_network, no_report, console
 ):
     shutil.rmtree(run / "integer")
@@ -143,7 +143,7 @@ def test_a_run_that_was_never_quantized_has_no_network(run, console):
         evaluate.evaluate(run, console=console)
 
 
-def test_a_network_that_cannot_be_converted_costs_nothing_but_itself(
+def test_a_run_whose_network_cannot_be_converted_has_all_other_results(
     tmp_path, small_network, console
 ):
     rule = {"path": "block_conv", "weight_bits": None, "act_bits": None}
@@ -162,13 +162,13 @@ def test_a_network_that_cannot_be_converted_costs_nothing_but_itself(
     assert "This run has no integer network." in page and reason in page
     with pytest.raises(RunFolderError, match=r"could not be converted.*(\n.*)*block_conv"):
         evaluate.evaluate(tmp_path, console=console)
-    assert evaluate.evaluate(tmp_path, stage="qat", console=console)["metrics"]["n"] == 40
+    assert evaluate.evaluate(tmp_path, stage="qat", console=console).metrics.n == 40
     before = files(tmp_path)
     train.train(settings, tmp_path, console=console)
     assert files(tmp_path) == before
 
 
-def test_another_experiment_does_not_take_over_the_network(run, console):
+def test_another_experiment_does_not_use_the_network(run, console):
     shutil.rmtree(run / "checkpoints")
     (run / "results.json").unlink()
     with pytest.raises(RunFolderError, match=r"seed: 0 -> 1"):
@@ -176,7 +176,7 @@ def test_another_experiment_does_not_take_over_the_network(run, console):
 
 
 def test_uint8_images_and_normalized_ones_have_the_same_codes(finished):
-    """The table of pixel codes is the normalization that training has."""
+    """The table of pixel codes contains the normalization of training."""
     dataset = load_dataset(tiny().data)
     graph = load(finished / "integer")
     images = dataset.test.images
@@ -184,6 +184,6 @@ def test_uint8_images_and_normalized_ones_have_the_same_codes(finished):
     codes, _ = integer_graph.run(graph, images)
     exact = (images / 255 - mean) / std / float(graph.tensors["stem_conv/input"].scale)
     steps = codes["stem_conv/input"] - float(graph.tensors["stem_conv/input"].zero_point)
-    # Half a step, and a few roundings of a float32 number of at most 256 steps.
+    # Half a code, and a few roundings of a float32 number of at most 256 codes.
     assert np.abs(steps - exact).max() <= 0.5 + 256 * 2**-21
     assert RunFolder(finished).integer == finished / "integer"

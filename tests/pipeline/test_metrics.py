@@ -18,7 +18,7 @@ def one_hot_logits(predicted, k, height=5.0):
 
 
 def reference(labels, predicted, k):
-    """The definitions, counted one image at a time."""
+    """Compute the scores from their definitions, image by image."""
     confusion = [[0] * k for _ in range(k)]
     for true, guess in zip(labels, predicted, strict=True):
         confusion[true][guess] += 1
@@ -40,8 +40,8 @@ def test_scores_are_those_counted_by_hand():
 
     assert scores.confusion_matrix == ((1, 1, 0), (0, 2, 0), (1, 0, 0))
     assert scores.n == 5
-    # Class b: 2 of 3 guesses right, both of its images found, F1 = 2·(2/3)/(5/3) = 4/5.
-    # Three float64 roundings at most lie between these and the quotients.
+    # Class b: 2 of 3 predictions correct, both of its images found, F1 = 2·(2/3)/(5/3) = 4/5.
+    # At most three float64 roundings.
     expected = {"accuracy": 3 / 5, "precision": 7 / 18, "recall": 1 / 2, "f1": 13 / 30}
     assert {key: getattr(scores, key) for key in expected} == pytest.approx(expected, rel=4e-16)
     assert dataclasses.asdict(scores.per_class[1]) == {
@@ -54,7 +54,7 @@ def test_scores_are_those_counted_by_hand():
 
 
 @pytest.mark.filterwarnings("error")
-def test_class_without_images_or_guesses_counts_zero_in_the_macro_averages():
+def test_class_without_images_or_predictions_counts_as_zero_in_the_macro_averages():
     logits = one_hot_logits(np.array([0, 1]), 4)
     scores = classification_metrics(np.array([0, 1]), logits, list("abcd"))
 
@@ -86,11 +86,11 @@ def test_scores_equal_an_image_by_image_count(seed, k):
         )
 
 
-def test_loss_of_a_confident_right_answer_keeps_its_digits():
+def test_loss_of_a_confident_correct_prediction_keeps_its_digits():
     logits = np.array([[20.0, 0.0]], np.float32)
     loss = classification_metrics(np.array([0]), logits, ["a", "b"]).loss
 
-    # Float32 would say 0. In float64, 1 + exp(-20) is rounded to 2**-53 of 1 before its log.
+    # Float32 would give 0. In float64, 1 + exp(-20) is rounded to 2**-53 of 1 before its log.
     assert loss == pytest.approx(math.log1p(math.exp(-20)), abs=2**-52)
 
 
@@ -98,7 +98,7 @@ def test_loss_of_huge_logits_is_finite_and_exact():
     logits = np.array([[-1e30, 1e30], [3.0, 3.0]])
     loss = classification_metrics(np.array([0, 0]), logits, ["a", "b"]).loss
 
-    assert loss == (2e30 + math.log(2)) / 2  # The second image is lost in the first's rounding.
+    assert loss == (2e30 + math.log(2)) / 2  # The second image's loss is below the rounding.
 
 
 def test_equal_logits_predict_the_first_class():
@@ -127,6 +127,6 @@ def test_scores_survive_json():
         ([0, 1], np.array([[np.inf, 1], [0, 0]]), "ab", "those of image 0 are"),
     ],
 )
-def test_bad_predictions_are_refused_with_what_arrived(labels, logits, names, message):
+def test_errors_of_invalid_predictions_name_the_values(labels, logits, names, message):
     with pytest.raises(ValueError, match=message):
         classification_metrics(np.array(labels), logits, list(names))

@@ -1,4 +1,4 @@
-"""The precision of float products is the one that was asked for, and is on record."""
+"""Float products have the configured precision, and the results record it."""
 
 import jax
 import numpy as np
@@ -20,7 +20,7 @@ def test_bfloat16_trains_both_stages_and_is_recorded(tmp_path, monkeypatch, smal
     assert results.precision == "bfloat16"
 
 
-def test_the_precision_asked_for_is_the_precision_of_the_products(small_network):
+def test_products_have_the_configured_precision(small_network):
     texts = {}
     for precision in ("float32", "tf32", "bfloat16"):
         settings = tiny(precision=precision)

@@ -21,7 +21,7 @@ from jaxqat.pipeline.training import Stopped
 compiled_once, small_network = tiny_run.compiled_once, tiny_run.small_network
 console, finished, no_report = tiny_run.console, tiny_run.finished, tiny_run.no_report
 
-# All that may differ without a difference in the float network, each changed.
+# A change of every setting without influence on the float network.
 OTHERS = {
     "name": "other",
     "evaluation_batch_size": 20,
@@ -34,7 +34,7 @@ OTHERS = {
 
 @pytest.fixture
 def float_run(finished, tmp_path) -> Path:
-    """The finished run as it was after FP32."""
+    """A copy of the finished run, as it was after FP32."""
     path = tmp_path / "float"
     shutil.copytree(finished, path, ignore=shutil.ignore_patterns("qat", "integer", "ptq", "re*"))
     lines = [r for r in RunFolder(path).read_metrics() if r["stage"] == "fp32"]
@@ -48,7 +48,7 @@ def config_file(folder: Path, **changes) -> Path:
     return path
 
 
-def test_qat_from_another_runs_fp32_ends_as_the_run_that_trained_both(
+def test_qat_from_another_runs_fp32_gives_the_bits_of_a_run_that_trained_both(
     finished, float_run, tmp_path, small_network, no_report
 ):
     before, run = files(float_run), tmp_path / "run"
@@ -60,7 +60,7 @@ def test_qat_from_another_runs_fp32_ends_as_the_run_that_trained_both(
     ends = [[(r["stage"], r["loss"]) for r in f.read_metrics()] for f in (ours, theirs)]
     assert ends[0] == ends[1]
     fp32 = [r for r in theirs.read_metrics() if r["stage"] == "fp32"]
-    assert ours.read_metrics()[: len(fp32)] == fp32  # Seconds and all: they are its epochs.
+    assert ours.read_metrics()[: len(fp32)] == fp32  # Including the seconds.
     fp32 = ours.read_results().fp32
     assert fp32.from_run == Origin(name="tiny", config_hash=config_hash(tiny()))
     assert dataclasses.replace(fp32, from_run=None) == theirs.read_results().fp32
@@ -68,7 +68,7 @@ def test_qat_from_another_runs_fp32_ends_as_the_run_that_trained_both(
     assert not list(run.glob(".*"))
 
 
-def test_what_the_float_network_does_not_depend_on_may_differ(
+def test_settings_without_influence_on_the_float_network_may_differ(
     finished, tmp_path, small_network, no_report, console
 ):
     run = tmp_path / "run"
@@ -76,11 +76,11 @@ def test_what_the_float_network_does_not_depend_on_may_differ(
     assert results.fp32.from_run == Origin(name="tiny", config_hash=config_hash(tiny()))
     ours, theirs = (files(r / "checkpoints/fp32" / str(STEPS)) for r in (run, finished))
     assert ours == theirs
-    # Only what QAT goes on from, and where it is from.
+    # Only the checkpoint that QAT starts from, and its origin.
     assert {p.name for p in (run / "checkpoints/fp32").iterdir()} == {str(STEPS), "from_run.json"}
 
 
-def test_a_run_taken_over_from_names_the_run_that_trained(
+def test_the_origin_is_the_run_that_trained_fp32_even_through_another_run(
     finished, tmp_path, small_network, no_report, console
 ):
     first, second = tmp_path / "first", tmp_path / "second"
@@ -90,15 +90,15 @@ def test_a_run_taken_over_from_names_the_run_that_trained(
 
 
 @pytest.mark.parametrize("again", [True, False], ids=["with_from", "without_from"])
-def test_a_run_stopped_in_qat_goes_on_from_its_own_checkpoints(
+def test_a_run_stopped_in_qat_resumes_from_its_own_checkpoints(
     finished, tmp_path, small_network, no_report, console, monkeypatch, again
 ):
     run = tmp_path / "run"
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        signal_at(patch, STEPS_PER_EPOCH + 2)  # Of QAT: no step of FP32 is done here.
+        signal_at(patch, STEPS_PER_EPOCH + 2)  # In QAT, as no FP32 step is done here.
         train.train(tiny(), run, from_run=finished, console=console)
     fp32 = files(run / "checkpoints/fp32")
-    # Where it came from is not looked at again; it may be gone.
+    # The other run is not read again; it may be gone.
     from_run = tmp_path / "gone" if again else None
     results = train.train(tiny(), run, from_run=from_run, console=console)
     assert files(run / "checkpoints/fp32") == fp32
@@ -106,16 +106,16 @@ def test_a_run_stopped_in_qat_goes_on_from_its_own_checkpoints(
     assert results.fp32.from_run and results.fp32.from_run.name == "tiny"
 
 
-def test_given_again_on_a_finished_run_it_changes_nothing(finished, float_run, console):
+def test_from_does_not_change_a_finished_run(finished, float_run, console):
     before = files(finished)
     train.train(tiny(), finished, from_run=float_run, console=console)
     assert files(finished) == before
 
 
-def test_the_best_checkpoint_comes_along_where_it_is_selected(
+def test_the_best_checkpoint_is_copied_if_it_is_selected(
     tmp_path, monkeypatch, no_report, small_network, console
 ):
-    # Validation says that the first epoch of FP32 was the best.
+    # The first epoch of FP32 has the best validation accuracy.
     scores = iter([0.9, 0.1, 0.8, 0.2, 0.8, 0.2])
 
     def validate(self, state):
@@ -129,7 +129,7 @@ def test_the_best_checkpoint_comes_along_where_it_is_selected(
 
 
 def refused(folder: Path, from_run: Path, capsys, **changes) -> str:
-    """What is said of the error; there must be nothing left of the new run."""
+    """Return the error message of a refused run; nothing of the new run must be left."""
     run = folder / "run"
     arguments = ("--config", config_file(folder, **changes), "--workdir", run, "--from", from_run)
     assert run_command("train", *arguments) == 2
@@ -137,12 +137,12 @@ def refused(folder: Path, from_run: Path, capsys, **changes) -> str:
     return capsys.readouterr().err
 
 
-def test_every_setting_that_matters_and_no_other_is_named(
+def test_errors_name_exactly_the_relevant_settings_that_differ(
     finished, tmp_path, small_network, capsys
 ):
     changes = {"seed": 1, "fp32__optimizer__learning_rate": 0.2, "data__train_limit": 90}
     error = refused(tmp_path, finished, capsys, **OTHERS, **changes)
-    assert "its FP32 network is of other settings" in error
+    assert "its FP32 network has other settings" in error
     named = [line.strip() for line in error.splitlines() if line.startswith("  ")]
     assert named == [
         "data.train_limit: 100 -> 90",
@@ -151,15 +151,15 @@ def test_every_setting_that_matters_and_no_other_is_named(
     ]
 
 
-def test_every_setting_is_either_compared_or_of_no_matter(finished, tmp_path):
-    from jaxqat.pipeline.takeover import OF_NO_MATTER
+def test_every_setting_is_either_compared_or_irrelevant(finished, tmp_path):
+    from jaxqat.pipeline.takeover import IRRELEVANT
 
-    assert set(SETTINGS) | set(config.to_dict(tiny())) == set(OF_NO_MATTER) | {
+    assert set(SETTINGS) | set(config.to_dict(tiny())) == set(IRRELEVANT) | {
         *("seed", "precision", "select", "data", "augment", "model", "fp32"),
     }
 
 
-def test_an_unfinished_fp32_stage_is_refused(float_run, tmp_path, small_network, capsys):
+def test_an_unfinished_fp32_stage_is_an_error(float_run, tmp_path, small_network, capsys):
     shutil.rmtree(float_run / f"checkpoints/fp32/{STEPS}")
     error = refused(tmp_path, float_run, capsys)
     assert f"its FP32 stage is at step {STEPS_PER_EPOCH} of {STEPS}" in error
@@ -167,20 +167,22 @@ def test_an_unfinished_fp32_stage_is_refused(float_run, tmp_path, small_network,
     assert "there are no checkpoints of fp32" in refused(tmp_path, float_run, capsys)
 
 
-def test_what_is_no_run_folder_is_refused(tmp_path, small_network, capsys):
-    assert "is no run folder" in refused(tmp_path, tmp_path / "nothing", capsys)
+def test_a_folder_that_is_not_a_run_is_an_error(tmp_path, small_network, capsys):
+    assert "is not a run folder" in refused(tmp_path, tmp_path / "nothing", capsys)
 
 
-def test_other_data_is_refused(finished, tmp_path, small_network, capsys, monkeypatch):
+def test_other_data_is_an_error(finished, tmp_path, small_network, capsys, monkeypatch):
     def check_other(restored, fingerprint):
         check_data(restored, {**fingerprint, "version": "other"})
 
     monkeypatch.setattr("jaxqat.pipeline.takeover.check_data", check_other)
     error = refused(tmp_path, finished, capsys)
-    assert f"the data is not what the checkpoint of step {STEPS} was trained on: version" in error
+    assert (
+        f"the checkpoint of step {STEPS} was trained on other data. There -> here: version" in error
+    )
 
 
-def test_a_copy_that_fails_leaves_no_checkpoint_and_the_next_one_succeeds(
+def test_a_failed_copy_leaves_no_checkpoint_and_can_be_repeated(
     finished, tmp_path, small_network, no_report, console, monkeypatch
 ):
     run = tmp_path / "run"
@@ -193,6 +195,6 @@ def test_a_copy_that_fails_leaves_no_checkpoint_and_the_next_one_succeeds(
         train.train(tiny(), run, from_run=finished, console=console)
     assert not RunFolder(run).has_checkpoints()
     assert not (run / ".fp32.tmp").exists()
-    (run / ".fp32.tmp" / str(STEPS)).mkdir(parents=True)  # As after a kill.
+    (run / ".fp32.tmp" / str(STEPS)).mkdir(parents=True)  # As left by a killed process.
     train.train(tiny(), run, from_run=finished, console=console)
     assert files(run / "integer") == files(finished / "integer")

@@ -28,7 +28,7 @@ def sum_network(params, x):
 
 @functools.cache
 def cell(recipe, share, mixed):
-    """x + A x, where A takes a share of x away (and mixes its channels)."""
+    """A calibrated x + A x, where A takes a share of x away (and mixes its channels)."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(512, 16)).astype(np.float32)
     taken = -share * np.eye(16) + mixed * rng.normal(size=(16, 16)) / 16

@@ -100,7 +100,7 @@ class IntegerResidual:
     def _extent(self, key):
         """The real values of the smallest and the largest code of a tensor's whole range."""
         scale, zero = self._grid(*self.ranges[key])
-        return np.float32(scale) * np.float32([self.bottom - zero, 127 - zero])
+        return np.float32(scale) * np.array([self.bottom - zero, 127 - zero], np.float32)
 
     @property
     def bottom(self):

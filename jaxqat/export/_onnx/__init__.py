@@ -1,1 +1,1 @@
-"""The integer network as ONNX."""
+"""Export of the integer network to ONNX."""

@@ -1,7 +1,7 @@
-"""An ONNX graph under construction: nodes, named constants, and the layout of tensors.
+"""Building an ONNX graph: nodes, named constants and tensor layouts.
 
-JAX counts channels last, ONNX first: a tensor with spatial axes, (batch, *spatial, channels),
-becomes (batch, channels, *spatial); one of (batch, channels) is the same in both.
+JAX's layout is channels last, ONNX's is channels first: a tensor (batch, *spatial, channels)
+becomes (batch, channels, *spatial); (batch, channels) is the same in both.
 """
 
 import hashlib
@@ -14,15 +14,15 @@ import numpy as np
 import jaxqat
 from jaxqat.errors import ExportError
 
-# Current releases of ONNX Runtime and OpenVINO run all of it; the oldest has what is written here.
+# Current ONNX Runtime and OpenVINO support opset 17; 13 is the oldest with all operators used.
 OPSET, OLDEST_OPSET = 17, 13
 
 
 def library(name: str) -> ModuleType:
-    """An optional package, or an error that says how to get it.
+    """Import an optional package.
 
     Raises:
-        ImportError: If it is not installed.
+        ImportError: If it is not installed; says how to install it.
     """
     try:
         return importlib.import_module(name)
@@ -34,17 +34,17 @@ def library(name: str) -> ModuleType:
 
 
 def channels_first(rank: int) -> list[int]:
-    """Source axis of each axis, from JAX's layout to ONNX's; rank counts the batch."""
+    """Return the source axis of each axis, from JAX's layout to ONNX's; rank counts the batch."""
     return [0, *([rank - 1] if rank > 1 else []), *range(1, rank - 1)]
 
 
 def channels_last(rank: int) -> list[int]:
-    """Source axis of each axis, from ONNX's layout to JAX's."""
+    """Return the source axis of each axis, from ONNX's layout to JAX's."""
     return [0, *range(2, rank), *([1] if rank > 1 else [])]
 
 
 class Builder:
-    """Nodes and constants of an ONNX graph, each under a name of its own."""
+    """Build an ONNX graph of nodes and constants with unique names."""
 
     def __init__(self):
         self._onnx = library("onnx")
@@ -53,20 +53,20 @@ class Builder:
         self._numbers: dict[tuple | None, str] = {}
         self._arrays: list[Any] = []
 
-    def name(self, wanted: str) -> str:
-        """A name that nothing has yet: the wanted one, or that with a number."""
-        name, number = wanted, 1
+    def name(self, base: str) -> str:
+        """Return an unused name: `base`, or `base` with a number."""
+        name, number = base, 1
         while name in self._names:
             number += 1
-            name = f"{wanted}_{number}"
+            name = f"{base}_{number}"
         self._names.add(name)
         return name
 
     def constant(self, values, name: str) -> str:
-        """An initializer. Equal numbers share one; arrays do not.
+        """Add an initializer and return its name. Equal scalars share one; arrays do not.
 
-        ONNX Runtime, asked for exact products, rewrites int8 weights as uint8, and fails on
-        weights that two nodes share.
+        ONNX Runtime with exact products rewrites int8 weights as uint8, which fails for weights
+        that two nodes share.
         """
         array = np.ascontiguousarray(values).reshape(np.shape(values))
         key = (array.dtype.str, array.tobytes()) if array.ndim == 0 else None
@@ -79,32 +79,35 @@ class Builder:
         return name
 
     def add(self, kind: str, inputs: list[str], output: str, **attributes) -> str:
-        """A node; returns the name of its output, `output` or that with a number."""
+        """Add a node and return the name of its output: `output`, or `output` with a number."""
         output = self.name(output)
         node = self._onnx.helper.make_node(kind, inputs, [output], f"{kind}:{output}", **attributes)
         self.nodes.append(node)
         return output
 
     def transpose(self, x: str, axes: list[int], output: str) -> str:
-        """The tensor with its axes in another order; itself if the order is the same."""
+        """Transpose a tensor; return it unchanged if the order of its axes is the same."""
         if axes == list(range(len(axes))):
             return x
         return self.add("Transpose", [x], output, perm=axes)
 
     def rename(self, old: str, new: str) -> None:
-        """Gives a tensor another name, wherever it stands."""
+        """Rename a tensor in all nodes."""
         for node in self.nodes:
             for names in (node.input, node.output):
                 names[:] = [new if name == old else name for name in names]
 
     def model(self, inputs: list[Any], outputs: list[Any], *, opset: int, properties: dict):
-        """The finished model.
+        """Return the finished `onnx.ModelProto`.
 
         Args:
-            inputs: Name, NumPy type and shape without the batch, of each input.
-            outputs: The same of each output.
-            opset: Version of ONNX's operators.
-            properties: Metadata, text by name.
+            inputs: Name, NumPy dtype and shape without the batch of each input.
+            outputs: The same for each output.
+            opset: Version of ONNX's operator set.
+            properties: Metadata, strings by name.
+
+        Raises:
+            ExportError: If the opset is not supported.
         """
         helper = self._onnx.helper
         newest = self._onnx.defs.onnx_opset_version()
@@ -132,5 +135,5 @@ class Builder:
 
 
 def digest(graph: Any) -> str:
-    """SHA-256 of an ONNX graph, weights included."""
+    """Return the SHA-256 of an ONNX graph, including weights."""
     return hashlib.sha256(graph.SerializeToString(deterministic=True)).hexdigest()

@@ -1,6 +1,6 @@
-"""The same network in float32 as ONNX: a baseline, and what other quantizers start from.
+"""An integer network in float32 as ONNX: a baseline, and the input of other quantizers.
 
-What the network in float is, `FloatVisitor` says; here are the ONNX nodes.
+`FloatVisitor` defines the float network; this module writes its ONNX nodes.
 """
 
 from typing import Any
@@ -25,12 +25,12 @@ from jaxqat.integer.graph import (
 
 
 def float_model(graph: IntegerGraph, *, opset: int = OPSET) -> Any:
-    """An integer network's float32 equivalent, as an `onnx.ModelProto`.
+    """Return the float32 equivalent of an integer network as an `onnx.ModelProto`.
 
-    Its input and output are those of `onnx_model(graph, input="float")`.
+    It has the input and output of `onnx_model(graph, input="float")`.
 
     Raises:
-        ExportError: If ONNX has no form of a node; names it.
+        ExportError: If a node has no ONNX equivalent; names the node.
         ImportError: If the package `onnx` is not installed.
     """
     writer = OnnxFloatWriter(graph)
@@ -47,7 +47,7 @@ def float_model(graph: IntegerGraph, *, opset: int = OPSET) -> Any:
 
 
 class OnnxFloatWriter(FloatVisitor[str]):
-    """Writes each node in float; values are names of ONNX tensors, channels first.
+    """Write each node in float; values are names of ONNX tensors, channels first.
 
     Attributes:
         builder: The ONNX graph so far.
@@ -67,7 +67,7 @@ class OnnxFloatWriter(FloatVisitor[str]):
         return x
 
     def quantize(self, node: Quantize, images: str) -> str:
-        """Write the change to ONNX's layout."""
+        """Write the transposition to ONNX's layout."""
         rank = 1 + len(self.graph.input_shape)
         return self.builder.transpose(images, channels_first(rank), "channels_first")
 
@@ -95,7 +95,7 @@ class OnnxFloatWriter(FloatVisitor[str]):
         return onnx_moves.max_pool(self.builder, node, x)
 
     def sum_pool(self, node: SumPool, x: str) -> str:
-        """Write an average and, where the result is no plain average, a factor."""
+        """Write an average pool, and a factor if the result is not the plain average."""
         if node.drop_axes:
             x = self.builder.add("GlobalAveragePool", [x], f"{node.name}/mean")
             x = self.builder.add("Flatten", [x], f"{node.name}/flat")
@@ -104,13 +104,13 @@ class OnnxFloatWriter(FloatVisitor[str]):
             window["count_include_pad"] = 1
             x = self.builder.add("AveragePool", [x], f"{node.name}/mean", **window)
         factor = self.pool_factor(node) * np.prod(node.window)
-        if abs(factor - 1) < 1e-5:  # An average, up to the roundings of its scales.
+        if abs(factor - 1) < 1e-5:  # The plain average, except for rounded scales.
             return x
         factor_name = self.builder.constant(np.float32(factor), f"{node.name}/factor")
         return self.builder.add("Mul", [x, factor_name], f"{node.name}/scaled")
 
     def move(self, node: Move, x: str) -> str:
-        """Write a move of elements."""
+        """Write a move."""
         return onnx_moves.move(self.builder, node, x, self._rank(node), np.float32(0))
 
     def concat(self, node: Concat, inputs: list[str]) -> str:

@@ -1,15 +1,15 @@
 # pyright: strict, reportUnknownMemberType=false
-"""The integer network as an ONNX file that ONNX Runtime and OpenVINO run on integer kernels.
+"""Export of the integer network to ONNX, for the integer kernels of ONNX Runtime and OpenVINO.
 
-The file's input is a batch of images in JAX's layout, (batch, *spatial, channels): float32 as the
-training graph takes them, or uint8 as they are on disk, with normalization inside. Its result is
-float32. The batch is of any size. Between them all tensors are uint8 and all weights int8, in
-QuantizeLinear/DequantizeLinear form (`nodes`).
+The input is a batch of images in JAX's layout, (batch, *spatial, channels): float32 like the input
+of the training graph, or raw uint8, which the file normalizes. The batch may have any size. The
+result is float32. In between, tensors are uint8 and weights int8, in QuantizeLinear and
+DequantizeLinear form (`nodes`).
 
-On x86 processors without VNNI, ONNX Runtime's product of uint8 and int8 adds pairs of products in
-16 bits, which saturates where codes and weights are large. Its session option
-`session.x64quantprecision` = 1 asks for exact sums there (`run_onnx` sets it); codes of the recipe
-`int8_symmetric`, 0..127 behind a ReLU, cannot saturate.
+On x86 processors without VNNI, ONNX Runtime adds pairs of uint8 x int8 products in 16 bits, which
+saturates for large codes and weights. The session option `session.x64quantprecision` = 1 asks for
+exact sums (`run_onnx` sets it). Codes of the recipe `int8_symmetric` after a ReLU are 0..127 and
+cannot saturate.
 """
 
 import json
@@ -35,13 +35,13 @@ def onnx_model(graph: IntegerGraph, *, input: Input = "float", opset: int = OPSE
     """Return an integer network as an `onnx.ModelProto`.
 
     Args:
-        graph: The network, with requantization 'float'.
-        input: 'float': the network's own input. 'uint8': images of 0..255, for a network with a
-            table of pixel codes.
-        opset: Version of ONNX's operators, 13 or later.
+        graph: Network with requantization 'float'.
+        input: 'float' for the network's float32 input; 'uint8' for images of 0..255, if the
+            network has a table of pixel codes.
+        opset: Version of ONNX's operator set, 13 or later.
 
     Raises:
-        ExportError: If ONNX has no exact form of the network; names the node.
+        ExportError: If ONNX cannot represent the network exactly, or an argument is invalid.
         ImportError: If the package `onnx` is not installed.
     """
     if input not in ("float", "uint8"):
@@ -49,8 +49,7 @@ def onnx_model(graph: IntegerGraph, *, input: Input = "float", opset: int = OPSE
     if graph.requantization != "float":
         raise ExportError(
             f"The network's requantization is {graph.requantization!r}, a rounding shift of 64-bit "
-            "products, for which ONNX has no operation; right would be to convert with "
-            "requantization='float'."
+            "products, for which ONNX has no operation; convert with requantization='float'."
         )
     writer = OnnxWriter(graph, INPUT, OUTPUT, uint8=input == "uint8")
     writer.write()
@@ -69,20 +68,21 @@ def export_onnx(
     input: Input = "float",
     overwrite: bool = False,
 ) -> Path:
-    """Write an integer network as an ONNX file, whole or not at all.
+    """Write an integer network as an ONNX file, atomically.
 
     Args:
-        graph: The network, with requantization 'float'.
-        path: File to write; its folder exists.
-        input: What the file takes: see `onnx_model`.
-        overwrite: Whether a file of that name may be replaced.
+        graph: Network with requantization 'float'.
+        path: File to write; its folder must exist.
+        input: Input of the file: 'float' for the network's float32 input; 'uint8' for images of
+            0..255, if the network has a table of pixel codes.
+        overwrite: Whether to replace an existing file.
 
     Returns:
         The path.
 
     Raises:
-        ExportError: If the network has no exact ONNX form, the file exists already, or it cannot
-            be written.
+        ExportError: If ONNX cannot represent the network exactly, or the file already exists or
+            cannot be written.
         ImportError: If the package `onnx` is not installed.
     """
     path = Path(path)
@@ -94,8 +94,8 @@ def export_onnx(
 
 
 def _properties(graph: IntegerGraph, input: Input, writer: OnnxWriter) -> dict[str, str]:
-    """What the file says about itself, as text: JSON, apart from single words."""
-    described = {
+    """Return the file's metadata: JSON text by key."""
+    input_description = {
         "layout": ["batch", *(f"space{i}" for i in range(len(graph.input_shape) - 1)), "channel"],
         "values": "0..255, normalized inside" if input == "uint8" else "normalized as in training",
     }
@@ -108,6 +108,6 @@ def _properties(graph: IntegerGraph, input: Input, writer: OnnxWriter) -> dict[s
     return {
         **({} if labels is None else {"labels": json.dumps(labels, default=str)}),
         "metadata": json.dumps(metadata, default=str),
-        "input": json.dumps(described),
+        "input": json.dumps(input_description),
         "codes": json.dumps(codes),
     }

@@ -1,30 +1,30 @@
-"""Operations that only move codes, in ONNX's layout; they work on the uint8 numbers themselves."""
+"""ONNX nodes that only move codes, in ONNX's layout. They work on uint8 codes directly."""
 
 import numpy as np
 
 from jaxqat.export._onnx.builder import Builder, channels_first, channels_last
 from jaxqat.integer.graph import Concat, MaxPool, Move, SumPool
 
-_BEFORE_FIRST = np.iinfo(np.int64).min + 1  # As the end of a slice that runs backwards.
+_BEFORE_FIRST = np.iinfo(np.int64).min + 1  # End of a slice with a negative stride.
 
 
 def axis_first(axis: int, rank: int) -> int:
-    """Where an axis of JAX's layout is in ONNX's."""
+    """Return the position in ONNX's layout of an axis of JAX's layout."""
     return channels_first(rank).index(axis)
 
 
 def move(builder: Builder, node: Move, codes: str, rank: int, zero: np.generic) -> str:
-    """Codes moved.
+    """Write a move.
 
     Args:
-        builder: The ONNX graph.
-        node: What is done.
-        codes: The source, channels first.
-        rank: Of the source, with the batch.
-        zero: What a border holds.
+        builder: ONNX graph to extend.
+        node: Move to write.
+        codes: Name of the source, channels first.
+        rank: Rank of the source, including the batch.
+        zero: Value of padding.
 
     Returns:
-        The result, channels first.
+        Name of the result, channels first.
     """
     name = f"{node.output}/codes"
     order = channels_first(rank)
@@ -56,7 +56,7 @@ def move(builder: Builder, node: Move, codes: str, rank: int, zero: np.generic) 
 
 
 def window_attributes(node: MaxPool | SumPool) -> dict[str, object]:
-    """A pool's window, as ONNX's pools have it."""
+    """Return the window attributes of a pool in ONNX's form."""
     return {
         "kernel_shape": list(node.window),
         "strides": list(node.strides),
@@ -65,10 +65,10 @@ def window_attributes(node: MaxPool | SumPool) -> dict[str, object]:
 
 
 def max_pool(builder: Builder, node: MaxPool, codes: str) -> str:
-    """The largest code in each window; ONNX's border never wins either."""
+    """Write a MaxPool; ONNX ignores padding too."""
     return builder.add("MaxPool", [codes], f"{node.output}/codes", **window_attributes(node))
 
 
 def concat(builder: Builder, node: Concat, codes: list[str], rank: int) -> str:
-    """Tensors side by side."""
+    """Write a Concat."""
     return builder.add("Concat", codes, f"{node.output}/codes", axis=axis_first(node.axis, rank))

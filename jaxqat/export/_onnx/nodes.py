@@ -1,12 +1,12 @@
 """The operations of an integer graph in ONNX's quantized form.
 
-Each tensor is uint8, made by a QuantizeLinear and read through a DequantizeLinear; between the
-two stands the float operation, which runtimes replace together with them by an integer kernel. So
-the fused kernels' arithmetic is the graph's own, to the bit (`grids` says how), and a runtime
-that fuses nothing computes the same real numbers up to float rounding.
+Each tensor is uint8: the output of a QuantizeLinear, read through a DequantizeLinear. Between the
+two is a float operation, and runtimes fuse all three into an integer kernel. The fused kernels
+compute the graph's arithmetic to the bit (`grids` explains how). A runtime without fusion computes
+the same real numbers, up to float rounding.
 
-What uint8 saturation does not clip is clipped on the codes, behind QuantizeLinear: a float Clip
-or Relu in front of it would keep ONNX Runtime from an integer kernel.
+Bounds narrower than uint8 are clipped on the codes, after QuantizeLinear: a float Clip or Relu
+before it would keep ONNX Runtime from using an integer kernel.
 """
 
 from collections.abc import Mapping
@@ -34,13 +34,13 @@ from jaxqat.integer.graph import (
 )
 
 _ONE = np.float32(1)
-FLOAT, INT32 = 1, 6  # ONNX's numbers of element types.
+FLOAT, INT32 = 1, 6  # ONNX's element types.
 
 
 def oriented_weights(weights: np.ndarray, kind: str, spatial: int) -> np.ndarray:
-    """Weights as ONNX has them: (in, out) of a matrix, (out, in, *window) of a convolution.
+    """Return weights in ONNX's layout: (in, out) for a Gemm, (out, in, *window) for a Conv.
 
-    A dense layer at every point of space is a convolution with a window of one.
+    A dense layer with spatial axes is a convolution with a window of 1.
     """
     if spatial == 0:
         return weights
@@ -50,15 +50,15 @@ def oriented_weights(weights: np.ndarray, kind: str, spatial: int) -> np.ndarray
 
 
 def geometry(node: Product, spatial: int) -> dict[str, object]:
-    """Attributes of a convolution over so many axes of space.
+    """Return the attributes of a Conv with this number of spatial axes.
 
     Raises:
-        ExportError: If its padding is negative.
+        ExportError: If the padding is negative.
     """
     padding = node.padding or ((0, 0),) * spatial
     if any(end < 0 for pair in padding for end in pair):
         raise ExportError(
-            f"node {node.name!r}: a convolution of ONNX pads by 0 or more, this one by {padding}."
+            f"node {node.name!r}: ONNX convolutions need padding of 0 or more, got {padding}."
         )
     return {
         "kernel_shape": list(node.window or (1,) * spatial),
@@ -70,15 +70,14 @@ def geometry(node: Product, spatial: int) -> dict[str, object]:
 
 
 class OnnxWriter(GraphVisitor[str]):
-    """Writes each node in ONNX's quantized form; values are names of ONNX tensors.
+    """Write each node in ONNX's quantized form; values are names of ONNX tensors.
 
-    They are the uint8 numbers of a tensor, channels first, or the network's real result, in JAX's
-    layout.
+    An ONNX tensor holds uint8 codes, channels first, or the network's real result, in JAX's layout.
 
     Attributes:
         builder: The ONNX graph so far.
-        offsets: Of each tensor: its uint8 number less its code.
-        codes: Of each tensor: the ONNX tensor of its uint8 numbers.
+        offsets: For each tensor, its uint8 codes minus its int8 codes.
+        codes: For each tensor, the name of the ONNX tensor of its uint8 codes.
     """
 
     def __init__(self, graph: IntegerGraph, image: str, result: str, *, uint8: bool):
@@ -91,7 +90,7 @@ class OnnxWriter(GraphVisitor[str]):
         self._result = self.builder.name(result)
 
     def write(self) -> None:
-        """Write all nodes, and the network's real result under its name."""
+        """Write all nodes, and give the network's real result its name."""
         result = self.visit(self._image)[self.graph.output]
         tensor = self.graph.tensors.get(self.graph.output)
         if tensor is not None:
@@ -107,14 +106,14 @@ class OnnxWriter(GraphVisitor[str]):
         images: str,
         parameters: Mapping[str, Any],
     ) -> str:
-        """Write one node, and note the codes that it makes."""
-        written = super().node(node, values, images, parameters)
+        """Write one node, and store the name of its output's codes."""
+        output = super().node(node, values, images, parameters)
         if node.output in self.graph.tensors:
-            self.codes[node.output] = written
-        return written
+            self.codes[node.output] = output
+        return output
 
     def real(self, name: str, scale: np.float32) -> str:
-        """A tensor behind a DequantizeLinear of this scale."""
+        """Return the output of a DequantizeLinear of a tensor with this scale, writing it once."""
         key = (name, float(scale))
         if key not in self._real:
             zero = self._zero(self.graph.tensors[name])
@@ -128,7 +127,7 @@ class OnnxWriter(GraphVisitor[str]):
         return self.builder.constant(zero, f"{tensor.name}/zero_point")
 
     def _quantized(self, real: str, tensor: Tensor, scale: np.float32 | None = None) -> str:
-        """QuantizeLinear onto a tensor's grid, and its bounds where uint8 has others."""
+        """Write a QuantizeLinear to a tensor's grid, and a Clip if its bounds are not uint8's."""
         scale = tensor.scale if scale is None else scale
         scale_name = self.builder.constant(np.float32(scale), f"{tensor.name}/scale")
         inputs = [real, scale_name, self._zero(tensor)]
@@ -142,7 +141,7 @@ class OnnxWriter(GraphVisitor[str]):
         return tensor.low + offset, tensor.high + offset
 
     def _clipped(self, codes: str, tensor: Tensor, low: int = 0, high: int = UINT8_MAX) -> str:
-        """Codes of low..high within the bounds of a tensor."""
+        """Clip codes in low..high to the bounds of a tensor, if they can exceed them."""
         bottom, top = self._bounds(tensor)
         if low >= bottom and high <= top:
             return codes
@@ -155,24 +154,24 @@ class OnnxWriter(GraphVisitor[str]):
         return self.builder.add("Clip", inputs, f"{tensor.name}/codes")
 
     def quantize(self, node: Quantize, images: str) -> str:
-        """Write the input's codes: a rounding, or a table of pixels."""
+        """Write the codes of the input: a rounding, or a lookup of pixels in the table."""
         out = self.graph.tensors[node.output]
         builder, rank = self.builder, 1 + len(out.shape)
         if self._uint8:
             codes = self._looked_up(node, images)
         else:
-            # The product as training computes it, and the rounding apart from it.
+            # The float32 product of training first, then the rounding as a separate node.
             inverse = builder.constant(np.float32(node.inverse), "inverse")
             scaled = builder.add("Mul", [images, inverse], f"{out.name}/steps")
             codes = self._quantized(scaled, out, _ONE)
         return builder.transpose(codes, channels_first(rank), f"{out.name}/channels_first")
 
     def _looked_up(self, node: Quantize, images: str) -> str:
-        """Normalization and quantization of pixels: entry 256 * channel + pixel of a table."""
+        """Write the lookup of pixels in the table of codes, at entry 256 * channel + pixel."""
         if node.table is None:
             raise ExportError(
-                f"node {node.name!r}: the network has no table of uint8 images; right would be "
-                "input='float', or a conversion that is given the normalization."
+                f"node {node.name!r}: the network has no table for uint8 images; use "
+                "input='float', or convert with `preprocess`."
             )
         builder = self.builder
         table = (node.table.astype(np.int16) + self.offsets[node.output]).astype(np.uint8)
@@ -186,7 +185,7 @@ class OnnxWriter(GraphVisitor[str]):
         return builder.add("Gather", [entries, index], f"{node.output}/codes")
 
     def product(self, node: Product, arrays: Any, x: str) -> str:
-        """Write a Conv or a Gemm; at the network's end, its real result."""
+        """Write a Conv or a Gemm, with codes or the network's real result as output."""
         out = self.graph.tensors.get(node.output)
         if out is not None:
             return self._quantized(self._real_product(node, out), out)
@@ -201,8 +200,8 @@ class OnnxWriter(GraphVisitor[str]):
         scales = weight_scales(node, source.scale, out)
         if scales is None:
             raise ExportError(
-                f"node {node.name!r}: its multipliers are no quotients of float32 scales, which "
-                "ONNX needs; right would be (scale_in * weight_scale) / scale_out."
+                f"node {node.name!r}: its multipliers must be float32 quotients of float32 scales, "
+                "(scale_in * weight_scale) / scale_out, which ONNX needs."
             )
         spatial = len(source.shape) - 1
         weights = oriented_weights(node.weights, node.kind, spatial)
@@ -264,11 +263,11 @@ class OnnxWriter(GraphVisitor[str]):
         return self._moved(node, onnx_moves.concat(self.builder, node, inputs, rank))
 
     def _moved(self, node: Node, codes: str) -> str:
-        """Moved codes, within the bounds of their new tensor."""
+        """Clip moved codes to the bounds of the output."""
         return self._clipped(codes, self.graph.tensors[node.output], *self._all_bounds(node))
 
     def _all_bounds(self, node: Node) -> tuple[int, int]:
-        """The smallest and the largest code that an operation reads, or that a border holds."""
+        """Return the smallest and the largest code of the inputs, including padding."""
         sources = [self.graph.tensors[name] for name in node.inputs]
         bounds = [self._bounds(source) for source in sources]
         if isinstance(node, Move) and node.kind == "pad":
@@ -277,7 +276,7 @@ class OnnxWriter(GraphVisitor[str]):
         return min(low for low, _ in bounds), max(high for _, high in bounds)
 
     def sum_pool(self, node: SumPool, x: str) -> str:
-        """Write an average; of windows, as a convolution by ones."""
+        """Write an average pool: over windows, as a convolution with ones."""
         out = self.graph.tensors.get(node.output)
         if not node.drop_axes:
             return self.product(self._as_depthwise(node), None, x)
@@ -293,7 +292,7 @@ class OnnxWriter(GraphVisitor[str]):
         return self._quantized(self._real_sum(node), out, _ONE)
 
     def _as_depthwise(self, node: SumPool) -> Product:
-        """A pool as a convolution by ones, whose integer kernel sums before it rounds."""
+        """Return a pool as a convolution with ones, whose integer kernel sums before it rounds."""
         channels = self.graph.tensors[node.inputs[0]].shape[-1]
         multiplier = np.full(channels, node.multiplier, np.float32)
         scale = self.graph.tensors[node.inputs[0]].scale
@@ -312,18 +311,18 @@ class OnnxWriter(GraphVisitor[str]):
         )
 
     def _real_sum(self, node: SumPool) -> str:
-        """sum(q - z) * multiplier over all of space, in float: sums of integers are exact."""
-        steps = self.real(node.inputs[0], _ONE)
+        """Write sum(q - z) * multiplier over all spatial axes, as a float sum of integers."""
+        units = self.real(node.inputs[0], _ONE)
         axes = list(range(2, 2 + len(node.window)))
         axes_name = self.builder.constant(np.array(axes, np.int64), f"{node.name}/axes")
-        total = self.builder.add("ReduceSum", [steps, axes_name], f"{node.name}/sum", keepdims=0)
+        total = self.builder.add("ReduceSum", [units, axes_name], f"{node.name}/sum", keepdims=0)
         multiplier = self.builder.constant(node.multiplier, f"{node.name}/multiplier")
         return self.builder.add("Mul", [total, multiplier], f"{node.name}/real")
 
     def _integer_sums(self, node: Product) -> str:
-        """(acc + bias) * multiplier of a convolution by ONNX's integer convolution.
+        """Write (acc + bias) * multiplier with ConvInteger.
 
-        Runtimes have no integer kernel for Conv with a float result, and a float one rounds.
+        Runtimes have no integer kernel for a Conv with a float result, and a float kernel rounds.
         """
         builder, source = self.builder, self.graph.tensors[node.inputs[0]]
         spatial = len(source.shape) - 1

@@ -1,8 +1,8 @@
-"""An exported ONNX file in OpenVINO on the CPU.
+"""Execution of an exported ONNX file in OpenVINO on the CPU.
 
-OpenVINO multiplies the same integers, but adds a bias in float behind the multiplication, and fuses
-a residual addition into the convolution before it, where it rounds once instead of twice: codes
-differ by one in places. Asking it for tensors inside would undo that, so only results are given.
+OpenVINO multiplies the same integers, but adds the bias in float after the multiplication, and
+fuses a residual addition into the convolution before it, with one rounding instead of two. So some
+codes differ by one. Reading inner tensors would undo the fusion, so only results are returned.
 """
 
 import contextlib
@@ -24,12 +24,12 @@ class _SignalStack(ctypes.Structure):
 
 
 @contextlib.contextmanager
-def _signal_stack_kept() -> Iterator[None]:
-    """Keep this thread's stack for signal handlers.
+def _restored_signal_stack() -> Iterator[None]:
+    """Restore this thread's stack for signal handlers on exit.
 
-    Each compiled model installs a stack of its own and, when it is deleted, the one that it found.
-    Two models that are deleted in the order in which they were made leave the thread with a stack
-    that is freed, and the next signal, such as Ctrl-C, ends the process with SIGSEGV.
+    A compiled model installs its own stack, and restores the previous one when it is deleted. If
+    two models are deleted in the order of their creation, the thread is left with a freed stack,
+    and the next signal, such as Ctrl-C, ends the process with SIGSEGV.
     """
     if sys.platform != "linux":
         yield
@@ -43,27 +43,27 @@ def _signal_stack_kept() -> Iterator[None]:
 
 
 def compile_openvino(model: Any, *, threads: int | None = None) -> Callable[[Any], np.ndarray]:
-    """Return a function from images, as the model takes them, to its result.
+    """Compile a model for the CPU and return it as a function from images to its result.
 
     Args:
         model: An `onnx.ModelProto`.
-        threads: Of the processor; None leaves it to OpenVINO.
+        threads: Number of threads; None leaves it to OpenVINO.
 
     Raises:
         ImportError: If the package `openvino` is not installed.
     """
     with warnings.catch_warnings():
-        # Its import forks a process, which JAX, having threads, warns of.
+        # The import forks a process, and JAX warns of forks because it has threads.
         warnings.simplefilter("ignore", RuntimeWarning)
         openvino = library("openvino")
     options: dict[str, Any] = {
         "PERFORMANCE_HINT": "LATENCY",  # All threads work on one batch, as in other runtimes.
-        # Processors with bfloat16 units would compute in it what has no integer kernel.
+        # With bfloat16 units, operations without an integer kernel would run in bfloat16.
         "INFERENCE_PRECISION_HINT": "f32",
     }
     if threads is not None:
         options["INFERENCE_NUM_THREADS"] = threads
     core = openvino.Core()
-    with _signal_stack_kept():
+    with _restored_signal_stack():
         compiled = core.compile_model(core.read_model(model.SerializeToString()), "CPU", options)
     return lambda images: compiled(images)[0]

@@ -1,4 +1,4 @@
-"""An exported ONNX file in ONNX Runtime: its results, and the codes of every tensor."""
+"""Execution of an exported ONNX file in ONNX Runtime: results, and codes of all tensors."""
 
 import json
 import os
@@ -15,13 +15,13 @@ Runner = Callable[[np.ndarray], tuple[np.ndarray, dict[str, np.ndarray]]]
 
 
 def load_onnx(source: str | os.PathLike | bytes) -> Any:
-    """Load the `onnx.ModelProto` of a file that this library wrote.
+    """Load the `onnx.ModelProto` from a file that this library wrote.
 
     Args:
-        source: Path, or the file's content.
+        source: Path or content of the file.
 
     Raises:
-        ExportError: If there is no such file, or it is not, or no longer, what was written.
+        ExportError: If the file cannot be read, is damaged, or was not written by this library.
         ImportError: If the package `onnx` is not installed.
     """
     onnx = library("onnx")
@@ -33,17 +33,17 @@ def load_onnx(source: str | os.PathLike | bytes) -> Any:
     try:
         model = onnx.load_model_from_string(content)
         onnx.checker.check_model(model)
-    except Exception as error:  # protobuf's own, which depends on its version, and the checker's.
-        raise ExportError(f"{name}: is no whole ONNX file: {error}") from error
+    except Exception as error:  # The checker's, and protobuf's, whose class depends on the version.
+        raise ExportError(f"{name}: is not a complete ONNX file: {error}") from error
     if _described(model, "sha256") != digest(model.graph):
-        raise ExportError(f"{name}: is not what was written: its checksum is another.")
+        raise ExportError(f"{name}: is damaged: its content does not match its checksum.")
     return model
 
 
 def with_codes(model: Any) -> Any:
-    """A copy of an exported model whose outputs are its result and the uint8 codes of all tensors.
+    """Return a copy of an exported model that also outputs the uint8 codes of all tensors.
 
-    Runtimes fuse it as they fuse the model itself: the codes are what QuantizeLinear makes.
+    The codes are outputs of QuantizeLinear, so runtimes fuse the copy like the model itself.
     """
     onnx = library("onnx")
     copy = onnx.ModelProto()
@@ -59,13 +59,13 @@ def with_codes(model: Any) -> Any:
 
 
 def make_session(model: Any, *, threads: int | None = None, exact: bool = True) -> Any:
-    """An ONNX Runtime session on the CPU.
+    """Return an ONNX Runtime session on the CPU.
 
     Args:
         model: An `onnx.ModelProto`.
-        threads: Threads of one operation; None leaves it to ONNX Runtime.
-        exact: Whether to ask for exact products where the processor's own might saturate, that is
-            on an x86 processor that is not known to have VNNI. They are slower.
+        threads: Threads per operation; None leaves it to ONNX Runtime.
+        exact: Whether to ask for exact but slower products unless the processor is known to have
+            VNNI; without it, products can saturate on x86.
     """
     runtime = library("onnxruntime")
     options = runtime.SessionOptions()
@@ -80,7 +80,7 @@ def make_session(model: Any, *, threads: int | None = None, exact: bool = True) 
 
 
 def _has_vnni() -> bool:
-    """Whether the processor adds products of uint8 and int8 in 32 bits, as far as Linux tells."""
+    """Return whether Linux reports VNNI, which adds products of uint8 and int8 in 32 bits."""
     try:
         return "vnni" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
@@ -88,16 +88,16 @@ def _has_vnni() -> bool:
 
 
 def make_runner(source: str | os.PathLike | bytes, *, expose: bool = False) -> Runner:
-    """A function that runs an exported file in ONNX Runtime, a batch a call.
+    """Return a function that runs an exported file in ONNX Runtime, one batch per call.
 
     Args:
-        source: Path, or the file's content.
-        expose: Whether to give the codes of all tensors as well.
+        source: Path or content of the file.
+        expose: Whether to return the codes of all tensors too.
 
     Returns:
-        A function from images (n, *input_shape), float32 or uint8 as the file takes them, to the
+        A function from images (n, *input_shape), float32 or uint8 as the file declares, to the
         results, float32 (n, *output_shape), and the codes by name of the graph's tensor, int8 in
-        JAX's layout; without `expose` there are none. It raises `ExportError` for other images.
+        JAX's layout (empty without `expose`). It raises `ExportError` for other images.
 
     Raises:
         ExportError: If the file cannot be read.
@@ -129,16 +129,16 @@ def run_onnx(
     batch_size: int = 256,
     expose: bool = False,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Run an exported file in ONNX Runtime on many images; see `make_runner`.
+    """Run an exported file in ONNX Runtime on many images, and return as `make_runner`'s function.
 
-    With `expose`, the codes of all images are held at once: of a ResNet-18 at 32 x 32 some 0.9 MB
-    an image.
+    With `expose`, the codes of all images are in memory at once: about 0.9 MB per image for a
+    ResNet-18 at 32 x 32.
 
     Args:
-        source: Path, or the file's content.
+        source: Path or content of the file.
         images: (n, *input_shape), with n of at least 1.
-        batch_size: Images at a time.
-        expose: Whether to give the codes of all tensors as well.
+        batch_size: Images per batch.
+        expose: Whether to return the codes of all tensors too.
     """
     run = make_runner(source, expose=expose)
     starts = range(0, max(len(images), 1), batch_size)
@@ -149,23 +149,23 @@ def run_onnx(
 
 
 def _as_codes(numbers: np.ndarray, offset: int) -> np.ndarray:
-    """The graph's int8 codes, channels last, of ONNX's uint8 numbers, channels first."""
+    """Convert ONNX's uint8 codes, channels first, to the graph's int8 codes, channels last."""
     codes = (numbers.astype(np.int16) - offset).astype(np.int8)
     return codes.transpose(channels_last(codes.ndim))
 
 
 def _check_images(images: np.ndarray, declared: Any) -> None:
-    wanted = {"tensor(float)": "float32", "tensor(uint8)": "uint8"}[declared.type]
+    dtype = {"tensor(float)": "float32", "tensor(uint8)": "uint8"}[declared.type]
     shape = tuple(declared.shape[1:])
-    if images.dtype.name != wanted or images.shape[1:] != shape or not len(images):
+    if images.dtype.name != dtype or images.shape[1:] != shape or not len(images):
         raise ExportError(
-            f"images are {images.dtype.name} of shape {images.shape}; the file takes {wanted} of "
-            f"shape (n, {', '.join(map(str, shape))}), with n of at least 1."
+            f"images must be {dtype} of the shape (n, {', '.join(map(str, shape))}), with n of at "
+            f"least 1, got {images.dtype.name} {images.shape}."
         )
 
 
 def _described(model: Any, key: str) -> str:
-    """An entry of the file's metadata."""
+    """Return an entry of the file's metadata."""
     for entry in model.metadata_props:
         if entry.key == key:
             return entry.value

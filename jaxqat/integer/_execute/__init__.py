@@ -1,4 +1,4 @@
-"""One graph, one result, and for each platform the operations that run as integers there."""
+"""Execution of integer graphs: one result, and for each platform its fast integer operations."""
 
 from jaxqat.integer._execute.base import Platform
 from jaxqat.integer._execute.cpu import Cpu

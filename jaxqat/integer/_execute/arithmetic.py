@@ -1,12 +1,12 @@
-"""Requantization: an int32 accumulator becomes whole steps of another grid, in one of two ways.
+"""Requantization: rescaling of int32 accumulators to rounded units of another grid, in two ways.
 
-`float`: round(float32(a) * m), one conversion, one multiplication, round half to even. No compiler
-has a multiply-add to contract in it, so its bits are the same on every platform.
+`float`: round(float32(a) * m), with one conversion, one multiplication and round half to even. It
+has no addition that a compiler could fuse into a multiply-add, so all platforms agree bit for bit.
 
-`fixed_point`: floor((a * M + 2**(shift - 1)) / 2**shift) with an int32 mantissa M and a shift, m =
-M / 2**shift exactly (Jacob et al. 2018, arXiv:1712.05877, section 2.2, with the two roundings of
-its reference implementation joined to one): integers only. The 64-bit product is made of 32-bit
-words, since JAX has no int64 without a global switch.
+`fixed_point`: floor((a * M + 2**(shift - 1)) / 2**shift), in integers only, with an int32 mantissa
+M and a shift such that m = M / 2**shift exactly (Jacob et al. 2018, arXiv:1712.05877, section 2.2,
+but with one rounding instead of the two of its reference implementation). The 64-bit product is
+computed in 32-bit words, because JAX has int64 only behind a global switch.
 """
 
 import dataclasses
@@ -21,11 +21,11 @@ MANTISSA_BITS = 31
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FixedPoint:
-    """Multipliers as integers: M / 2**shift, 2**30 <= M < 2**31.
+    """Multipliers as integers: M / 2**shift with 2**30 <= M < 2**31.
 
     Attributes:
-        mantissa: int32.
-        shift: int32, of the mantissa's shape.
+        mantissa: M, int32.
+        shift: int32, of the same shape.
     """
 
     mantissa: np.ndarray
@@ -33,10 +33,10 @@ class FixedPoint:
 
     @classmethod
     def of(cls, multiplier: np.ndarray | np.float32) -> "FixedPoint":
-        """The integers of positive float32 multipliers; exact, since 24 bits fit 31.
+        """Convert positive float32 multipliers exactly: their 24 bits fit a 31-bit mantissa.
 
         Raises:
-            ValueError: A multiplier of 2**30 or more, which no requantization has.
+            ValueError: If a multiplier is 2**30 or more, which no requantization needs.
         """
         fraction, exponent = np.frexp(np.asarray(multiplier, np.float64))
         shift = MANTISSA_BITS - exponent.astype(np.int64)
@@ -47,31 +47,31 @@ class FixedPoint:
 
 
 def rescale(values: Int[Array, "..."], multiplier: Array) -> Array:
-    """round(float32(values) * multiplier), as float32."""
+    """Return round(float32(values) * multiplier) as float32."""
     return jnp.round(values.astype(jnp.float32) * multiplier)
 
 
 def rescale_fixed(
     values: Int[Array, "..."], mantissa: Int[Array, "..."], shift: Int[Array, "..."]
 ) -> Int[Array, "..."]:
-    """floor((values * mantissa + 2**(shift - 1)) / 2**shift), as int32.
+    """Return floor((values * mantissa + 2**(shift - 1)) / 2**shift) as int32.
 
     Args:
         values: int32 accumulators.
-        mantissa: Positive int32, broadcastable to values.
-        shift: 1 or more; from 63 on the result is 0.
+        mantissa: Positive int32, broadcastable to `values`.
+        shift: 1 or more; the result is 0 from 63 on.
     """
     high, low = _product64(values.astype(jnp.int32), mantissa)
     shift = jnp.asarray(shift, jnp.int32)
-    short = shift < 32  # Each branch computes with shifts in its own range only.
-    below, above = jnp.where(short, shift, 1), jnp.clip(jnp.where(short, 32, shift) - 32, 0, 31)
-    rounded = low + _left(1, below - 1)
+    short = shift < 32  # Both branches are evaluated, so clip the shifts of each to its range.
+    by, high_by = jnp.where(short, shift, 1), jnp.clip(jnp.where(short, 32, shift) - 32, 0, 31)
+    rounded = low + _left(1, by - 1)
     carry = (rounded < low).astype(jnp.uint32)
-    joined = _left(high + carry, 32 - below) | _right(rounded, below)
-    # 2**(shift - 1) lies in the high word, but for shift 32, where it is the low one's top bit.
-    top = jnp.where(shift > 32, _left(1, jnp.maximum(above - 1, 0)), low >> jnp.uint32(31))
-    tall = _signed(high + top) >> above
-    result = jnp.where(short, _signed(joined), tall)
+    short_result = _left(high + carry, 32 - by) | _right(rounded, by)
+    # 2**(shift - 1) is in the high word; for shift 32 it is the top bit of the low word.
+    half = jnp.where(shift > 32, _left(1, jnp.maximum(high_by - 1, 0)), low >> jnp.uint32(31))
+    long_result = _signed(high + half) >> high_by
+    result = jnp.where(short, _signed(short_result), long_result)
     return jnp.where(shift > 62, 0, result)
 
 
@@ -84,15 +84,15 @@ def shift_to_even(values: Int[Array, "..."], shift: int) -> Int[Array, "..."]:
 
 
 def _product64(a: Array, mantissa: Array) -> tuple[Array, Array]:
-    """High and low word of the signed 64-bit product of an int32 and a positive int32."""
+    """Return the high and low word of the 64-bit product of an int32 and a positive int32."""
     x, y = _unsigned(a), _unsigned(jnp.asarray(mantissa, jnp.int32))
-    half, mask = jnp.uint32(16), jnp.uint32(0xFFFF)
-    x_low, x_high, y_low, y_high = x & mask, x >> half, y & mask, y >> half
+    bits, mask = jnp.uint32(16), jnp.uint32(0xFFFF)
+    x_low, x_high, y_low, y_high = x & mask, x >> bits, y & mask, y >> bits
     first, second, third = x_low * y_low, x_high * y_low, x_low * y_high
-    middle = (first >> half) + (second & mask) + (third & mask)
-    low = (first & mask) | (middle << half)
-    high = x_high * y_high + (second >> half) + (third >> half) + (middle >> half)
-    # As an unsigned word a negative number is 2**32 too large.
+    middle = (first >> bits) + (second & mask) + (third & mask)
+    low = (first & mask) | (middle << bits)
+    high = x_high * y_high + (second >> bits) + (third >> bits) + (middle >> bits)
+    # The unsigned word of a negative number is too large by 2**32.
     return high - jnp.where(a < 0, y, jnp.uint32(0)), low
 
 

@@ -1,8 +1,8 @@
 """Execution of an integer graph with plain s8 convolutions and dots.
 
-`Platform` is what a TPU runs, whose compiler has native s8 products and fuses the requantization
-behind them, and what the other platforms start from: each overrides how products are laid out and
-accumulated, and nothing else. The results are the same integers everywhere.
+`Platform` runs on a TPU, whose compiler has native s8 products and fuses the requantization into
+them. It is also the base class of the other platforms, which override how codes are stored and how
+products are laid out and accumulated. All platforms compute the same integers.
 """
 
 import dataclasses
@@ -23,12 +23,12 @@ Parameters = dict[str, dict[str, np.ndarray]]
 
 
 class Platform(GraphVisitor[Array]):
-    """Computes a graph: every tensor as it is stored, and the real result if there is one.
+    """Compute every tensor of a graph as stored codes, and the real result if there is one.
 
     Attributes:
-        graph: The network.
-        compiler_options: For `jax.jit`.
-        parameters: Arrays of each product, laid out for this platform, by node.
+        graph: Network to execute.
+        compiler_options: Options for `jax.jit`.
+        parameters: Arrays of each product by the node's name, laid out for this platform.
     """
 
     compiler_options: ClassVar[dict[str, Any] | None] = None
@@ -40,9 +40,12 @@ class Platform(GraphVisitor[Array]):
         }
 
     def parameters_from(self, arrays: dict[str, dict[str, Array]]) -> Any:
-        """`parameters`, laid out by the program itself from 'weights' and 'bias' of each product.
+        """Return `parameters`, laid out inside the program from each product's weights and bias.
 
-        A program for several platforms then holds its weights once.
+        So a program for several platforms holds its weights only once.
+
+        Args:
+            arrays: 'weights' and 'bias' of each product, by the node's name.
         """
         return {
             node.name: {
@@ -52,43 +55,47 @@ class Platform(GraphVisitor[Array]):
             for node in self.graph.products()
         }
 
-    # What a platform decides.
+    # Platforms override these.
 
     def offset(self, tensor: g.Tensor) -> int:
-        """Added to a tensor's codes where they are stored."""
+        """Return the offset between stored values and codes: stored = code + offset."""
         del tensor
         return 0
 
     stored_type: ClassVar[Any] = jnp.int8
 
     def prepare(self, node: g.Product) -> dict[str, np.ndarray]:
-        """Weights and bias of a product: 'weights', 'bias' (int32, zero points folded in)."""
+        """Return 'weights' and 'bias' of a product; zero points are folded into the int32 bias."""
         return {"weights": node.weights, "bias": self.folded_bias(node)}
 
-    def accumulate(self, node: g.Product, own: dict[str, Array], codes: Array) -> Int[Array, "..."]:
-        """The int32 accumulator of a product, its bias added."""
+    def accumulate(
+        self, node: g.Product, arrays: dict[str, Array], codes: Array
+    ) -> Int[Array, "..."]:
+        """Return the int32 accumulator of a product, with its bias."""
         if node.kind == "dense":
-            return self.dot(codes, own["weights"]) + own["bias"]
+            return self.dot(codes, arrays["weights"]) + arrays["bias"]
         if is_depthwise(node):
-            return self.depthwise(node, codes, own["weights"]) + own["bias"]
-        return convolve(node, codes, own["weights"]) + own["bias"]
+            return self.depthwise(node, codes, arrays["weights"]) + arrays["bias"]
+        return convolve(node, codes, arrays["weights"]) + arrays["bias"]
 
     def batched(self, function: Callable[[Array], Any]) -> Callable[[Array], Any]:
-        """A function of a batch as this platform should evaluate it."""
+        """Return a function of a batch in the form in which this platform evaluates it."""
         return function
 
-    # What all share.
+    # All platforms share these.
 
-    def zero(self, name: str) -> int:
-        """What a stored real zero is."""
+    def stored_zero(self, name: str) -> int:
+        """Return the stored value of the real zero."""
         tensor = self.graph.tensors[name]
         return tensor.zero_point + self.offset(tensor)
 
     def folded_bias(self, node: g.Product) -> np.ndarray:
-        """The bias with the zero point's part, -z sum(w): one number per channel and, at a border
-        of zeros, per position. The codes are then padded with 0 and nothing else is to be added.
+        """Return bias - stored_zero * sum(w), int32 (outputs,).
+
+        If `accumulate` pads with 0, taps on padding do not count. The sum then depends on the
+        position: (*positions, outputs).
         """
-        zero = self.zero(node.inputs[0])
+        zero = self.stored_zero(node.inputs[0])
         if zero == 0:
             return node.bias
         if self.pads_with_zero_point(node) or not any(map(any, node.padding)):
@@ -98,14 +105,14 @@ class Platform(GraphVisitor[Array]):
         return (node.bias - zero * sums).astype(np.int32)
 
     def pads_with_zero_point(self, node: g.Product) -> bool:
-        """Whether `accumulate` pads the codes with the zero point, not with 0."""
+        """Return whether `accumulate` pads the codes with the zero point and not with 0."""
         return node.kind == "conv" and is_depthwise(node)
 
     def depthwise(self, node: g.Product, codes: Array, weights: Array) -> Int[Array, "..."]:
-        """One filter per channel as a sum of shifted tensors times taps: elementwise, int32.
+        """Return a depthwise convolution as an elementwise int32 sum of shifted tensors times taps.
 
-        There is no reduction over channels for a matrix unit to do, XLA's CPU backend has no fast
-        s8 kernel for it, and on CUDA the grouped s8 convolution has given wrong sums.
+        Matrix units do not help without a reduction over channels, XLA's CPU backend has no fast s8
+        kernel for it, and on CUDA the grouped s8 convolution has given wrong sums.
         """
         multiple = weights.shape[-1] // codes.shape[-1]
         total: Any = 0
@@ -117,14 +124,14 @@ class Platform(GraphVisitor[Array]):
         return total
 
     def padded(self, node: g.Product, codes: Array) -> Array:
-        """Codes with the zero point around them."""
+        """Pad codes with the zero point."""
         if not any(map(any, node.padding)):
             return codes
         config = [(0, 0, 0), *((low, high, 0) for low, high in node.padding), (0, 0, 0)]
-        return lax.pad(codes, np.asarray(self.zero(node.inputs[0]), codes.dtype), config)
+        return lax.pad(codes, np.asarray(self.stored_zero(node.inputs[0]), codes.dtype), config)
 
     def dot(self, codes: Array, weights: Array) -> Int[Array, "..."]:
-        """Sums over the last axis of the codes, int32."""
+        """Return int32 sums over the last axis of the codes."""
         axes = (((codes.ndim - 1,), (0,)), ((), ()))
         return lax.dot_general(codes, weights, axes, preferred_element_type=jnp.int32)
 
@@ -141,12 +148,12 @@ class Platform(GraphVisitor[Array]):
         images: Array,
         parameters: Mapping[str, Any],
     ) -> Array:
-        """Compute one node, under its name in the program."""
+        """Compute one node in a named scope of the program."""
         with jax.named_scope(node.name):
             return super().node(node, values, images, parameters)
 
     def quantize(self, node: g.Quantize, images: Array) -> Array:
-        """The input as codes: float32 by rounding, uint8 by looking up."""
+        """Return the codes of the input: round float32, look up uint8 in the table."""
         tensor = self.graph.tensors[node.output]
         if images.dtype == jnp.uint8 and node.table is not None:
             channels = node.table.shape[1]
@@ -157,7 +164,7 @@ class Platform(GraphVisitor[Array]):
         return self.clipped(node.output, units)
 
     def product(self, node: g.Product, arrays: dict[str, Array], x: Array) -> Array:
-        """A convolution or a dense layer with its requantization."""
+        """Return a convolution or a dense layer with its requantization."""
         total = self.accumulate(node, arrays, x)
         if node.output not in self.graph.tensors:
             return total.astype(jnp.float32) * arrays["multiplier"]
@@ -168,14 +175,14 @@ class Platform(GraphVisitor[Array]):
         return self.clipped(node.output, units + self.graph.tensors[node.output].zero_point)
 
     def rescaled(self, values: Int[Array, "..."], multiplier: np.float32) -> Array:
-        """Return units of one grid as units of another, rounded."""
+        """Rescale units of one grid to rounded units of another."""
         if self.graph.requantization == "float":
             return rescale(values, jnp.float32(multiplier))
         fixed = FixedPoint.of(multiplier)
         return rescale_fixed(values, jnp.int32(fixed.mantissa), jnp.int32(fixed.shift))
 
     def add(self, node: g.Add, inputs: list[Array]) -> Array:
-        """A sum of tensors on the output's grid."""
+        """Add tensors on the output's grid."""
         terms = [self.units(name, codes) for name, codes in zip(node.inputs, inputs, strict=True)]
         zero = self.graph.tensors[node.output].zero_point
         return self.clipped(node.output, self.rounded_sum(node, terms, zero))
@@ -199,10 +206,10 @@ class Platform(GraphVisitor[Array]):
 
     def units(self, name: str, stored: Array) -> Int[Array, "..."]:
         """Return the codes of a stored tensor less their zero point, int32."""
-        return stored.astype(jnp.int32) - self.zero(name)
+        return stored.astype(jnp.int32) - self.stored_zero(name)
 
     def sum_pool(self, node: g.SumPool, x: Array) -> Array:
-        """Average the codes of windows."""
+        """Average over windows."""
         values = self.units(node.inputs[0], x)
         if node.drop_axes:
             total = jnp.sum(values, axis=tuple(range(1, values.ndim - 1)))
@@ -214,12 +221,12 @@ class Platform(GraphVisitor[Array]):
         return self.clipped(node.output, self.rescaled(total, node.multiplier) + tensor.zero_point)
 
     def max_pool(self, node: g.MaxPool, x: Array) -> Array:
-        """Take the largest codes of windows."""
+        """Return the largest code of each window."""
         lowest = np.asarray(jnp.iinfo(x.dtype).min, x.dtype)
         return lax.reduce_window(x, lowest, lax.max, *pool_window(node))
 
     def move(self, node: g.Move, x: Array) -> Array:
-        """Put codes in other places."""
+        """Move codes."""
         match node.kind:
             case "reshape":
                 return x.reshape(x.shape[0], *node.shape)
@@ -228,53 +235,53 @@ class Platform(GraphVisitor[Array]):
             case "reverse":
                 return lax.rev(x, node.axes)
             case "pad":
-                fill = np.asarray(self.zero(node.inputs[0]), x.dtype)
+                fill = np.asarray(self.stored_zero(node.inputs[0]), x.dtype)
                 return lax.pad(x, fill, [(low, high, 0) for low, high in node.padding])
             case "slice":
                 return x[(slice(None), *node.slices)]
 
     def concat(self, node: g.Concat, inputs: list[Array]) -> Array:
-        """Join codes; the parts may be stored with other offsets than the whole."""
+        """Concatenate codes, whose storage offset may differ from the output's."""
         codes = [self.codes(name, x) for name, x in zip(node.inputs, inputs, strict=True)]
         return self.stored(node.output, jnp.concatenate(codes, node.axis))
 
     def clipped(self, name: str, codes: Array) -> Array:
-        """Codes within a tensor's bounds, stored."""
+        """Clip codes to a tensor's bounds and return them as stored."""
         tensor = self.graph.tensors[name]
         return self.stored(name, jnp.clip(codes, tensor.low, tensor.high))
 
     def stored(self, name: str, codes: Array) -> Array:
-        """Codes as this platform stores them."""
+        """Return codes as this platform stores them."""
         offset = self.offset(self.graph.tensors[name])
         codes = codes if codes.dtype == jnp.int8 and not offset else codes.astype(jnp.int32)
         return (codes + offset if offset else codes).astype(self.stored_type)
 
     def codes(self, name: str, stored: Array) -> Int[Array, "..."]:
-        """The int8 codes of a stored tensor."""
+        """Return the int8 codes of a stored tensor."""
         offset = self.offset(self.graph.tensors[name])
         return (stored.astype(jnp.int32) - offset).astype(jnp.int8)
 
     def result(self, values: dict[str, Array]) -> Array:
-        """The network's real result."""
+        """Return the network's real result."""
         output, tensors = values[self.graph.output], self.graph.tensors
         if self.graph.output not in tensors:
             return output
-        units = output.astype(jnp.int32) - self.zero(self.graph.output)
+        units = output.astype(jnp.int32) - self.stored_zero(self.graph.output)
         return units.astype(jnp.float32) * tensors[self.graph.output].scale
 
 
 def is_depthwise(node: g.Product) -> bool:
-    """Whether each channel is convolved with filters of its own only."""
+    """Return whether each input channel has its own filters (a depthwise convolution)."""
     return node.groups > 1 and node.weights.shape[-2] == 1
 
 
 def convolve(
     node: g.Product, codes: Array, weights: Array, kernel_layout: str = "io"
 ) -> Int[Array, "..."]:
-    """s8 x s8 -> s32 convolution; borders are 0.
+    """Return an s8 x s8 -> s32 convolution, padded with 0.
 
     Args:
-        node: Its geometry.
+        node: Product that defines the geometry.
         codes: (batch, spatial..., channels).
         weights: int8.
         kernel_layout: 'io' for (*window, inputs, outputs), 'o_i' for (outputs, *window, inputs).
@@ -294,7 +301,7 @@ def convolve(
 
 
 def windows(node: g.Product, padded: Any) -> Iterator[tuple[tuple[int, ...], Any]]:
-    """For each tap of the window, its index and the elements of the padded tensor it meets."""
+    """Yield the index of each tap, and the elements of the padded tensor that it reads."""
     for tap, slices in taps(padded.shape[1:-1], node.window, node.strides, node.dilation):
         yield tap, padded[(slice(None), *slices, slice(None))]
 
@@ -305,7 +312,7 @@ def taps(
     strides: tuple[int, ...],
     dilation: tuple[int, ...],
 ) -> Iterator[tuple[tuple[int, ...], tuple[slice, ...]]]:
-    """For each tap of a window that slides over such axes, its index and what it meets."""
+    """Yield the index of each tap of a sliding window, and the slices that it reads."""
     geometry = list(zip(sizes, window, strides, dilation, strict=True))
     extent = [(size - d * (length - 1) - 1) // s + 1 for size, length, s, d in geometry]
     for tap in np.ndindex(*window):
@@ -320,15 +327,15 @@ def taps(
 
 
 def tap_sums(node: g.Product, shape: tuple[int, ...]) -> Any:
-    """Sums of the weight codes that meet the tensor at each output position, int32."""
+    """Return the int32 sums of the weight codes inside of the tensor, by output position."""
     image = np.pad(np.ones(shape[:-1], np.int32), node.padding)
     total: Any = 0
-    for tap, met in windows(node, image[None, ..., None]):
-        total = total + met[0] * node.weights[tap].astype(np.int32).sum(-2)
+    for tap, inside in windows(node, image[None, ..., None]):
+        total = total + inside[0] * node.weights[tap].astype(np.int32).sum(-2)
     return total
 
 
 def pool_window(node: g.SumPool | g.MaxPool) -> tuple[Any, ...]:
-    """Return window, strides and padding of a pool for `lax.reduce_window`."""
+    """Return the window, strides and padding of a pool for `lax.reduce_window`."""
     padding = ((0, 0), *node.padding, (0, 0))
     return (1, *node.window, 1), (1, *node.strides, 1), padding

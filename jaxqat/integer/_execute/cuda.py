@@ -1,9 +1,9 @@
 """Execution on NVIDIA GPUs, from sm_75 on, with cuDNN's s8 convolutions.
 
-cuDNN has no s8 convolution with an s32 result, only with float32, which holds sums exactly below
-2**24. A layer whose sums could be larger is cut into groups of input channels whose sums cannot;
-these sums are added as int32. If the window alone is too large, the layer becomes a dot over
-gathered windows. `PallasCuda` (sm_80 on) has kernels that stay in int32 and write s8.
+cuDNN's s8 convolutions return float32, not s32, which is exact for sums up to 2**24. A layer whose
+sums could reach that is split by input channels into convolutions whose sums cannot; these are
+added as int32. If no split is fine enough, the layer becomes a dot over gathered windows.
+`PallasCuda` (sm_80 on) has kernels that accumulate in int32 and write s8.
 """
 
 import dataclasses
@@ -21,49 +21,52 @@ EXACT_FLOAT = 2**24
 
 
 class Cuda(Platform):
-    """cuDNN convolutions with float32 results that are exact."""
+    """Compute convolutions with cuDNN, whose float32 results are exact."""
 
     def __init__(self, graph: g.IntegerGraph):
         convolutions = [p for p in graph.products() if p.kind == "conv" and not is_depthwise(p)]
-        found = {node.name: parts(node) for node in convolutions}
-        self._parts = {name: cuts for name, cuts in found.items() if cuts is not None}
+        parts = {node.name: exact_parts(node) for node in convolutions}
+        self._parts = {name: each for name, each in parts.items() if each is not None}
         super().__init__(graph)
 
     def prepare(self, node: g.Product) -> dict[str, np.ndarray]:
-        """Weights with the outputs first, which cuDNN takes without a transposition; a part for
-        each convolution that the layer becomes.
+        """Return one array of weights for each part of a split layer.
+
+        The outputs are the first axis, which cuDNN reads without a transposition.
         """
-        own = super().prepare(node)
+        arrays = super().prepare(node)
         if node.name in self._parts:
-            weights = own.pop("weights")
+            weights = arrays.pop("weights")
             axes = (weights.ndim - 1, *range(weights.ndim - 1))
-            for number, (outputs, _, inside) in enumerate(self._parts[node.name]):
-                own[f"weights{number}"] = weights.transpose(axes)[outputs, ..., inside].copy()
-        return own
+            for number, (outputs, _, in_group) in enumerate(self._parts[node.name]):
+                arrays[f"weights{number}"] = weights.transpose(axes)[outputs, ..., in_group].copy()
+        return arrays
 
-    def accumulate(self, node: g.Product, own: dict[str, Array], codes: Array) -> Int[Array, "..."]:
-        """The int32 accumulator of a product, its bias added."""
+    def accumulate(
+        self, node: g.Product, arrays: dict[str, Array], codes: Array
+    ) -> Int[Array, "..."]:
+        """Return the int32 accumulator of a product, with its bias."""
         if node.kind == "dense" or is_depthwise(node):
-            return super().accumulate(node, own, codes)
+            return super().accumulate(node, arrays, codes)
         if node.name not in self._parts:
-            return self._over_windows(node, own["weights"], codes) + own["bias"]
-        whole = dataclasses.replace(node, groups=1) if node.groups > 1 else node
+            return self._dot_over_windows(node, arrays["weights"], codes) + arrays["bias"]
+        ungrouped = dataclasses.replace(node, groups=1) if node.groups > 1 else node
         sums: dict[int, Any] = {}
-        cuts = self._parts[node.name]
-        for number, (outputs, inputs, _) in enumerate(cuts):
+        parts = self._parts[node.name]
+        for number, (outputs, inputs, _) in enumerate(parts):
             part = codes
-            if len(cuts) > 1:
-                # Behind the barrier XLA sees the s8 tensor that cuDNN has to be given.
+            if len(parts) > 1:
+                # After the barrier XLA sees a plain s8 tensor, which cuDNN needs.
                 part = lax.optimization_barrier(codes[..., inputs])
-            # cuDNN has no s32 output, so the sums are converted at once. The bounds, which hold
-            # anyway, keep XLA from taking that and the conversion back away.
-            found = convolve(whole, part, own[f"weights{number}"], "o_i").astype(jnp.float32)
-            found = jnp.clip(found, -EXACT_FLOAT, EXACT_FLOAT).astype(jnp.int32)
-            sums[outputs.start] = sums.get(outputs.start, 0) + found
-        return jnp.concatenate(list(sums.values()), -1) + own["bias"]
+            # cuDNN has no s32 output, so convert to float32 at once. The clip changes no value, but
+            # keeps XLA from simplifying the two conversions away.
+            acc = convolve(ungrouped, part, arrays[f"weights{number}"], "o_i").astype(jnp.float32)
+            acc = jnp.clip(acc, -EXACT_FLOAT, EXACT_FLOAT).astype(jnp.int32)
+            sums[outputs.start] = sums.get(outputs.start, 0) + acc
+        return jnp.concatenate(list(sums.values()), -1) + arrays["bias"]
 
-    def _over_windows(self, node: g.Product, weights: Array, codes: Array) -> Int[Array, "..."]:
-        """The convolution as s8 dots with s32 results, one for each group of channels."""
+    def _dot_over_windows(self, node: g.Product, weights: Array, codes: Array) -> Int[Array, "..."]:
+        """Return the convolution as s8 dots with s32 results, one per channel group."""
         padding = [(0, 0, 0), *((low, high, 0) for low, high in node.padding), (0, 0, 0)]
         padded = lax.pad(codes, np.zeros((), codes.dtype), padding)
         columns = jnp.stack([window for _, window in windows(node, padded)], -2)
@@ -76,35 +79,38 @@ class Cuda(Platform):
         return jnp.concatenate(sums, -1)
 
 
-def parts(node: g.Product) -> list[tuple[slice, slice, slice]] | None:
-    """The convolutions that a layer becomes: its outputs, inputs, and those within their group.
+def exact_parts(node: g.Product) -> list[tuple[slice, slice, slice]] | None:
+    """Return the parts into which a layer is split, so that float32 holds every sum exactly.
 
-    Each group of channels is one (grouped s8 convolutions have given wrong sums in cuDNN), and
-    where sums could reach 2**24, which float32 does not hold exactly, the inputs are cut. None if
-    no cut is fine enough.
+    Each channel group is a part (grouped s8 convolutions have given wrong sums in cuDNN). If sums
+    could reach 2**24, a group is split further by its inputs.
+
+    Returns:
+        Output channels, input channels, and input channels within the group, of each part; None if
+        no split is fine enough.
     """
     inputs, outputs = node.weights.shape[-2], node.channels // node.groups
-    cuts = []
+    parts = []
     for group in range(node.groups):
-        made = slice(group * outputs, (group + 1) * outputs)
-        found = exact_cuts(node.weights[..., made])
-        if found is None:
+        group_outputs = slice(group * outputs, (group + 1) * outputs)
+        ranges = exact_ranges(node.weights[..., group_outputs])
+        if ranges is None:
             return None
-        for start, stop in found:
-            read = slice(group * inputs + start, group * inputs + stop)
-            cuts.append((made, read, slice(start, stop)))
-    return cuts
+        for start, stop in ranges:
+            part_inputs = slice(group * inputs + start, group * inputs + stop)
+            parts.append((group_outputs, part_inputs, slice(start, stop)))
+    return parts
 
 
-def exact_cuts(weights: np.ndarray) -> list[tuple[int, int]] | None:
-    """Ranges of input channels whose sums stay below 2**24 whatever the codes are, if any do."""
+def exact_ranges(weights: np.ndarray) -> list[tuple[int, int]] | None:
+    """Return ranges of input channels whose sums stay below 2**24 for all codes, or None."""
     magnitudes = np.abs(weights.astype(np.int64)) * -g.CODE_MIN
     by_input = magnitudes.reshape(-1, *weights.shape[-2:]).sum(0)  # (inputs, outputs)
-    cuts, start = [], 0
-    for channel in range(4, len(by_input), 4):  # cuDNN wants multiples of 4 channels.
+    ranges, start = [], 0
+    for channel in range(4, len(by_input), 4):  # cuDNN needs multiples of 4 channels.
         if by_input[start : channel + 4].sum(0).max() >= EXACT_FLOAT:
-            cuts.append((start, channel))
+            ranges.append((start, channel))
             start = channel
-    cuts.append((start, len(by_input)))
-    exact = all(by_input[a:b].sum(0).max() < EXACT_FLOAT for a, b in cuts)
-    return cuts if exact else None
+    ranges.append((start, len(by_input)))
+    exact = all(by_input[a:b].sum(0).max() < EXACT_FLOAT for a, b in ranges)
+    return ranges if exact else None

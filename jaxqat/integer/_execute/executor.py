@@ -1,5 +1,5 @@
 # pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
-"""An integer graph as a function of images, compiled for the platform at hand."""
+"""Compilation of an integer graph to a function of images, for one platform."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,7 @@ from jaxqat.integer import graph as g
 from jaxqat.integer._execute import Cpu, Cuda, PallasCuda, Platform
 from jaxqat.integer._execute.pallas_conv import COMPUTE_CAPABILITY
 
-# Names of platforms; "cuda" and "cuda_pallas" are two ways to run on one device.
+# By name; "cuda" and "cuda_pallas" run on the same device.
 PLATFORMS: dict[str, type[Platform]] = {
     "cpu": Cpu,
     "cuda": Cuda,
@@ -28,15 +28,15 @@ _Compiled = Callable[[Any, Any], Any]
 
 
 class Executor:
-    """The integer network as a function.
+    """An integer network as a compiled function of images.
 
         network = make_executor(graph)
         logits = network(images)
 
     Attributes:
-        graph: The network.
-        platform: Name of the platform it is laid out for: a key of `PLATFORMS`.
-        parameters: The network's arrays, laid out for the platform; an argument of `apply`.
+        graph: Network to execute.
+        platform: Name of the platform that it is compiled for, a key of `PLATFORMS`.
+        parameters: Arrays of the network, laid out for the platform; an argument of `apply`.
     """
 
     def __init__(self, graph: g.IntegerGraph, platform: str):
@@ -50,14 +50,14 @@ class Executor:
 
     @property
     def compiler_options(self) -> dict[str, Any] | None:
-        """Options for `jax.jit` of `apply` on this platform."""
+        """Options of `jax.jit` to compile `apply` for this platform."""
         return self._platform.compiler_options
 
     def __call__(self, images: Any) -> Array:
         """Return the network's result, float32.
 
         Args:
-            images: (batch, *input_shape), float32; uint8 if the graph has a table for it.
+            images: (batch, *input_shape), float32; or uint8 if the graph has a table.
 
         Raises:
             ExecutionError: If the images have another shape or type.
@@ -65,11 +65,11 @@ class Executor:
         return self._apply(self._device_parameters(), self._checked(images))
 
     def codes(self, images: Any) -> dict[str, Int8[Array, "..."]]:
-        """Return the codes of every tensor that is in memory, by name; a fused branch is not."""
+        """Return the codes of all tensors by name, except those of fused branches."""
         return self._codes(self._device_parameters(), self._checked(images))
 
     def apply(self, parameters: Any, images: Array) -> Array:
-        """Compute `__call__` as a pure function of the parameters, for callers that compile it."""
+        """Compute the result as a pure function of the parameters, for callers that compile it."""
 
         def result(images: Array) -> Array:
             return self._platform.result(self._platform.visit(images, parameters))
@@ -99,7 +99,7 @@ class Executor:
         if images.dtype == jnp.uint8 and self.graph.quantize.table is None:
             raise ExecutionError(
                 "images are uint8, but the network was converted without `preprocess`: give the "
-                "float32 input that the model takes, or convert it with `preprocess`."
+                "model's float32 input, or convert with `preprocess`."
             )
         if images.dtype != jnp.uint8 and not jnp.issubdtype(images.dtype, jnp.floating):
             raise ExecutionError(f"images must be float32 or uint8, got {images.dtype}.")
@@ -107,15 +107,15 @@ class Executor:
 
 
 def make_executor(graph: g.IntegerGraph, *, platform: str | None = None) -> Executor:
-    """Return the integer network as a jitted function of images.
+    """Return an integer network as a jitted function of images.
 
     The codes are the same on every platform.
 
     Args:
-        graph: The network.
-        platform: A key of `PLATFORMS`, also of a device that is not present: 'cpu', 'tpu', 'cuda'
-            (cuDNN, any GPU from sm_75 on), 'cuda_pallas' (from sm_80 on). None for the present
-            device.
+        graph: Network to execute.
+        platform: A key of `PLATFORMS`: 'cpu', 'tpu', 'cuda' (cuDNN, sm_75 or newer) or
+            'cuda_pallas' (sm_80 or newer); the device need not be present. None chooses by the
+            present device.
 
     Raises:
         ExecutionError: If there is no such platform.
@@ -127,10 +127,10 @@ def make_executor(graph: g.IntegerGraph, *, platform: str | None = None) -> Exec
 
 
 def default_platform() -> str:
-    """Return the name of the platform of the present device."""
+    """Return the name of the best platform for the present device."""
     device = jax.devices()[0]
     if device.platform == "gpu":
-        # "9.0" and the like; other vendors' GPUs have no such kernels.
+        # A string such as "9.0"; GPUs of other vendors have no Pallas kernels.
         capability = str(getattr(device, "compute_capability", "0.0")).split(".")
         numbers = tuple(int(part) for part in capability if part.isdigit())
         return "cuda_pallas" if numbers >= COMPUTE_CAPABILITY else "cuda"

@@ -1,8 +1,9 @@
-"""Execution on NVIDIA GPUs from sm_80 on with a kernel that writes s8 codes itself.
+"""Execution on NVIDIA GPUs from sm_80 on, with a convolution kernel that writes s8 codes.
 
-Every two-dimensional convolution is one Pallas kernel with its requantization; that of a residual
-block adds the shortcut too. Nothing wider than s8 goes to memory between layers. What the kernel
-does not compute (grouped, one- and three-dimensional convolutions, fixed point) runs as in `Cuda`.
+Each two-dimensional convolution and its requantization are one Pallas kernel; at the end of a
+residual block the kernel adds the shortcut too. Between such layers, only s8 goes to memory. The
+kernel does not support grouped, one- and three-dimensional convolutions, fixed point or a real
+result; these run as in `Cuda`.
 """
 
 from collections.abc import Iterable, Mapping
@@ -18,40 +19,42 @@ from jaxqat.integer._execute.cuda import Cuda
 
 
 class PallasCuda(Cuda):
-    """Pallas convolutions; products that have no kernel go through cuDNN.
+    """Compute convolutions with the Pallas kernel, and all else as `Cuda`.
 
     Attributes:
-        interpret: Whether the kernels run as JAX operations, for tests without a GPU.
-        fused: The convolution that an addition is computed with, by the addition's name.
+        interpret: Whether to run the kernels as JAX operations, for tests without a GPU.
+        fused: Convolution whose kernel computes an addition, by the addition's name.
     """
 
     interpret: ClassVar[bool] = False
 
     def __init__(self, graph: g.IntegerGraph):
-        self._geometry = {p.name: self._supported(graph, p) for p in graph.products()}
+        self._geometry = {p.name: self._kernel_geometry(graph, p) for p in graph.products()}
         self.fused = {
             node.name: branch
             for node in graph.nodes
-            if isinstance(node, g.Add) and (branch := self._branch(graph, node)) is not None
+            if isinstance(node, g.Add) and (branch := self._fused_branch(graph, node)) is not None
         }
-        self._delayed = {branch.name for branch in self.fused.values()}
+        self._branch_names = {branch.name for branch in self.fused.values()}
         super().__init__(graph)
 
-    def _supported(self, graph: g.IntegerGraph, node: g.Product) -> pallas_tiles.Geometry | None:
+    def _kernel_geometry(
+        self, graph: g.IntegerGraph, node: g.Product
+    ) -> pallas_tiles.Geometry | None:
         if node.kind != "conv" or graph.requantization != "float" or len(node.window) != 2:
             return None
         if node.output not in graph.tensors:
             return None
         shape = graph.tensors[node.inputs[0]].shape
-        where = {"strides": node.strides, "padding": node.padding, "dilation": node.dilation}
-        reason = pallas_tiles.supported(
-            (1, *shape), node.weights, node.bias, groups=node.groups, **where
+        options = {"strides": node.strides, "padding": node.padding, "dilation": node.dilation}
+        reason = pallas_tiles.unsupported_reason(
+            (1, *shape), node.weights, node.bias, groups=node.groups, **options
         )
         if reason is not None:
             return None
-        return pallas_tiles.Geometry(size=shape[:2], window=node.window, **where)  # pyright: ignore[reportArgumentType]
+        return pallas_tiles.Geometry(size=shape[:2], window=node.window, **options)  # pyright: ignore[reportArgumentType]
 
-    def _branch(self, graph: g.IntegerGraph, add: g.Add) -> g.Product | None:
+    def _fused_branch(self, graph: g.IntegerGraph, add: g.Add) -> g.Product | None:
         """Return a convolution whose result nothing but this addition reads; None without one."""
         if graph.output in add.inputs or add.inputs[0] == add.inputs[1]:
             return None
@@ -60,19 +63,19 @@ class PallasCuda(Cuda):
         return next((made_by[name] for name in alone if name in made_by), None)
 
     def prepare(self, node: g.Product) -> dict[str, np.ndarray]:
-        """What the kernel reads, or cuDNN."""
+        """Return weights and bias as the kernel reads them; without a kernel, as `Cuda`."""
         geometry = self._geometry[node.name]
         if geometry is None:
             return super().prepare(node)
-        zero_in = self.zero(node.inputs[0])
+        zero_in = self.stored_zero(node.inputs[0])
         weights, bias = pallas_tiles.lay_out(
             node.weights, node.bias, geometry=geometry, zero_in=zero_in
         )
         return {"weights": weights, "bias": bias}
 
     def visited_nodes(self) -> Iterable[g.Node]:
-        """Return the nodes whose result is in memory; fused branches are not."""
-        return (node for node in self.graph.nodes if node.name not in self._delayed)
+        """Return all nodes except fused branches, whose results are not in memory."""
+        return (node for node in self.graph.nodes if node.name not in self._branch_names)
 
     def node(
         self,
@@ -81,7 +84,7 @@ class PallasCuda(Cuda):
         images: Array,
         parameters: Mapping[str, Any],
     ) -> Array:
-        """Compute one node; an addition together with the branch that is fused with it."""
+        """Compute one node; an addition together with its fused branch."""
         branch = self.fused.get(node.name)
         if branch is None or not isinstance(node, g.Add):
             return super().node(node, values, images, parameters)
@@ -95,23 +98,23 @@ class PallasCuda(Cuda):
         values: Mapping[str, Array],
         parameters: Mapping[str, Any],
     ) -> Array:
-        side = node.inputs.index(branch.output)
-        other = node.inputs[1 - side]
+        index = node.inputs.index(branch.output)
+        other = node.inputs[1 - index]
         tensor = self.graph.tensors[branch.output]
         residual = pallas_conv.Residual(
             codes=values[other],
             zero_point=self.graph.tensors[other].zero_point,
-            multiplier=node.multipliers[1 - side],
+            multiplier=node.multipliers[1 - index],
             branch_zero_point=tensor.zero_point,
             branch_low=tensor.low,
             branch_high=tensor.high,
-            branch_multiplier=node.multipliers[side],
+            branch_multiplier=node.multipliers[index],
         )
-        own, codes = parameters[branch.name], values[branch.inputs[0]]
-        return self._convolve(branch, own, codes, node.output, residual)
+        arrays, codes = parameters[branch.name], values[branch.inputs[0]]
+        return self._convolve(branch, arrays, codes, node.output, residual)
 
     def product(self, node: g.Product, arrays: dict[str, Array], x: Array) -> Array:
-        """Compute a convolution or a dense layer with its requantization."""
+        """Return a convolution or a dense layer with its requantization."""
         if self._geometry[node.name] is None:
             return super().product(node, arrays, x)
         return self._convolve(node, arrays, x, node.output, None)
@@ -119,7 +122,7 @@ class PallasCuda(Cuda):
     def _convolve(
         self,
         node: g.Product,
-        own: dict[str, Array],
+        arrays: dict[str, Array],
         codes: Array,
         output: str,
         residual: pallas_conv.Residual | None,
@@ -128,9 +131,9 @@ class PallasCuda(Cuda):
         assert geometry is not None
         return pallas_conv.convolve(
             codes,
-            own["weights"],
-            own["bias"],
-            own["multiplier"],
+            arrays["weights"],
+            arrays["bias"],
+            arrays["multiplier"],
             geometry=geometry,
             zero_out=tensor.zero_point,
             low=tensor.low,

@@ -1,26 +1,26 @@
-"""An int8 convolution and all that follows it in one kernel, for NVIDIA GPUs from sm_80 on.
+"""An int8 convolution with its requantization in one kernel, for NVIDIA GPUs from sm_80 on.
 
-    acc = sum((q - zero_in) * w)                      int32; a border holds real zeros
+    acc = sum((q - zero_in) * w)                      int32; padding holds real zeros
     code = clip(R(float32(acc + bias) * multiplier) + zero_out, low, high)
 
-and, where it ends in a residual addition,
+and with a residual addition,
 
     branch = clip(R(float32(acc + bias) * multiplier) + zero_b, branch_low, branch_high)
     code = clip(R((branch - zero_b) * m_b + (r - zero_r) * m_r + zero_out), low, high)
 
-with R round half to even in float32: bit for bit what the other lowerings compute. cuDNN has no
-convolution with a scale per channel and this rounding that writes int8; through it, XLA writes the
-sums to memory as float32, four bytes for every code that is wanted. This kernel writes the codes.
+where R rounds half to even in float32. The codes are bit for bit those of the other platforms.
+cuDNN has no int8 output with a scale per channel and this rounding, so XLA writes float32
+accumulators to memory, four bytes per code. This kernel writes the codes.
 
 It is an implicit GEMM (`pallas_tiles`) in Pallas, which Triton lowers to s8 x s8 -> s32 tensor-core
-instructions. Its form follows what the compiler makes of it:
+instructions. Three choices are due to the compiler:
 
-- Weights lie as (outputs, depth): s8 operands of tensor cores run along the depth, and from any
+- Weights are laid out as (outputs, depth). Tensor cores read s8 operands along the depth; from any
   other order the compiler gathers them byte by byte.
 - A tap outside of the image is a masked load, which asynchronous copies fill with code 0 at no
-  cost; to fill it with the zero point would bring every operand back to registers. The zero point
-  is in the bias instead, minus the taps that a window loses at the edges (`pallas_tiles.lay_out`).
-- The sums start from the bias, which costs no registers; added at the end, it takes as many again.
+  cost. Filling in the zero point would bring every operand back to registers. So the bias contains
+  the zero point instead, summed over the taps inside of the image (`pallas_tiles.lay_out`).
+- The accumulator starts from the bias. Adding the bias at the end would double the registers.
 """
 
 import dataclasses
@@ -45,25 +45,25 @@ from jaxqat.integer._execute.pallas_tiles import (
     padded_depth,
 )
 
-COMPUTE_CAPABILITY = (8, 0)  # The smallest that Pallas compiles for.
+COMPUTE_CAPABILITY = (8, 0)  # Minimum of Pallas.
 
-# From 2**23 to 2**24, float32 holds the integers and nothing between; this lies in the middle.
+# From 2**23 to 2**24, float32 holds exactly the integers; this is the middle.
 _INTEGERS = np.float32(3 * 2**22)
 _INTEGERS_BITS = int(_INTEGERS.view(np.int32))
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Residual:
-    """The end of a residual block: the tensor that is added to the convolution's result.
+    """The shortcut of a residual block, and how the kernel adds it to the convolution's branch.
 
     Attributes:
-        codes: The tensor's codes, of the output's shape.
-        zero_point: Code of its real zero.
-        multiplier: float32, its scale over the output's; dyadic, as `integer.graph.Add` has it.
-        branch_zero_point: Zero point of the convolution's own result.
-        branch_low: Smallest code of that result.
-        branch_high: Largest code of that result.
-        branch_multiplier: float32, that result's scale over the output's; dyadic.
+        codes: int8 codes of the shortcut, of the output's shape.
+        zero_point: Zero point of the shortcut.
+        multiplier: Dyadic float32, scale of the shortcut over that of the output (`graph.Add`).
+        branch_zero_point: Zero point of the branch.
+        branch_low: Smallest code of the branch.
+        branch_high: Largest code of the branch.
+        branch_multiplier: Dyadic float32, scale of the branch over that of the output.
     """
 
     codes: Int8[Array, "n h2 w2 o"]
@@ -89,30 +89,31 @@ def convolve(
     tile: Tile | None = None,
     interpret: bool = False,
 ) -> Int8[Array, "n h2 w2 o"]:
-    """Codes of a convolution, by the equations at the head of this module.
+    """Return the codes of a convolution, by the equations of this module's docstring.
 
-    Any batch, size, window and number of channels; `pallas_tiles.supported` names what is beyond
-    it. Input channels that are no multiple of four (the three of an image) are padded before the
-    kernel, which XLA fuses into whatever makes those codes; nothing else is padded or copied.
+    It supports any batch, size, window and number of channels, up to the limits in
+    `pallas_tiles.unsupported_reason`. Input channels are padded to a multiple of four before the
+    kernel (such as the three of an image); XLA fuses this into the operation before. Nothing else
+    is padded or copied.
 
     Args:
-        codes: The input.
-        weights: As `pallas_tiles.lay_out` made them.
-        bias: As `pallas_tiles.lay_out` made them, with the input's zero point and the borders.
-        multiplier: By output channel.
-        geometry: Of the convolution.
+        codes: Codes of the input.
+        weights: Weights from `pallas_tiles.lay_out`.
+        bias: Biases from `pallas_tiles.lay_out`, which include the input's zero point.
+        multiplier: Multiplier of each output channel.
+        geometry: Geometry of the convolution.
         zero_out: Zero point of the output.
         low: Smallest code of the output.
-        high: Largest.
-        residual: What is added, if the convolution ends a residual block.
-        tile: How to cut the work; None chooses by the shapes.
-        interpret: Whether to run as JAX operations, on any device, to test the kernel.
+        high: Largest code of the output.
+        residual: Shortcut to add, if the convolution ends a residual block.
+        tile: Tile of a thread block; None chooses one by the shapes.
+        interpret: Whether to run as JAX operations on any device, for tests.
 
     Returns:
-        The output's codes.
+        Codes of the output.
 
     Raises:
-        ValueError: If the operands do not fit each other.
+        ValueError: If the operands' shapes do not match, or a tensor is too large.
     """
     batch, outputs, channels = codes.shape[0], weights.shape[0], padded_channels(codes.shape[3])
     depth, rows = padded_depth(geometry.window, channels), batch * math.prod(geometry.output)
@@ -133,7 +134,7 @@ def convolve(
     if channels > codes.shape[3]:
         codes = jnp.pad(codes, ((0, 0), (0, 0), (0, 0), (0, channels - codes.shape[3])))
     others = () if residual is None else (residual.codes.reshape(rows, outputs),)
-    made = pl.pallas_call(
+    result = pl.pallas_call(
         partial(_kernel, plan),
         grid=(plan.row_tiles * plan.output_tiles,),
         out_shape=jax.ShapeDtypeStruct((rows, outputs), jnp.int8),
@@ -143,18 +144,18 @@ def convolve(
         interpret=interpret,
         name="int8_convolution",
     )(codes.reshape(-1), weights, bias, multiplier, *others)
-    return made.reshape(batch, *geometry.output, outputs)
+    return result.reshape(batch, *geometry.output, outputs)
 
 
 def clip_round(x: Float32[Array, "..."], low: int, high: int) -> Int32[Array, "..."]:
-    """clip(R(x), low, high) as int32, R rounding half to even; for bounds within +-2**22.
+    """Return clip(R(x), low, high) as int32, where R rounds half to even; bounds within +-2**22.
 
-    Rounding keeps order and integers, so the clipping may come first. Then x + 1.5 * 2**23 lies
-    where float32 holds the integers and nothing between: the addition itself rounds, half to even,
-    and the integer stands in the low bits of the sum. (`round` has no Triton lowering; subtracting
-    1.5 * 2**23 again would be as exact, but XLA's simplifier cancels the two.) The clipping also
-    stands between a product that makes x and the addition, so that no compiler can contract them
-    to a fused multiply-add, which would round once where the equation rounds twice.
+    Rounding is monotonic and keeps integers, so clipping may come first. Then x + 1.5 * 2**23 is in
+    the range where float32 holds exactly the integers: the addition rounds half to even, and the
+    integer is in the low bits of the sum. (`round` has no Triton lowering. Subtracting 1.5 * 2**23
+    would be exact too, but XLA's simplifier cancels it with the addition.) The clipping also
+    separates the addition from a product that computes x, so that no compiler can fuse them into a
+    multiply-add, which would round once instead of twice.
     """
     x = jnp.minimum(jnp.maximum(x, np.float32(low)), np.float32(high))
     return lax.bitcast_convert_type(x + _INTEGERS, jnp.int32) - _INTEGERS_BITS
@@ -162,7 +163,7 @@ def clip_round(x: Float32[Array, "..."], low: int, high: int) -> Int32[Array, ".
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class _Plan:
-    """What the kernel knows when it is compiled: sizes as laid out, the tile, the epilogue."""
+    """Compile-time constants of the kernel: sizes as laid out, the tile, the requantization."""
 
     geometry: Geometry
     rows: int
@@ -186,13 +187,13 @@ class _Plan:
 
     @property
     def masked(self) -> bool:
-        """Whether a tap can miss the image; those that only fill the depth up may, too."""
+        """Whether loads need a mask: a tap can lie outside of the image, or only pads the depth."""
         taps = math.prod(self.geometry.window)
         return not self.geometry.inside or self.depth != taps * self.channels
 
 
 def _kernel(plan: _Plan, x_ref, w_ref, b_ref, m_ref, *refs) -> None:
-    """One tile of the output; the tiles of the same pixels are neighbours and share their codes."""
+    """Compute one tile of the output; tiles of the same pixels are adjacent and share codes."""
     tile, (*r_refs, o_ref) = plan.tile, refs
     program = pl.program_id(0)
     row = lax.div(program, np.int32(plan.output_tiles)) * tile.rows
@@ -200,7 +201,7 @@ def _kernel(plan: _Plan, x_ref, w_ref, b_ref, m_ref, *refs) -> None:
     rows, columns = pl.ds(row, tile.rows), pl.ds(column, tile.outputs)
     in_columns = _before_end(column, tile.outputs, plan.outputs)
     in_rows = _before_end(row, tile.rows, plan.rows)
-    in_tile = _outer(in_rows, in_columns, (tile.rows, tile.outputs))
+    in_tile = _outer_mask(in_rows, in_columns, (tile.rows, tile.outputs))
 
     sums = _accumulate(plan, _bias(plan, b_ref, row, column), x_ref, w_ref, row, column)
     multiplier = plgpu.load(m_ref.at[columns], mask=in_columns)
@@ -210,37 +211,37 @@ def _kernel(plan: _Plan, x_ref, w_ref, b_ref, m_ref, *refs) -> None:
 
 
 def _bias(plan: _Plan, b_ref, row: Array, column: Array) -> Int32[Array, "m o"]:
-    """The bias of each sum; only pixels whose window crosses an edge read one of their own."""
+    """Return the bias of each sum: the inner one, unless the pixel's window crosses an edge."""
     tile, columns = plan.tile, pl.ds(column, plan.tile.outputs)
     shape = (tile.rows, tile.outputs)
     vertical, horizontal = plan.geometry.edges
     inner = vertical.before * horizontal.count + horizontal.before
-    inner = min(inner, plan.bias_rows - 1)  # Without inner pixels, it stands for the last one.
+    inner = min(inner, plan.bias_rows - 1)  # There may be no inner pixels.
     in_columns = _before_end(column, tile.outputs, plan.outputs)
-    usual = plgpu.load(
-        b_ref.at[pl.ds(inner, 1), columns], mask=_outer(None, in_columns, (1, tile.outputs))
+    inner_bias = plgpu.load(
+        b_ref.at[pl.ds(inner, 1), columns], mask=_outer_mask(None, in_columns, (1, tile.outputs))
     )
-    usual = jnp.broadcast_to(usual, shape)
+    inner_bias = jnp.broadcast_to(inner_bias, shape)
     if plan.bias_rows == 1:
-        return usual
+        return inner_bias
     _, y, x = _pixels(plan, row)
-    edge = _class(vertical, y) * horizontal.count + _class(horizontal, x)
+    edge = _edge_class(vertical, y) * horizontal.count + _edge_class(horizontal, x)
     channel = column + lax.iota(jnp.int32, tile.outputs)
-    mask = _outer(edge != inner, in_columns, shape)
-    return plgpu.load(b_ref.at[edge[:, None], channel[None, :]], mask=mask, other=usual)
+    mask = _outer_mask(edge != inner, in_columns, shape)
+    return plgpu.load(b_ref.at[edge[:, None], channel[None, :]], mask=mask, other=inner_bias)
 
 
 def _accumulate(
     plan: _Plan, bias: Array, x_ref, w_ref, row: Array, column: Array
 ) -> Int32[Array, "m o"]:
-    """The sums bias + sum(q * w), where a tap outside of the image has code 0."""
+    """Return bias + sum(q * w), where a tap outside of the image has code 0."""
     tile, depth = plan.tile, plan.tile.block
     codes_at = _codes_at(plan, row)
     in_columns = _before_end(column, tile.outputs, plan.outputs)
-    weights_mask = _outer(in_columns, None, (tile.outputs, depth))
+    weights_mask = _outer_mask(in_columns, None, (tile.outputs, depth))
 
     def add_block(i: Array, acc: Array) -> Array:
-        start = i.astype(jnp.int32) * depth  # With jax_enable_x64, a loop counts in int64.
+        start = i.astype(jnp.int32) * depth  # int64 with jax_enable_x64.
         position, mask = codes_at(start)
         q = plgpu.load(x_ref.at[position], mask=mask, other=None if mask is None else np.int8(0))
         block = w_ref.at[pl.ds(column, tile.outputs), pl.ds(start, depth)]
@@ -252,7 +253,7 @@ def _accumulate(
 
 
 def _codes_at(plan: _Plan, row: Array):
-    """A function from a block's depth to the positions of its codes, and a mask or None."""
+    """Return a function from a block's depth to the positions of its codes, and a mask or None."""
     geometry, tile, channels = plan.geometry, plan.tile, plan.channels
     height, width = geometry.size
     image, y, x = _pixels(plan, row)
@@ -260,7 +261,7 @@ def _codes_at(plan: _Plan, row: Array):
     left = x * geometry.strides[1] - geometry.padding[1][0]
     origin = ((image * height + top) * width + left) * channels
     lane = lax.iota(jnp.int32, tile.block)
-    # Where a block lies within one tap, the tap is a scalar; else each lane has its own.
+    # If a block lies within one tap, the tap is a scalar; otherwise each lane has its own tap.
     scalar = channels % tile.block == 0
 
     def codes_at(depth: Array) -> tuple[Array, Array | None]:
@@ -273,15 +274,15 @@ def _codes_at(plan: _Plan, row: Array):
         position = origin[:, None] + ((down * width + right) * channels + channel)
         if not plan.masked:
             return position, None
-        v, h = top[:, None] + down, left[:, None] + right
-        inside = (v >= 0) & (v < height) & (h >= 0) & (h < width)
+        row_in, column_in = top[:, None] + down, left[:, None] + right
+        inside = (row_in >= 0) & (row_in < height) & (column_in >= 0) & (column_in < width)
         return position, jnp.broadcast_to(inside, position.shape)
 
     return codes_at
 
 
 def _requantize(plan: _Plan, real: Float32[Array, "m o"], *others: Array) -> Int8[Array, "m o"]:
-    """Codes of sums in units of the scale after them, and of what is added."""
+    """Return codes of sums in units of the output (or the branch), and of the shortcut's codes."""
     zero, residual = plan.zero_out, plan.residual
     if residual is None:
         return (clip_round(real, plan.low - zero, plan.high - zero) + zero).astype(jnp.int8)
@@ -296,7 +297,7 @@ def _requantize(plan: _Plan, real: Float32[Array, "m o"], *others: Array) -> Int
 
 
 def _pixels(plan: _Plan, row: Array) -> tuple[Array, Array, Array]:
-    """Image, row and column of a tile's output pixels; beyond the end, the last one again."""
+    """Return image, row and column of a tile's output pixels, clipped to the last pixel."""
     height, width = plan.geometry.output
     pixel = jnp.minimum(row + lax.iota(jnp.int32, plan.tile.rows), plan.rows - 1)
     line = lax.div(pixel, np.int32(width))
@@ -304,18 +305,18 @@ def _pixels(plan: _Plan, row: Array) -> tuple[Array, Array, Array]:
     return image, line - image * height, pixel - line * width
 
 
-def _class(edges: Edges, position: Array) -> Array:
-    """Number of a position's class."""
+def _edge_class(edges: Edges, position: Array) -> Array:
+    """Return the number of a position's class (`Edges`)."""
     return jnp.minimum(position, edges.before) + jnp.maximum(position - (edges.after - 1), 0)
 
 
 def _before_end(start: Array, size: int, end: int) -> Bool[Array, "size"] | None:
-    """Which of `size` positions lie before the end; None if every tile ends there or before."""
+    """Return which of `size` positions lie before the end; None if all tiles do."""
     return None if end % size == 0 else start + lax.iota(jnp.int32, size) < end
 
 
-def _outer(rows: Array | None, columns: Array | None, shape: tuple[int, int]) -> Array | None:
-    """Mask of a tile from masks of its rows and of its columns."""
+def _outer_mask(rows: Array | None, columns: Array | None, shape: tuple[int, int]) -> Array | None:
+    """Return the mask of a tile from the masks of its rows and columns."""
     if rows is None:
         return None if columns is None else jnp.broadcast_to(columns[None, :], shape)
     mask = rows[:, None] if columns is None else rows[:, None] & columns[None, :]
@@ -328,22 +329,22 @@ def _check(plan: _Plan, codes: Array, weights: Array, bias: Array) -> None:
     largest = max(math.prod(codes.shape[:3]) * plan.channels, plan.rows * plan.outputs)
     if largest > LARGEST_TENSOR:
         raise ValueError(
-            f"a batch of {codes.shape[0]} makes a tensor of {largest} codes; the kernel counts to "
-            f"{LARGEST_TENSOR}: split the batch."
+            f"a batch of {codes.shape[0]} needs a tensor of {largest} codes; the kernel is limited "
+            f"to {LARGEST_TENSOR}: split the batch."
         )
     vertical, horizontal = plan.geometry.edges
     edges = vertical.count * horizontal.count
-    wanted = {
+    expected = {
         "codes": (codes, ((codes.shape[0], *plan.geometry.size, codes.shape[3]),)),
         "weights": (weights, ((plan.outputs, plan.depth),)),
         "bias": (bias, ((1, plan.outputs), (edges, plan.outputs))),
     }
     if plan.residual is not None:
         output = (codes.shape[0], *plan.geometry.output, plan.outputs)
-        wanted["residual.codes"] = (plan.residual.codes, (output,))
-    for name, (array, shapes) in wanted.items():
+        expected["residual.codes"] = (plan.residual.codes, (output,))
+    for name, (array, shapes) in expected.items():
         if array.shape not in shapes:
             raise ValueError(
-                f"{name}: shape {array.shape}; right for this convolution would be "
-                f"{' or '.join(map(str, shapes))} (weights and bias as lay_out makes them)."
+                f"{name}: shape {array.shape}; this convolution needs "
+                f"{' or '.join(map(str, shapes))} (`lay_out` returns weights and bias)."
             )

@@ -1,13 +1,13 @@
-"""What the Pallas convolution knows before it runs: geometry, layout of its operands, tiles.
+"""Geometry, operand layout and tiles of the Pallas convolution.
 
 A convolution of codes (n, h, w, c) with a window (kh, kw) is a product of matrices,
 
     rows:    n * h2 * w2 output pixels
-    depth:   kh * kw * c, the channels of one tap after those of another
+    depth:   kh * kw * c, tap by tap, the channels of each tap together
     outputs: output channels
 
-of which that of the codes is never made: the kernel finds the windows by arithmetic. All of this
-is NumPy and Python integers, known before anything is compiled.
+The matrix of codes is never built: the kernel computes the positions of the windows. Everything
+here is NumPy and Python integers, known before compilation.
 """
 
 import dataclasses
@@ -19,17 +19,17 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int8, Int32
 
-LARGEST_TENSOR = 2**31 - 1  # Codes: positions are int32.
+LARGEST_TENSOR = 2**31 - 1  # In codes, whose positions are int32.
 
-# A tensor-core instruction takes 32 int8 of the depth; a block of 64 is four loads of 16 bytes.
+# A tensor-core instruction reads 32 int8 along the depth; a block of 64 is four loads of 16 bytes.
 _SMALLEST_BLOCK, _BLOCK = 32, 64
-# What a thread block may hold in shared memory, in bytes: 99 KiB on the smallest of the supported
-# architectures (sm_86 and sm_89; sm_80 has 163, sm_90 has 227), less what the compiler may need.
+# Shared memory of a thread block, in bytes: 99 KiB on the smallest supported architectures (sm_86
+# and sm_89; sm_80 has 163, sm_90 has 227), minus a reserve for the compiler.
 _SHARED_BYTES = 96 * 1024
 # Thread blocks that keep a large GPU busy: an A100 has 108 multiprocessors, an H200 has 132.
 _ENOUGH_TILES = 128
-# The sums of a thread block, all in registers: 64 a thread with the 8 warps that then two blocks
-# can have on one multiprocessor, or 128, which leave room for one block.
+# Sums of a thread block of 8 warps, all in registers: 64 per thread, so that two blocks fit on one
+# multiprocessor, or at most 128, where only one block fits.
 _SUMS, _MOST_SUMS = 128 * 128, 128 * 256
 
 Pair = tuple[int, int]
@@ -37,16 +37,16 @@ Pair = tuple[int, int]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Edges:
-    """Along one axis, the output positions whose window lies partly outside of the image.
+    """Classes of output positions along one axis, by the taps that lie inside of the image.
 
-    The first `before` positions and those from `after` on are such, and each is a class of its
-    own; the positions between them are one class, number `before`. Where there are none between,
-    all positions count as those before.
+    The windows of the first `before` positions, and of those from `after` on, cross an edge. Each
+    of these positions is its own class. All positions between form one class, number `before`. If
+    there are none between, `before` counts all positions.
 
     Attributes:
-        before: Positions at the start; also the number of the class whose windows lie inside.
-        after: First position of the end.
-        count: Classes.
+        before: Number of positions at the start; also the number of the inner class.
+        after: First position at the end.
+        count: Number of classes.
     """
 
     before: int
@@ -56,14 +56,14 @@ class Edges:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Geometry:
-    """Where the windows of a two-dimensional convolution lie.
+    """Geometry of a two-dimensional convolution.
 
     Attributes:
         size: Height and width of the input.
         window: Height and width of the kernel.
-        strides: By axis.
-        padding: Before and after each axis; negative crops.
-        dilation: By axis.
+        strides: Stride along each axis.
+        padding: Padding before and after each axis; negative padding crops.
+        dilation: Dilation along each axis.
     """
 
     size: Pair
@@ -81,7 +81,7 @@ class Geometry:
 
     @property
     def reach(self) -> Pair:
-        """Input positions between the first and the last tap."""
+        """Distance from the first to the last tap, in input positions."""
         return _pair((w - 1) * d for w, d in zip(self.window, self.dilation, strict=True))
 
     @property
@@ -92,17 +92,17 @@ class Geometry:
 
     @property
     def edges(self) -> tuple[Edges, Edges]:
-        """The classes of rows and of columns."""
+        """Classes of the output rows and of the output columns."""
         vertical, horizontal = (self._edges(axis) for axis in (0, 1))
         return vertical, horizontal
 
     @property
     def inside(self) -> bool:
-        """Whether no tap ever meets the border."""
+        """Whether all taps of all windows lie inside of the image."""
         return all(edges.count == 1 and edges.before == 0 for edges in self.edges)
 
     def taps_inside(self, axis: int) -> np.ndarray:
-        """Which taps of an axis meet the image, bool (classes, window)."""
+        """Return which taps along an axis lie inside of the image, bool (classes, window)."""
         edges = self._edges(axis)
         numbers = np.arange(edges.count)
         position = np.where(
@@ -116,7 +116,7 @@ class Geometry:
         size, stride, output = self.size[axis], self.strides[axis], self.output[axis]
         start = self.padding[axis][0]
         before = min(max(-(-start // stride), 0), output)
-        # The first position whose last tap is beyond the image.
+        # First position whose last tap lies beyond the image.
         after = min(max(-(-(size + start - self.reach[axis]) // stride), 0), output)
         if after <= before:
             return Edges(before=output, after=output + 1, count=output)
@@ -124,18 +124,18 @@ class Geometry:
 
 
 def padded_channels(channels: int) -> int:
-    """Input channels as the kernel wants them: four bytes are its smallest fast load."""
+    """Round input channels up to a multiple of four bytes, the kernel's smallest fast load."""
     return -(-channels // 4) * 4
 
 
 def padded_depth(window: Pair, channels: int) -> int:
-    """Depth of the weights as laid out, a whole number of blocks."""
+    """Return the depth of the laid-out weights, a whole number of blocks."""
     depth = math.prod(window) * padded_channels(channels)
     block = _BLOCK if depth > _SMALLEST_BLOCK else _SMALLEST_BLOCK
     return -(-depth // block) * block
 
 
-def supported(
+def unsupported_reason(
     shape: tuple[int, ...],
     weights: np.ndarray,
     bias: np.ndarray,
@@ -145,16 +145,16 @@ def supported(
     dilation: tuple[int, ...] | None = None,
     groups: int = 1,
 ) -> str | None:
-    """Why the kernel cannot compute a convolution; None if it can.
+    """Return why the kernel cannot compute a convolution; None if it can.
 
     Args:
-        shape: Of the codes, (n, h, w, c).
+        shape: Shape of the codes, (n, h, w, c).
         weights: int8 (*window, c / groups, o).
         bias: int32 (o,).
-        strides: By spatial axis.
-        padding: Before and after each spatial axis.
-        dilation: By spatial axis; None is 1.
-        groups: Of channels.
+        strides: Stride along each spatial axis.
+        padding: Padding before and after each spatial axis.
+        dilation: Dilation along each spatial axis; None means 1.
+        groups: Number of channel groups.
     """
     if weights.ndim != 4:
         return f"it has {weights.ndim - 2} spatial axes, not 2"
@@ -172,7 +172,7 @@ def supported(
     codes_out = shape[0] * math.prod(geometry.output) * outputs
     if (codes := max(codes_in, codes_out)) > LARGEST_TENSOR:
         return f"a tensor of {codes} codes has more than {LARGEST_TENSOR}"
-    return _overflow(weights, bias)
+    return _overflow_reason(weights, bias)
 
 
 def lay_out(
@@ -182,23 +182,23 @@ def lay_out(
     geometry: Geometry,
     zero_in: int,
 ) -> tuple[Int8[np.ndarray, "o depth"], Int32[np.ndarray, "edges o"]]:
-    """The weights and biases that the kernel reads, made once when a network is built.
+    """Lay out weights and biases for the kernel, once when a network is built.
 
     Args:
-        weights: Of the convolution.
-        bias: Of the convolution, in accumulator units.
-        geometry: Of the convolution.
+        weights: Weights of the convolution.
+        bias: Bias of the convolution, in accumulator units.
+        geometry: Geometry of the convolution.
         zero_in: Zero point of the input.
 
     Returns:
-        The weights, one output channel after the other, each padded with zeros to whole blocks;
-        and bias - zero_in * sum(weights of the taps that meet the image), by the edges that a
-        window crosses, or in one row if no window crosses any or the zero point is 0.
+        The weights by output channel, each padded with zeros to whole blocks; and bias - zero_in *
+        sum(weights of the taps inside of the image) for each pair of `Edges` classes (rows,
+        columns). If zero_in is 0, the biases have only one row.
 
     Raises:
-        ValueError: If a sum can leave int32.
+        ValueError: If a sum can overflow int32.
     """
-    if reason := _overflow(weights, bias):
+    if reason := _overflow_reason(weights, bias):
         raise ValueError(f"the kernel cannot compute this convolution: {reason}.")
     *window, channels, outputs = weights.shape
     taps = np.zeros((outputs, *window, padded_channels(channels)), np.int8)
@@ -209,12 +209,15 @@ def lay_out(
     if zero_in == 0:
         return matrix, bias[None]
     rows, columns = (geometry.taps_inside(axis).astype(np.int64) for axis in (0, 1))
-    met = np.einsum("ri,cj,ijo->rco", rows, columns, weights.sum(2, dtype=np.int64))
-    return matrix, (bias - zero_in * met.reshape(-1, outputs)).astype(np.int32)
+    sums = np.einsum("ri,cj,ijo->rco", rows, columns, weights.sum(2, dtype=np.int64))
+    return matrix, (bias - zero_in * sums.reshape(-1, outputs)).astype(np.int32)
 
 
-def _overflow(weights: np.ndarray, bias: np.ndarray) -> str | None:
-    """Tensor cores saturate, so no partial sum may leave int32, a folded zero point included."""
+def _overflow_reason(weights: np.ndarray, bias: np.ndarray) -> str | None:
+    """Return why a partial sum, with the zero point folded in, can overflow int32, or None.
+
+    Tensor cores saturate, so not even a partial sum may overflow.
+    """
     weights = np.abs(weights.astype(np.int64)).sum((0, 1, 2))
     largest = int((np.abs(bias.astype(np.int64)) + 256 * weights).max())
     if largest > np.iinfo(np.int32).max:
@@ -224,14 +227,14 @@ def _overflow(weights: np.ndarray, bias: np.ndarray) -> str | None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tile:
-    """How one thread block works.
+    """The work of one thread block.
 
     Attributes:
-        rows: Output pixels of a thread block.
-        outputs: Output channels of a thread block.
-        block: Depth that it takes at a time.
-        warps: Warps of 32 threads.
-        stages: Blocks of the depth on their way at the same time.
+        rows: Output pixels per thread block.
+        outputs: Output channels per thread block.
+        block: Depth per loop iteration.
+        warps: Warps (of 32 threads) per thread block.
+        stages: Blocks of the depth that are loaded at the same time.
     """
 
     rows: int
@@ -242,21 +245,21 @@ class Tile:
 
     @property
     def shared_bytes(self) -> int:
-        """Shared memory that the operands on their way take."""
+        """Shared memory of the operands in flight."""
         return self.stages * (self.rows + self.outputs) * self.block
 
 
 def choose_tile(rows: int, outputs: int, channels: int, depth: int) -> Tile:
-    """The tile for a shape, reasoned, not measured: `candidates` lists what to time on a GPU.
+    """Choose a tile for a shape by a model, not by measurement; time `candidates` on a GPU.
 
-    A tile reads rows + outputs codes for every rows * outputs products, all of them from the second
-    level of cache, whose bandwidth is what limits int8 first. So it is the one that does the most
-    with what it reads, of those of which there are enough to keep a large GPU busy.
+    For rows * outputs products a tile reads rows + outputs codes from the L2 cache, whose bandwidth
+    limits int8 first. So the tile has the most products per code read, among those that give enough
+    tiles to keep a large GPU busy.
 
     Args:
         rows: Output pixels of the whole batch.
-        outputs: Output channels.
-        channels: Input channels as laid out.
+        outputs: Number of output channels.
+        channels: Number of input channels as laid out.
         depth: Depth as laid out.
     """
 
@@ -264,8 +267,8 @@ def choose_tile(rows: int, outputs: int, channels: int, depth: int) -> Tile:
         return -(-rows // area[0]) * -(-outputs // area[1])
 
     areas = _areas(outputs, _SUMS)
-    most = max(areas, key=lambda area: (tiles(area), -math.prod(area)))
-    area = next((area for area in areas if tiles(area) >= _ENOUGH_TILES), most)
+    most_tiles = max(areas, key=lambda area: (tiles(area), -math.prod(area)))
+    area = next((area for area in areas if tiles(area) >= _ENOUGH_TILES), most_tiles)
     block = 2 * _BLOCK if channels % (2 * _BLOCK) == 0 else min(_BLOCK, depth)
     stages = min(4, depth // block, _SHARED_BYTES // (sum(area) * block))
     sums = math.prod(area)
@@ -276,34 +279,34 @@ def choose_tile(rows: int, outputs: int, channels: int, depth: int) -> Tile:
 def candidates(
     rows: int, outputs: int, channels: int, depth: int, *, shared_bytes: int = _SHARED_BYTES
 ) -> tuple[Tile, ...]:
-    """Tiles worth timing for a shape, the chosen one first.
+    """Return tiles worth timing for a shape, starting with the result of `choose_tile`.
 
     Args:
-        rows: As `choose_tile`'s, like the next three.
-        outputs: Output channels.
-        channels: Input channels as laid out.
+        rows: Output pixels of the whole batch.
+        outputs: Number of output channels.
+        channels: Number of input channels as laid out.
         depth: Depth as laid out.
-        shared_bytes: What the GPU at hand grants a thread block; an H200 227 KiB.
+        shared_bytes: Shared memory per thread block; 227 KiB on an H200.
     """
     chosen = choose_tile(rows, outputs, channels, depth)
     reuse = _reuse((chosen.rows, chosen.outputs))
     areas = [(m, n) for m, n in _areas(outputs, _MOST_SUMS) if m < 2 * max(rows, 16)]
     areas = [area for area in areas if reuse / 2 <= _reuse(area) <= reuse * 2]
     blocks = [block for block in (64, 128) if depth % block == 0] or [depth]
-    found = [chosen]
+    tiles = [chosen]
     for (m, n), block, warps in itertools.product(areas, blocks, (2, 4, 8)):
-        most = min(5, depth // block)
-        for stages in range(min(2, most), 1 + most):
+        most_stages = min(5, depth // block)
+        for stages in range(min(2, most_stages), 1 + most_stages):
             tile = Tile(rows=m, outputs=n, block=block, warps=warps, stages=stages)
             sums = m * n // (32 * warps)
             fits = tile.shared_bytes <= shared_bytes and 16 <= sums <= 128
             if fits and tile != chosen:
-                found.append(tile)
-    return tuple(found)
+                tiles.append(tile)
+    return tuple(tiles)
 
 
 def _areas(outputs: int, most_sums: int) -> list[Pair]:
-    """Rows and outputs of tiles, those first that do the most with what they read."""
+    """Return (rows, outputs) of tiles, ordered from the most products per code read."""
     widest = max(16, 1 << (outputs - 1).bit_length())
     areas = itertools.product((256, 128, 64, 32, 16), repeat=2)
     areas = [(m, n) for m, n in areas if n <= widest and m * n <= most_sums]
@@ -311,7 +314,7 @@ def _areas(outputs: int, most_sums: int) -> list[Pair]:
 
 
 def _reuse(area: Pair) -> float:
-    """Products for each code that a tile reads."""
+    """Return the products per code that a tile reads."""
     return math.prod(area) / sum(area)
 
 

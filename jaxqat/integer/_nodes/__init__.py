@@ -1,1 +1,1 @@
-"""The kinds of nodes of an integer graph, one file for each: fields, invariants and shape."""
+"""Node kinds of an integer graph, one file each: fields, invariants and output shape."""

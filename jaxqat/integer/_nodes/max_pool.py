@@ -8,12 +8,12 @@ from jaxqat.integer._nodes.base import Node, Padding, Shape, Tensor, window_shap
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class MaxPool(Node):
-    """Largest code in each window; a border never wins. The grid stays.
+    """Largest code in each window; padding is ignored. The output has the input's grid.
 
     Attributes:
-        window: Extent by spatial axis.
-        strides: By spatial axis.
-        padding: Before and after each spatial axis.
+        window: Size of the window along each spatial axis.
+        strides: Stride along each spatial axis.
+        padding: Padding before and after each spatial axis.
     """
 
     window: Shape
@@ -21,12 +21,12 @@ class MaxPool(Node):
     padding: Padding
 
     def output_shape(self, inputs: Sequence[Shape]) -> Shape:
-        """Return the positions of the window, and the channels."""
+        """Return the number of window positions along each spatial axis, and the channels."""
         ((*spatial, channels),) = inputs
         return (*window_shape(tuple(spatial), self.window, self.strides, self.padding), channels)
 
     def check(self, inputs: Sequence[Tensor], output: Tensor | None) -> None:
-        """Check that the codes stay on their grid."""
+        """Check that the output has the zero point and the bounds of the input."""
         if output is not None:
             for source in inputs:
                 self.check_same_grid(source, output, (source.low, source.high))

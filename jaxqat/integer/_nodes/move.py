@@ -1,4 +1,4 @@
-"""Move: codes in other places."""
+"""Move: operations that move codes without changing them."""
 
 import dataclasses
 import math
@@ -10,16 +10,16 @@ from jaxqat.integer._nodes.base import Node, Padding, Shape, Tensor
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Move(Node):
-    """Codes moved, not changed; axes count the batch as axis 0, which stays where it is.
+    """Move codes without changing them. The batch is axis 0 and stays in place.
 
     Attributes:
-        kind: What is done.
+        kind: Operation.
         shape: For 'reshape', the new shape without the batch.
-        axes: For 'transpose', the source axis of each axis; for 'reverse', the axes.
+        axes: For 'transpose', the source axis of each axis; for 'reverse', the reversed axes.
         padding: For 'pad', zeros before and after each axis (real zeros: the code zero_point).
-        starts: For 'slice', the first index by axis.
-        stops: For 'slice', one past the last index by axis; -1 for the batch.
-        strides: For 'slice', the distance between indices by axis.
+        starts: For 'slice', the first index along each axis.
+        stops: For 'slice', one past the last index along each axis; -1 for the batch.
+        strides: For 'slice', the stride along each axis.
     """
 
     kind: Literal["reshape", "transpose", "reverse", "pad", "slice"]
@@ -32,7 +32,7 @@ class Move(Node):
 
     @property
     def slices(self) -> tuple[slice, ...]:
-        """For 'slice', what is taken of each axis behind the batch."""
+        """For 'slice', the slice of each axis after the batch."""
         parts = zip(self.starts[1:], self.stops[1:], self.strides[1:], strict=True)
         return tuple(slice(*part) for part in parts)
 
@@ -42,7 +42,7 @@ class Move(Node):
         match self.kind:
             case "reshape":
                 if math.prod(self.shape) != math.prod(source):
-                    raise self.error(f"reshapes {source} to {self.shape}, another number of codes.")
+                    raise self.error(f"reshapes {source} to {self.shape}, which has another size.")
                 return self.shape
             case "transpose":
                 return tuple(source[axis - 1] for axis in self.axes[1:])
@@ -56,7 +56,7 @@ class Move(Node):
                 return tuple(len(range(*part.indices(size))) for size, part in parts)
 
     def check(self, inputs: Sequence[Tensor], output: Tensor | None) -> None:
-        """Check that the codes stay on their grid, where padding adds the code of the real zero."""
+        """Check that the output has the zero point and bounds of the input; padding adds zeros."""
         if output is None:
             return
         (source,) = inputs

@@ -11,30 +11,30 @@ from jaxqat.integer._nodes.base import Node, Padding, Shape, Tensor, window_shap
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Product(Node):
-    """A convolution or a dense layer on codes, with everything up to its output's codes.
+    """A convolution or a dense layer on codes, with its requantization.
 
-        acc = sum((q - zero_point_in) * w)          int32; a border holds real zeros
+        acc = sum((q - zero_point_in) * w)          int32; padding holds real zeros
         code = clip(round((acc + bias) * multiplier) + zero_point_out, low, high)
 
-    Where the output is the network's (`output` names no tensor of the graph), the result is the
-    real number (acc + bias) * multiplier.
+    If `output` names no tensor of the graph, it is the network's real result,
+    (acc + bias) * multiplier.
 
     Attributes:
         kind: 'conv' or 'dense'.
         weights: int8. Convolution: (*window, inputs / groups, outputs); dense: (inputs, outputs).
-            Their sign is such that every multiplier is positive.
-        weight_bits: Width of their codes, 2 to 8: -(2**(bits-1)-1) .. 2**(bits-1)-1. In memory a
-            code is a byte; saved, codes of up to 4 bits are packed (`packing`).
+            Their signs are chosen so that every multiplier is positive.
+        weight_bits: Width of the weight codes, 2 to 8: -(2**(bits-1)-1) .. 2**(bits-1)-1. Codes
+            take one byte each in memory; files pack codes of up to 4 bits (`_packing`).
         bias: int32 (outputs,), in accumulator units.
         multiplier: float32 (outputs,): (scale_in * weight_scale) / scale_out, or
-            scale_in * weight_scale for the network's output; each product and quotient rounded to
-            float32.
-        weight_scale: float32 (outputs,), positive: real units per weight code, batch norm's
-            factor included.
-        strides: Of a convolution's window, by spatial axis.
+            scale_in * weight_scale for the network's real result; each product and quotient is
+            rounded to float32.
+        weight_scale: float32 (outputs,), positive: real units per weight code, including the
+            factor of batch norm.
+        strides: Stride of a convolution along each spatial axis.
         padding: Zeros before and after each spatial axis.
-        dilation: Of a convolution's window.
-        groups: Of channels.
+        dilation: Dilation of a convolution along each spatial axis.
+        groups: Number of channel groups.
     """
 
     kind: Literal["conv", "dense"]
@@ -52,16 +52,16 @@ class Product(Node):
 
     @property
     def channels(self) -> int:
-        """Output channels."""
+        """Number of output channels."""
         return self.weights.shape[-1]
 
     @property
     def window(self) -> Shape:
-        """Spatial extent of a convolution's kernel; () for a dense layer."""
+        """Spatial shape of a convolution's kernel; () for a dense layer."""
         return self.weights.shape[:-2] if self.kind == "conv" else ()
 
     def output_shape(self, inputs: Sequence[Shape]) -> Shape:
-        """Return the positions of the window, or the axes before the last, and the channels."""
+        """Return the window positions (dense: the axes before the last) and the channels."""
         ((*spatial, _),) = inputs
         if self.kind == "dense":
             return (*spatial, self.channels)
@@ -71,14 +71,14 @@ class Product(Node):
         return (*positions, self.channels)
 
     def check(self, inputs: Sequence[Tensor], output: Tensor | None) -> None:
-        """Check types, shapes and bounds of the arrays, and that no accumulator leaves int32."""
+        """Check the arrays' dtypes, shapes and bounds, and that no accumulator overflows int32."""
         del output
         (source,) = inputs
         self._check_arrays()
-        taken, channels = self.weights.shape[-2] * self.groups, source.shape[-1]
-        if taken != channels:
+        expected, channels = self.weights.shape[-2] * self.groups, source.shape[-1]
+        if expected != channels:
             raise self.error(
-                f"weights {self.weights.shape} in {self.groups} group(s) take {taken} channels, "
+                f"weights {self.weights.shape} in {self.groups} group(s) need {expected} channels, "
                 f"but {source.name!r} has {channels}."
             )
         for field in ("multiplier", "weight_scale"):
@@ -87,10 +87,7 @@ class Product(Node):
                 raise self.error(f"{field} is not positive and finite everywhere.")
         bound = self.accumulator_bound(source)
         if bound > np.iinfo(np.int32).max:
-            raise self.error(
-                f"its accumulator can reach {bound}, beyond int32 (sum of |w| times the largest "
-                "code, plus the bias)."
-            )
+            raise self.error(f"its accumulator, bias included, can reach {bound}, beyond int32.")
 
     def _check_arrays(self) -> None:
         types = {"weights": np.int8, "bias": np.int32}
@@ -100,20 +97,20 @@ class Product(Node):
             if array.dtype != dtype or (field != "weights" and array.shape != (self.channels,)):
                 shape = "" if field == "weights" else f" ({self.channels},)"
                 raise self.error(
-                    f"{field} is {array.dtype.name} of shape {array.shape}; right would be "
-                    f"{np.dtype(dtype).name}{shape}."
+                    f"{field} must be {np.dtype(dtype).name}{shape}, got {array.dtype.name} "
+                    f"{array.shape}."
                 )
         bits, largest = self.weight_bits, np.abs(self.weights.astype(int)).max(initial=0)
         if bits not in range(2, 9) or largest > 2 ** (bits - 1) - 1:
             raise self.error(
-                f"weight_bits is {bits!r} and the largest weight code ±{largest}; right would be 2 "
-                "to 8 bits, and codes up to ±(2**(bits - 1) - 1)."
+                "weight_bits must be in 2..8 and weight codes within ±(2**(bits - 1) - 1), got "
+                f"{bits!r} and a code of magnitude {largest}."
             )
 
     def accumulator_bound(self, source: Tensor) -> int:
-        """Return the largest magnitude that acc + bias can have, whatever codes it reads."""
+        """Return the largest |acc + bias| over all codes that the source can hold."""
         lowest, highest = source.low - source.zero_point, source.high - source.zero_point
-        lowest, highest = min(lowest, 0), max(highest, 0)  # A border's taps meet real zeros.
+        lowest, highest = min(lowest, 0), max(highest, 0)  # Padding holds real zeros.
         weights = self.weights.astype(np.int64).reshape(-1, self.channels)
         positive, negative = np.maximum(weights, 0).sum(0), np.minimum(weights, 0).sum(0)
         bias = self.bias.astype(np.int64)

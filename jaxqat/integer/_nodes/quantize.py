@@ -1,4 +1,4 @@
-"""Quantize: the network's float input becomes codes."""
+"""Quantize: codes of the network's input."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -10,15 +10,15 @@ from jaxqat.integer._nodes.base import Node, Shape, Tensor
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Quantize(Node):
-    """The network's float input becomes codes: clip(round(x * inverse) + zero_point, low, high).
+    """Quantize the network's input: clip(round(x * inverse) + zero_point, low, high).
 
-    It has no `inputs`; the graph has one such node.
+    A graph has exactly one such node. Its `inputs` are empty.
 
     Attributes:
-        inverse: float32 reciprocal of the output's scale, as training multiplies by it.
-        table: Codes of uint8 images, (256, channels): normalization and quantization of every
-            value that a pixel can have, computed by the training graph's own program. None if the
-            network takes float input only.
+        inverse: float32 reciprocal of the output's scale, by which training multiplies too.
+        table: int8 code of every pixel value of a uint8 image, (256, channels), computed by the
+            normalization and quantization of the training graph. None if the network takes float
+            input only.
     """
 
     inverse: np.float32
@@ -30,7 +30,7 @@ class Quantize(Node):
         return images
 
     def check(self, inputs: Sequence[Tensor], output: Tensor | None) -> None:
-        """Check the factor, and that a table has an int8 code for each value of each channel."""
+        """Check `inverse`, and that a table has an int8 code for each value of each channel."""
         del inputs
         self.check_factors("inverse", (self.inverse,))
         if self.table is None or output is None:
@@ -38,6 +38,6 @@ class Quantize(Node):
         shape = (256, *output.shape[-1:])
         if self.table.dtype != np.int8 or self.table.shape != shape:
             raise self.error(
-                f"table is {self.table.dtype.name} of shape {self.table.shape}; right would be "
-                f"int8 {shape}, one code for each value of each channel."
+                f"table must be int8 {shape}, one code for each value of each channel, got "
+                f"{self.table.dtype.name} {self.table.shape}."
             )

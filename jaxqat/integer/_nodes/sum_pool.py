@@ -13,14 +13,15 @@ from jaxqat.integer._nodes.base import Node, Padding, Shape, Tensor, window_shap
 class SumPool(Node):
     """Average pooling: clip(round(sum(q - zero_point_in) * multiplier) + zero_point, low, high).
 
-    Where `output` names no tensor of the graph, the result is the real sum(...) * multiplier.
+    If `output` names no tensor of the graph, it is the network's real result,
+    sum(...) * multiplier.
 
     Attributes:
-        window: Extent by spatial axis; with `drop_axes`, the whole of each.
-        strides: By spatial axis.
+        window: Size of the window along each spatial axis; with `drop_axes`, the whole axis.
+        strides: Stride along each spatial axis.
         padding: Zeros before and after each spatial axis.
-        drop_axes: Whether the spatial axes are summed away: (n, h, w, c) to (n, c).
-        multiplier: float32.
+        drop_axes: Whether to reduce over all spatial axes: (n, h, w, c) to (n, c).
+        multiplier: float32 factor of the sum.
     """
 
     window: Shape
@@ -32,7 +33,7 @@ class SumPool(Node):
     may_be_real: ClassVar[bool] = True
 
     def output_shape(self, inputs: Sequence[Shape]) -> Shape:
-        """Return the positions of the window, unless they are summed away, and the channels."""
+        """Return the window positions, unless they are reduced, and the channels."""
         ((*spatial, channels),) = inputs
         if self.drop_axes:
             return (channels,)

@@ -1,1 +1,1 @@
-"""An integer graph as a folder, and back."""
+"""Saving an integer graph as a folder, and loading it."""

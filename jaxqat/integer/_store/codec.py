@@ -1,11 +1,10 @@
-"""An integer graph as JSON text and arrays, and back.
+"""Conversion of an integer graph to JSON text and arrays, and back.
 
-`TypedJson` checks every field against its declaration; here are the forms that a graph has beside
-plain JSON: a float32 in hexadecimal ('0x1.8p-5'), which is exact; an array by its name among the
-arrays, with its dtype and shape; a node with the name of its class. Codes of few bits are packed
-(`_packing`) where a field declares its width in its metadata (`code_bits`): dtype and shape are
-those of the codes, and `packed` says how many bits each takes in the array. In the end the graph
-checks its own invariants.
+`TypedJson` checks every field against its declared type. This module adds the types that plain JSON
+lacks: a float32 in hexadecimal ('0x1.8p-5'), which is exact; an array as its name, dtype and shape;
+a node as its class name and fields. A field with `code_bits` in its metadata names the field that
+holds the width of its codes. Narrow codes are packed (`_packing`): dtype and shape stay those of
+the codes, and `packed` is the number of bits per code. The decoded graph checks its invariants.
 """
 
 import dataclasses
@@ -25,10 +24,10 @@ _CLASSES = {kind.__name__: kind for kind in g.NODE_KINDS}
 
 
 def encode(graph: g.IntegerGraph) -> tuple[str, dict[str, np.ndarray]]:
-    """Return a graph as JSON text, and the arrays that it refers to.
+    """Return a graph as JSON text and the arrays that the text refers to.
 
     Raises:
-        CodecError: A field does not hold what it declares, or the metadata has no JSON form.
+        CodecError: If a field is not of its declared type, or the metadata has no JSON form.
     """
     codec = _GraphCodec({})
     content = {"format": FORMAT, **codec.json.encode_fields(graph, "")}
@@ -36,19 +35,19 @@ def encode(graph: g.IntegerGraph) -> tuple[str, dict[str, np.ndarray]]:
 
 
 def decode(text: str, arrays: Mapping[str, np.ndarray]) -> g.IntegerGraph:
-    """Return the graph that `encode` made this text and these arrays of.
+    """Return the graph that `encode` converted to this text and these arrays.
 
     Raises:
-        CodecError: A field is unknown, missing or of another type: names the field, what it holds
-            and what would be right.
-        GraphError: The graph breaks an invariant of `IntegerGraph`.
+        CodecError: If a field is unknown, missing or of another type; names the field, the expected
+            type and the value.
+        GraphError: If the graph breaks an invariant of `IntegerGraph`.
     """
     try:
         content = json.loads(text)
     except ValueError as error:
         raise CodecError(f"is not JSON: {error}.") from error
     if not isinstance(content, dict) or "format" not in content:
-        raise CodecError("holds no 'format'.")
+        raise CodecError("has no 'format'.")
     version = content.pop("format")
     if type(version) is not int or version != FORMAT:
         raise CodecError(f"format is {version!r}; this version of jaxqat reads {FORMAT}.")
@@ -57,11 +56,11 @@ def decode(text: str, arrays: Mapping[str, np.ndarray]) -> g.IntegerGraph:
 
 
 class _GraphCodec:
-    """The forms of a graph's parts.
+    """Encode and decode the parts of a graph that plain JSON lacks.
 
     Attributes:
-        arrays: Those met so far when encoding, or all that there are when decoding.
-        json: Encodes and decodes with these forms.
+        arrays: Arrays by name: those encoded so far, or all that decoding can refer to.
+        json: `TypedJson` with the forms of this class.
     """
 
     def __init__(self, arrays: dict[str, np.ndarray]):
@@ -78,7 +77,7 @@ class _GraphCodec:
     def _encode_tensors(self, tensors: dict[str, g.Tensor], key: str) -> list[Any]:
         for name, tensor in tensors.items():
             if name != tensor.name:
-                raise CodecError(f"{key}: the tensor under {name!r} is called {tensor.name!r}.")
+                raise CodecError(f"{key}: the tensor under {name!r} has the name {tensor.name!r}.")
         return [self.json.encode(t, g.Tensor, at(key, name)) for name, t in tensors.items()]
 
     def _decode_tensors(self, value: Any, key: str) -> dict[str, g.Tensor]:
@@ -88,14 +87,14 @@ class _GraphCodec:
         for i, content in enumerate(value):
             tensor = self.json.decode(content, g.Tensor, f"{key}[{i}]")
             if tensor.name in tensors:
-                raise CodecError(f"{key}[{i}]: {tensor.name!r} stands twice.")
+                raise CodecError(f"{key}[{i}]: the name {tensor.name!r} occurs twice.")
             tensors[tensor.name] = tensor
         return tensors
 
     def _encode_node(self, node: g.Node, key: str) -> dict[str, Any]:
         if type(node) not in g.NODE_KINDS:
-            raise CodecError(f"{key}: {type(node).__name__} is no node of the data model.")
-        # An array is called by its layer, not by its place, which changes with the graph.
+            raise CodecError(f"{key}: {type(node).__name__} is not a known node kind.")
+        # Arrays are named by layer, not by index, which depends on the rest of the graph.
         fields = self.json.encode_fields(node, f"{key.partition('[')[0]}.{node.name}")
         for name, bits in _code_bits(node):
             if (width := stored_bits(bits)) < 8:
@@ -106,10 +105,10 @@ class _GraphCodec:
 
     def _decode_node(self, value: Any, key: str) -> g.Node:
         if not isinstance(value, dict) or not isinstance(value.get("node"), str):
-            raise wrong(key, value, "an object with 'node', a class of nodes")
+            raise wrong(key, value, "an object with 'node', a node kind")
         kind = value["node"]
         if kind not in _CLASSES:
-            raise CodecError(f"{key}.node is {kind!r}; known are {', '.join(_CLASSES)}.")
+            raise CodecError(f"{key}.node must be one of {', '.join(_CLASSES)}, got {kind!r}.")
         content = {name: field for name, field in value.items() if name != "node"}
         node = _CLASSES[kind](**self.json.decode_fields(content, _CLASSES[kind], key))
         for name, bits in _code_bits(node):
@@ -132,14 +131,14 @@ class _GraphCodec:
             array = _unpack(array, value, key)
         if [array.dtype.name, list(array.shape)] != [value["dtype"], value["shape"]]:
             raise CodecError(
-                f"{key}: the array is {array.dtype.name}{list(array.shape)}, "
-                f"described as {value['dtype']}{value['shape']}."
+                f"{key}: the array must be {value['dtype']}{value['shape']}, "
+                f"got {array.dtype.name}{list(array.shape)}."
             )
         return array
 
 
 def _code_bits(node: g.Node) -> list[tuple[str, int]]:
-    """Fields of a node that hold codes, with the width of the codes."""
+    """Return the fields of a node that hold codes, each with the width of its codes."""
     return [
         (field.name, getattr(node, field.metadata["code_bits"]))
         for field in dataclasses.fields(node)
@@ -150,8 +149,8 @@ def _code_bits(node: g.Node) -> list[tuple[str, int]]:
 def _check_packed(content: Mapping[str, Any], bits: int, key: str) -> None:
     width = stored_bits(bits)
     if content.get("packed", 8) != width:
-        right = f"packed to {width} bits each" if width < 8 else "a byte each"
-        raise CodecError(f"{key}: codes of weight_bits {bits} must be {right}.")
+        expected = f"packed to {width} bits each" if width < 8 else "one byte each"
+        raise CodecError(f"{key}: codes of weight_bits {bits} must be {expected}.")
 
 
 def _unpack(packed: np.ndarray, value: dict[str, Any], key: str) -> np.ndarray:
@@ -159,7 +158,7 @@ def _unpack(packed: np.ndarray, value: dict[str, Any], key: str) -> np.ndarray:
     if type(bits) is not int or bits not in (2, 4):
         raise wrong(f"{key}.packed", bits, "2 or 4")
     if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
-        raise wrong(f"{key}.shape", shape, "a list of extents")
+        raise wrong(f"{key}.shape", shape, "a list of sizes")
     try:
         return unpack(packed, tuple(shape), bits)
     except ValueError as error:
@@ -176,9 +175,9 @@ def _decode_float32(value: Any, key: str) -> np.float32:
     try:
         number = float.fromhex(value)
         with np.errstate(over="ignore"):
-            single = np.float32(number)
+            rounded = np.float32(number)
     except (TypeError, ValueError, OverflowError) as error:
         raise wrong(key, value, "a float32 in hexadecimal") from error
-    if float(single) != number:
+    if float(rounded) != number:
         raise wrong(key, value, "a float32 in hexadecimal")
-    return single
+    return rounded

@@ -1,4 +1,4 @@
-"""Writing files that a reader, or a crash, never meets half done."""
+"""Atomic file writes: neither readers nor crashes see a half-written file."""
 
 import json
 import os
@@ -14,16 +14,15 @@ Content = bytes | str | Callable[[IO[bytes]], object]
 def write_atomically(
     path: Path, content: Content, *, error: type[JaxqatError] | None = None
 ) -> None:
-    """Create or replace a file in one step: a reader sees the old content or the new one.
+    """Create or replace a file atomically: readers see either the old or the new content.
 
-    The content goes to a temporary file in the same folder, reaches the disk, and then takes the
-    name of the target. After a failure the temporary file is removed and the target is unchanged.
+    The content is written to a temporary file in the same folder, synced to disk, and renamed to
+    the target. After a failure the temporary file is removed and the target is unchanged.
 
     Args:
         path: File to create or replace. Its folder must exist.
-        content: Bytes, text (written as UTF-8), or a function that fills the binary file that it
-            is called with.
-        error: Class to raise in place of an `OSError`, with the path and the reason in its message.
+        content: Bytes, text (written as UTF-8), or a function that writes to an open binary file.
+        error: Class to raise instead of `OSError`; its message has the path and the reason.
 
     Raises:
         OSError: If the file cannot be written and `error` is None.
@@ -38,11 +37,11 @@ def write_atomically(
 
 
 def write_json(path: Path, value: Any, *, error: type[JaxqatError] | None = None) -> None:
-    """Create or replace a JSON file in one step.
+    """Create or replace a JSON file atomically.
 
     Args:
         path: File to create or replace. Its folder must exist.
-        value: What `json.dumps` accepts.
+        value: Any value that `json.dumps` accepts.
         error: As in `write_atomically`.
 
     Raises:

@@ -1,11 +1,11 @@
 # pyright: strict, reportUnknownMemberType=false
-"""The integer network as a folder: `graph.json`, `arrays.npz`, and their SHA-256 in `SHA256SUMS`.
+"""Saving the integer network as a folder: `graph.json`, `arrays.npz` and `SHA256SUMS`.
 
     jaxqat.save(graph, "network")       graph = jaxqat.load("network")
 
-The folder becomes visible whole or not at all. `load` compares every byte with its checksum before
-it uses anything (`sha256sum -c SHA256SUMS` does the same). It needs no model and no checkpoint, and
-runs no code from the file: arrays are read without pickle.
+The folder appears complete or not at all. `load` checks the SHA-256 of both files first (as does
+`sha256sum -c SHA256SUMS`). It needs no model and no checkpoint, and runs no code from the files:
+arrays are read without pickle.
 """
 
 import contextlib
@@ -29,15 +29,15 @@ _FILES = {GRAPH_FILE, ARRAYS_FILE, SUMS_FILE}
 
 
 def save(graph: IntegerGraph, folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-    """Write a graph as a folder.
+    """Save a graph as a folder.
 
-    Tuples in the metadata come back as lists; all else comes back as it was.
+    `load` restores it exactly, except that tuples in the metadata become lists.
 
     Args:
-        graph: The network.
-        folder: The folder to make; its parent must exist.
-        overwrite: Whether to replace a network that was saved there before. The folder is absent
-            for a moment between the two.
+        graph: Network to save.
+        folder: Folder to create; its parent must exist.
+        overwrite: Whether to replace a network saved there before. The folder is absent for a
+            moment during the replacement.
 
     Returns:
         The folder.
@@ -57,7 +57,7 @@ def save(graph: IntegerGraph, folder: str | os.PathLike[str], *, overwrite: bool
     files[SUMS_FILE] = _sums(files)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
-        with _removed_at_the_end(temporary):
+        with _removed_on_exit(temporary):
             _write_folder(temporary, files)
             if overwrite and folder.exists():
                 _replace(folder, temporary)
@@ -70,14 +70,14 @@ def save(graph: IntegerGraph, folder: str | os.PathLike[str], *, overwrite: bool
 
 
 def load(folder: str | os.PathLike[str]) -> IntegerGraph:
-    """Read the graph that was saved in a folder.
+    """Load a graph from a folder written by `save`.
 
     Raises:
-        ArtifactError: If there is none, or it differs from what was saved; names the file.
+        ArtifactError: If the folder holds no network or a damaged one; names the file.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ArtifactError(f"{folder}: holds no integer network: there is no such folder.")
+        raise ArtifactError(f"{folder}: holds no integer network: it is not a folder.")
     files = {name: _read(folder / name) for name in (SUMS_FILE, GRAPH_FILE, ARRAYS_FILE)}
     _check_sums(folder, files)
     arrays = _unpack(folder / ARRAYS_FILE, files[ARRAYS_FILE])
@@ -85,28 +85,28 @@ def load(folder: str | os.PathLike[str]) -> IntegerGraph:
         return decode(files[GRAPH_FILE].decode(), arrays)
     except (CodecError, UnicodeDecodeError) as error:
         raise ArtifactError(f"{folder / GRAPH_FILE}: {error}") from error
-    except (GraphError, IndexError, ValueError) as error:  # Arrays of too few axes fail anyhow.
-        raise ArtifactError(f"{folder / GRAPH_FILE}: is no valid network: {error}") from error
+    except (GraphError, IndexError, ValueError) as error:  # Arrays with too few axes.
+        raise ArtifactError(f"{folder / GRAPH_FILE}: is not a valid network: {error}") from error
 
 
 def _check_target(folder: Path, overwrite: bool) -> None:
     if not folder.parent.is_dir():
-        raise ArtifactError(f"{folder}: its folder {folder.parent} does not exist.")
+        raise ArtifactError(f"{folder}: the parent folder does not exist.")
     if not os.path.lexists(folder):
         return
     if not overwrite:
-        raise ArtifactError(f"{folder}: exists already; give another name, or pass overwrite=True.")
-    # Whatever else lies there is not ours to delete.
+        raise ArtifactError(f"{folder}: already exists; give another name or pass overwrite=True.")
+    # Never delete anything but a saved network.
     foreign = not folder.is_dir() or {path.name for path in folder.iterdir()} - _FILES
     if folder.is_symlink() or foreign:
         raise ArtifactError(
-            f"{folder}: is not overwritten: it holds more than a saved network "
-            f"({', '.join(sorted(_FILES))})."
+            f"{folder}: cannot be overwritten: it is not a folder with only the files of a saved "
+            f"network ({', '.join(sorted(_FILES))})."
         )
 
 
 @contextlib.contextmanager
-def _removed_at_the_end(folder: Path) -> Generator[None]:
+def _removed_on_exit(folder: Path) -> Generator[None]:
     try:
         yield
     finally:
@@ -114,7 +114,7 @@ def _removed_at_the_end(folder: Path) -> Generator[None]:
 
 
 def _write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
-    shutil.rmtree(folder, ignore_errors=True)  # Of a process of the same number that was killed.
+    shutil.rmtree(folder, ignore_errors=True)  # Left by a killed process with the same id.
     folder.mkdir()
     for name, content in files.items():
         write_atomically(folder / name, content)
@@ -123,7 +123,7 @@ def _write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
 
 def _replace(folder: Path, new: Path) -> None:
     old = new.with_suffix(".old")
-    with _removed_at_the_end(old):
+    with _removed_on_exit(old):
         folder.rename(old)
         try:
             new.rename(folder)
@@ -133,7 +133,7 @@ def _replace(folder: Path, new: Path) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Makes names in a folder last through a loss of power."""
+    """Flush the names in a folder to disk, so that they survive a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -151,7 +151,7 @@ def _read(path: Path) -> bytes:
 
 
 def _sums(files: Mapping[str, bytes]) -> bytes:
-    """In the form of the command `sha256sum`."""
+    """Return the checksums in the format of `sha256sum`."""
     lines = (
         f"{hashlib.sha256(files[name]).hexdigest()}  {name}\n" for name in (GRAPH_FILE, ARRAYS_FILE)
     )
@@ -159,18 +159,16 @@ def _sums(files: Mapping[str, bytes]) -> bytes:
 
 
 def _check_sums(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Every byte of all three files counts: the sums are compared as text."""
-    expected, found = files[SUMS_FILE].splitlines(True), _sums(files).splitlines(True)
-    if expected == found:
+    """Compare the checksums as text, so that a changed byte in SUMS_FILE is detected too."""
+    expected, actual = files[SUMS_FILE].splitlines(True), _sums(files).splitlines(True)
+    if expected == actual:
         return
     damaged = [
-        name for name, line in zip((GRAPH_FILE, ARRAYS_FILE), found, strict=True)
+        name for name, line in zip((GRAPH_FILE, ARRAYS_FILE), actual, strict=True)
         if line not in expected
     ]  # fmt: skip
-    named = " and ".join(str(folder / name) for name in damaged) or str(folder / SUMS_FILE)
-    raise ArtifactError(
-        f"{named}: damaged: not what was saved, by the SHA-256 in {folder / SUMS_FILE}."
-    )
+    names = " and ".join(str(folder / name) for name in damaged) or str(folder / SUMS_FILE)
+    raise ArtifactError(f"{names}: damaged: content and SHA-256 in {folder / SUMS_FILE} differ.")
 
 
 def _unpack(path: Path, content: bytes) -> dict[str, np.ndarray]:
@@ -178,4 +176,4 @@ def _unpack(path: Path, content: bytes) -> dict[str, np.ndarray]:
         with np.load(io.BytesIO(content), allow_pickle=False) as packed:
             return {name: packed[name] for name in packed.files}
     except (AttributeError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise ArtifactError(f"{path}: is no archive of arrays: {error}") from error
+        raise ArtifactError(f"{path}: is not an archive of arrays: {error}") from error

@@ -1,20 +1,18 @@
-"""Dataclasses as JSON values and back, by their type hints.
+"""Conversion of dataclasses to JSON values and back, by their type hints.
 
     json_types = TypedJson()
     content = json_types.encode(value, Result)      value = json_types.decode(content, Result)
 
-Both directions check every value against its declared type. An error names the dotted key, what
-was found there and what would be right. Known types are
+Both directions check every value against its declared type. An error names the dotted key, the
+expected type and the value. These types are supported, and those with a `Form`:
 
-    str, int, float, bool, None     as they are; an int is a valid float, a bool is not an int
+    str, int, float, bool, None     unchanged; an int is a valid float, a bool is not an int
     Literal                         one of its values, of the same type
-    tuple, list                     a list; a tuple of fixed length checks it
+    tuple, list                     a list; the length of a fixed-length tuple is checked
     dict[str, X], Mapping[str, X]   an object
     X | None, X | Y                 the first alternative that fits
     dataclasses                     an object with one key for each field
-    Any, object                     whatever JSON holds, unchanged
-
-and those that a `Form` describes.
+    Any, object                     any JSON value, unchanged
 """
 
 import dataclasses
@@ -30,16 +28,16 @@ from jaxqat.errors import InputError
 
 
 class CodecError(InputError):
-    """A value that differs from its declared type; the message names the dotted key."""
+    """A value is not of its declared type; the message names the dotted key."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """How the values of one type hint are written, in place of the usual way.
+    """Custom encoding and decoding for one type hint.
 
     Attributes:
-        encode: Called with a value and its dotted key; returns a JSON value or raises `CodecError`.
-        decode: Called with a JSON value and its dotted key; returns the value or raises
+        encode: Function of a value and its dotted key; returns a JSON value or raises `CodecError`.
+        decode: Function of a JSON value and its dotted key; returns the value or raises
             `CodecError`.
     """
 
@@ -49,13 +47,13 @@ class Form:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TypedJson:
-    """Values as JSON and back, by type hints.
+    """Convert values to JSON and back, by type hints.
 
     Attributes:
-        forms: Forms by type hint, such as `{np.float32: Form(...)}`; they come before the known
+        forms: Forms by type hint, such as `{np.float32: Form(...)}`; they override the supported
             types.
-        defaults: Whether a field may be absent and then has its default. Encoding leaves out the
-            fields that equal their default.
+        defaults: Whether to omit fields that equal their default when encoding, and to use the
+            default of absent fields when decoding.
         allow_nan: Whether floats may be NaN or infinite, which Python's `json` writes as `NaN` and
             `Infinity`.
     """
@@ -68,8 +66,8 @@ class TypedJson:
         """Return the JSON value of `value`, which must be of the type `hint`.
 
         Args:
-            value: What to write.
-            hint: Its declared type.
+            value: Value to encode.
+            hint: Declared type.
             key: Dotted key of the value, for error messages.
 
         Raises:
@@ -78,11 +76,11 @@ class TypedJson:
         return _walk(self, _Encode, value, hint, key)
 
     def decode(self, value: Any, hint: Any, key: str = "") -> Any:
-        """Return the value of type `hint` that `encode` made this JSON value of.
+        """Return the value of type `hint` that `encode` converted to this JSON value.
 
         Args:
-            value: What `json.loads` returned.
-            hint: The declared type.
+            value: JSON value, as from `json.loads`.
+            hint: Declared type.
             key: Dotted key of the value, for error messages.
 
         Raises:
@@ -91,7 +89,7 @@ class TypedJson:
         return _walk(self, _Decode, value, hint, key)
 
     def encode_fields(self, value: Any, key: str) -> dict[str, Any]:
-        """Return the fields of a dataclass instance as JSON values, even if it has a `Form`.
+        """Return the fields of a dataclass instance as JSON values, ignoring its own `Form`.
 
         Raises:
             CodecError: If a field is not of its declared type.
@@ -105,7 +103,7 @@ class TypedJson:
         return fields
 
     def decode_fields(self, content: Any, cls: type, key: str) -> dict[str, Any]:
-        """Return the fields of a dataclass by name, even if it has a `Form`.
+        """Return the decoded fields of a dataclass by name, ignoring its own `Form`.
 
         Raises:
             CodecError: If a key is unknown or missing, or a value does not fit its declared type.
@@ -117,7 +115,7 @@ class TypedJson:
         for name in content:
             if name not in fields:
                 near = difflib.get_close_matches(str(name), fields, 1, cutoff=0.0)
-                hint = f"; the nearest is {near[0]!r}" if near else ""
+                hint = f"; the closest is {near[0]!r}" if near else ""
                 raise CodecError(f"{at(key, name)}: {cls.__name__} has no such field{hint}.")
         for name, field in fields.items():
             if name not in content and not (self.defaults and _has_default(field)):
@@ -134,17 +132,17 @@ def at(key: str, name: str) -> str:
     return f"{key}.{name}" if key else name
 
 
-def wrong(key: str, value: Any, right: str) -> CodecError:
-    """Return the error that says what was found under a key and what would be right."""
+def wrong(key: str, value: Any, expected: str) -> CodecError:
+    """Return an error that names the key, the expected type and the value."""
     shown = repr(value)
     shown = shown if len(shown) <= 80 else f"{shown[:79]}…"
-    return CodecError(f"{key or 'the content'}: must be {right}, got {shown}.")
+    return CodecError(f"{key or 'the content'}: must be {expected}, got {shown}.")
 
 
 class _Encode:
-    """The direction from values to JSON: what its containers are, and how it treats an object."""
+    """Direction from values to JSON: container types, and how to treat forms and dataclasses."""
 
-    sequence: type | None = None  # The declared type of container.
+    sequence: type | None = None  # None: the declared type.
     mapping = Mapping
 
     @staticmethod
@@ -163,7 +161,7 @@ class _Encode:
 
 
 class _Decode:
-    """The direction from JSON to values."""
+    """Direction from JSON to values."""
 
     sequence: type | None = list
     mapping = dict
@@ -185,7 +183,7 @@ _Direction = type[_Encode] | type[_Decode]
 
 
 def _walk(codec: TypedJson, direction: _Direction, value: Any, hint: Any, key: str) -> Any:
-    """Check a value against its type hint and translate it, in one direction."""
+    """Check a value against its type hint and convert it in one direction."""
     if hint in codec.forms:
         return direction.form(codec.forms[hint])(value, key)
     if hint is Any or hint is object:
@@ -210,18 +208,18 @@ def _union(
     others = [hint for hint in hints if hint is not type(None)]
     if value is None and len(others) < len(hints):
         return None
-    if len(others) == 1:  # Its own error says more than that no alternative fits.
+    if len(others) == 1:  # Its error is more specific than the one below.
         return _walk(codec, direction, value, others[0], key)
     for hint in others:
         try:
             return _walk(codec, direction, value, hint, key)
         except CodecError:
             continue
-    raise wrong(key, value, " or ".join(_words(hint) for hint in hints))
+    raise wrong(key, value, " or ".join(_type_name(hint) for hint in hints))
 
 
 def _literal(value: Any, choices: tuple[Any, ...], key: str) -> Any:
-    # 1 == True: the type counts as well.
+    # 1 == True, so compare types too.
     if not any(type(value) is type(choice) and value == choice for choice in choices):
         raise wrong(key, value, f"one of {', '.join(map(str, choices))}")
     return value
@@ -259,7 +257,7 @@ def _scalar(codec: TypedJson, value: Any, hint: Any, key: str) -> Any:
     if hint is float:
         return _float(codec, value, key)
     if type(value) is not hint:
-        raise wrong(key, value, _words(hint))
+        raise wrong(key, value, _type_name(hint))
     return value
 
 
@@ -276,10 +274,10 @@ def _float(codec: TypedJson, value: Any, key: str) -> float:
 
 
 def _json_value(codec: TypedJson, value: Any, key: str) -> Any:
-    """Return the value as it will be read back: tuples become lists, all else stays.
+    """Return the value with tuples as lists, as JSON stores it.
 
     Raises:
-        CodecError: If JSON would drop it or turn it into something else.
+        CodecError: If JSON would lose or change the value.
     """
     if isinstance(value, list | tuple):
         return [_json_value(codec, item, f"{key}[{i}]") for i, item in enumerate(value)]
@@ -289,18 +287,18 @@ def _json_value(codec: TypedJson, value: Any, key: str) -> Any:
     number = type(value) is float and (codec.allow_nan or np.isfinite(value))
     if value is None or number or type(value) in (str, int, bool):
         return value
-    raise wrong(key, value, "a JSON value: a text, a finite number, a list or an object")
+    raise wrong(key, value, "a JSON value (string, finite number, boolean, null, list or object)")
 
 
 def _check_names(mapping: Mapping[Any, Any], key: str) -> None:
     for name in mapping:
         if type(name) is not str:
-            raise CodecError(f"{key or 'the content'}: the key {name!r} is no text.")
+            raise CodecError(f"{key or 'the content'}: the key {name!r} must be a string.")
 
 
-def _words(hint: Any) -> str:
-    """Name a type to a person."""
-    known = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
+def _type_name(hint: Any) -> str:
+    """Return the name of a type for an error message."""
+    known = {str: "a string", int: "a whole number", float: "a number", bool: "true or false"}
     if hint is type(None) or hint is None:
         return "null"
     return known.get(hint) or getattr(hint, "__name__", None) or str(hint)
@@ -316,5 +314,5 @@ def _is_default(field: dataclasses.Field[Any], value: Any) -> bool:
         default = field.default_factory()
     else:
         default = field.default
-    # Types are compared too, for 1 == True; arrays have no truth value and are never left out.
+    # 1 == True, so compare types too. Arrays, whose == has no truth value, are never omitted.
     return type(value) is type(default) and not isinstance(value, np.ndarray) and value == default

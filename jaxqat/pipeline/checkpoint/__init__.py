@@ -1,4 +1,4 @@
-"""Checkpoints by Orbax, with a manifest that is verified before anything is used."""
+"""Checkpoints by Orbax, each verified against a manifest before use."""
 
 from jaxqat.pipeline.checkpoint.config import CheckpointConfig
 from jaxqat.pipeline.checkpoint.manifest import CheckpointError, DamagedCheckpointError

@@ -13,7 +13,7 @@ class CheckpointConfig:
     """Newest checkpoints to keep per stage; 2 keeps one as a fallback."""
 
     keep_best: bool = True
-    """Whether to also keep the best checkpoint on the validation split, if there is one."""
+    """Whether to also keep the checkpoint with the best validation accuracy, if there is one."""
 
     every_epochs: int = 1
     """Epochs between checkpoints; the last epoch always has one."""
@@ -28,11 +28,11 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class KeepLastAndBest:
-    """Orbax preservation policy that keeps the newest steps and the one with the best score.
+    """Orbax preservation policy that keeps the newest checkpoints and the one with the best score.
 
     Attributes:
-        last: How many of the newest to keep.
-        scores: Validation accuracy by step; the newest of equal ones is the best. A step without a
+        last: Number of newest checkpoints to keep.
+        scores: Validation accuracy by step; of equal ones, the newest is the best. A step without a
             score is never the best.
     """
 
@@ -40,7 +40,7 @@ class KeepLastAndBest:
     scores: Mapping[int, float]
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
-        """Return for each step, in ascending order, whether it is kept."""
+        """Return whether to keep each checkpoint; they are in ascending order."""
         del context
         steps = [checkpoint.step for checkpoint in checkpoints]
         kept = {*steps[-self.last :], best(self.scores, steps)}
@@ -48,7 +48,7 @@ class KeepLastAndBest:
 
 
 def best(scores: Mapping[int, float], steps: Sequence[int]) -> int | None:
-    """Return the step with the highest score, the newest of equal ones; None without scores."""
+    """Return the step with the highest score, of equal ones the newest; None without scores."""
     return max(
         (step for step in steps if step in scores), key=lambda s: (scores[s], s), default=None
     )

@@ -16,11 +16,11 @@ class CheckpointError(RunError):
 
 
 class DamagedCheckpointError(CheckpointError):
-    """A checkpoint's content is not what was saved."""
+    """The content of a checkpoint differs from what was saved."""
 
 
 def manifest(tree: Any) -> dict[str, dict[str, Any]]:
-    """Shape, dtype and SHA-256 of every array of a tree, by path."""
+    """Return shape, dtype and SHA-256 of every array in a tree, by path."""
     return {
         path: {
             **_signature(leaf),
@@ -40,30 +40,30 @@ def _signature(leaf: Any) -> dict[str, Any]:
 
 
 def check_fits(where: Path, saved: Mapping[str, Any], name: str, target: Any) -> None:
-    """Refuse arrays of other names, shapes or dtypes than the caller's.
+    """Check that saved arrays have the names, shapes and dtypes that the caller expects.
 
     Orbax would cast a wrong dtype silently and report a wrong shape by an internal name.
 
     Args:
-        where: The checkpoint, for the error.
+        where: The checkpoint, for the error message.
         saved: Its manifest of this part.
-        name: The part.
-        target: The tree that is expected, of anything with shape and dtype.
+        name: Name of the part.
+        target: The expected tree, of leaves with shape and dtype.
 
     Raises:
-        CheckpointError: Names the first array that differs.
+        CheckpointError: If not; names the first array that differs.
     """
     wanted = {path: _signature(leaf) for path, leaf in _leaves(target)}
     found = {path: {"shape": a["shape"], "dtype": a["dtype"]} for path, a in saved.items()}
     for path in sorted(wanted.keys() | found.keys()):
         if wanted.get(path) != found.get(path):
             raise CheckpointError(
-                f"{where} is of another model: {name}/{path} is {_say(found.get(path))} there, "
-                f"expected {_say(wanted.get(path))}."
+                f"{where} is of another model: {name}/{path} is {_format(found.get(path))} there, "
+                f"expected {_format(wanted.get(path))}."
             )
 
 
-def _say(signature: Mapping[str, Any] | None) -> str:
+def _format(signature: Mapping[str, Any] | None) -> str:
     if signature is None:
         return "absent"
     return f"{signature['dtype']}[{','.join(map(str, signature['shape']))}]"

@@ -1,10 +1,10 @@
-"""Checkpoints of one stage: Orbax, plus what it leaves open: integrity, identity, clear errors.
+"""The checkpoints of a stage: Orbax, with checks of content and identity.
 
-A step holds `model` (parameters and collections), `optimizer` (all else of the training state) and
-`info`, a JSON file with the resolved config, the data's fingerprint and the SHA-256, shape and
-dtype of every array. The three become visible together or not at all. Orbax restores an array with
-a flipped bit, or of another dtype, without a word; here the manifest is compared before anything
-is used.
+A checkpoint holds `model` (parameters and collections), `optimizer` (the rest of the training
+state) and `info`, a JSON file with the resolved config, the data's fingerprint, and the SHA-256,
+shape and dtype of every array. All three are written together, atomically. Orbax silently restores
+an array with a flipped bit or another dtype; here every array is compared with the manifest before
+use.
 """
 
 import dataclasses
@@ -40,9 +40,9 @@ class Restored:
     """A verified checkpoint.
 
     Attributes:
-        step: Its number.
-        parts: The restored trees by name, 'model' and, if asked for, 'optimizer', as NumPy arrays.
-        info: What was saved beside them.
+        step: Training step at which it was saved.
+        parts: The restored trees, of NumPy arrays: 'model' and, if requested, 'optimizer'.
+        info: The content of `info`.
     """
 
     step: int
@@ -53,11 +53,11 @@ class Restored:
 class CheckpointStore:
     """The checkpoints of one stage in `directory`.
 
-    A context manager: leaving the block waits for what is still being written.
+    A context manager: leaving the block waits for unfinished writes.
 
     Attributes:
-        directory: Holds one folder a step.
-        read_only: Whether nothing is ever written, not even leftovers cleaned up.
+        directory: Holds one folder per checkpoint, named by its step.
+        read_only: Whether nothing is written or cleaned up.
     """
 
     def __init__(self, directory: Path, config: CheckpointConfig, *, read_only: bool = False):
@@ -75,7 +75,7 @@ class CheckpointStore:
         )
         try:
             self._manager = ocp.CheckpointManager(self.directory, options=options)
-        except Exception as error:  # Orbax raises many types; all mean the same here.
+        except Exception as error:  # Orbax raises many types.
             raise CheckpointError(f"{self.directory}: cannot be opened: {error}") from error
         if config.keep_best:
             self._read_scores()
@@ -84,31 +84,31 @@ class CheckpointStore:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: Any) -> None:
-        # After an error in writing, the manager would only raise the same one again.
+        # After a failed write, the manager would raise the same error again.
         if not isinstance(error, CheckpointError):
             self.wait()
             self._manager.close()
 
     def steps(self) -> list[int]:
-        """Steps that were finished, ascending."""
+        """Return the steps of all complete checkpoints, ascending."""
         return sorted(self._manager.all_steps())
 
     def best_step(self) -> int | None:
-        """The step with the highest validation accuracy, the newest of equal ones.
+        """Return the step with the highest validation accuracy, of equal ones the newest.
 
         Returns:
-            None if no step has such a number: there is no validation split.
+            The step; None if there is no validation accuracy.
         """
         return best(self._scores, self.steps())
 
     def _read_scores(self) -> None:
         for step in self.steps():
             try:
-                self._note_score(step, self._info(step)["record"])
+                self._add_score(step, self._info(step)["record"])
             except DamagedCheckpointError as error:
-                logger.warning("%s It is not considered as the best one.", error)
+                logger.warning("%s It cannot be the best one.", error)
 
-    def _note_score(self, step: int, record: Mapping[str, Any] | None) -> None:
+    def _add_score(self, step: int, record: Mapping[str, Any] | None) -> None:
         if record is not None and record.get(BEST_BY) is not None:
             self._scores[step] = record[BEST_BY]
 
@@ -121,17 +121,17 @@ class CheckpointStore:
         record: Mapping[str, Any] | None,
         extra: Mapping[str, Any],
     ) -> None:
-        """Start to write a step; the arrays are copied before this returns.
+        """Start to write a checkpoint; the arrays are copied before this returns.
 
         Args:
-            step: Its number, larger than all before it.
+            step: Number of the training step, larger than all before it.
             model: Tree of arrays that evaluation needs.
             optimizer: Tree of arrays that only training needs.
             record: Metrics of the epoch that ends here, or None within an epoch.
-            extra: JSON-able: config, fingerprint, whatever else identifies the run.
+            extra: What identifies the run, such as config and fingerprint, as JSON values.
 
         Raises:
-            CheckpointError: If this or an earlier step could not be written.
+            CheckpointError: If this or an earlier checkpoint could not be written.
         """
         self.wait()
         parts = jax.device_get({MODEL: model, OPTIMIZER: optimizer})
@@ -149,33 +149,34 @@ class CheckpointStore:
         }
         items[INFO] = ocp.args.JsonSave(info)  # pyright: ignore[reportCallIssue]
         if self._keep_best:
-            self._note_score(step, record)
+            self._add_score(step, record)
         with _writing(self.directory):
             saved = self._manager.save(step, args=ocp.args.Composite(**items))
         if not saved:
             raise CheckpointError(f"{self.directory / str(step)} exists already: not written.")
 
     def wait(self) -> None:
-        """Wait until all is on the disk.
+        """Wait until all checkpoints are on the disk.
 
         Raises:
-            CheckpointError: If it could not be written: disk full, folder read-only or gone.
+            CheckpointError: If one could not be written: disk full, folder read-only or missing.
         """
         with _writing(self.directory):
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
 
     def restore(self, target: Mapping[str, Any], *, step: int | None = None) -> Restored:
-        """Read one step and verify it.
+        """Read one checkpoint and verify it.
 
         Args:
-            target: The parts to read, with arrays or `jax.ShapeDtypeStruct`s for leaves: what
-                the caller's model expects.
-            step: Which one; None for the newest.
+            target: The parts to read, with the caller's arrays or `jax.ShapeDtypeStruct`s as
+                leaves.
+            step: Its step; None for the newest.
 
         Raises:
-            DamagedCheckpointError: If it cannot be read or is not what was saved; names the step.
-            CheckpointError: If there is none, or it is of another model.
+            DamagedCheckpointError: If it cannot be read or differs from what was saved; names the
+                step.
+            CheckpointError: If it does not exist or is of another model.
         """
         steps = self.steps()
         if not steps or (step is not None and step not in steps):
@@ -186,7 +187,7 @@ class CheckpointStore:
         where = self.directory / str(step)
         for name, part in target.items():
             check_fits(where, info["arrays"].get(name, {}), name, part)
-        # NumPy targets: nothing goes to a device before it is verified.
+        # NumPy targets keep everything off the device until it is verified.
         parts = self._read(
             step,
             {
@@ -205,13 +206,13 @@ class CheckpointStore:
         return Restored(step, parts, info)
 
     def restore_newest_good(self, target: Mapping[str, Any]) -> Restored | None:
-        """The newest step that is whole; damaged newer ones are moved aside and named.
+        """Restore the newest undamaged checkpoint; move damaged newer ones aside and log them.
 
         Returns:
-            None if no step was ever finished.
+            The checkpoint; None if there are none.
 
         Raises:
-            CheckpointError: If there are steps and none of them is whole.
+            CheckpointError: If all checkpoints are damaged.
         """
         steps = self.steps()
         damaged: list[int] = []
@@ -219,7 +220,7 @@ class CheckpointStore:
             try:
                 restored = self.restore(target, step=step)
             except DamagedCheckpointError as error:
-                logger.error("%s Falling back to the step before it.", error)
+                logger.error("%s Falling back to the checkpoint before it.", error)
                 damaged.append(step)
                 continue
             for bad in damaged:
@@ -233,7 +234,7 @@ class CheckpointStore:
         return None
 
     def _move_aside(self, step: int) -> None:
-        """Out of the store, where its number is needed again, but not out of the run."""
+        """Move a checkpoint to another folder of the run, as its step will be saved again."""
         aside = self.directory.parent / "damaged" / f"{self.directory.name}-{step}"
         shutil.rmtree(aside, ignore_errors=True)
         aside.parent.mkdir(exist_ok=True)
@@ -255,7 +256,7 @@ class CheckpointStore:
         return {name: read[name] for name in targets}
 
     def _info(self, step: int) -> dict[str, Any]:
-        """The step's JSON part, verified."""
+        """Read and verify the JSON part of a checkpoint."""
         where = self.directory / str(step)
         try:
             read = self._manager.restore(
@@ -264,7 +265,7 @@ class CheckpointStore:
             )
             info = dict(read[INFO])
             expected = info.pop("sha256")
-        except Exception as error:  # As above.
+        except Exception as error:  # As in `_read`.
             raise DamagedCheckpointError(
                 f"{where} is damaged: its info cannot be read ({type(error).__name__})."
             ) from error
@@ -277,11 +278,11 @@ class CheckpointStore:
 
 @contextmanager
 def _writing(directory: Path) -> Iterator[None]:
-    """Disk full, read-only, folder gone: Orbax passes on whatever its threads met."""
+    """Raise CheckpointError for any error in writing; Orbax raises many types."""
     try:
         yield
     except Exception as error:
         raise CheckpointError(
             f"{directory}: a checkpoint could not be written ({type(error).__name__}: {error}). "
-            "Checkpoints finished before are whole; run again to continue from the newest."
+            "Earlier checkpoints are good; run again to continue from the newest."
         ) from error

@@ -1,4 +1,4 @@
-"""Image-classification data: decoded once to uint8, resident on the device, augmented there."""
+"""Image-classification data: decoded once to uint8, then kept and augmented on the device."""
 
 from jaxqat.pipeline.data.arrays import DataError, Split
 from jaxqat.pipeline.data.datasets import DataConfig, Dataset, load_dataset

@@ -1,7 +1,7 @@
-"""Decoded splits as plain uint8 arrays, the checks on them, and the errors they raise.
+"""Decode images to uint8 arrays and check them.
 
-Everything that reads data ends here, so that a wrong shape or label is reported by file or split
-before anything is compiled.
+Every source decodes through this module, so a wrong shape or label is reported with its file or
+split before anything is compiled.
 """
 
 import dataclasses
@@ -17,11 +17,11 @@ from jaxqat.errors import InputError
 
 
 class DataError(InputError):
-    """Data that cannot be used: names the file or key, what arrived and what would be right."""
+    """Unusable data; the message names the file or key, what was found and what was expected."""
 
 
 class SourceMissingError(DataError):
-    """The data is not where it was looked for; a cache or a download may still have it."""
+    """The source is missing; a cache or a download may still provide the data."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -37,23 +37,23 @@ class Split:
     labels: np.ndarray
 
     def __len__(self) -> int:
-        """Number of images."""
+        """Return the number of images."""
         return len(self.labels)
 
     def take(self, indices: np.ndarray) -> "Split":
-        """The images at `indices`, in that order, as a copy."""
+        """Return a copy of the images at `indices`, in that order."""
         return Split(self.images[indices], self.labels[indices])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Decoded:
-    """A whole data set as its source stores it, before any validation split or limit.
+    """A whole decoded data set, before any validation split or limit.
 
     Attributes:
         train: The training split.
         test: The test split.
         class_names: Name of each class; its length is the number of classes.
-        facts: What the data is, JSON-able: version, description, SHA-256 of the source files.
+        facts: Version, description and SHA-256 of the source files, as JSON values.
     """
 
     train: Split
@@ -67,9 +67,9 @@ class Encoded:
     """One image file or record, still encoded.
 
     Attributes:
-        where: What to call it in an error: a file, or a split and an index.
-        data: The bytes of the PNG, JPEG, ... file.
-        label: Its class.
+        where: Its name in error messages: a file, or a split and an index.
+        data: Bytes of the PNG, JPEG, ... file.
+        label: Class of the image.
     """
 
     where: str
@@ -86,56 +86,57 @@ def decode_split(
     image_size: int | None,
     num_classes: int,
 ) -> Split:
-    """Decode `count` records into one array, by Pillow only.
+    """Decode `count` records into one array, with Pillow only.
 
-    TFDS would take OpenCV when that happens to be installed, whose JPEG pixels differ from
-    Pillow's: the same files would be different data on two machines.
+    TFDS uses OpenCV where it is installed. Its JPEG pixels differ from Pillow's, so the same files
+    would give different data on two machines.
 
     Args:
-        where: What to call the split in an error.
+        where: Name of the split in error messages.
         records: The encoded images.
-        count: How many there must be.
+        count: Required number of records.
         channels: 1 (grey) or 3 (RGB).
         image_size: Height and width to resize to; None keeps the images as they are.
         num_classes: Labels must be in 0..num_classes - 1.
 
     Raises:
-        DataError: If an image cannot be decoded or is not shaped like the first one, a label is
-            out of range, or there are more or fewer than `count` records.
+        DataError: If an image cannot be decoded or its shape differs from the first one's, a label
+            is out of range, or there are more or fewer than `count` records.
     """
     images = np.empty((0, 0, 0, channels), np.uint8)
     labels = np.empty(count, np.int32)
-    arrived = 0
+    decoded = 0
     for record in records:
-        if arrived == count:
-            raise DataError(f"{where}: more than the {count} images it should have.")
+        if decoded == count:
+            raise DataError(f"{where}: more than the expected {count} images.")
         pixels = decode_image(record, channels=channels, image_size=image_size)
-        if arrived == 0:
+        if decoded == 0:
             images = np.empty((count, *pixels.shape), np.uint8)
         if pixels.shape != images.shape[1:]:
             raise DataError(
                 f"{record.where}: {_size(pixels.shape)} image, but the first one of {where} is "
-                f"{_size(images.shape[1:])}. All must be alike: set data.image_size to resize."
+                f"{_size(images.shape[1:])}. All must have one size: set data.image_size to resize."
             )
         if not 0 <= record.label < num_classes:
             raise DataError(
                 f"{record.where}: label {record.label}, expected 0..{num_classes - 1} "
                 f"({num_classes} classes)."
             )
-        images[arrived], labels[arrived] = pixels, record.label
-        arrived += 1
-    if arrived != count or count == 0:
-        raise DataError(f"{where}: {arrived} images, expected {count or 'at least 1'}.")
+        images[decoded], labels[decoded] = pixels, record.label
+        decoded += 1
+    if decoded != count or count == 0:
+        raise DataError(f"{where}: {decoded} images, expected {count or 'at least 1'}.")
     return Split(images, labels)
 
 
 def decode_image(record: Encoded, *, channels: int, image_size: int | None) -> np.ndarray:
     """Decode one image to uint8[height, width, channels].
 
-    Grey images become RGB where 3 channels are wanted, and transparency is dropped.
+    Grey images become RGB if `channels` is 3; transparency is dropped.
 
     Raises:
-        DataError: If it is no image, truncated, not of 8 bits, or in colour where grey is wanted.
+        DataError: If it is not an image, truncated, not of 8 bits, or in colour although
+            `channels` is 1.
     """
     try:
         with Image.open(io.BytesIO(record.data)) as image:
@@ -158,14 +159,14 @@ def decode_image(record: Encoded, *, channels: int, image_size: int | None) -> n
 
 def _to_array(image: Image.Image, image_size: int | None) -> np.ndarray:
     if image_size is not None and image.size != (image_size, image_size):
-        # Scales the shorter side and crops the middle: shapes are kept, margins are lost.
+        # Scales the shorter side and crops the middle: keeps proportions, loses the margins.
         image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BILINEAR)
     pixels = np.asarray(image)
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
 def is_grey(path: Path) -> bool:
-    """Whether an image file's header says one channel; False for what is no image."""
+    """Return whether an image file has one channel, by its header; False if it is not an image."""
     try:
         with Image.open(path) as image:
             return image.mode in ("1", "L")
@@ -181,10 +182,10 @@ def resize_grey(images: np.ndarray, image_size: int | None) -> np.ndarray:
 def stratified_split(
     labels: np.ndarray, *, test_fraction: float, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of a train and a test part with the same share of every class.
+    """Split indices into a train and a test part with the same share of every class.
 
-    Each class gives round(test_fraction * its count) images to the test part, one at least.
-    NumPy freezes the stream of `RandomState` for ever, so the split is the same in any version.
+    Each class gives round(test_fraction * its count) images to the test part, at least one.
+    NumPy guarantees the stream of `RandomState`, so the split is the same in every version.
 
     Returns:
         Train and test indices, each ascending.

@@ -1,9 +1,9 @@
 """The cache of decoded data sets: each entry is an .npz file and its SHA-256.
 
-An entry is NAME-REQUEST-IDENTITY.npz. REQUEST is a hash of the request (name, splits, image size),
-IDENTITY a hash of the source files' content, so that two copies of "cifar10" are never confused.
-The checksum is in a second file in `sha256sum` form. Both are written atomically: a stopped process
-leaves the old entry or none. Entries can be deleted at any time.
+An entry is named NAME-REQUEST-IDENTITY.npz. REQUEST is a hash of the request (name, splits, image
+size), IDENTITY a hash of the source's version and files, so that two copies of "cifar10" are never
+confused. A second file holds the checksum, in `sha256sum` form. Each is written atomically.
+Entries can be deleted at any time.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from jaxqat.pipeline.hashing import file_sha256, json_sha256
 
 logger = logging.getLogger(__name__)
 
-# Part of every request's hash: increase it when what is decoded, or how it is stored, changes.
+# Part of every request's hash: increase it when decoding or storage changes.
 FORMAT = 1
 
 
@@ -40,19 +40,18 @@ class Cache:
 
     @property
     def prefix(self) -> str:
-        """Start of the file names of this request's entries, of any copy of the source."""
+        """Common start of the file names of this request's entries."""
         name = re.sub(r"[^A-Za-z0-9_.]+", "-", self.request["name"])
         return f"{name}-{json_sha256({'format': FORMAT, **self.request})[:12]}"
 
     def path(self, identity: dict[str, Any]) -> Path:
-        """File of the entry decoded from the source with this identity."""
+        """Return the file of the entry decoded from the source with this identity."""
         return self.directory / f"{self.prefix}-{json_sha256(identity)[:16]}.npz"
 
     def get_or_decode(self, identity: dict[str, Any], decode: Callable[[], Decoded]) -> Decoded:
         """Return the verified entry of this source, or decode the source and store the result.
 
-        A damaged entry is logged and replaced. If the cache cannot be written, a warning is logged
-        and the next start decodes again.
+        A damaged entry is logged and replaced. Failure to write the cache only logs a warning.
         """
         path = self.path(identity)
         if path.exists():
@@ -80,7 +79,7 @@ class Cache:
         if len(paths) > 1:
             raise DataError(
                 f"data.cache_dir holds {len(paths)} different copies of {self.request['name']!r} "
-                f"({', '.join(map(str, paths))}) and the source is not at hand to choose by. "
+                f"({', '.join(map(str, paths))}), and without the source none can be chosen. "
                 "Delete all but one, or set data.data_dir to the source."
             )
         return read_entry(paths[0]) if paths else None
@@ -94,18 +93,18 @@ def read_entry(path: Path) -> Decoded:
     """Read one entry and verify its checksum.
 
     Raises:
-        DataError: If the checksum is missing or not that of the file.
+        DataError: If the checksum is missing or does not match the file.
     """
     checksum_path = _checksum_path(path)
     try:
-        expected, arrived = checksum_path.read_text().split()[0], file_sha256(path)
+        expected, actual = checksum_path.read_text().split()[0], file_sha256(path)
     except (OSError, IndexError, UnicodeDecodeError) as error:
         raise DataError(
             f"{checksum_path}: the cache's checksum cannot be read ({error})."
         ) from error
-    if arrived != expected:
+    if actual != expected:
         raise DataError(
-            f"{path}: the cache is damaged: SHA-256 {arrived[:16]}…, expected {expected[:16]}…."
+            f"{path}: the cache is damaged: SHA-256 {actual[:16]}…, expected {expected[:16]}…."
         )
     with np.load(path, allow_pickle=False) as arrays:
         meta = json.loads(arrays["meta"].tobytes())
@@ -119,7 +118,7 @@ def write_entry(path: Path, decoded: Decoded) -> None:
     """Write one entry and its checksum, each atomically.
 
     Raises:
-        OSError: If one of them cannot be written.
+        OSError: If either cannot be written.
     """
     meta = {"class_names": decoded.class_names, "facts": decoded.facts}
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""A data set by name, as uint8 arrays with a validation split, statistics and a fingerprint."""
+"""Load a data set by name: uint8 arrays, a validation split, statistics and a fingerprint."""
 
 import dataclasses
 import hashlib
@@ -19,21 +19,21 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which images to train on and to test on (config key `data`)."""
+    """Which images to train and test on (config key `data`)."""
 
     name: str = "digits"
     """'digits' (scikit-learn's, embedded), 'folder' (images by class in data_dir), or a TFDS
     image-classification set: 'cifar10', 'cifar100', 'name/config', 'name:1.2.3'."""
 
     data_dir: str | None = None
-    """Root of the TFDS sets (null: $TFDS_DATA_DIR, or ~/tensorflow_datasets), or the folder. Where
-    it does not hold the set, a verified cache of the set is used, and that is said."""
+    """Root of the TFDS sets (null: $TFDS_DATA_DIR, or ~/tensorflow_datasets), or the folder of
+    images. If the set is missing there, its cached copy is verified and used."""
 
     cache_dir: str | None = None
-    """Where decoded images are kept (null: $JAXQAT_CACHE_DIR, or ~/.cache/jaxqat)."""
+    """Folder for decoded images (null: $JAXQAT_CACHE_DIR, or ~/.cache/jaxqat)."""
 
     download: bool = False
-    """Whether TFDS may go online for a set that is neither prepared nor cached."""
+    """Whether TFDS may download a set that is neither prepared nor cached."""
 
     train_split: str = "train"
     """Name of the training split; TFDS slices such as 'train[:80%]' work."""
@@ -42,13 +42,14 @@ class DataConfig:
     """Name of the test split."""
 
     image_size: int | None = None
-    """Height and width to resize to, cropping the middle; null keeps the images, all alike."""
+    """Height and width to resize to, cropping to the middle; null keeps the size, which must be
+    the same for all images."""
 
     validation_size: int = 0
-    """Images taken out of training, at random, for selection; 0 for no validation split."""
+    """Training images set aside at random for validation; 0 for no validation split."""
 
     validation_seed: int = 0
-    """Seed of the choice of validation images and of what the limits keep."""
+    """Seed for choosing the validation images and the images within the limits."""
 
     train_limit: int | None = None
     """Training images to keep, for trials; null keeps all."""
@@ -78,18 +79,18 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
-    """Everything training and evaluation need to know of the data.
+    """All data of an experiment.
 
     Attributes:
         name: The name it was loaded by.
         train: Training images, without those of the validation split.
-        validation: Images to select by, or None.
-        test: Images to report on, once.
+        validation: Images for selecting a checkpoint, or None.
+        test: Images for the reported scores.
         class_names: Name of each class.
         mean: Mean of each channel over `train`, in units of 0..1.
         std: Standard deviation of each channel over `train`, in units of 0..1.
-        fingerprint: What the data is, JSON-able: source, version, description, counts, shape and
-            SHA-256 of the arrays. Equal fingerprints mean the same images in the same order.
+        fingerprint: Source, version, description, counts, shape and SHA-256 of the arrays, as JSON
+            values. Equal fingerprints mean the same images in the same order.
     """
 
     name: str
@@ -113,28 +114,27 @@ class Dataset:
 
 
 def load_dataset(config: DataConfig) -> Dataset:
-    """Load a data set, from the verified cache or its source, checked and ready for a device.
+    """Load a data set from the verified cache or its source, and check it.
 
-    The validation split is the end of a permutation of the training images that depends on
-    `validation_seed` and their number only; a limit keeps the beginning of such a permutation.
-    Within a split, images stay in the order of the source.
+    The training images are permuted by `validation_seed`: the validation split is the end of that
+    permutation, a limit keeps its beginning. Within a split, images stay in the source's order.
 
     Raises:
-        DataError: If the data is missing, damaged or not what it says it is.
+        DataError: If the data is missing, damaged or inconsistent.
     """
     decoded = _load_decoded(config)
-    train, validation = _carve(decoded.train, config)
+    train, validation = _split_validation(decoded.train, config)
     test = _limit(decoded.test, config.test_limit, config.validation_seed)
     if train.images.shape[1:] != test.images.shape[1:]:
         raise DataError(
             f"data.name {config.name!r}: training images of {train.images.shape[1:]}, test images "
-            f"of {test.images.shape[1:]}; they must be alike: set data.image_size to resize."
+            f"of {test.images.shape[1:]}; both must have one size: set data.image_size to resize."
         )
     mean, std = channel_statistics(train.images)
     if min(std) == 0:
         raise DataError(
             f"data.name {config.name!r}: a channel has one value in all training images "
-            f"(mean {mean}, std {std}): there is nothing to learn from."
+            f"(mean {mean}, std {std}) and cannot be normalized."
         )
     splits = {"train": train, "validation": validation, "test": test}
     return Dataset(
@@ -150,13 +150,13 @@ def load_dataset(config: DataConfig) -> Dataset:
 
 
 def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and (population) standard deviation of each channel, in units of 0..1.
+    """Return the mean and the population standard deviation of each channel, in units of 0..1.
 
-    From the counts of the 256 values, which are exact integers: 150 million pixels summed one by
-    one in floating point would depend on the order of summation.
+    They are computed from the exact counts of the 256 values: a floating-point sum over 150 million
+    pixels would depend on the order of summation.
     """
     counts = np.zeros((images.shape[-1], 256), np.int64)
-    for start in range(0, len(images), 1024):  # bincount widens to 8 bytes a pixel.
+    for start in range(0, len(images), 1024):  # bincount needs 8 bytes per pixel.
         chunk = images[start : start + 1024]
         for channel in range(images.shape[-1]):
             counts[channel] += np.bincount(chunk[..., channel].ravel(), minlength=256)
@@ -178,7 +178,7 @@ def _load_decoded(config: DataConfig) -> Decoded:
 
 
 def _load_without_source(config: DataConfig, cache: Cache, missing: SourceMissingError) -> Decoded:
-    """The cache's only copy; else a download, if it is allowed; else an error that says all."""
+    """Return the cache's only copy; otherwise download the set, if allowed, or raise."""
     cache_state = f"There is no cache of it in {cache.directory} either."
     try:
         cached = cache.only_entry()
@@ -227,14 +227,14 @@ def _cache_directory(config: DataConfig) -> Path:
 
 def _advice(config: DataConfig) -> str:
     if config.name == "folder":
-        return "Set data.data_dir to a folder with one folder of images a class."
+        return "Set data.data_dir to a folder with one folder of images per class."
     return (
         "Set data.data_dir or TFDS_DATA_DIR to the root of a TFDS copy in array_record form, or "
         "data.download to true to let TFDS fetch it, or data.name to 'digits', which is embedded."
     )
 
 
-def _carve(train: Split, config: DataConfig) -> tuple[Split, Split | None]:
+def _split_validation(train: Split, config: DataConfig) -> tuple[Split, Split | None]:
     kept = len(train) - config.validation_size
     if kept < 1:
         raise DataError(

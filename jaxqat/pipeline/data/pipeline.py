@@ -1,7 +1,7 @@
 """Device-side input: the order of an epoch, augmentation, normalization, evaluation batches.
 
-The split lies on the device as uint8. A training step gathers its images by index and calls the
-functions here inside the same compiled program; the host does nothing within an epoch.
+The training split stays on the device as uint8. A training step gathers its images by index and
+calls these functions inside the same compiled program; the host handles no images in an epoch.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int32, Key, UInt8
 
 from jaxqat.pipeline.data.arrays import Split
 
-# Folded into the key of the shuffle, so that it shares no stream with other uses of the same seed.
+# Folded into the shuffle's key, so that other uses of the same seed have other random streams.
 SHUFFLE_STREAM = 0x5F0F
 
 
@@ -24,7 +24,7 @@ class AugmentConfig:
     """Random changes to training images (config key `augment`)."""
 
     crop_padding: int = 4
-    """Zero pixels added to each side before a random crop to the old size; 0 for no crop."""
+    """Zero pixels added to each side before a random crop to the original size; 0 for no crop."""
 
     flip: bool = True
     """Whether to mirror each image left to right with probability one half."""
@@ -35,14 +35,14 @@ class AugmentConfig:
 
 
 def epoch_permutation(seed: int | Array, epoch: int | Array, n: int) -> Int32[Array, " n"]:
-    """Order of the training images in an epoch: a pure function of seed and epoch.
+    """Return the order of the training images in an epoch.
 
-    A run that resumes at an epoch needs no state of its own to see the same images again. The
+    It depends on seed and epoch only, so a resumed run needs no saved shuffling state. It is the
     same on every platform (threefry keys and a stable sort).
 
     Args:
         seed: Seed of the run.
-        epoch: Which epoch; may be traced.
+        epoch: Number of the epoch; may be traced.
         n: Number of images, static.
     """
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), SHUFFLE_STREAM), epoch)
@@ -52,9 +52,9 @@ def epoch_permutation(seed: int | Array, epoch: int | Array, n: int) -> Int32[Ar
 def augment(
     key: Key[Array, ""], images: UInt8[Array, "b h w c"], *, crop_padding: int, flip: bool
 ) -> UInt8[Array, "b h w c"]:
-    """Crop each image at random out of its zero-padded self, then mirror half of them.
+    """Pad each image with zeros and crop it at random, then mirror half of the images.
 
-    Every image draws its own two offsets in 0..2 * crop_padding and its own flip (the standard
+    Each image has its own two offsets in 0..2 * crop_padding and its own flip (the standard
     augmentation of He et al. 2015, arXiv:1512.03385, section 4.2).
 
     Args:
@@ -90,16 +90,16 @@ def normalize(
     std: Sequence[float],
     dtype: Any = jnp.float32,
 ) -> Float[Array, "b h w c"]:
-    """Per-channel (x / 255 - mean) / std, computed as (x - 255 mean) * (1 / (255 std)).
+    """Return (x / 255 - mean) / std per channel, computed as (x - 255 mean) * (1 / (255 std)).
 
-    Subtraction first leaves the compiler no multiplication and addition to contract into one
+    With the subtraction first, a compiler cannot fuse a multiplication and an addition into one
     rounding, so the result has the same bits on CPU, GPU and TPU.
 
     Args:
         images: Raw images.
         mean: Mean of each channel, in units of 0..1.
         std: Standard deviation of each channel, in units of 0..1.
-        dtype: Of the result; the arithmetic is float32.
+        dtype: Type of the result; the arithmetic is float32.
     """
     center = (255 * np.asarray(mean, np.float64)).astype(np.float32)
     scale = (1 / (255 * np.asarray(std, np.float64))).astype(np.float32)
@@ -108,12 +108,12 @@ def normalize(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EvalBatches:
-    """A split in batches of one size, in order, the last one filled up with masked zeros.
+    """A split in batches of one size, in order; the last batch is padded with masked zeros.
 
     Attributes:
         images: uint8[k, b, h, w, c].
-        labels: int32[k, b]; 0 where masked.
-        mask: bool[k, b]; False for the filling.
+        labels: int32[k, b]; 0 for padding.
+        mask: bool[k, b]; False for padding.
     """
 
     images: UInt8[np.ndarray, "k b h w c"]
@@ -126,7 +126,7 @@ def eval_batches(split: Split, batch_size: int) -> EvalBatches:
 
     Args:
         split: Images to evaluate.
-        batch_size: Images a batch; more than the split has gives one batch of that size.
+        batch_size: Images per batch; a smaller split gives one padded batch.
 
     Raises:
         ValueError: If `batch_size` is below 1.
@@ -134,11 +134,11 @@ def eval_batches(split: Split, batch_size: int) -> EvalBatches:
     if batch_size < 1:
         raise ValueError(f"batch_size must be 1 or more, got {batch_size!r}.")
     count = -(-len(split) // batch_size)
-    filling = count * batch_size - len(split)
+    padding = count * batch_size - len(split)
 
     def cut(array: np.ndarray) -> np.ndarray:
-        if filling:
-            array = np.concatenate([array, np.zeros((filling, *array.shape[1:]), array.dtype)])
+        if padding:
+            array = np.concatenate([array, np.zeros((padding, *array.shape[1:]), array.dtype)])
         return array.reshape(count, batch_size, *array.shape[1:])
 
     return EvalBatches(cut(split.images), cut(split.labels), cut(np.ones(len(split), bool)))

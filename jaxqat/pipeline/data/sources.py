@@ -1,7 +1,7 @@
-"""Where images come from: TFDS, scikit-learn's digits, a folder of images by class.
+"""Sources of images: scikit-learn's digits and a folder of images by class.
 
-A source is located first (cheap: directories and checksums, nothing decoded, no network) and
-decoded only if the cache does not hold it.
+A source is first located, which reads directories and checksums but decodes nothing and needs no
+network. It is decoded only if the cache does not hold it.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from jaxqat.pipeline.hashing import file_sha256
 
 logger = logging.getLogger(__name__)
 
-# Sources without a test split of their own give it a fifth of each class, chosen by this seed.
+# A source without a test split gives a fifth of each class to it, chosen by this seed.
 TEST_FRACTION = 0.2
 SPLIT_SEED = 0
 
@@ -37,11 +37,11 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Data that is at hand and can be decoded.
+    """Data that was found and can be decoded.
 
     Attributes:
-        identity: What tells this copy from any other, JSON-able: version, SHA-256 of its files.
-        decode: Decodes it all.
+        identity: Identifies this copy: version and SHA-256 of its files, as JSON values.
+        decode: Decodes both splits.
     """
 
     identity: dict[str, Any]
@@ -49,10 +49,9 @@ class Source:
 
 
 def content_sha256(root: Path, files: Iterable[Path]) -> str:
-    """One SHA-256 over the names below `root` and the contents of files, in sorted order.
+    """Return one SHA-256 over the names below `root` and the contents of files, in sorted order.
 
-    Content, and not the time of modification: a copied file is the same data, and one whose
-    bytes have changed is not.
+    Modification times do not count: a copied file is the same data.
 
     Raises:
         DataError: If a file cannot be read.
@@ -68,12 +67,12 @@ def content_sha256(root: Path, files: Iterable[Path]) -> str:
 
 
 def decode_digits(image_size: int | None) -> Decoded:
-    """scikit-learn's 1,797 handwritten digits, 8x8 grey, with a fixed stratified test split.
+    """Return scikit-learn's 1,797 handwritten digits, 8x8 grey, with a stratified test split.
 
-    Values 0..16 become round(value * 255 / 16). Embedded in scikit-learn: needs no files and no
-    cache.
+    Values 0..16 become round(value * 255 / 16). scikit-learn contains the data: there are no files
+    to find and none to cache.
     """
-    from sklearn.datasets import load_digits  # 0.5 s to import, and only this source needs it.
+    from sklearn.datasets import load_digits  # Takes 0.5 s, and only this source needs it.
 
     bunch: Any = load_digits()
     images = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[..., None]
@@ -90,21 +89,22 @@ def decode_digits(image_size: int | None) -> Decoded:
 def locate_folder(
     root: Path, *, train_split: str, test_split: str, image_size: int | None
 ) -> Source:
-    """A folder of images by class.
+    """Find a folder of images by class.
 
-    Either ROOT/TRAIN_SPLIT/CLASS/... and ROOT/TEST_SPLIT/CLASS/..., or ROOT/CLASS/..., of which a
-    fixed stratified fifth becomes the test split. Classes are numbered in the order of their names.
+    The layout is ROOT/TRAIN_SPLIT/CLASS/... and ROOT/TEST_SPLIT/CLASS/..., or ROOT/CLASS/..., where
+    a stratified fifth becomes the test split. Classes are numbered in the order of their names.
 
     Raises:
         SourceMissingError: If `root` does not exist.
-        DataError: If only one of the split folders exists, or the classes of the two differ.
+        DataError: If only one of the split folders exists, their classes differ, or there are
+            fewer than two classes.
     """
     if not root.is_dir():
         raise SourceMissingError(f"data.data_dir: no folder {root}.")
     present = [name for name in (train_split, test_split) if (root / name).is_dir()]
     if len(present) == 1:
         raise DataError(
-            f"{root}: has {present[0]!r} but not both of {train_split!r} and {test_split!r} "
+            f"{root}: has {present[0]!r}, but needs both {train_split!r} and {test_split!r} "
             "(data.train_split, data.test_split)."
         )
     bases = [root / name for name in present] or [root]
@@ -131,7 +131,7 @@ def locate_folder(
 
 
 def _list_classes(base: Path) -> dict[str, list[Path]]:
-    """Image files of each class folder below `base`, sorted."""
+    """Return the sorted image files of each class folder below `base`."""
     listing, ignored = {}, 0
     for folder in sorted(path for path in base.iterdir() if path.is_dir()):
         if folder.name.startswith("."):
@@ -142,7 +142,7 @@ def _list_classes(base: Path) -> dict[str, list[Path]]:
         if not listing[folder.name]:
             raise DataError(f"{folder}: a class without images ({', '.join(IMAGE_SUFFIXES)}).")
     if ignored:
-        logger.warning("%s: %d files that are no images were left out.", base, ignored)
+        logger.warning("%s: ignored %d files that are not images.", base, ignored)
     return listing
 
 

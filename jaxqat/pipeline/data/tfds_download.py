@@ -1,8 +1,8 @@
-"""Downloads through TFDS, only ever called when the user has set data.download.
+"""Downloads through TFDS, if the user has set data.download.
 
-TFDS's own code for CIFAR needs TensorFlow twice: to unpack the archive and to read the files in
-it. The builders here read the same archive, under TFDS's checksum, by Python's tarfile, and write
-the same prepared copy. Other sets are left to TFDS, which may ask for TensorFlow.
+TFDS's builders for CIFAR need TensorFlow to unpack the archive and to read the files in it. The
+builders here read the same archive, with TFDS's checksum, by Python's tarfile, and write the same
+prepared copy. For other sets TFDS may need TensorFlow.
 """
 
 import io
@@ -20,7 +20,7 @@ from PIL import Image
 
 from jaxqat.pipeline.data.arrays import DataError
 
-# TFDS tries an unreachable host for minutes; a network that answers at all does so in this time.
+# TFDS retries an unreachable host for minutes; a reachable one answers in this time.
 REACHABLE_SECONDS = 8
 
 
@@ -35,7 +35,7 @@ def download(name: str, root: Path) -> None:
             builder = cifar_builder(name)(data_dir=str(root), file_format="array_record")
         else:
             builder = tfds.builder(name, data_dir=str(root), file_format="array_record")
-    except Exception as error:  # An unknown name, a builder whose own imports are missing.
+    except Exception as error:  # An unknown name, or a builder whose imports are missing.
         raise DataError(f"data.name {name!r}: TFDS cannot build it: {error}") from error
     for url in list(builder.url_infos or {})[:1]:
         check_reachable(name, url)
@@ -47,7 +47,7 @@ def download(name: str, root: Path) -> None:
         hint = ""
         if "tensorflow" in str(error):
             hint = (
-                " TFDS prepares this set with TensorFlow only: prepare it once where that is "
+                " TFDS needs TensorFlow to prepare this set: prepare it once where TensorFlow is "
                 "installed, with file_format='array_record', and set data.data_dir to the result."
             )
         raise DataError(
@@ -57,21 +57,21 @@ def download(name: str, root: Path) -> None:
 
 def check_reachable(name: str, url: str) -> None:
     """Raise DataError unless the host of `url` answers within `REACHABLE_SECONDS`."""
-    outcome: list[str] = []
+    outcome: list[str] = []  # A reason why not, or an empty one; nothing before an answer.
 
-    def ask() -> None:
+    def request_head() -> None:
         try:
             request = urllib.request.Request(url, method="HEAD")
             urllib.request.urlopen(request, timeout=REACHABLE_SECONDS).close()
         except urllib.error.HTTPError:
-            pass  # An answer: the host is there, and TFDS will report what it thinks of the file.
+            pass  # The host answers; TFDS reports what is wrong with the file.
         except (OSError, ValueError) as error:
             outcome.append(str(error))
             return
         outcome.append("")
 
-    # A thread, because no timeout ends a name look-up.
-    thread = threading.Thread(target=ask, daemon=True)
+    # In a thread, because name look-ups have no timeout.
+    thread = threading.Thread(target=request_head, daemon=True)
     thread.start()
     thread.join(REACHABLE_SECONDS)
     reason = outcome[0] if outcome else f"no answer in {REACHABLE_SECONDS} s"
@@ -83,16 +83,16 @@ def check_reachable(name: str, url: str) -> None:
 
 
 def cifar_builder(name: str) -> Any:
-    """TFDS's builder class of 'cifar10' or 'cifar100', reading its archive without TensorFlow."""
+    """Return TFDS's builder class of 'cifar10' or 'cifar100', changed to need no TensorFlow."""
     parents = {
         "cifar10": tfds.image_classification.Cifar10,
         "cifar100": tfds.image_classification.Cifar100,
     }
     parent: Any = parents[name]
 
-    # pyright cannot see in `parent` that TFDS's __init_subclass__ takes skip_registration.
+    # pyright does not know that TFDS's __init_subclass__ takes skip_registration.
     class CifarWithoutTensorFlow(parent, skip_registration=True):  # pyright: ignore[reportGeneralTypeIssues, reportCallIssue]
-        # TFDS finds checksums by the class's module, which is ours.
+        # TFDS looks for checksums beside the class's module; ours has none.
         url_infos = parent.url_infos
 
         def _split_generators(self, dl_manager):
@@ -109,7 +109,7 @@ def cifar_builder(name: str) -> Any:
 
         def _generate_examples(self, prefix, blobs) -> Iterator[tuple[int, dict[str, Any]]]:
             keys = self._cifar_info.label_keys
-            # One record: a byte a label, then 32x32 pixels of each of three channels.
+            # One record: one byte per label, then 32x32 pixels of each of three channels.
             size = len(keys) + 3 * 32 * 32
             records = np.concatenate([np.frombuffer(b, np.uint8).reshape(-1, size) for b in blobs])
             for index, record in enumerate(records):
@@ -132,7 +132,7 @@ def _read_tar(archive: Path, prefix: str) -> dict[str, bytes]:
 
 
 def _png(pixels: np.ndarray) -> io.BytesIO:
-    """A PNG file: TFDS needs TensorFlow to encode an array, and takes an encoded file as it is."""
+    """Encode a PNG file: TFDS stores it unchanged, but needs TensorFlow to encode an array."""
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, "PNG")
     buffer.seek(0)

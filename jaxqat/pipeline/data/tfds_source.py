@@ -1,7 +1,7 @@
 """TFDS image-classification sets in array_record form, read without TensorFlow.
 
-A prepared copy is found by its directory, ROOT/NAME[/CONFIG]/VERSION, and read from there alone:
-asking TFDS for a set by name may go online, and then it hangs where there is no network.
+A prepared copy is found by its directory, ROOT/NAME[/CONFIG]/VERSION. Asking TFDS for a set by name
+may go online, and hangs without a network.
 """
 
 import re
@@ -21,19 +21,19 @@ from jaxqat.pipeline.data.sources import Source, content_sha256
 
 NAME = re.compile(r"(?P<name>[a-z]\w*)(/(?P<config>[\w.+-]+))?(:(?P<version>\d+\.\d+\.\d+))?")
 
-# Metadata files that are part of what the data is; the others are TFDS's own bookkeeping.
+# Metadata that describes the data; other files are TFDS's bookkeeping.
 METADATA = ("dataset_info.json", "features.json", "*.labels.txt")
 
-# Records held in memory, encoded, at a time.
+# Encoded records in memory at a time.
 CHUNK = 1000
 
 
 def prepared_directory(name: str, root: Path) -> Path:
-    """Directory of the newest (or the named) version of a prepared set.
+    """Return the directory of the newest version of a prepared set, or of the one in `name`.
 
     Raises:
         SourceMissingError: If there is none.
-        DataError: If the set has configurations and `name` chooses none.
+        DataError: If the set has several configurations and `name` chooses none.
     """
     parts = NAME.fullmatch(name)
     assert parts is not None  # DataConfig has checked it.
@@ -61,7 +61,7 @@ def _version_number(path: Path) -> tuple[int, ...]:
 def locate_tfds(
     name: str, root: Path, *, train_split: str, test_split: str, image_size: int | None
 ) -> Source:
-    """A prepared TFDS set, its files and their record counts checked.
+    """Find a prepared TFDS set; check its files and their record counts.
 
     Raises:
         SourceMissingError: If there is no prepared copy below `root`.
@@ -83,11 +83,11 @@ def locate_tfds(
 
 
 def _builder(directory: Path) -> Any:
-    import tensorflow_datasets as tfds  # 0.7 s to import, and only this source needs it.
+    import tensorflow_datasets as tfds  # Takes 0.7 s, and only this source needs it.
 
     try:
         builder = tfds.builder_from_directory(str(directory))
-    except Exception as error:  # TFDS raises what protobuf, json and its own parsers raise.
+    except Exception as error:  # Errors of protobuf, json and TFDS's own parsers.
         raise DataError(
             f"{directory}: TFDS cannot read dataset_info.json and features.json ({error}). "
             "Fetch or prepare the data again."
@@ -95,7 +95,7 @@ def _builder(directory: Path) -> Any:
     file_format = getattr(builder.info.file_format, "value", None)
     if file_format != "array_record":
         raise DataError(
-            f"{directory}: prepared as {file_format}, expected array_record, which is read without "
+            f"{directory}: prepared as {file_format}, expected array_record, which needs no "
             "TensorFlow. Prepare it again with file_format='array_record', or delete it and set "
             "data.download to true."
         )
@@ -103,7 +103,7 @@ def _builder(directory: Path) -> Any:
 
 
 def _checked_files(directory: Path, info: Any, split: str) -> set[Path]:
-    """Shards of a split, once each is known to hold the records the metadata promises."""
+    """Return the shards of a split, after checking each one's number of records."""
     from array_record.python.array_record_module import ArrayRecordReader
 
     try:
@@ -117,18 +117,18 @@ def _checked_files(directory: Path, info: Any, split: str) -> set[Path]:
         path, expected = Path(instruction.filename), instruction.examples_in_shard
         if not path.is_file():
             raise DataError(f"{path}: missing; split {split!r} needs it. Fetch the data again.")
-        # A reader of a damaged file does not raise: it counts 0 records.
-        arrived = ArrayRecordReader(str(path)).num_records()
-        if arrived != expected:
+        # The reader of a damaged file does not raise: it counts 0 records.
+        found = ArrayRecordReader(str(path)).num_records()
+        if found != expected:
             raise DataError(
-                f"{path}: {arrived} records in {path.stat().st_size} bytes, but dataset_info.json "
+                f"{path}: {found} records in {path.stat().st_size} bytes, but dataset_info.json "
                 f"says {expected}: truncated, damaged or of another copy. Fetch the data again."
             )
     return {Path(instruction.filename) for instruction in instructions}
 
 
 def _image_and_label(directory: Path, info: Any) -> tuple[str, str]:
-    """Names of the image and the class among the features."""
+    """Return the names of the image feature and of the label feature."""
     import tensorflow_datasets as tfds
 
     features = info.features
@@ -171,12 +171,12 @@ def _decode_tfds(
 def _check_shape(
     where: str, split: Split, shape: tuple[int | None, ...], image_size: int | None
 ) -> None:
-    arrived = split.images.shape[1:]
+    found = split.images.shape[1:]
     expected = tuple(
-        have if want is None else want for want, have in zip(shape[:2], arrived[:2], strict=True)
+        have if want is None else want for want, have in zip(shape[:2], found[:2], strict=True)
     )
-    if image_size is None and arrived[:2] != expected:
-        raise DataError(f"{where}: images of {arrived}, but features.json says {shape}.")
+    if image_size is None and found[:2] != expected:
+        raise DataError(f"{where}: images of {found}, but features.json says {shape}.")
 
 
 def _records(builder: Any, split: str, image: str, label: str) -> Iterator[Encoded]:

@@ -1,4 +1,4 @@
-"""Float networks, written in Flax Linen; they know nothing of quantization."""
+"""Float networks in Flax Linen, without any code for quantization."""
 
 from jaxqat.pipeline.models.resnet import ModelConfig, ResNet, build_model
 

@@ -1,7 +1,7 @@
 """ResNet-18, -34 and -50 (He et al. 2015, arXiv:1512.03385) with a CIFAR or an ImageNet stem.
 
-Layouts are NHWC for activations and HWIO for kernels. Layer names are explicit because they are
-the checkpoint's format and what quantization rules match: 'stem_conv', 'stage2/block0/conv1',
+Layouts are NHWC for activations and HWIO for kernels. Layer names are explicit because checkpoints
+store them and quantization rules match them: 'stem_conv', 'stage2/block0/conv1',
 'stage2/block0/shortcut_conv', 'head'. Padding is explicit because "SAME" pads one side only at
 stride 2, unlike the PyTorch networks whose accuracy and weights this one is compared with.
 """
@@ -44,15 +44,15 @@ class ModelConfig:
 
 
 # Fan-out keeps the gradient's variance through ReLU layers (He et al. 2015, arXiv:1502.01852,
-# section 2.2); an untruncated normal, as torchvision's kaiming_normal_(mode="fan_out").
+# section 2.2). Not truncated, as in torchvision: kaiming_normal_(mode="fan_out").
 kaiming_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
-# U(-1/sqrt(fan_in), 1/sqrt(fan_in)), the variance of PyTorch's default for nn.Linear.
+# U(-1/sqrt(fan_in), 1/sqrt(fan_in)), PyTorch's default for nn.Linear.
 linear_fan_in = nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")
 
 
 def _conv(features: int, kernel: int, stride: int, dtype: Any, name: str) -> nn.Conv:
-    """Square convolution without bias that keeps the size, or divides it by the stride."""
+    """Return a square convolution without bias; it keeps the size or divides it by the stride."""
     return nn.Conv(
         features,
         (kernel, kernel),
@@ -66,9 +66,9 @@ def _conv(features: int, kernel: int, stride: int, dtype: Any, name: str) -> nn.
 
 
 def _norm(train: bool, dtype: Any, name: str) -> nn.BatchNorm:
-    """Batch norm with PyTorch's constants: its momentum 0.1 is a decay of 0.9 here.
+    """Return a batch norm with PyTorch's constants: its momentum 0.1 is a decay of 0.9 here.
 
-    Statistics and parameters stay float32 whatever `dtype` is.
+    Statistics and parameters are float32 for every `dtype`.
     """
     return nn.BatchNorm(
         use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=dtype, name=name
@@ -84,7 +84,7 @@ class BasicBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "n h w c"], train: bool) -> Float[Array, "n h2 w2 f"]:
-        """Output relu(branch(x) + shortcut(x)), with ceil(size / stride) rows and columns."""
+        """Return relu(branch(x) + shortcut(x)), of ceil(size / stride) rows and columns."""
         conv, norm = partial(_conv, dtype=self.dtype), partial(_norm, train, self.dtype)
         y = conv(self.features, 3, self.stride, name="conv1")(x)
         y = nn.relu(norm(name="norm1")(y))
@@ -98,8 +98,8 @@ class BasicBlock(nn.Module):
 class BottleneckBlock(nn.Module):
     """1x1, 3x3 and 1x1 convolutions and a shortcut (He et al. 2015, fig. 5 right).
 
-    The stride is on the 3x3 convolution, as in torchvision ("ResNet v1.5"); the paper has it on
-    the first 1x1, which reads only a quarter of its input.
+    The stride is in the 3x3 convolution, as in torchvision ("ResNet v1.5"). In the paper it is in
+    the first 1x1, which then reads only a quarter of its input.
     """
 
     features: int
@@ -108,7 +108,7 @@ class BottleneckBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "n h w c"], train: bool) -> Float[Array, "n h2 w2 f4"]:
-        """Output relu(branch(x) + shortcut(x)), with 4 * features channels."""
+        """Return relu(branch(x) + shortcut(x)), of 4 * features channels."""
         conv, norm = partial(_conv, dtype=self.dtype), partial(_norm, train, self.dtype)
         out = BOTTLENECK_EXPANSION * self.features
         y = nn.relu(norm(name="norm1")(conv(self.features, 1, 1, name="conv1")(x)))
@@ -122,7 +122,7 @@ class BottleneckBlock(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks of equal width, named block0, block1, ...; the first one carries the stride."""
+    """Blocks of equal width, named block0, block1, ...; the first one has the stride."""
 
     block: type[nn.Module]
     size: int
@@ -141,10 +141,10 @@ class Stage(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Images to class logits; variables are {'params', 'batch_stats'}.
+    """Map images to class logits; variables are {'params', 'batch_stats'}.
 
     `dtype` is the precision of convolutions and activations. Parameters, batch statistics and the
-    head are float32 always: a bfloat16 logit has too few digits to rank close classes.
+    head are always float32: bfloat16 has too few digits to rank close logits.
     """
 
     depth: int = 18
@@ -155,18 +155,18 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "n h w c"], train: bool) -> Float[Array, "n k"]:
-        """Logits, float32.
+        """Return float32 logits.
 
         Args:
-            x: Normalized images, any size from 1 pixel on for the CIFAR stem.
-            train: Whether batch norm uses (and updates) the statistics of this batch.
+            x: Normalized images; the CIFAR stem accepts any size from 1x1 pixel.
+            train: Whether batch norm uses the statistics of this batch and updates the averages.
         """
         x = x.astype(self.dtype)
         kernel, stride = (3, 1) if self.stem == "cifar" else (7, 2)
         x = _conv(self.width, kernel, stride, self.dtype, "stem_conv")(x)
         x = nn.relu(_norm(train, self.dtype, "stem_norm")(x))
         if self.stem == "imagenet":
-            padding: Any = ((1, 1), (1, 1))  # Flax annotates it as str and takes pairs.
+            padding: Any = ((1, 1), (1, 1))  # Flax accepts pairs but annotates only str.
             x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=padding)
 
         block = BottleneckBlock if self.depth in BOTTLENECK_DEPTHS else BasicBlock
@@ -180,12 +180,12 @@ class ResNet(nn.Module):
 
 
 def build_model(config: ModelConfig, num_classes: int, dtype: Any = jnp.float32) -> ResNet:
-    """The network of a configuration, ready for `init` and `apply`.
+    """Return the network of a configuration.
 
     Args:
         config: Depth, width and stem.
-        num_classes: Logits to compute, 2 or more.
-        dtype: Compute precision, float32 or bfloat16; parameters are float32 in both.
+        num_classes: Number of logits, 2 or more.
+        dtype: Compute precision, float32 or bfloat16; parameters are float32 for both.
 
     Raises:
         ValueError: If `num_classes` is below 2.

@@ -1,4 +1,4 @@
-"""Self-contained pages: of a run, drawn from its folder alone, and of an analysis of its layers."""
+"""Self-contained HTML pages: the report of a run and the analysis of its layers."""
 
 from jaxqat.pipeline.report.analysis import write_analysis
 from jaxqat.pipeline.report.files import ReportError

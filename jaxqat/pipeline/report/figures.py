@@ -1,7 +1,7 @@
 """The figures of a report, as PNG bytes.
 
-Each is drawn 4.6 inches wide, so that its text is still legible at the width of a phone
-and two stand side by side on a desk. Nothing here touches pyplot, so no state outlives a call.
+Each is 4.6 inches wide: legible on a phone, and two fit side by side on a desktop. pyplot is not
+used, so there is no global state.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,14 +19,14 @@ from jaxqat.pipeline.results import LayerResult, Scores, TensorDifferences
 
 WIDTH = 4.6  # Inches.
 MAX_SAMPLES = 20
-MAX_COUNTED_CLASSES = 16  # Beyond these a count no longer fits its cell.
+MAX_COUNTED_CLASSES = 16  # With more, a count does not fit its cell.
 MAX_NAMED_CLASSES = 30
 
 
 def draw_samples(samples: Samples, theme: Theme) -> bytes:
-    """Test images with their true labels (the paper's Fig. 2), five to a row.
+    """Draw test images with their true labels (the paper's Fig. 2), five per row.
 
-    Images of one or three channels are shown as they are, of others the first channel.
+    Of images that are not RGB, the first channel is shown.
     """
     shown = min(len(samples.images), MAX_SAMPLES)
     columns = min(shown, 5)
@@ -47,13 +47,13 @@ def draw_samples(samples: Samples, theme: Theme) -> bytes:
 def draw_curves(
     title: str, epochs: Sequence[Mapping[str, Any]], test: Scores | None, theme: Theme
 ) -> bytes:
-    """Accuracy and loss of one stage by epoch (the paper's Figs. 3 and 5).
+    """Draw accuracy and loss of one stage by epoch (the paper's Figs. 3 and 5).
 
     Args:
         title: Name of the stage.
-        epochs: Lines of metrics.jsonl. Where the ranges are frozen the ground is shaded.
-        test: The stage's scores on the test split, marked once, at the last epoch: the
-            test split is never read during training, so it has no curve.
+        epochs: Lines of metrics.jsonl. Epochs with frozen ranges are shaded.
+        test: The stage's scores on the test split, marked at the last epoch. They have no curve,
+            as the test split is not used during training.
         theme: Colours.
     """
     with themed(theme):
@@ -96,11 +96,11 @@ def _draw_curve(
     ):
         y = scale * np.array([record.get(key) for record in epochs], np.float64)  # None is nan.
         if np.isfinite(y).any():
-            # A line through few points needs its points, one through a hundred hides them.
+            # Markers show the points of a short line; on a long one they overlap.
             axes.plot(x, y, color=color, label=label, marker="o" if len(x) <= 30 else "")
     if test is not None:
         marker = {"marker": "D", "color": theme.test, "linestyle": "none", "markersize": 5}
-        marker["clip_on"] = False  # It may stand on the edge.
+        marker["clip_on"] = False  # It may lie on the edge.
         axes.plot(
             x[-1:], [scale * getattr(test, score)], label="test, read once", zorder=3, **marker
         )
@@ -113,11 +113,10 @@ def _draw_curve(
 def draw_confusion(
     title: str, matrix: Sequence[Sequence[int]], class_names: Sequence[str], theme: Theme
 ) -> bytes:
-    """How often each class was taken for each (the paper's Figs. 4 and 6).
+    """Draw a confusion matrix (the paper's Figs. 4 and 6).
 
-    Colour is the share of the true class, on a square-root scale: errors are rare and on
-    a linear one they would be invisible. Up to 16 classes carry their counts, beyond that
-    a colour bar; up to 30 their names, beyond that their indices.
+    Colour is the share of the true class, on a square-root scale that makes rare errors visible.
+    Up to 16 classes have counts, more a colour bar; up to 30 have names, more their indices.
     """
     counts = np.asarray(matrix, np.int64)
     k = len(counts)
@@ -155,7 +154,7 @@ def _name_classes(axes: Axes, class_names: Sequence[str]) -> None:
 
 def _write_counts(axes: Axes, counts: np.ndarray, share: np.ndarray, theme: Theme) -> None:
     digits = len(str(counts.max()))
-    # A cell is about 3.6 inches of 72 points shared by k; a digit is 0.64 of its size wide.
+    # The matrix is about 3.6 inches of 72 points wide; a digit's width is 0.64 of its size.
     size = min(8.0, 0.85 * 3.6 * 72 / len(counts) / (0.64 * max(digits, 2)))
     for (row, column), count in np.ndenumerate(counts):
         color = theme.on_strongest if share[row, column] > 0.3 else theme.ink
@@ -171,7 +170,7 @@ def _write_counts(axes: Axes, counts: np.ndarray, share: np.ndarray, theme: Them
 
 
 def draw_ranges(layers: Sequence[LayerResult], theme: Theme) -> bytes:
-    """Smallest to largest weight and activation of every layer, in the network's order."""
+    """Draw smallest to largest weight and activation of every layer, in the network's order."""
     with themed(theme):
         height = 0.9 + 0.19 * len(layers)
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
@@ -196,7 +195,7 @@ def draw_ranges(layers: Sequence[LayerResult], theme: Theme) -> bytes:
 
 
 def draw_errors(tensors: Sequence[TensorDifferences], theme: Theme) -> bytes:
-    """Signal to quantization noise of every tensor, in the network's order."""
+    """Draw the signal to quantization noise of every tensor, in the network's order."""
     with themed(theme):
         figure = Figure(figsize=(WIDTH, 0.9 + 0.19 * len(tensors)), layout="constrained")
         axes = figure.subplots()
@@ -215,5 +214,5 @@ def draw_errors(tensors: Sequence[TensorDifferences], theme: Theme) -> bytes:
 
 
 def shorten(name: str, length: int = 13) -> str:
-    """A name that fits its place, its end left out where it must be."""
+    """Return a name of at most `length` letters; a longer one ends in '…'."""
     return name if len(name) <= length else f"{name[: length - 1]}…"

@@ -1,4 +1,4 @@
-"""The error that the report raises, and the check that raises it."""
+"""The error of the report, and a check that raises it."""
 
 from pathlib import Path
 
@@ -6,10 +6,10 @@ from jaxqat.errors import RunError
 
 
 class ReportError(RunError):
-    """A file that no report can be made from, or a page that cannot be written."""
+    """A file is missing or broken, or a page cannot be written."""
 
 
 def check(ok: bool, path: Path, problem: str) -> None:
-    """Raise `ReportError` with the file and what is wrong in it, unless `ok`."""
+    """Raise `ReportError` with the file and its problem, unless `ok`."""
     if not ok:
         raise ReportError(f"{path} is broken: {problem}.")

@@ -16,16 +16,16 @@ from jaxqat.pipeline.results import Results
 
 REPORT_FILE = "report.html"
 FIGURES_FOLDER = "figures"
-MAX_OPEN_ROWS = 20  # A longer per-class table starts folded.
+MAX_OPEN_ROWS = 20  # A longer table of classes is closed at first.
 
 
 def write_report(workdir: Path) -> Path:
     """Write RUN/report.html and RUN/figures/*.png from the files of a run folder.
 
-    Figures for which the run has no data (no QAT stage, no samples) are left out.
+    Figures without data (no QAT stage, no samples) are left out.
 
     Returns:
-        The page: one self-contained file, without scripts.
+        Path of the page: one self-contained file, without scripts.
 
     Raises:
         ReportError: If a file that the report needs is missing or broken, or the folder cannot
@@ -43,13 +43,13 @@ def write_report(workdir: Path) -> Path:
         raise ReportError(f"{folder}: cannot be made: {error.strerror}.") from error
     for name, png in light.items():
         write_atomically(folder / f"{name}.png", png, error=ReportError)
-    # Last, so that a new page is never next to old figures.
+    # Written last, so that a new page never comes with old figures.
     write_atomically(path, page, error=ReportError)
     return path
 
 
 def _drawings(run: Run) -> dict[str, Callable[..., bytes]]:
-    """Return every figure that the run has data for, by file name, without its theme."""
+    """Return a function of the theme for every figure with data, by file name."""
     drawings: dict[str, Callable[..., bytes]] = {}
     if run.samples is not None and len(run.samples.images):
         drawings["samples"] = partial(figures.draw_samples, run.samples)
@@ -73,7 +73,7 @@ def _drawings(run: Run) -> dict[str, Callable[..., bytes]]:
 def draw_all(
     drawings: Mapping[str, Callable[..., bytes]],
 ) -> tuple[dict[str, bytes], dict[str, tuple[str, str]]]:
-    """Draw figures: return the light ones as PNG, and both themes as the page embeds them."""
+    """Draw figures; return the light ones as PNG, and both themes as data URLs."""
     light = {name: draw(theme=theme.LIGHT) for name, draw in drawings.items()}
     dark = {name: draw(theme=theme.DARK) for name, draw in drawings.items()}
     return light, {name: (_embed(light[name]), _embed(dark[name])) for name in drawings}
@@ -139,7 +139,7 @@ def _headline(results: Results) -> list[tuple[str, str]]:
 
 
 def _facts(run: Run) -> list[tuple[str, str]]:
-    """Return what identifies a run, as terms and their values."""
+    """Return what identifies a run, as terms and values."""
     results, environment = run.results, dataclasses.asdict(run.results.environment)
     facts = [
         ("Model", _model(run)),

@@ -1,73 +1,81 @@
-"""The figures of the page of `jaxqat analyze`, as PNG bytes; see `figures` for their form."""
+"""The figures of the page that `jaxqat analyze` writes, as PNG bytes; like those in `figures`."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
+from jaxqat.analysis.result import Effect, TensorAnalysis
+from jaxqat.pipeline.measurements import RunAnalysis
 from jaxqat.pipeline.report.figures import WIDTH, shorten
 from jaxqat.pipeline.report.theme import Theme, themed, to_png
+
+Score = Callable[[Effect], float | None]
 
 NAME_LENGTH = 26  # Letters of a layer's name that fit.
 
 
-def draw_noise(analysis: Mapping[str, Any], theme: Theme) -> bytes:
+def draw_noise(analysis: RunAnalysis, theme: Theme) -> bytes:
     """Draw the signal to quantization noise of every layer's weights, input and output, in order.
 
-    An input without a static range (each example has its own, or it is integer already, as that of
-    an embedding) has no entry among the tensors, and no dot.
+    An input has no dot if it has no static range: its range is dynamic, or, as in an embedding, its
+    values are integers.
     """
-    ratios = {tensor["name"]: tensor["sqnr_db"] for tensor in analysis["tensors"]}
-    layers = analysis["layers"]
+    ratios = {tensor.name: tensor.sqnr_db for tensor in analysis.tensors}
+    layers = analysis.layers
     series = {
-        "weights": ([layer["weight_sqnr_db"] for layer in layers], "s", theme.train),
-        "input": ([ratios.get(layer["input"]) for layer in layers], "o", theme.validation),
-        "output": ([layer["output_sqnr_db"] for layer in layers], "D", theme.test),
+        "weights": ([layer.weight_sqnr_db for layer in layers], "s", theme.train),
+        "input": ([ratios.get(layer.input or "") for layer in layers], "o", theme.validation),
+        "output": ([layer.output_sqnr_db for layer in layers], "D", theme.test),
     }
     with themed(theme):
         figure, (axes,) = _panels(1, len(layers))
         for label, (values, marker, color) in series.items():
             _dots(axes, values, label, marker, color)
         axes.set_xlabel("Signal to quantization noise (dB)")
-        _name_rows(axes, [layer["path"] for layer in layers])
+        _name_rows(axes, [layer.path for layer in layers])
         _legend(figure, axes)
         return to_png(figure)
 
 
-def draw_sensitivity(analysis: Mapping[str, Any], theme: Theme) -> bytes:
-    """Draw the result with each layer quantized alone and with each in float; the worst on top."""
-    rows = analysis["sensitivity"]
-    labelled = analysis["real"]["accuracy"] is not None
-    scores = [("sqnr_db", 1.0, "SQNR of the result (dB)")]
-    scores += [("accuracy", 100.0, "Accuracy (%)")] if labelled else []
+def draw_sensitivity(analysis: RunAnalysis, theme: Theme) -> bytes:
+    """Draw the result with each layer alone quantized or in float; the most sensitive on top."""
+    rows = analysis.sensitivity
+    scores: dict[str, Score] = {"SQNR of the result (dB)": lambda effect: effect.sqnr_db}
+    if analysis.real.accuracy is not None:
+        scores["Accuracy (%)"] = _accuracy_percent
     with themed(theme):
         figure, panels = _panels(len(scores), len(rows))
-        for axes, (key, scale, label) in zip(panels, scores, strict=True):
-            for way, name, marker, color in (
-                ("alone", "quantized alone", "o", theme.validation),
-                ("without", "alone in float", "D", theme.train),
-            ):
-                values = [None if r[way][key] is None else scale * r[way][key] for r in rows]
-                _dots(axes, values, name, marker, color)
-            if analysis["quantized"][key] is not None:
-                everything = {"color": theme.muted, "linewidth": 0.9, "linestyle": "--"}
-                value = scale * analysis["quantized"][key]
-                axes.axvline(value, label="all quantized", **everything)
+        for axes, (label, score) in zip(panels, scores.items(), strict=True):
+            _draw_effects(axes, analysis, score, theme)
             axes.set_xlabel(label)
             axes.xaxis.set_major_locator(MaxNLocator(4))
-        _name_rows(panels[0], [row["path"] for row in rows])
+        _name_rows(panels[0], [row.path for row in rows])
         _legend(figure, panels[0])
         return to_png(figure)
 
 
-def draw_histograms(tensors: Sequence[Mapping[str, Any]], theme: Theme) -> bytes:
-    """Draw histograms of tensors with the ranges of their codes, two per row, on a log scale.
+def _accuracy_percent(effect: Effect) -> float | None:
+    return None if effect.accuracy is None else 100 * effect.accuracy
+
+
+def _draw_effects(axes: Axes, analysis: RunAnalysis, score: Score, theme: Theme) -> None:
+    rows, everything = analysis.sensitivity, score(analysis.quantized)
+    alone, without = [score(row.alone) for row in rows], [score(row.without) for row in rows]
+    _dots(axes, alone, "quantized alone", "o", theme.validation)
+    _dots(axes, without, "alone in float", "D", theme.train)
+    if everything is not None:
+        line = {"color": theme.muted, "linewidth": 0.9, "linestyle": "--"}
+        axes.axvline(everything, label="all quantized", **line)
+
+
+def draw_histograms(tensors: Sequence[TensorAnalysis], theme: Theme) -> bytes:
+    """Draw histograms of tensors and their ranges, two per row, on a log scale.
 
     Args:
-        tensors: Entries of the analysis' `tensors`, at least one.
+        tensors: Entries of the analysis's `tensors`, at least one.
         theme: Colours of the figure.
     """
     rows = -(-len(tensors) // 2)
@@ -82,10 +90,10 @@ def draw_histograms(tensors: Sequence[Mapping[str, Any]], theme: Theme) -> bytes
         return to_png(figure)
 
 
-def _draw_histogram(axes: Axes, tensor: Mapping[str, Any], theme: Theme) -> None:
-    counts, edges = np.asarray(tensor["counts"]), np.asarray(tensor["edges"])
+def _draw_histogram(axes: Axes, tensor: TensorAnalysis, theme: Theme) -> None:
+    counts, edges = np.asarray(tensor.counts), np.asarray(tensor.edges)
     used = np.flatnonzero(counts)
-    ends = [tensor["low"], tensor["high"]]
+    ends = [tensor.low, tensor.high]
     middles = (edges[:-1] + edges[1:]) / 2
     inside = (middles > ends[0]) & (middles < ends[1])
     for where, color in ((inside, theme.train), (~inside, theme.validation)):
@@ -93,7 +101,7 @@ def _draw_histogram(axes: Axes, tensor: Mapping[str, Any], theme: Theme) -> None
     for end in ends:
         axes.axvline(end, color=theme.ink, linewidth=0.9, linestyle="--")
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(EngFormatter(sep=""))  # Without formulas, as the theme has it.
+    axes.yaxis.set_major_formatter(EngFormatter(sep=""))  # The theme does not parse formulas.
     axes.set_ylim(bottom=0.5)
     first = float(min(edges[used[0]], ends[0]))
     last = float(max(edges[used[-1] + 1], ends[1]))
@@ -101,8 +109,8 @@ def _draw_histogram(axes: Axes, tensor: Mapping[str, Any], theme: Theme) -> None
     axes.set_xlim(first - margin, last + margin)
     axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.tick_params(labelsize=7)
-    clipped = f"{100 * tensor['clipped']:.2f} % clipped"
-    name = shorten(tensor["name"], NAME_LENGTH)
+    clipped = f"{100 * tensor.clipped:.2f} % clipped"
+    name = shorten(tensor.name, NAME_LENGTH)
     axes.set_title(f"{name}\n{clipped}", fontsize=7, fontweight="normal")
 
 

@@ -1,7 +1,7 @@
-"""What the paper reports, and whether a run can be compared with it.
+"""The paper's results, and whether a run can be compared with them.
 
 "8 Bit Quantized Neural Network" trains ResNet-18 on CIFAR-10 for 100 epochs in FP32 and
-fine-tunes it for 30 in 8 bits.
+fine-tunes it for 30 epochs in 8 bits.
 """
 
 from typing import Any
@@ -18,20 +18,19 @@ EPOCHS = {"fp32": 100, "qat": 30}
 
 
 def dataset_name(run: Run) -> str:
-    """Return the name of the run's data set without its version: 'cifar10' for 'cifar10:3.0.2'."""
+    """Return the name of the run's data set without its version."""
     return str(run.results.data["name"]).split(":")[0]
 
 
 def is_on_paper_data(run: Run) -> bool:
-    """Return whether the run is on the paper's data set."""
+    """Return whether the run uses the paper's data set."""
     return dataset_name(run) == DATASET
 
 
 def departures(run: Run) -> list[str]:
-    """Return why a run cannot be compared with the paper; empty if it can.
+    """Return the reasons why a run cannot be compared with the paper; empty if it can.
 
-    Data, size of the model and length of training decide. Another learning rate is another recipe
-    for the same task.
+    Data, model, length of training and bits must agree; the optimizer's settings may differ.
     """
     if not is_on_paper_data(run):
         return [f"the data set is {dataset_name(run)}, the paper's is CIFAR-10"]

@@ -1,4 +1,4 @@
-"""Reading of a run folder for the report; every file is checked here, once.
+"""Read and check the files of a run folder for the report.
 
 `results.json`, `metrics.jsonl` and `config.yaml` are required, the sample images in
 `report_data.npz` are optional.
@@ -25,10 +25,10 @@ class Run:
 
     Attributes:
         config: Settings of the run.
-        config_text: The same, as the file has them.
-        results: The content of results.json.
-        epochs: Lines of metrics.jsonl by stage, in order.
-        samples: Test images to show; None if the run kept none.
+        config_text: Text of config.yaml.
+        results: Content of results.json.
+        epochs: Lines of metrics.jsonl by stage, in the order of epochs.
+        samples: Test images to show; None if the run saved none.
     """
 
     config: dict[str, Any]
@@ -48,7 +48,7 @@ def read_run(workdir: Path) -> Run:
     return Run(
         config=_parse_config(config_text, workdir / "config.yaml"),
         config_text=config_text,
-        results=results.read(workdir / "results.json", error=ReportError),
+        results=results.read(workdir / "results.json", Results, error=ReportError),
         epochs=_read_epochs(workdir / "metrics.jsonl"),
         samples=read_samples(workdir),
     )
@@ -59,7 +59,7 @@ def _read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise ReportError(
-            f"{path} is missing: a report needs the folder of a run that has been evaluated."
+            f"{path} is missing: a report needs the folder of an evaluated run."
         ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise ReportError(f"{path} cannot be read: {error}.") from error
@@ -84,7 +84,7 @@ def _read_epochs(path: Path) -> dict[str, list[dict[str, Any]]]:
         except json.JSONDecodeError as error:
             raise ReportError(f"{path}, line {number} is not JSON: {error}.") from error
         _check_record(record, path, number)
-        # An epoch that a resumed run repeated has two lines; the last one counts.
+        # A resumed run may have repeated an epoch; its last line counts.
         by_stage.setdefault(record["stage"], {})[record["epoch"]] = record
     check(bool(by_stage), path, "holds no epoch")
     return {

@@ -1,4 +1,4 @@
-"""The sample images of a report: a few test images that a run leaves in its folder."""
+"""The sample images of a report: a few test images in the run folder."""
 
 import zipfile
 from collections.abc import Sequence
@@ -25,10 +25,10 @@ class Samples:
 
 
 def read_samples(workdir: Path) -> Samples | None:
-    """Read the sample images of a run; None if it kept none.
+    """Read the sample images of a run; None if it saved none.
 
     Raises:
-        ReportError: If the file is there and broken.
+        ReportError: If the file is broken.
     """
     path = workdir / SAMPLES_FILE
     try:
@@ -50,10 +50,10 @@ def write_samples(
     labels: Int[np.ndarray, "m"],
     class_names: Sequence[str],
 ) -> Path:
-    """Keep a few images with their true labels in the run folder, for the report.
+    """Save a few images with their true labels in the run folder, for the report.
 
     Raises:
-        ValueError: If the images are not uint8[m, h, w, c] or the labels do not fit them.
+        ValueError: If the images are not uint8[m, h, w, c] or the labels not integers [m].
         ReportError: If the file cannot be written.
     """
     images, labels = np.asarray(images), np.asarray(labels)

@@ -1,7 +1,8 @@
-"""The tables of a report, as rows of text."""
+"""The tables of a report, as text."""
 
 from typing import Any
 
+from jaxqat.analysis._text import decibels, percent
 from jaxqat.pipeline.report import paper
 from jaxqat.pipeline.report.figures import MAX_NAMED_CLASSES
 from jaxqat.pipeline.report.read import Run
@@ -15,22 +16,17 @@ from jaxqat.pipeline.results import (
 )
 
 DASH = "–"
-MANY_CONFUSIONS = 8
+MAX_CONFUSIONS = 8
 
 
 def title(results: Results) -> str:
-    """Return what the run did to the bits: 'FP32 to W4A4'."""
+    """Return the bits before and after quantization, such as 'FP32 to W4A4'."""
     last = results.qat or results.ptq
     return "FP32" if last is None else f"FP32 to {last.bits}"
 
 
-def percent(fraction: float) -> str:
-    """Return a fraction of 1 in percent; with 10,000 test images it moves by 0.01 %."""
-    return f"{100 * fraction:.2f}"
-
-
 def minus(text: str) -> str:
-    """Return a number with a minus sign as wide as its plus sign."""
+    """Return a number with a minus sign, as wide as a plus sign, instead of a hyphen."""
     return text.replace("-", "−")
 
 
@@ -40,14 +36,14 @@ def count(value: Any) -> str:
 
 
 def rate(value: float | None) -> str:
-    """Return images per second as text, with three digits below 100."""
+    """Return images per second as text, with at most three digits below 100."""
     if value is None:
         return DASH
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def scores(run: Run) -> list[dict[str, Any]]:
-    """Return the paper's Table 1: every network of this run, and the paper's figure below it."""
+    """Return the scores of every network, each followed by the paper's if the data is the same."""
     rows = []
     for network in run.results.tested():
         rows.append({"name": network.name, "source": "this run", "cells": _scores(network.test)})
@@ -66,7 +62,7 @@ def _scores(test: Scores) -> list[str]:
 def per_class(results: Results) -> list[dict[str, Any]]:
     """Return precision, recall and F1 of every class and network, in percent.
 
-    Where the confusion matrix has no room for names, its indices are given here as well.
+    Names begin with the index of the class if the confusion matrix shows only indices.
     """
     tests = [network.test.per_class for network in results.tested()]
     indexed = len(tests[0]) > MAX_NAMED_CLASSES
@@ -81,7 +77,7 @@ def per_class(results: Results) -> list[dict[str, Any]]:
 
 
 def confusions(test: Scores) -> list[str]:
-    """Return the most frequent errors, as 'cat taken for dog: 61'; ties in the order of classes."""
+    """Return the most frequent errors, such as 'cat taken for dog: 61'; ties in class order."""
     names = [each.name for each in test.per_class]
     errors = [
         (number, i, j)
@@ -90,11 +86,11 @@ def confusions(test: Scores) -> list[str]:
         if i != j and number > 0
     ]
     errors.sort(key=lambda error: (-error[0], error[1:]))
-    return [f"{names[i]} taken for {names[j]}: {count(n)}" for n, i, j in errors[:MANY_CONFUSIONS]]
+    return [f"{names[i]} taken for {names[j]}: {count(n)}" for n, i, j in errors[:MAX_CONFUSIONS]]
 
 
 def layers(results: Results) -> list[dict[str, Any]]:
-    """Return every layer with its bits, its ranges and, if it stays in float, the reason."""
+    """Return every layer with its bits and ranges and, if it stays in float, the reason."""
     return [
         {
             "path": layer.path,
@@ -112,7 +108,7 @@ def layers(results: Results) -> list[dict[str, Any]]:
 
 
 def is_float(layer: LayerResult) -> bool:
-    """Return whether a layer computes in float: an integer product needs codes on both sides."""
+    """Return whether a layer computes in float: integer products need codes of both operands."""
     return bool(layer.float_reason) or None in (layer.weight_bits, layer.act_bits)
 
 
@@ -147,13 +143,8 @@ def _differences(counted: TensorDifferences | VerificationResult) -> list[str]:
     return [count(n) for n in (counted.codes, counted.differing, counted.largest)]
 
 
-def decibels(ratio: float | None) -> str:
-    """Return a ratio in dB as text."""
-    return DASH if ratio is None else minus(f"{ratio:.1f}")
-
-
 def post_training(results: Results) -> dict[str, Any] | None:
-    """Return how the network of post-training quantization was made, if there is one."""
+    """Return the calibration and the failures of post-training quantization; None without it."""
     ptq = results.ptq
     if ptq is None:
         return None
@@ -180,7 +171,7 @@ def size(results: Results) -> dict[str, str]:
 
 
 def speed(results: Results) -> list[dict[str, Any]]:
-    """Return images per second of each network, training and evaluating, and its training time."""
+    """Return training speed, evaluation speed and training time of each network."""
     rows = []
     for network in results.tested():
         measured, stage = results.speed.get(network.key), getattr(results, network.key)
@@ -197,8 +188,8 @@ def speed(results: Results) -> list[dict[str, Any]]:
 
 
 def duration(seconds: float) -> str:
-    """Return a time in the largest two units that fit: '1 h 05 min', '2 min 40 s', '8.3 s'."""
-    if seconds < 59.95:  # From here on, one digit would round it to 60.0 s.
+    """Return a time as text, such as '1 h 05 min', '2 min 40 s' or '8.3 s'."""
+    if seconds < 59.95:  # A longer time would be rounded to 60.0 s.
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:

@@ -1,7 +1,6 @@
-"""How figures look: the colours of a light and of a dark page, and their rendering.
+"""The style of figures, in the colours of a light and of a dark page.
 
-Colours are Okabe and Ito's, which colour-blind readers tell apart
-(https://jfly.uni-koeln.de/color/).
+Colour-blind readers can tell Okabe and Ito's colours apart (https://jfly.uni-koeln.de/color/).
 """
 
 import io
@@ -11,12 +10,12 @@ from dataclasses import dataclass
 import matplotlib.style
 from matplotlib.figure import Figure
 
-DPI = 200  # Sharp at the pixel ratio of a phone.
+DPI = 200  # Sharp on a phone.
 
 
 @dataclass(frozen=True, kw_only=True)
 class Theme:
-    """Colours of a figure, to match the page around it."""
+    """Colours of a figure that match those of its page."""
 
     surface: str
     ink: str
@@ -25,7 +24,7 @@ class Theme:
     train: str
     validation: str
     test: str
-    strongest: str  # The end of the one-hue scale that starts at `surface`.
+    strongest: str  # End of the colour scale that starts at `surface`.
     on_strongest: str
 
 
@@ -54,10 +53,10 @@ DARK = Theme(
 
 
 def themed(theme: Theme) -> AbstractContextManager[None]:
-    """Matplotlib's defaults, whatever the user's matplotlibrc says, in our colours."""
+    """Use Matplotlib's defaults in the theme's colours; ignore the user's matplotlibrc."""
     return matplotlib.style.context(
         {
-            "text.parse_math": False,  # A class may be called '$' without being a formula.
+            "text.parse_math": False,  # The name of a class may contain '$'.
             "font.size": 9,
             "axes.titlesize": 10,
             "axes.titleweight": "bold",
@@ -83,7 +82,7 @@ def themed(theme: Theme) -> AbstractContextManager[None]:
 
 
 def to_png(figure: Figure) -> bytes:
-    """The figure as PNG: the same run gives the same bytes, so no software version in it."""
+    """Return the figure as PNG, without a software version, so that equal runs give equal bytes."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""The run folder: its files, how they are written, and who may write them.
+"""The run folder: its files and the lock on them.
 
     config.yaml, checkpoints/{fp32,qat}/STEP/, integer/, ptq/, metrics.jsonl, results.json,
     report_data.npz, report.html, figures/, analysis.json, analysis.html, evaluations/
@@ -16,15 +16,16 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from jaxqat.errors import InputError
-from jaxqat.integer._store.files import write_atomically, write_json
+from jaxqat.integer._store.files import write_atomically
 from jaxqat.pipeline import config as configs
 from jaxqat.pipeline import results
 from jaxqat.pipeline.config import Experiment
+from jaxqat.pipeline.measurements import Comparison, Evaluation, RunAnalysis
 from jaxqat.pipeline.results import Results
 
 
 class RunFolderError(InputError):
-    """A run folder that cannot be used; the message names the folder and the reason."""
+    """An unusable run folder; the message names it and the reason."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +46,7 @@ class RunFolder:
 
     @property
     def results(self) -> Path:
-        """Scores and everything else that was measured; written when the run is finished."""
+        """Scores and other measurements, written at the end of `train` and `quantize`."""
         return self.path / "results.json"
 
     @property
@@ -87,7 +88,7 @@ class RunFolder:
 
     def has_checkpoints(self, stage: str = "*") -> bool:
         """Return whether a stage, by default any stage, has a checkpoint."""
-        return any(step.name.isdigit() for step in self.path.glob(f"checkpoints/{stage}/*"))
+        return any(path.name.isdigit() for path in self.path.glob(f"checkpoints/{stage}/*"))
 
     def has_work(self) -> bool:
         """Return whether the folder holds results, a network or checkpoints."""
@@ -97,10 +98,10 @@ class RunFolder:
         """Read the experiment of the run.
 
         Raises:
-            RunFolderError: If this is no run folder.
+            RunFolderError: If this is not a run folder.
         """
         if not self.config.is_file():
-            raise RunFolderError(f"{self.path}: is no run folder: it holds no config.yaml.")
+            raise RunFolderError(f"{self.path}: is not a run folder: it holds no config.yaml.")
         return configs.load(self.config)
 
     def read_results(self) -> Results:
@@ -109,7 +110,7 @@ class RunFolder:
         Raises:
             RunFolderError: If it is missing or broken; names the key.
         """
-        return results.read(self.results, error=RunFolderError)
+        return results.read(self.results, Results, error=RunFolderError)
 
     def find_results(self) -> Results | None:
         """Read results.json; None if there is none yet.
@@ -120,7 +121,7 @@ class RunFolder:
         return self.read_results() if self.results.exists() else None
 
     def write_results(self, content: Results) -> None:
-        """Replace results.json in one step.
+        """Replace results.json atomically.
 
         Raises:
             RunFolderError: If it cannot be written.
@@ -128,7 +129,7 @@ class RunFolder:
         results.write(self.results, content, error=RunFolderError)
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Read metrics.jsonl, without a last line that a killed process left incomplete."""
+        """Read metrics.jsonl up to the first incomplete line, left by a killed process."""
         if not self.metrics.exists():
             return []
         lines = self.metrics.read_text(encoding="utf-8").splitlines()
@@ -140,7 +141,7 @@ class RunFolder:
                 break
         return records
 
-    def write_evaluation(self, name: str, result: Mapping[str, Any]) -> Path:
+    def write_evaluation(self, name: str, result: Evaluation | Comparison) -> Path:
         """Write a measurement to RUN/evaluations/NAME.json.
 
         Raises:
@@ -151,11 +152,19 @@ class RunFolder:
             path.parent.mkdir(exist_ok=True)
         except OSError as error:
             raise RunFolderError(f"{path.parent}: cannot be made: {error.strerror}.") from error
-        write_json(path, result, error=RunFolderError)
+        results.write(path, result, error=RunFolderError)
         return path
 
+    def write_analysis(self, result: RunAnalysis) -> None:
+        """Replace analysis.json in one step.
+
+        Raises:
+            RunFolderError: If it cannot be written.
+        """
+        results.write(self.analysis, result, error=RunFolderError)
+
     def truncate_metrics(self, stage: str, last_step: int) -> None:
-        """Remove the epochs of a stage that end after a step, which will be repeated."""
+        """Remove a stage's epochs that end after `last_step`; they will be trained again."""
         if self.metrics.exists():
             own = [r for r in self.read_metrics() if r["stage"] == stage]
             self.replace_metrics(stage, [r for r in own if r["step"] <= last_step])
@@ -186,14 +195,14 @@ def _read_json(path: Path) -> dict[str, Any]:
 def claim(path: Path) -> Iterator[RunFolder]:
     """Lock a run folder for this process; create it if it is missing.
 
-    The lock ends with the process, however it ends. A folder that was created here and is still
-    empty at the end, for example after bad input, is removed.
+    The lock also ends if the process is killed. A folder that was created here and is still empty
+    at the end, for example after bad input, is removed.
 
     Raises:
-        RunFolderError: If it cannot be written, another process has it, or it holds parts of a
-            run but no config.
+        RunFolderError: If it cannot be written, another process has locked it, or it holds parts
+            of a run but no config.
     """
-    made = _make_folder(path)
+    created = _make_folder(path)
     lock_path = path / ".lock"
     with _locked(lock_path) as lock:
         lock.truncate(0)
@@ -205,7 +214,7 @@ def claim(path: Path) -> Iterator[RunFolder]:
             yield folder
         finally:
             lock_path.unlink(missing_ok=True)
-            _remove_empty(made)
+            _remove_empty(created)
 
 
 def _make_folder(path: Path) -> Sequence[Path]:
@@ -228,7 +237,7 @@ def _remove_empty(folders: Sequence[Path]) -> None:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[TextIO]:
-    """Open a file and lock it for this process alone."""
+    """Open a file and lock it for this process."""
     while True:
         try:
             lock = path.open("a+", encoding="utf-8")
@@ -245,7 +254,7 @@ def _locked(path: Path) -> Iterator[TextIO]:
                     f"workdir {path.parent}: another process trains in it (process "
                     f"{lock.read().strip() or 'unknown'}). Wait for it, or give another --workdir."
                 ) from None
-            # The holder before may have unlinked this file between our opening and locking it.
+            # The previous owner may have unlinked the file between our opening and locking it.
             if path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat()):
                 yield lock
                 return
@@ -256,13 +265,13 @@ def _check_content(folder: RunFolder) -> None:
     found = [name for name in parts if (folder.path / name).exists()]
     if found and not folder.config.exists():
         raise RunFolderError(
-            f"workdir {folder.path}: holds {', '.join(found)} but no config.yaml to tell of which "
-            "experiment. Give another --workdir."
+            f"workdir {folder.path}: holds {', '.join(found)} but no config.yaml, so its "
+            "experiment is unknown. Give another --workdir."
         )
 
 
 def check_config(folder: RunFolder, experiment: Experiment) -> None:
-    """Check that a folder with work in it belongs to this experiment.
+    """Check that a folder with results or checkpoints belongs to this experiment.
 
     Raises:
         RunFolderError: If not; lists every setting that differs.

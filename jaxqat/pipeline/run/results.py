@@ -1,4 +1,4 @@
-"""How the entries of results.json are made from a run's networks, metrics and environment."""
+"""Make the entries of results.json from a run's networks, metrics and environment."""
 
 import dataclasses
 import datetime
@@ -40,7 +40,7 @@ FLOAT32_BYTES = 4
 
 
 def describe_run(experiment: Experiment, dataset: Dataset, command: str | None) -> RunInfo:
-    """Return what is known before anything is measured: name, seed, data, environment."""
+    """Return what identifies a run: name, seed, config, data, environment."""
     return RunInfo(
         name=experiment.name,
         seed=experiment.seed,
@@ -74,7 +74,7 @@ def environment() -> Environment:
 
 
 def processor() -> str:
-    """Return model and architecture of the host's processor, as far as the system tells."""
+    """Return model, if known, and architecture of the host's processor."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -84,14 +84,14 @@ def processor() -> str:
 def float_results(
     networks: Networks, folder: RunFolder, model: Model, measured: Measured, command: str | None
 ) -> Results:
-    """Return the results of a run that ends with FP32; later networks are added to them.
+    """Return the results after the FP32 stage; later networks are added to them.
 
     Args:
         networks: Networks of the experiment.
         folder: The run folder, for its config and its metrics.
-        model: The quantized network whose layers are listed, trained or calibrated.
+        model: The trained or calibrated quantized network, for the table of layers.
         measured: Scores and speed of the FP32 network.
-        command: What was typed.
+        command: The command line.
     """
     info = describe_run(folder.load_config(), networks.dataset, command)
     stage, speed = stage_result(folder, "fp32", measured)
@@ -110,7 +110,7 @@ def float_results(
 
 
 def count_parameters(params: Any) -> int:
-    """Return how many numbers a tree of arrays holds."""
+    """Return the number of elements in a tree of arrays."""
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
 
 
@@ -162,13 +162,13 @@ def stage_result(
 
 
 def bits_name(recipe: Recipe) -> str:
-    """Return the bits of weights and activations outside of a recipe's exceptions: 'W4A8'."""
+    """Return a recipe's bits of weights and activations, such as 'W4A8', without its rules."""
     weights, acts = (32 if b is None else b for b in (recipe.weight_bits, recipe.act_bits))
     return f"W{weights}A{acts}"
 
 
 def verification_result(found: Verification) -> VerificationResult:
-    """Return a comparison as results.json holds it, with its totals."""
+    """Return a comparison in the form of results.json, with its totals."""
     tensors = tuple(
         TensorDifferences(
             name=t.name,
@@ -193,6 +193,6 @@ def verification_result(found: Verification) -> VerificationResult:
 
 
 def write_test_samples(folder: RunFolder, dataset: Dataset) -> None:
-    """Keep the test images that the report shows."""
+    """Save the test images that the report shows."""
     shown = dataset.test.take(np.arange(min(SAMPLE_COUNT, len(dataset.test))))
     write_samples(folder.path, shown.images, shown.labels, dataset.class_names)

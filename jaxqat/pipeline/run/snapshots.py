@@ -1,4 +1,4 @@
-"""Conversion between training states and checkpoints."""
+"""Save and restore a run's networks: training states as checkpoints."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from jaxqat.pipeline.training import Collections, TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """Parameters and collections of a network, as evaluation needs them.
+    """Parameters and collections of a network.
 
     Attributes:
         params: Parameters.
@@ -55,7 +55,7 @@ def join_state(restored: Restored) -> TrainState:
 def open_store(
     experiment: configs.Experiment, folder: RunFolder, stage: str, *, read_only: bool = False
 ) -> CheckpointStore:
-    """Open the checkpoints of a stage; without a validation split there is no best one."""
+    """Open the checkpoints of a stage; only a validation split determines a best one."""
     config = experiment.checkpoint
     if not experiment.data.validation_size:
         config = dataclasses.replace(config, keep_best=False)
@@ -66,7 +66,7 @@ def restore_selected(store: CheckpointStore, networks: Networks, stage: str) -> 
     """Restore and verify the checkpoint that the experiment selects.
 
     Raises:
-        CheckpointError: If there is none, it is damaged, or of another model.
+        CheckpointError: If it is missing, damaged, or of another model.
         RunFolderError: If it was trained on other data.
     """
     params, collections = networks.shapes(stage)
@@ -80,8 +80,8 @@ def restore_model(networks: Networks, folder: RunFolder, stage: str) -> Model:
     """Restore the network of a stage that the experiment selects, from its run folder.
 
     Raises:
-        CheckpointError: It is damaged, or of another model.
-        RunFolderError: There are no checkpoints of the stage, or they are of other data.
+        CheckpointError: If the checkpoint is damaged or of another model.
+        RunFolderError: If the stage has no checkpoint, or was trained on other data.
     """
     if not folder.checkpoints(stage).is_dir():
         raise RunFolderError(f"{folder.checkpoints(stage)}: there are no checkpoints of {stage}.")
@@ -90,7 +90,7 @@ def restore_model(networks: Networks, folder: RunFolder, stage: str) -> Model:
 
 
 def check_data(restored: Restored, fingerprint: dict[str, Any]) -> None:
-    """Check that the data is what a checkpoint was trained on.
+    """Check that a checkpoint was trained on this data.
 
     Raises:
         RunFolderError: If not; names what differs.
@@ -98,13 +98,13 @@ def check_data(restored: Restored, fingerprint: dict[str, Any]) -> None:
     check_same_data(f"the checkpoint of step {restored.step}", restored.info["data"], fingerprint)
 
 
-def check_same_data(what: str, saved: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> None:
-    """Check that the data is what a network was trained on.
+def check_same_data(name: str, saved: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> None:
+    """Check that a network was trained on this data.
 
     Args:
-        what: Name of the network, for the error message.
+        name: Name of the network, for the error message.
         saved: Fingerprint of the data that it was trained on.
-        fingerprint: Fingerprint of the present data.
+        fingerprint: Fingerprint of this data.
 
     Raises:
         RunFolderError: If not; names what differs.
@@ -114,6 +114,6 @@ def check_same_data(what: str, saved: Mapping[str, Any], fingerprint: Mapping[st
     )
     if differing:
         raise RunFolderError(
-            f"the data is not what {what} was trained on: "
+            f"{name} was trained on other data. There -> here: "
             + "; ".join(f"{k}: {saved.get(k)!r} -> {fingerprint.get(k)!r}" for k in differing)
         )

@@ -1,4 +1,4 @@
-"""Training stages: the update rule, the step, and the loop with its stops and resumes."""
+"""Training of a stage: optimizer, training step, and a loop that can stop and resume."""
 
 from jaxqat.pipeline.training.config import QatConfig, StageConfig
 from jaxqat.pipeline.training.loop import DivergedError, Record, Reporter, StagePlan, run_stage

@@ -1,4 +1,4 @@
-"""The config of a training stage."""
+"""The settings of a training stage."""
 
 import dataclasses
 
@@ -13,13 +13,13 @@ class StageConfig:
     """Passes over the training split."""
 
     batch_size: int = 128
-    """Images per update; an incomplete last batch of an epoch is dropped."""
+    """Images per training step; an incomplete last batch of an epoch is dropped."""
 
     label_smoothing: float = 0.0
-    """Share of the target spread evenly over all classes, 0 up to (not including) 1."""
+    """Share of the target spread evenly over all classes: at least 0, below 1."""
 
     steps_per_dispatch: int | None = None
-    """Updates per device call; null for 1 on a CPU and up to 50 elsewhere."""
+    """Training steps per device call; null for 1 on a CPU and up to 50 elsewhere."""
 
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     """The optimizer."""
@@ -49,11 +49,11 @@ class QatConfig(StageConfig):
     """Passes over the training split, including the frozen ones."""
 
     calibration_batches: int = 8
-    """Training batches, without augmentation, for the calibration of the activation ranges."""
+    """Training batches, without augmentation, for calibrating the activation ranges."""
 
     freeze_epochs: int | None = None
-    """Last epochs with frozen ranges and batch-norm statistics; null for a fifth of all epochs, at
-    least one if there are two or more."""
+    """Number of last epochs with frozen ranges and batch-norm statistics; null for a fifth of all
+    epochs, at least one if there are two or more."""
 
     test_calibrated: bool = True
     """Whether to also convert and test the network of post-training quantization: calibrated, but

@@ -1,8 +1,8 @@
-"""One stage of training, epoch by epoch, from wherever its state stands.
+"""The training loop of a stage, from any training step to its end.
 
-The loop knows neither the model nor the files: it gets the compiled work (`StagePlan`) and a
+The loop knows neither the model nor the files: it gets them as functions (`StagePlan`) and as a
 `Reporter`. Within an epoch the host only dispatches, at most `MAX_IN_FLIGHT` calls ahead of the
-device; sums stay on the device and are read once an epoch.
+device; sums stay on the device and are read once per epoch.
 """
 
 import dataclasses
@@ -19,8 +19,8 @@ from jaxqat.errors import RunError
 from jaxqat.pipeline.training.step import Data, TrainState, dispatch_length, make_dispatch
 from jaxqat.pipeline.training.stop import StopRequest
 
-# Enough to keep a device busy while the host prepares the next call; few enough that progress is
-# real and a signal is answered soon.
+# Enough to keep a device busy while the host prepares the next call, and few enough for exact
+# progress and a quick response to signals.
 MAX_IN_FLIGHT = 2
 
 Record = dict[str, Any]
@@ -28,26 +28,26 @@ Record = dict[str, Any]
 
 
 class DivergedError(RunError):
-    """The loss or the state is no longer finite; what was saved before is good."""
+    """The loss or the state is not finite; earlier checkpoints are good."""
 
 
 class Reporter(Protocol):
-    """What the loop tells the outside."""
+    """Receives progress and states from the loop."""
 
     def advance(self, steps: int) -> None:
-        """That many more steps are done."""
+        """Count `steps` more training steps as done."""
         ...
 
     def epoch(self, record: Record) -> None:
-        """An epoch has ended."""
+        """Report the end of an epoch."""
         ...
 
     def save(
         self, state: TrainState, record: Record | None, *, epoch_seconds: float, stopping: bool
     ) -> None:
-        """Keep this state (NumPy arrays), for certain if the run is stopping here.
+        """Receive a state of NumPy arrays, which must be saved if the run is `stopping`.
 
-        Without a record it is one within an epoch, which took `epoch_seconds` so far.
+        Without a record, the state is within an epoch, which took `epoch_seconds` so far.
         """
         ...
 
@@ -58,17 +58,18 @@ class StagePlan:
 
     Attributes:
         name: 'fp32' or 'qat'.
-        epochs: Epochs in all.
+        epochs: Number of epochs.
         steps_per_epoch: Whole batches in an epoch.
-        batch_size: Images a step.
-        steps_per_dispatch: The most steps in one call of the device.
-        step: The update (`make_step`) of an epoch, counted from 1, and whether ranges and
-            batch-norm statistics are frozen in it; the same object again where it is the same.
-        order: Order of the images in an epoch, counted from 1.
+        batch_size: Images per training step.
+        steps_per_dispatch: Largest number of training steps per device call.
+        step: Returns the training step (`make_step`) of an epoch, counted from 1, and whether
+            ranges and batch-norm statistics are frozen in it. Equal steps must be one object, so
+            that each is compiled once.
+        order: Returns the order of the images in an epoch, counted from 1.
         data: The training split on the device.
         key: The stage's random key.
         learning_rate: The schedule, for the record only.
-        validate: Gives 'validation_loss' and 'validation_accuracy'; None without such a split.
+        validate: Returns 'validation_loss' and 'validation_accuracy'; None without that split.
     """
 
     name: str
@@ -85,7 +86,7 @@ class StagePlan:
 
 
 class _Dispatcher:
-    """Compiled dispatches by step function and length, each compiled once."""
+    """Compiles each pair of step function and number of steps once."""
 
     def __init__(self, stage: StagePlan):
         self.stage = stage
@@ -93,12 +94,12 @@ class _Dispatcher:
         self.compiled: dict[tuple[Callable, int], Callable] = {}
 
     def lengths(self, position: int) -> list[int]:
-        """The dispatches from this position to the end of the epoch."""
+        """Return the numbers of steps per dispatch, from `position` to the end of the epoch."""
         full, rest = divmod(self.stage.steps_per_epoch - position, self.length)
         return [self.length] * full + [rest] * (rest > 0)
 
     def get(self, step: Callable, length: int, state: TrainState, order: Array) -> Callable:
-        """The compiled call; ahead of time, so that no epoch's clock counts a compilation."""
+        """Return the call, compiled ahead of time: an epoch's time must not include compilation."""
         if (step, length) not in self.compiled:
             lowered = make_dispatch(step, length).lower(
                 state, self.stage.data, order, self.stage.key
@@ -118,15 +119,15 @@ def run_stage(
     """Train from the state's step to the end of the stage.
 
     Args:
-        stage: What to do.
-        state: Where to start; its buffers are taken over.
-        reporter: Told of progress; given every state to keep.
-        stop: Looked at after each dispatch.
-        epoch_seconds: Time that the unfinished epoch of `state` took before.
+        stage: Work of the stage.
+        state: State to start from; its buffers are donated.
+        reporter: Receives progress and the states to save.
+        stop: Checked after each dispatch.
+        epoch_seconds: Time already spent on the unfinished epoch of `state`.
 
     Raises:
         DivergedError: If a loss or the state is not finite; nothing of that epoch was saved.
-        Stopped: If `stop` was set; the state has been saved.
+        Stopped: If `stop` was set; the state was saved.
     """
     dispatcher = _Dispatcher(stage)
     done = int(state.step)
@@ -161,7 +162,7 @@ def _run_epoch(
     reporter: Reporter,
     stop: StopRequest,
 ) -> tuple[TrainState, float, int]:
-    """The rest of an epoch, or what of it came before a stop: state, seconds and images."""
+    """Train to the end of an epoch or to a stop; return state, seconds and number of images."""
     stage = dispatcher.stage
     lengths = dispatcher.lengths(position)
     calls = {n: dispatcher.get(step, n, state, order) for n in sorted(set(lengths))}
@@ -187,18 +188,18 @@ def _run_epoch(
 
 
 def check_finite(stage: str, state: TrainState, epoch: int) -> None:
-    """Refuse a state that is not worth keeping.
+    """Check that all numbers of a state are finite.
 
     Raises:
-        DivergedError: If any number in it is infinite or NaN; names stage, epoch and loss.
+        DivergedError: If one is infinite or NaN; names stage, epoch and loss.
     """
     leaves = (np.asarray(leaf) for leaf in jax.tree.leaves(state))
     if all(np.isfinite(leaf).all() for leaf in leaves):
         return
     raise DivergedError(
         f"{stage}: the loss or the weights became infinite or NaN in epoch {epoch} (loss summed "
-        f"over the epoch: {float(state.loss_sum)}). Nothing of this epoch was saved; checkpoints "
-        f"from before it are good. Try a smaller {stage}.optimizer.learning_rate, or a warm-up."
+        f"over the epoch: {float(state.loss_sum)}). Nothing of this epoch was saved; earlier "
+        f"checkpoints are good. Try a smaller {stage}.optimizer.learning_rate, or a warm-up."
     )
 
 
@@ -214,7 +215,7 @@ def _record(
         "stage": stage.name,
         "epoch": epoch,
         "step": epoch * stage.steps_per_epoch,
-        # Of the epoch's last update; the schedule counts updates done before it.
+        # That of the epoch's last update; the schedule counts the updates before it.
         "learning_rate": float(stage.learning_rate(epoch * stage.steps_per_epoch - 1)),
         "loss": float(state.loss_sum) / stage.steps_per_epoch,
         "accuracy": int(state.correct) / (stage.steps_per_epoch * stage.batch_size),

@@ -1,11 +1,11 @@
 """Stochastic gradient descent with momentum, coupled weight decay and a cosine schedule.
 
-The update of PyTorch's SGD, which the published CIFAR recipes are written for:
+The update is that of PyTorch's SGD, for which the published CIFAR recipes are written:
 
     g = gradient + weight_decay * p,    m = momentum * m + g,    p = p - learning_rate * m
 
-(with Nesterov's variant p = p - learning_rate * (g + momentum * m)). The decay is coupled: it is
-added to the gradient before the momentum and is scaled by the learning rate with it.
+or, with Nesterov momentum, p = p - learning_rate * (g + momentum * m). The decay is coupled: it is
+added to the gradient before the momentum, so the learning rate scales it too.
 """
 
 import dataclasses
@@ -23,10 +23,10 @@ class OptimizerConfig:
     """The optimizer (config keys `fp32.optimizer`, `qat.optimizer`)."""
 
     learning_rate: float = 0.1
-    """Peak step size, reached after the warm-up."""
+    """Peak learning rate, reached after the warm-up."""
 
     momentum: float = 0.9
-    """Decay of the accumulated gradient per step, 0 up to (not including) 1."""
+    """Decay of the accumulated gradient per training step: at least 0, below 1."""
 
     nesterov: bool = False
     """Whether to use Nesterov momentum (Sutskever et al. 2013)."""
@@ -62,10 +62,10 @@ class OptimizerConfig:
 def make_schedule(
     config: OptimizerConfig, *, total_steps: int, steps_per_epoch: int
 ) -> optax.Schedule:
-    """Learning rate as a function of the number of updates already done.
+    """Return the learning rate as a function of the number of updates already done.
 
     lr(t) = peak * t / w                                     for t < w, the warm-up's steps
-    lr(t) = peak * (1 + cos(pi * (t - w) / (T - w))) / 2     from then on (cosine)
+    lr(t) = peak * (1 + cos(pi * (t - w) / (T - w))) / 2     after the warm-up (cosine)
 
     Raises:
         ValueError: If the warm-up is not shorter than the training.
@@ -87,10 +87,11 @@ def make_schedule(
 
 
 def decays(trained: Any, *, norm_and_bias: bool = False) -> Any:
-    """Return which trained arrays decay: kernels, not vectors, scalars and learned step sizes.
+    """Return which trained arrays have weight decay.
 
     Args:
-        trained: What is trained, by collection; `quant_params` never decay.
+        trained: Trained arrays by collection. Those of `quant_params`, the learned step sizes,
+            never decay; others do if they have more than one axis.
         norm_and_bias: Whether vectors and scalars decay too.
     """
 

@@ -1,4 +1,4 @@
-"""What a person sees while a stage trains: a bar with images/s and ETA, and a line an epoch."""
+"""Progress of a stage in the terminal: a bar with images/s and ETA, and a line per epoch."""
 
 from collections.abc import Mapping
 from types import TracebackType
@@ -9,9 +9,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class StageProgress:
-    """The bar of a stage; on anything that is no terminal, only the lines.
+    """The progress bar of a stage, and a line per epoch; without a terminal, only the lines.
 
-    A context manager: the bar is gone after the block, the lines stay.
+    A context manager: the bar is removed after the block, the lines stay.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class StageProgress:
         self._progress.stop()
 
     def advance(self, steps: int) -> None:
-        """That many more steps are done."""
+        """Move the bar by `steps` training steps."""
         self._progress.advance(self._task, steps)
         task = self._progress.tasks[0]
         if task.speed:

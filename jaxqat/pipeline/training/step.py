@@ -1,9 +1,9 @@
-"""The training step: a pure function of the state, the resident split and a key.
+"""The training step: a pure function of the state, the training split on the device and a key.
 
-A step gathers its images from the split on the device, augments and normalizes them, and updates
-parameters by the gradient of the cross-entropy. Several steps form one dispatch (`lax.scan`), so
-that the host neither feeds nor waits. Nothing random is hidden: the key of a step is the stage's
-key folded with the step's number, and the images are those of the epoch's order at its position.
+A step gathers its images, augments and normalizes them, and updates the parameters by the gradient
+of the cross-entropy. Several steps form one dispatch (`lax.scan`), so that the device need not wait
+for the host. A step's number determines its images, from the epoch's order, and its random key, by
+folding the number into the stage's key.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ import optax
 from jaxtyping import Array, Float, Int, Int32, Key, UInt8
 
 Collections = dict[str, Any]
-"""Linen's mutable collections beside the parameters: batch_stats, and quant in the QAT stage."""
+"""Variables other than the parameters, by collection: 'batch_stats', and 'quant' for QAT."""
 
 Forward = Callable[[Any, Collections, Array], tuple[Array, Collections]]
 """(params, collections, images) -> (logits, updated collections)."""
@@ -25,7 +25,7 @@ Prepare = Callable[[Array, Array], Array]
 
 
 class TrainState(NamedTuple):
-    """All that a stage changes; with the config and the data it determines the rest of the run."""
+    """All that changes in a stage; with config and data it determines the rest of the run."""
 
     step: Int32[Array, ""]
     """Updates done in this stage."""
@@ -35,22 +35,22 @@ class TrainState(NamedTuple):
     loss_sum: Float[Array, ""]
     """Sum of the batch losses of the current epoch so far."""
     correct: Int32[Array, ""]
-    """Right predictions in the current epoch so far, on augmented images."""
+    """Correct predictions in the current epoch so far, on augmented images."""
 
 
 class Data(NamedTuple):
-    """The training split, resident on the device."""
+    """The training split on the device."""
 
     images: UInt8[Array, "n h w c"]
     labels: Int[Array, " n"]
 
 
 QUANT_PARAMS = "quant_params"
-"""The collection of learned step sizes, which gradients train beside the parameters."""
+"""The collection of learned step sizes, which are trained like parameters."""
 
 
 def split_trained(params: Any, collections: Collections) -> tuple[dict[str, Any], Collections]:
-    """Return what gradients train, `params` and `quant_params`, and all other collections."""
+    """Return the trained collections, `params` and `quant_params`, and the others."""
     rest = dict(collections)
     learned = {QUANT_PARAMS: rest.pop(QUANT_PARAMS)} if QUANT_PARAMS in rest else {}
     return {"params": params, **learned}, rest
@@ -61,7 +61,7 @@ def init_state(
     collections: Collections,
     optimizer: optax.GradientTransformation,
 ) -> TrainState:
-    """The state before the first step."""
+    """Return the state before the first training step."""
     return TrainState(
         step=jnp.int32(0),
         params=params,
@@ -75,9 +75,9 @@ def init_state(
 def cross_entropy(
     logits: Float[Array, "b k"], labels: Int[Array, " b"], label_smoothing: float
 ) -> Float[Array, ""]:
-    """Mean cross-entropy against (1 - a) one_hot(label) + a / k, a the label smoothing.
+    """Return the mean cross-entropy against (1 - a) one_hot(label) + a / k, in float32.
 
-    (Szegedy et al. 2015, arXiv:1512.00567, section 7.) In float32 whatever the logits are.
+    a is the label smoothing (Szegedy et al. 2015, arXiv:1512.00567, section 7).
     """
     log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
     picked = jnp.take_along_axis(log_p, labels[:, None], axis=1)[:, 0]
@@ -93,13 +93,13 @@ def make_step(
     steps_per_epoch: int,
     label_smoothing: float,
 ) -> Callable[[TrainState, Data, Array, Array], tuple[TrainState, Array]]:
-    """One update as a function (state, data, order, key) -> (state, loss of the batch).
+    """Return a training step (state, data, order, key) -> (state, loss of the batch).
 
     Args:
         forward: The model in training mode.
         prepare: Augmentation and normalization.
         optimizer: The update rule.
-        batch_size: Images a step.
+        batch_size: Images per training step.
         steps_per_epoch: Whole batches in an epoch; order[steps_per_epoch * batch_size:] is unused.
         label_smoothing: See `cross_entropy`.
     """
@@ -141,14 +141,13 @@ def make_step(
 
 
 def make_dispatch(step: Callable, length: int) -> Callable:
-    """`length` steps as one jitted call that takes over the state's buffers.
+    """Return `length` training steps as one jitted call; the state's buffers are donated.
 
-    One step is not wrapped in a loop: XLA's CPU backend runs the body of a loop on its slow
-    paths, without the threaded convolutions it has outside of one.
+    One step gets no loop: XLA's CPU backend has threaded convolutions only outside of loops.
 
     Returns:
-        (state, data, order, key) -> (state, loss of the last batch). The loss is a buffer of its
-        own: it stays readable when the state has been given to the next call.
+        (state, data, order, key) -> (state, loss of the last batch). The loss has its own buffer:
+        it stays readable after the state was donated to the next call.
     """
     if length == 1:
         return jax.jit(step, donate_argnums=0)
@@ -163,9 +162,10 @@ def make_dispatch(step: Callable, length: int) -> Callable:
 
 
 def dispatch_length(steps_per_epoch: int, limit: int) -> int:
-    """Steps per dispatch: at most `limit`, and a divisor of the epoch if one is near the limit.
+    """Return the steps per dispatch: at most `limit`, and a divisor of the epoch if possible.
 
-    A divisor spares a second compilation for what is left at the end of an epoch.
+    A divisor saves compiling another dispatch for the rest of an epoch. Divisors of half the limit
+    or less are not used.
     """
     for length in range(min(limit, steps_per_epoch), limit // 2, -1):
         if steps_per_epoch % length == 0:

@@ -1,4 +1,4 @@
-"""Signals as a request: the loop stops at the next dispatch boundary, with its state saved."""
+"""Stopping on signals: the loop saves its state and stops after the current dispatch."""
 
 import signal
 import threading
@@ -12,10 +12,10 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(JaxqatError):
-    """Raised where a signal stopped the run; the state has been saved.
+    """A signal stopped the run; its state was saved.
 
     Attributes:
-        signum: The signal; a shell expects the exit status 128 + signum.
+        signum: Number of the signal; the exit status should be 128 + signum.
     """
 
     def __init__(self, signum: int):
@@ -24,13 +24,17 @@ class Stopped(JaxqatError):
 
 
 class StopRequest:
-    """Whether somebody asked the run to stop."""
+    """Whether a signal asked the run to stop.
+
+    Attributes:
+        signum: Number of the signal; None if there was none.
+    """
 
     def __init__(self) -> None:
         self.signum: int | None = None
 
     def raise_if_set(self) -> None:
-        """Stop here, at a place where nothing is left to be saved.
+        """Stop if a signal came. Call this only where nothing is left to save.
 
         Raises:
             Stopped: If a signal came.
@@ -41,10 +45,10 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Turns SIGINT and SIGTERM into a `StopRequest` while the block runs.
+    """Turn SIGINT and SIGTERM into a `StopRequest` during a block.
 
-    A second signal acts as if nobody listened, so that a run that hangs can still be interrupted.
-    Python delivers signals to the main thread only; elsewhere the request is never set.
+    The previous handlers receive a second signal, so that a hanging run can be interrupted. Python
+    delivers signals to the main thread only; in another thread the request is never set.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():

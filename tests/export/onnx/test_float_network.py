@@ -1,4 +1,4 @@
-"""The float32 network of an integer one, against float64 NumPy."""
+"""The float32 network of an integer network, against float64 NumPy."""
 
 import numpy as np
 import pytest
@@ -13,14 +13,14 @@ from jaxqat.integer import graph as g  # noqa: E402
 
 
 def real_values(graph, images):
-    """The network in float64, every tensor in units of its own step, never rounded."""
-    steps, tensors = {}, graph.tensors
+    """Return the result in float64, with every tensor in units of its grid and never rounded."""
+    units, tensors = {}, graph.tensors
     for node in graph.nodes:
         out = tensors.get(node.output)
-        inputs = [steps[name] for name in node.inputs]
+        inputs = [units[name] for name in node.inputs]
         match node:
             case g.Quantize():
-                steps[node.output] = images.astype(np.float64) / out.scale
+                units[node.output] = images.astype(np.float64) / out.scale
                 continue
             case g.Product():
                 value = integer_graph.product(node, inputs[0]) + node.bias
@@ -37,15 +37,15 @@ def real_values(graph, images):
                 value = value * np.float64(node.multiplier)
                 value = value.squeeze(axes) if node.drop_axes else value
             case _:
-                steps[node.output] = moved(node, tensors, inputs)
+                units[node.output] = moved(node, tensors, inputs)
                 continue
         if out is not None:
             low = out.low - out.zero_point if out.low == out.zero_point else -np.inf
             high = out.high - out.zero_point if out.high < 127 else np.inf
             value = np.clip(value, low, high)
-        steps[node.output] = value
+        units[node.output] = value
     out = tensors.get(graph.output)
-    return steps[graph.output] * (1 if out is None else np.float64(out.scale))
+    return units[graph.output] * (1 if out is None else np.float64(out.scale))
 
 
 def moved(node, tensors, inputs):
@@ -74,7 +74,7 @@ def test_the_float_network_is_the_unrounded_integer_network(case, symmetric):
     np.testing.assert_allclose(result, exact, rtol=0, atol=1e-4 * np.abs(exact).max())
 
 
-def test_weights_are_float32_and_the_batch_is_of_any_size():
+def test_weights_are_float32_and_the_batch_may_have_any_size():
     graph = graphs.build("residual")
     model = float_model(graph)
     types = {i.name: i.data_type for i in model.graph.initializer}

@@ -41,12 +41,12 @@ def assert_equal(graph, images, **options):
 
 @BY_RECIPE
 @BY_CASE
-def test_all_codes_and_results_are_the_integer_networks(case, recipe):
+def test_all_codes_and_results_equal_the_integer_network(case, recipe):
     graph = graphs.build(case, **recipe)
     pixels = graphs.pixels(graph, 6)
     codes = assert_equal(graph, graphs.normalized(pixels))
     assert_equal(graph, pixels)
-    # The comparison says something only if codes vary.
+    # The comparison is meaningful only if codes vary.
     assert all(len(np.unique(c)) > (2 if recipe.get("bits") else 12) for c in codes.values())
 
 
@@ -68,7 +68,7 @@ def test_every_product_is_an_integer_kernel(case, recipe, tmp_path):
     assert counts["QGemm"] == len(spatial) - sum(spatial)
     assert not {"Conv", "Gemm", "MatMul", "Add", "AveragePool"} & counts.keys()
     assert counts["QLinearAdd"] == sum(isinstance(n, g.Add) for n in graph.nodes)
-    # Codes as outputs change no kernel; they need a transposition each where they are NHWC inside.
+    # Codes as outputs change no kernel; each only needs a transposition if it is NHWC internally.
     exposed = optimized(with_codes(model), tmp_path)
     layout = {"Transpose", "MaxPool", "NhwcMaxPool"}
     assert {k: n for k, n in counts.items() if k not in layout} == {
@@ -81,13 +81,13 @@ def test_the_input_layout_costs_no_transposition(tmp_path):
     assert "Transpose" not in optimized(onnx_model(graph), tmp_path)
 
 
-def test_exact_products_can_be_asked_for_on_processors_without_vnni(tmp_path):
-    # The request makes ONNX Runtime rewrite int8 weights, which it fails to do for shared arrays.
+def test_models_load_with_exact_products_for_processors_without_vnni(tmp_path):
+    # The option makes ONNX Runtime rewrite int8 weights, which fails for shared arrays.
     counts = optimized(onnx_model(graphs.build("residual")), tmp_path, x64quantprecision="1")
     assert counts["QLinearConv"] == 6
 
 
-def test_the_batch_is_of_any_size():
+def test_the_batch_may_have_any_size():
     graph = graphs.build("residual")
     images = graphs.normalized(graphs.pixels(graph, 5))
     whole, codes = run(graph, images)
@@ -121,7 +121,7 @@ def test_other_opsets_give_the_same_codes(opset):
     np.testing.assert_array_equal(result, integer_graph.run(graph, images)[1])
 
 
-def test_metadata_tells_labels_origin_input_and_codes():
+def test_metadata_holds_labels_origin_input_and_codes():
     graph = graphs.build("chain")
     model = onnx_model(graph, input="uint8")
     told = {entry.key: entry.value for entry in model.metadata_props}
@@ -137,13 +137,13 @@ def test_weights_are_one_byte_each():
     size = len(onnx_model(graph).SerializeToString())
     weights = sum(p.weights.size for p in graph.products())
     channels = sum(p.channels for p in graph.products())
-    # A channel has an int32 bias with scale and zero (12 bytes), and a scale and a zero of its
-    # weights (5); nodes and names take 1.5 kB a node. At width 64: 11.29 MB.
+    # A channel has an int32 bias with scale and zero point (12 bytes), and scale and zero point of
+    # its weights (5); nodes and names take 1.5 kB per node. At width 64: 11.29 MB.
     assert size < weights + 17 * channels + 1500 * len(graph.nodes)
 
 
 def real_result(m, x, *, pool):
-    """A network that ends in a convolution or an average, without a last dense layer."""
+    """Return a network that ends in a convolution or an average pool, not in a dense layer."""
     if pool:
         tensor = m.tensors[x]
         window, factor = tensor.shape[:-1], np.float32(1 / np.prod(tensor.shape[:-1]))
@@ -172,7 +172,7 @@ def refused(graph, match, **options):
         onnx_model(graph, **options)
 
 
-def test_what_onnx_cannot_hold_is_named():
+def test_what_onnx_cannot_represent_raises_an_error():
     refused(graphs.build("mlp", requantization="fixed_point"), "'fixed_point'")
     refused(graphs.build("mlp"), "got 'png'", input="png")
     refused(graphs.build("mlp"), r"opset must be in 13\.\.\d+, got 12", opset=12)
@@ -182,4 +182,4 @@ def test_what_onnx_cannot_hold_is_named():
     refused(graph, "node 'input': the network has no table", input="uint8")
     m = graphs.Maker((9, 9, 3))
     m.conv("cropped", m.quantize(), 4, padding=-1)
-    refused(m.finish("cropped/output"), "node 'cropped'.*by 0 or more")
+    refused(m.finish("cropped/output"), "node 'cropped'.*padding of 0 or more")

@@ -1,10 +1,10 @@
 """Exported ONNX files in OpenVINO.
 
-OpenVINO computes the same integer products, but requantizes in its own way. It adds the bias in
-float, behind the multiplication, which moves a code by one where the sum is within 2**-14 of a tie
-(some roundings of up to 2**8 steps), in about one place in 8,000. And it fuses a residual addition
-into the convolution before it and rounds once, on the sum, where the graph rounds the branch too,
-which moves the code by one in many places.
+OpenVINO computes the same integer products, but requantizes differently. It adds the bias in float,
+after the multiplication, which changes a code by one if the sum is within 2**-14 of a tie (some
+roundings of values up to 2**8 units): about one code in 8,000. It also fuses a residual addition
+into the convolution before it and rounds only the sum. The graph rounds the branch too, so many
+codes differ by one.
 """
 
 import json
@@ -34,11 +34,11 @@ NEEDS_VNNI = pytest.mark.skipif(
 
 
 def run(model, images):
-    """All outputs by name."""
+    """Return all outputs by name."""
     core = ov.Core()
     network = core.read_model(model.SerializeToString())
-    # Processors with bfloat16 units would compute in it what has no integer kernel. One thread:
-    # with two, a strided 1x1 convolution gave wrong codes now and then where the second began.
+    # With bfloat16 units, operations without an integer kernel would run in bfloat16. One thread:
+    # with two, a strided 1x1 convolution sometimes gave wrong codes where the second one began.
     options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
     compiled = core.compile_model(network, "CPU", options)
     result = compiled(images)
@@ -46,18 +46,18 @@ def run(model, images):
 
 
 def disturbed(graph, images, seed):
-    """Results with every code behind a residual addition, and 1 in 100 others, off by one."""
+    """Return results with all codes of residual additions, and 1 % of the others, off by one."""
     rng = np.random.default_rng(seed)
     codes = {}
     for node in graph.nodes:
-        steps = integer_graph.step(node, graph.tensors, codes, images)
+        units = integer_graph.step(node, graph.tensors, codes, images)
         if node.output not in graph.tensors:
-            return steps
+            return units
         if isinstance(node, g.Product | g.Add | g.Requantize | g.SumPool):
             share = 1 if isinstance(node, g.Add) else 0.01
-            off = rng.choice([-1, 1], steps.shape) * (rng.random(steps.shape) < share)
-            steps = steps + off
-        codes[node.output] = integer_graph.stored(graph.tensors[node.output], steps)
+            off = rng.choice([-1, 1], units.shape) * (rng.random(units.shape) < share)
+            units = units + off
+        codes[node.output] = integer_graph.stored(graph.tensors[node.output], units)
     tensor = graph.tensors[graph.output]
     return (codes[graph.output].astype(np.float32) - tensor.zero_point) * tensor.scale
 
@@ -78,18 +78,18 @@ def test_files_run_with_any_batch(case):
 @NEEDS_VNNI
 @BY_RECIPE
 @BY_CASE
-def test_results_are_as_near_as_other_roundings_allow(case, symmetric):
+def test_results_differ_no_more_than_other_roundings_allow(case, symmetric):
     graph = graphs.build(case, symmetric=symmetric)
     pixels = graphs.pixels(graph, 16)
     result = run(onnx_model(graph), graphs.normalized(pixels))["logits"]
     np.testing.assert_array_equal(run(onnx_model(graph, input="uint8"), pixels)["logits"], result)
     _, expected = integer_graph.run(graph, pixels)
-    # The largest change that codes off by one bring, at 20 trials, is more than all that they do.
+    # The largest change in 20 trials with disturbed codes bounds OpenVINO's differences.
     trials = [disturbed(graph, pixels, seed) - expected for seed in range(20)]
     tolerance = np.abs(trials).max()
     assert tolerance < 0.2 * np.abs(expected).max()
     assert np.abs(result - expected).max() <= tolerance
-    # Where the two largest logits are further apart than that, the prediction is the same.
+    # If the two largest logits differ by more than twice that, the prediction is the same.
     second, first = np.sort(expected)[..., -2:].reshape(-1, 2).T
     clear = (first - second > 2 * tolerance).reshape(expected.shape[:-1])
     assert clear.any()
@@ -98,7 +98,7 @@ def test_results_are_as_near_as_other_roundings_allow(case, symmetric):
 
 @NEEDS_VNNI
 @BY_RECIPE
-def test_codes_are_equal_but_near_ties_where_nothing_is_fused_away(symmetric):
+def test_codes_are_equal_except_near_ties_if_all_tensors_are_outputs(symmetric):
     graph = graphs.build("residual", symmetric=symmetric)
     images = graphs.normalized(graphs.pixels(graph, 8))
     model = onnx_model(graph)
@@ -108,10 +108,10 @@ def test_codes_are_equal_but_near_ties_where_nothing_is_fused_away(symmetric):
     for name, entry in json.loads(entries).items():
         numbers = outputs[entry["output"]].astype(int) - entry["offset"]
         off = np.abs(numbers - np.moveaxis(expected[name], -1, 1))
-        # A code of a residual branch is two steps of the sum's grid.
+        # A code of a residual branch is two units of the sum's grid.
         assert off.max() <= 2, name
-        # Of the network's 30,000 codes, some 4 are near a tie; each reaches up to 9 * 12 of the
-        # 1,536 codes of the next layer (7 %), and moves few of them, by less than a step.
+        # Of the network's 30,000 codes, about 4 are near a tie. Each affects up to 9 * 12 of the
+        # 1,536 codes of the next layer (7 %), but changes few of them, by less than one unit.
         assert np.mean(off > 0) < 0.05, name
 
 
@@ -120,10 +120,10 @@ import faulthandler, os, signal, sys
 import onnx
 from jaxqat.export._onnx.openvino import compile_openvino
 
-faulthandler.enable()  # As pytest does: it has a signal stack of its own.
+faulthandler.enable()  # As pytest does; it installs a signal stack.
 model = onnx.load(sys.argv[1])
 compiled = [compile_openvino(model) for _ in range(2)]
-compiled.pop(0)  # In the order in which they were made.
+compiled.pop(0)  # In the order of their creation.
 compiled.pop(0)
 received = []
 signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
@@ -133,7 +133,7 @@ assert received == [signal.SIGINT]
 
 
 def test_a_signal_after_two_models_were_deleted_reaches_its_handler(tmp_path):
-    """OpenVINO leaves a freed signal stack behind: the process then ended with SIGSEGV."""
+    """OpenVINO leaves a freed signal stack behind, which ended the process with SIGSEGV."""
     path = tmp_path / "model.onnx"
     path.write_bytes(onnx_model(graphs.build("chain")).SerializeToString())
     script = [sys.executable, "-c", SIGNAL, str(path)]

@@ -1,7 +1,7 @@
-"""Every platform computes the integers of the interpreter in NumPy (`references.integer_graph`).
+"""Every platform computes the same integers as the NumPy interpreter (`references.integer_graph`).
 
-All of them are compiled for the CPU here, the Pallas kernels interpreted; `tests/lowering` shows
-what becomes of them on the devices they are for.
+Here all platforms run on the CPU, with interpreted Pallas kernels; `tests/lowering` compiles them
+for their own devices.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ EXACT = ["cpu", "tpu", "cuda"]
 
 
 class Interpreted(PallasCuda):
-    """Pallas kernels as JAX operations."""
+    """`PallasCuda` with kernels that run as JAX operations."""
 
     interpret = True
 
@@ -43,37 +43,36 @@ def run(graph, platform, images):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("name", MODELS)
-def test_converted_models_give_the_references_codes(name, recipe):
+def test_converted_models_give_the_codes_of_the_reference(name, recipe):
     graph = trained(MODELS[name], recipe).convert()
     images = inputs(5, seed=1)
     expected = integer_graph.run(graph, images)
     assert_same(run(graph, "cpu", images), expected)
     if recipe == "int8":
-        # What the other platforms make of a network is the same code but for products.
+        # The other platforms share all code except products, so one of them is enough.
         other = ("tpu", "cuda")[list(MODELS).index(name) % 2]
         assert_same((make_executor(graph, platform=other).codes(images), 0), (expected[0], 0))
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
 @pytest.mark.parametrize("case", ["residual", "concat", "moves"])
-def test_fixed_point_gives_the_references_codes(case, platform):
+def test_fixed_point_gives_the_codes_of_the_reference(case, platform):
     graph = graphs.build(case, requantization="fixed_point")
     images = graphs.pixels(graph, 5)
     expected = integer_graph.run(graph, images)
     assert_same(run(graph, platform, images), expected)
-    # It is another rounding than the float one: ties and sums beyond float32 differ.
     assert graph.requantization == "fixed_point"
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("case", ["residual", "depthwise", "concat"])
-def test_pallas_kernels_give_the_references_codes(case, recipe):
+def test_pallas_kernels_give_the_codes_of_the_reference(case, recipe):
     graph = graphs.build(case, symmetric=recipe == "int8_symmetric")
     images = graphs.pixels(graph, 5)
     assert_same(run(graph, "cuda_pallas", images), integer_graph.run(graph, images), every=False)
 
 
-def test_pallas_fuses_the_addition_of_a_block_and_still_gives_all_other_codes():
+def test_pallas_omits_only_the_codes_of_fused_branches():
     graph = graphs.build("residual")
     network = make_executor(graph, platform="cuda_pallas")
     missing = set(graph.tensors) - set(network.codes(graphs.pixels(graph, 1)))
@@ -82,7 +81,7 @@ def test_pallas_fuses_the_addition_of_a_block_and_still_gives_all_other_codes():
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
 def test_the_batch_size_makes_no_difference(platform):
-    """The CPU's batches are cut into chunks of 8, with or without a rest."""
+    """The CPU splits batches into chunks of 8, and the last chunk may be smaller."""
     graph = graphs.build("chain")
     images = graphs.pixels(graph, 32)
     codes, logits = integer_graph.run(graph, images)
@@ -92,7 +91,7 @@ def test_the_batch_size_makes_no_difference(platform):
 
 
 @pytest.mark.slow
-def test_resnet18_on_the_cpu_gives_the_references_codes():
+def test_resnet18_on_the_cpu_gives_the_codes_of_the_reference():
     images = inputs(5, (16, 16, 3))
     graph = trained(models.resnet18(), "int8_symmetric", images=images).convert((16, 16, 3))
     assert_same(run(graph, "cpu", images), integer_graph.run(graph, images))
@@ -107,7 +106,7 @@ def test_codes_are_int8_however_they_are_stored(symmetric, platform):
 
 
 @pytest.mark.parametrize("platform", EXACT)
-def test_pixels_and_their_normalized_values_give_the_same(platform):
+def test_pixels_and_their_normalized_values_give_the_same_result(platform):
     graph = graphs.build("chain", symmetric=platform == "cpu")
     images = graphs.pixels(graph, 3)
     network = make_executor(graph, platform=platform)
@@ -124,14 +123,14 @@ def test_apply_is_a_pure_function_of_the_parameters():
     np.testing.assert_array_equal(apply(zeros, images), 0 * np.asarray(network(images)))
 
 
-# Sums that float32 does not hold.
+# Sums beyond the exact integers of float32.
 
 
 def extremes(kind: Any, shape, weights, *, symmetric, groups=1):
-    """A product whose every image is of the largest and smallest codes, with its exact sums.
+    """Return a product on images of only the largest and smallest codes, and its exact sums.
 
-    The bias is one more than the negative sum of the first image, so that an error of one unit in
-    a sum beyond 2**24 is seen in a result that is small.
+    The bias is one minus the sum of the first image, so that an error of one unit in a sum beyond
+    2**24 shows in a small result.
     """
     rng = np.random.default_rng(0)
     low, zero = (-127, 0) if symmetric else (-128, -128)
@@ -163,7 +162,7 @@ def extremes(kind: Any, shape, weights, *, symmetric, groups=1):
 
 
 def extreme_weights(*shape):
-    """All of the largest magnitude: one channel of either sign, the others of both."""
+    """Return weights of the largest magnitude: all positive, all negative, and mixed channels."""
     weights = np.random.default_rng(1).choice(np.array([-127, 127], np.int8), shape)
     weights[..., 0], weights[..., 1] = 127, -127
     return weights
@@ -174,7 +173,7 @@ WIDE = {
     "conv": ("conv", (3, 4, 180), extreme_weights(3, 3, 180, 4)),
     "groups": ("conv", (3, 3, 320), extreme_weights(3, 3, 160, 4), 2),
     "one pixel": ("conv", (2, 2, 1604), extreme_weights(1, 1, 1604, 4)),
-    # One input channel, so there is none to cut.
+    # A single input channel cannot be split.
     "window": ("conv", (1600, 1), extreme_weights(1500, 1, 4)),
 }
 
@@ -207,10 +206,10 @@ def test_mixed_products_are_exact_at_the_ends_of_u8_and_s8(terms):
     np.testing.assert_array_equal(result, expected)
 
 
-# What is refused.
+# Errors.
 
 
-def test_images_of_another_shape_are_refused():
+def test_images_of_another_shape_raise_an_error():
     network = make_executor(graphs.build("mlp"), platform="tpu")
     for shape in ((2, 4, 4, 3), (4, 4, 2), (2, 32), (2,)):
         given = ", ".join(map(str, shape))
@@ -221,28 +220,28 @@ def test_images_of_another_shape_are_refused():
 
 
 @pytest.mark.parametrize("dtype", [np.int8, np.int32, np.int64, bool, np.complex64])
-def test_images_of_another_type_are_refused(dtype):
+def test_images_of_another_type_raise_an_error(dtype):
     network = make_executor(graphs.build("mlp"), platform="tpu")
     with pytest.raises(ExecutionError, match=f"float32 or uint8, got {np.dtype(dtype).name}"):
         network(np.zeros((1, 4, 4, 2), dtype))
 
 
-def test_pixels_for_a_network_without_a_table_are_refused_with_both_repairs():
+def test_pixels_for_a_network_without_a_table_raise_an_error_with_both_fixes():
     graph = graphs.build("mlp")
     bare = dataclasses.replace(graph.quantize, table=None)
     nodes = tuple(bare if isinstance(n, g.Quantize) else n for n in graph.nodes)
     network = make_executor(dataclasses.replace(graph, nodes=nodes), platform="tpu")
-    with pytest.raises(ExecutionError, match=r"without `preprocess`: give the float32 input"):
+    with pytest.raises(ExecutionError, match=r"give the model's float32 input, or convert with"):
         network(graphs.pixels(graph, 1))
 
 
-def test_an_unknown_platform_is_refused_with_those_there_are():
+def test_an_unknown_platform_raises_an_error_that_lists_the_known_ones():
     with pytest.raises(ExecutionError) as error:
         make_executor(graphs.build("mlp"), platform="npu")
     assert all(name in str(error.value) for name in (*PLATFORMS, "'npu'"))
 
 
-def test_a_list_of_numbers_is_an_image_too():
+def test_nested_lists_are_valid_images():
     graph = graphs.build("mlp")
     network = make_executor(graph, platform="tpu")
     images = graphs.normalized(graphs.pixels(graph, 1))

@@ -1,6 +1,6 @@
-"""The Pallas convolution, interpreted, makes the codes of NumPy's int64 convolution: all of them.
+"""The interpreted Pallas convolution returns exactly the codes of NumPy's int64 convolution.
 
-What its compiled form needs a GPU's compiler to see is in tests/lowering/test_pallas_lowering.py.
+tests/lowering/test_pallas_lowering.py checks the kernel as compiled for a GPU.
 """
 
 import dataclasses
@@ -21,11 +21,11 @@ from jaxqat.integer._execute.pallas_tiles import (
     choose_tile,
     lay_out,
     padded_depth,
-    supported,
+    unsupported_reason,
 )
 
 NONE, ONE, THREE = ((0, 0), (0, 0)), ((1, 1), (1, 1)), ((3, 3), (3, 3))
-CUT = (-120, 100)  # Smallest and largest code of the output.
+BOUNDS = (-120, 100)  # Smallest and largest code of the output.
 # Of the other term zero point and factor, of the branch zero point, bounds and factor; over 2**14.
 SUMMED = (-3, 11_633, 9, -120, 127, 24_001)
 SHIFT = 14
@@ -33,7 +33,7 @@ SHIFT = 14
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A convolution on random codes; `plus` is what a residual addition is made with."""
+    """A convolution on random codes; `plus` are the arguments of a residual addition."""
 
     shape: tuple[int, int, int, int]
     outputs: int
@@ -50,7 +50,7 @@ class Case:
         codes = rng.integers(-128, 128, self.shape).astype(np.int8)
         weights = rng.integers(-127, 128, (*window, inputs, self.outputs)).astype(np.int8)
         bias = rng.integers(-5000, 5000, self.outputs).astype(np.int32)
-        # Uniform codes and weights have a deviation of 74 each, so the codes spread over +-60.
+        # Uniform codes and weights have a standard deviation of 74 each, so outputs have about 60.
         spread = 60 / (74 * 74 * np.sqrt(weights[..., 0].size))
         multiplier = (rng.uniform(0.1, 1, self.outputs) * spread).astype(np.float32)
         output = (self.shape[0], *self.geometry.output, self.outputs)
@@ -68,8 +68,8 @@ class Case:
                 jnp.asarray(multiplier),
                 geometry=self.geometry,
                 zero_out=self.zero_out,
-                low=CUT[0],
-                high=CUT[1],
+                low=BOUNDS[0],
+                high=BOUNDS[1],
                 residual=None if self.plus is None else _residual(other, *self.plus),
                 tile=tile,
                 interpret=True,
@@ -83,25 +83,25 @@ class Case:
         crops = (
             slice(max(-a, 0), n - max(-b, 0)) for (a, b), n in zip(g.padding, g.size, strict=True)
         )
-        kept = codes[:, *crops]
+        cropped = codes[:, *crops]
         padding = tuple((max(a, 0), max(b, 0)) for a, b in g.padding)
         acc = conv2d(
-            kept.astype(np.int64) - self.zero_in,
+            cropped.astype(np.int64) - self.zero_in,
             weights.astype(np.int64),
             stride=g.strides,
             padding=padding,
             dilation=g.dilation,
         )
         assert acc.shape[1:3] == g.output
-        steps = np.rint((acc + bias).astype(np.float32) * multiplier)  # NumPy rounds half to even.
+        units = np.rint((acc + bias).astype(np.float32) * multiplier)  # NumPy rounds half to even.
         if self.plus is not None:
             zero, factor, branch_zero, low, high, branch_factor = self.plus
-            branch = np.clip(steps.astype(np.int64) + branch_zero, low, high) - branch_zero
+            branch = np.clip(units.astype(np.int64) + branch_zero, low, high) - branch_zero
             terms = (branch, other.astype(np.int64) - zero)
             return np.clip(
-                integer_graph.summed(terms, (branch_factor, factor), SHIFT, self.zero_out), *CUT
+                integer_graph.summed(terms, (branch_factor, factor), SHIFT, self.zero_out), *BOUNDS
             ).astype(np.int8)
-        return np.clip(steps.astype(np.int64) + self.zero_out, *CUT).astype(np.int8)
+        return np.clip(units.astype(np.int64) + self.zero_out, *BOUNDS).astype(np.int8)
 
 
 def _residual(codes, zero, factor, branch_zero, low, high, branch_factor):
@@ -127,7 +127,7 @@ def case(size, inputs, outputs, window, stride, padding, zero_in, plus=None, bat
     return Case((batch, *geometry.size, inputs), outputs, geometry, zero_in, plus)
 
 
-# All of ResNet-18 at 32 x 32 (He et al. 2015): the stem, then what each stage has of its own.
+# All layers of ResNet-18 at 32 x 32 (He et al. 2015): the stem, then the different ones per stage.
 RESNET18 = {
     "stem": case(32, 3, 64, 3, 1, ONE, 17),
     "stage1/conv1": case(32, 64, 64, 3, 1, ONE, -128),
@@ -142,7 +142,7 @@ RESNET18 = {
     "stage4/shortcut": case(8, 256, 512, 1, 2, NONE, -128),
     "stage4/conv2": case(4, 512, 512, 3, 1, ONE, -128, SUMMED, batch=2),
 }
-# Each has a tail in the pixels, the channels, the depth or several; edges of every kind.
+# Partial tiles in pixels, channels, depth or several of them, and all kinds of edges.
 ODD = {
     "zero_point_0": case((7, 5), 12, 20, 3, 1, ONE, 0, SUMMED, batch=3),
     "zero_point_17": case((7, 5), 12, 20, 3, 2, ONE, 17, batch=3),
@@ -167,24 +167,24 @@ def params(cases):
 
 
 @pytest.mark.parametrize("case", params(RESNET18))
-def test_codes_of_all_resnet18_layers_are_those_of_int64(case):
+def test_codes_of_all_resnet18_layers_equal_the_int64_reference(case):
     codes = case.computed()
     np.testing.assert_array_equal(codes, case.expected())
-    assert len(np.unique(codes)) > 200  # Nearly the whole range: nothing hides in saturation.
+    assert len(np.unique(codes)) > 200  # Nearly the whole range, so saturation hides no difference.
 
 
 @pytest.mark.parametrize("case", params(ODD))
-def test_codes_of_odd_shapes_are_those_of_int64(case):
+def test_codes_of_odd_shapes_equal_the_int64_reference(case):
     codes = case.computed()
     np.testing.assert_array_equal(codes, case.expected())
     assert len(np.unique(codes)) > 10
 
 
-def test_symmetric_codes_need_no_bias_for_the_edges():
+def test_symmetric_codes_need_one_bias_for_inner_and_edge_pixels():
     shape = case(8, 16, 16, 3, 1, ONE, 0)
     _, weights, bias, *_ = shape.operands
     assert lay_out(weights, bias, geometry=shape.geometry, zero_in=0)[1].shape == (1, 16)
-    # Top, middle and bottom by left, middle and right.
+    # (Top, middle, bottom) x (left, middle, right).
     assert lay_out(weights, bias, geometry=shape.geometry, zero_in=1)[1].shape == (9, 16)
 
 
@@ -196,9 +196,9 @@ def test_symmetric_codes_need_no_bias_for_the_edges():
         Tile(rows=256, outputs=32, block=64, warps=8, stages=5),
     ],
 )
-def test_every_tile_makes_the_same_codes(tile):
+def test_every_tile_gives_the_same_codes(tile):
     shape = dataclasses.replace(ODD["channels_96"], outputs=72)
-    shape = dataclasses.replace(shape, shape=(2, 4, 4, 128))  # A depth that all blocks divide.
+    shape = dataclasses.replace(shape, shape=(2, 4, 4, 128))  # All blocks divide the depth.
     np.testing.assert_array_equal(shape.computed(tile, jit=True), shape.expected())
 
 
@@ -208,7 +208,7 @@ def test_the_arithmetic_does_not_change_with_64_bit_types():
     np.testing.assert_array_equal(codes, ODD["one_output"].expected())
 
 
-def test_rounding_is_half_to_even_for_every_kind_of_float32():
+def test_rounding_is_half_to_even_for_all_kinds_of_float32():
     largest = np.float32(2**22)
     integers = np.arange(-(2**12), 2**12, dtype=np.float32)
     far = np.random.default_rng(0).integers(-(2**22), 2**22, 20_000).astype(np.float32)
@@ -224,9 +224,9 @@ def test_rounding_is_half_to_even_for_every_kind_of_float32():
 
 
 def products_that_tie():
-    """Sums and multipliers whose float32 product is k + 1/2 where the true product is not.
+    """Return sums and multipliers whose float32 product is k + 1/2, but whose exact product is not.
 
-    A fused multiply-add rounds the true product: to k on one side and to k + 1 on the other.
+    A fused multiply-add rounds the exact product, to the other neighbour of k + 1/2.
     """
     rng = np.random.default_rng(0)
     sums = rng.integers(-(2**20), 2**20, 1_000_000).astype(np.float32)
@@ -242,7 +242,7 @@ def test_the_product_is_rounded_to_float32_before_it_is_rounded_to_an_integer():
     sums, multipliers, products = products_that_tie()
     assert sums.size == 4096
     geometry = Geometry(size=(1, 1), window=(1, 1))
-    # With weights of 0, the bias is the sum.
+    # With zero weights, the bias is the sum.
     weights, bias = lay_out(
         np.zeros((1, 1, 4, sums.size), np.int8), sums, geometry=geometry, zero_in=0
     )
@@ -280,27 +280,27 @@ def test_a_branch_is_clipped_before_it_is_added():
     ],
     ids=["one_axis", "groups", "too_large"],
 )
-def test_what_the_kernel_cannot_compute_has_a_reason(shape, weights, more, reason):
+def test_unsupported_convolutions_have_a_reason(shape, weights, more, reason):
     axes = len(shape) - 2
     arrays = np.ones(weights, np.int8), np.zeros(weights[-1], np.int32)
     options = {"strides": (1,) * axes, "padding": ((0, 0),) * axes, **more}
-    assert reason in (supported(shape, *arrays, **options) or "")
+    assert reason in (unsupported_reason(shape, *arrays, **options) or "")
 
 
-def test_sums_that_could_saturate_are_refused():
+def test_sums_that_could_saturate_raise_an_error():
     geometry = Geometry(size=(8, 8), window=(1, 1))
     weights = np.full((1, 1, 4, 2), -127, np.int8)
     edge = 2**31 - 1 - 256 * 4 * 127
     options = {"strides": (1, 1), "padding": NONE}
     fits = np.array([edge, -edge], np.int32)
-    assert supported((1, 8, 8, 4), weights, fits, **options) is None
+    assert unsupported_reason((1, 8, 8, 4), weights, fits, **options) is None
     beyond = fits + np.array([0, -1], np.int32)
-    assert "beyond int32" in (supported((1, 8, 8, 4), weights, beyond, **options) or "")
+    assert "beyond int32" in (unsupported_reason((1, 8, 8, 4), weights, beyond, **options) or "")
     with pytest.raises(ValueError, match=r"can reach 2147483648, beyond int32"):
         lay_out(weights, beyond, geometry=geometry, zero_in=0)
 
 
-def test_operands_that_do_not_fit_are_refused():
+def test_operands_of_wrong_shapes_raise_an_error():
     shape = case((5, 5), 64, 16, 3, 1, ONE, -128)
     codes, weights, bias, multiplier, _ = shape.operands
     matrix, biases = lay_out(weights, bias, geometry=shape.geometry, zero_in=-128)

@@ -1,4 +1,4 @@
-"""Each kind of node as JSON and arrays, and back; each error names the field."""
+"""Every node kind survives JSON and arrays unchanged; each error names the field."""
 
 import dataclasses
 import json
@@ -74,7 +74,7 @@ def test_codes_are_packed_by_the_width_that_their_node_declares(bits):
     assert arrays[fields["array"]].nbytes == (count if width is None else -(-count * width // 8))
 
 
-def test_arrays_are_called_by_their_layer():
+def test_arrays_are_named_by_their_layer():
     text, arrays = encode(graphs.build("mlp"))
     fields = next(n for n in json.loads(text)["nodes"] if n["node"] == "Product")["weights"]
     assert fields["array"].endswith(":nodes.dense1.weights")
@@ -85,5 +85,5 @@ def test_a_tensor_under_another_name_is_refused():
     graph = graphs.build("mlp")
     tensors = dict(graph.tensors)
     tensors["input"] = dataclasses.replace(tensors["input"], name="other")
-    with pytest.raises(CodecError, match="the tensor under 'input' is called 'other'"):
+    with pytest.raises(CodecError, match="the tensor under 'input' has the name 'other'"):
         encode(dataclasses.replace(graph, tensors=tensors))

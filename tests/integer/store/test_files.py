@@ -1,4 +1,4 @@
-"""A file is replaced whole or not at all."""
+"""A file is replaced completely or not at all."""
 
 import json
 import os
@@ -34,13 +34,13 @@ def test_json_is_indented_and_ends_with_a_line_break(tmp_path):
     assert text.startswith('{\n "accuracy"') and text.endswith("}\n")
 
 
-def test_a_reader_meets_the_old_content_until_the_new_one_is_on_the_disk(tmp_path, monkeypatch):
+def test_readers_see_the_old_content_until_the_new_one_is_on_disk(tmp_path, monkeypatch):
     path = tmp_path / "file"
     path.write_text("old")
-    met = []
-    monkeypatch.setattr(os, "fsync", lambda descriptor: met.append(path.read_text()))
+    seen = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: seen.append(path.read_text()))
     write_atomically(path, "new")
-    assert met == ["old"]
+    assert seen == ["old"]
     assert path.read_text() == "new"
 
 

@@ -1,4 +1,4 @@
-"""Dataclasses become JSON and come back; what does not fit is named by its key."""
+"""Dataclasses survive JSON unchanged; errors name the key of the wrong value."""
 
 import dataclasses
 import json
@@ -53,7 +53,7 @@ SMALL = Result(name="run", stage="fp32", scores={})
 
 @pytest.mark.parametrize("value", [FULL, SMALL], ids=["full", "small"])
 @pytest.mark.parametrize("defaults", [False, True])
-def test_what_is_decoded_is_what_was_encoded(value, defaults):
+def test_decoding_returns_the_encoded_value(value, defaults):
     codec = TypedJson(defaults=defaults)
     text = json.dumps(codec.encode(value, Result), allow_nan=False)
     found = codec.decode(json.loads(text), Result)
@@ -97,11 +97,11 @@ def test_a_whole_number_is_a_float_where_one_is_declared():
 
 
 def with_change(*path, value):
-    """The JSON of FULL with one value changed."""
-    content = place = TypedJson().encode(FULL, Result)
+    """Return the JSON of FULL with one value changed."""
+    content = parent = TypedJson().encode(FULL, Result)
     for key in path[:-1]:
-        place = place[key]
-    place[path[-1]] = value
+        parent = parent[key]
+    parent[path[-1]] = value
     return content
 
 
@@ -110,14 +110,14 @@ def with_change(*path, value):
     [
         ([], r"the content: must be an object with the fields of Result, got \[\]\."),
         (with_change("best", value=1), "best: must be an object with the fields of Score, got 1."),
-        (with_change("nam", value=1), "nam: Result has no such field; the nearest is 'name'."),
+        (with_change("nam", value=1), "nam: Result has no such field; the closest is 'name'."),
         (
             with_change("scores", "test", "acuracy", value=1),
-            "scores.test.acuracy: Score has no such field; the nearest is 'accuracy'.",
+            "scores.test.acuracy: Score has no such field; the closest is 'accuracy'.",
         ),
         (with_change("scores", value=[]), r"scores: must be an object, got \[\]\."),
         (with_change("scores", "test", value={}), "scores.test.accuracy: is missing."),
-        (with_change("name", value=1), "name: must be a text, got 1."),
+        (with_change("name", value=1), "name: must be a string, got 1."),
         (with_change("stage", value="qat"), "stage: must be one of fp32, int8, 3, got 'qat'."),
         (with_change("stage", value=3.0), "stage: must be one of fp32, int8, 3, got 3.0."),
         (with_change("stage", value=[]), r"stage: must be one of fp32, int8, 3, got \[\]\."),
@@ -125,13 +125,13 @@ def with_change(*path, value):
         (with_change("shape", 1, value=True), r"shape\[1\]: must be a whole number, got True."),
         (with_change("shape", 1, value=1.0), r"shape\[1\]: must be a whole number, got 1.0."),
         (with_change("window", value=[1]), r"window: must be a list of 2, got \[1\]."),
-        (with_change("window", 1, value=2), r"window\[1\]: must be a text, got 2."),
+        (with_change("window", 1, value=2), r"window\[1\]: must be a string, got 2."),
         (with_change("steps", value={}), "steps: must be a list, got {}."),
         (with_change("steps", 0, value="1"), r"steps\[0\]: must be a number, got '1'."),
         (with_change("steps", 0, value=True), r"steps\[0\]: must be a number, got True."),
         (with_change("steps", 0, value=math.inf), r"steps\[0\]: must be a finite number, got inf."),
         (with_change("steps", 0, value=10**400), r"steps\[0\]: must be a number within the range"),
-        (with_change("seed", value=0.5), "seed: must be a whole number or a text or null, got"),
+        (with_change("seed", value=0.5), "seed: must be a whole number or a string or null, got"),
         (with_change("metadata", value=[]), r"metadata: must be an object, got \[\]\."),
         (with_change("metadata", value={"a": math.nan}), "metadata.a: must be a JSON value"),
         (with_change("times", "fp32", value=None), "times.fp32: must be a number, got None."),
@@ -141,7 +141,7 @@ def with_change(*path, value):
         ),
     ],
 )
-def test_a_content_that_does_not_fit_is_refused_by_its_key(content, message):
+def test_decoding_a_wrong_value_raises_an_error_that_names_its_key(content, message):
     with pytest.raises(CodecError, match=f"^{message}"):
         TypedJson().decode(content, Result)
 
@@ -149,15 +149,15 @@ def test_a_content_that_does_not_fit_is_refused_by_its_key(content, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"name": np.str_("run")}, "name: must be a text"),
+        ({"name": np.str_("run")}, "name: must be a string"),
         ({"best": {"accuracy": 1}}, "best: must be a Score, got {"),
         ({"shape": [1]}, r"shape: must be a tuple, got \[1\]"),
         ({"shape": (np.int64(1),)}, r"shape\[0\]: must be a whole number"),
         ({"window": (1,)}, r"window: must be a tuple of 2"),
         ({"steps": (1.0,)}, r"steps: must be a list"),
         ({"steps": [math.nan]}, r"steps\[0\]: must be a finite number"),
-        ({"scores": {1: SCORE}}, "scores: the key 1 is no text"),
-        ({"environment": {1: 2}}, "environment: the key 1 is no text"),
+        ({"scores": {1: SCORE}}, "scores: the key 1 must be a string"),
+        ({"environment": {1: 2}}, "environment: the key 1 must be a string"),
         ({"environment": [object()]}, r"environment\[0\]: must be a JSON value"),
         ({"metadata": {"a": {"b": np.float32(1)}}}, "metadata.a.b: must be a JSON value"),
     ],
@@ -174,7 +174,7 @@ def test_nan_and_infinity_are_written_only_if_that_is_allowed():
         assert math.isnan(found[0]) and found[1] == math.inf
 
 
-def test_a_form_stands_before_the_known_types_and_can_use_their_fields():
+def test_a_form_overrides_the_supported_types_and_can_use_their_fields():
     def encode(score: Score, key: str):
         return {"kind": "score", **codec.encode_fields(score, key)}
 
@@ -194,5 +194,5 @@ def test_a_form_stands_before_the_known_types_and_can_use_their_fields():
 
 
 def test_long_values_are_cut_in_the_message():
-    with pytest.raises(CodecError, match=r"^name: must be a text, got \[0, .{70,80}…\.$"):
+    with pytest.raises(CodecError, match=r"^name: must be a string, got \[0, .{70,80}…\.$"):
         TypedJson().decode(with_change("name", value=list(range(100))), Result)

@@ -1,4 +1,4 @@
-"""Checkpoints: what comes back is what went in, or it is refused by name."""
+"""Checkpoints are restored exactly, or an error names the damaged one."""
 
 import dataclasses
 import os
@@ -20,7 +20,7 @@ from jaxqat.pipeline.checkpoint import (
     DamagedCheckpointError,
 )
 
-# Orbax closes its event loop when a read fails, and reads that still go on complain to the void.
+# Orbax closes its event loop when a read fails; reads still in progress then warn.
 loses_reads = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 EXTRA = {"config": {"seed": 3}, "data": {"name": "digits"}, "epoch_seconds": 1.5}
@@ -48,7 +48,7 @@ def assert_is_step(parts, step: int) -> None:
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    """A folder with the steps 1 and 2."""
+    """A folder with checkpoints of steps 1 and 2."""
     directory = tmp_path / "checkpoints" / "fp32"
     with CheckpointStore(directory, CheckpointConfig()) as store:
         save(store, 1)
@@ -61,11 +61,11 @@ def open_store(directory: Path, **options) -> CheckpointStore:
 
 
 def array_files(step: Path) -> list[Path]:
-    """Files that hold array data."""
+    """Return the files that hold array data."""
     return sorted(p for p in step.rglob("d/*") if p.is_file() and p.stat().st_size > 64)
 
 
-def test_arrays_config_and_fingerprint_come_back_exactly(saved):
+def test_arrays_config_and_fingerprint_are_restored_exactly(saved):
     with open_store(saved, read_only=True) as store:
         assert store.steps() == [1, 2]
         restored = store.restore(make_parts())
@@ -83,7 +83,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
         for step, accuracy in enumerate([0.1, 0.9, 0.9, 0.2, 0.3, None], start=1):
             save(store, step, accuracy)
         store.wait()
-        # Of the equal ones, 2 and 3, the newer.
+        # The newer of the equal ones, 2 and 3.
         assert store.steps() == [3, 5, 6]
         assert store.best_step() == 3
     with CheckpointStore(tmp_path, CheckpointConfig(keep_last=2)) as store:
@@ -104,7 +104,7 @@ def test_without_keep_best_only_the_newest_are_kept(tmp_path):
 
 
 @loses_reads
-def test_every_flipped_bit_in_array_data_is_noticed(saved):
+def test_every_flipped_bit_in_array_data_is_detected(saved):
     rng = np.random.default_rng(0)
     flips = 0
     for path in array_files(saved / "2"):
@@ -115,7 +115,7 @@ def test_every_flipped_bit_in_array_data_is_noticed(saved):
             path.write_bytes(bad)
             with open_store(saved, read_only=True) as store:
                 try:
-                    # Either the flip lies in a byte that means nothing, or it is reported.
+                    # Either the byte has no meaning, or the flip is reported.
                     assert_is_step(store.restore(make_parts()).parts, 2)
                 except DamagedCheckpointError as error:
                     assert f"{saved / '2'} is damaged" in str(error)
@@ -124,8 +124,8 @@ def test_every_flipped_bit_in_array_data_is_noticed(saved):
     assert flips >= 10
 
 
-def test_a_wrong_number_that_decodes_well_is_noticed(saved, monkeypatch):
-    # Whatever Orbax's own checks see or not: another array of the same shape and dtype.
+def test_a_wrong_number_in_a_readable_array_is_detected(saved, monkeypatch):
+    # Orbax cannot detect another array of the same shape and dtype.
     original = CheckpointStore._read
 
     def read(self, step, targets):
@@ -141,7 +141,7 @@ def test_a_wrong_number_that_decodes_well_is_noticed(saved, monkeypatch):
         store.restore(make_parts())
 
 
-def test_info_that_was_changed_is_noticed(saved):
+def test_changed_info_is_detected(saved):
     (path,) = (saved / "2" / "info").glob("metadata")
     text = path.read_text()
     assert '"seed": 3' in text
@@ -187,7 +187,7 @@ DAMAGES = [
 
 @loses_reads
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_step_is_named_and_the_one_before_it_used(saved, damage, caplog):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(saved, damage, caplog):
     damage(saved / "2")
     with (
         open_store(saved, read_only=True) as store,
@@ -200,7 +200,7 @@ def test_a_damaged_step_is_named_and_the_one_before_it_used(saved, damage, caplo
         assert restored.step == 1
         assert_is_step(restored.parts, 1)
         assert f"{saved / '2'} is damaged" in caplog.text
-        # Its number is free again, and what was found is kept aside.
+        # Its step can be saved again, and the damaged files are moved aside.
         save(store, 2)
         store.wait()
         assert_is_step(store.restore(make_parts()).parts, 2)
@@ -208,7 +208,7 @@ def test_a_damaged_step_is_named_and_the_one_before_it_used(saved, damage, caplo
 
 
 @loses_reads
-def test_damage_of_all_steps_is_an_error_and_not_a_fresh_start(saved):
+def test_damage_of_all_checkpoints_is_an_error_and_does_not_restart_the_stage(saved):
     for step in ("1", "2"):
         truncate_arrays(saved / step)
     with (
@@ -218,7 +218,7 @@ def test_damage_of_all_steps_is_an_error_and_not_a_fresh_start(saved):
         store.restore_newest_good(make_parts())
 
 
-def test_an_empty_folder_has_nothing_to_go_on_with(tmp_path):
+def test_an_empty_folder_has_nothing_to_restore(tmp_path):
     with open_store(tmp_path) as store:
         assert store.restore_newest_good(make_parts()) is None
         with pytest.raises(CheckpointError, match="no checkpoint; finished steps are"):
@@ -233,7 +233,7 @@ def test_an_empty_folder_has_nothing_to_go_on_with(tmp_path):
     ],
     ids=["dtype", "shape"],
 )
-def test_another_dtype_or_shape_is_refused_before_anything_is_read(saved, change, message):
+def test_another_dtype_or_shape_is_an_error_before_arrays_are_read(saved, change, message):
     target = make_parts()
     target["model"]["params"]["bias"] = change(target["model"]["params"]["bias"])
     with (
@@ -244,7 +244,7 @@ def test_another_dtype_or_shape_is_refused_before_anything_is_read(saved, change
     assert not isinstance(caught.value, DamagedCheckpointError)
 
 
-def test_an_array_more_or_less_is_refused(saved):
+def test_an_additional_or_missing_array_is_an_error(saved):
     target = make_parts()
     target["model"]["params"]["extra"] = np.zeros(2, np.float32)
     with open_store(saved, read_only=True) as store:
@@ -255,12 +255,12 @@ def test_an_array_more_or_less_is_refused(saved):
             store.restore(target)
 
 
-def test_an_existing_step_is_not_written_over(saved):
+def test_an_existing_checkpoint_is_not_overwritten(saved):
     with pytest.raises(CheckpointError, match="2"), open_store(saved) as store:
         save(store, 2)
 
 
-def test_leftovers_of_a_killed_writer_are_cleaned_when_writing_only(saved):
+def test_leftovers_of_a_killed_writer_are_removed_except_in_read_only_mode(saved):
     leftover = saved / "9.orbax-checkpoint-tmp"
     leftover.mkdir()
     with open_store(saved, read_only=True) as store:
@@ -272,9 +272,9 @@ def test_leftovers_of_a_killed_writer_are_cleaned_when_writing_only(saved):
     assert not leftover.exists()
 
 
-def test_what_cannot_be_written_is_an_error_and_the_last_good_step_stays(tmp_path):
-    # A limit on the size of files, as the system sets one: writing fails where a full disk's
-    # would, in Orbax's threads. In a process of its own, since it holds for the whole process.
+def test_a_failed_write_is_an_error_and_the_last_good_checkpoint_stays(tmp_path):
+    # A limit on the size of files makes writing fail where a full disk would, in Orbax's threads.
+    # In a separate process, because it is a limit of the whole process.
     script = f"""
 import resource
 from pathlib import Path
@@ -305,13 +305,13 @@ except CheckpointError as error:
         assert store.steps() == [1]
 
 
-def test_a_place_that_is_no_folder_is_a_clear_error(tmp_path):
+def test_a_path_that_is_not_a_folder_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot be opened"):
         open_store(tmp_path / "file" / "fp32")
 
 
 @pytest.mark.parametrize("key", ["keep_last", "every_epochs"])
-def test_counts_below_one_are_refused(key):
+def test_counts_below_one_are_errors(key):
     with pytest.raises(ValueError, match=f"checkpoint.{key} must be 1 or more, got 0"):
         dataclasses.replace(CheckpointConfig(), **{key: 0})

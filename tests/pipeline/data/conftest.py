@@ -1,4 +1,4 @@
-"""Tiny data sets in the forms that `pipeline.data` reads, written by TFDS and Pillow themselves."""
+"""Tiny data sets in the forms that `pipeline.data` reads, written with TFDS and Pillow."""
 
 import io
 import socket
@@ -17,7 +17,7 @@ def png(pixels):
 
 @pytest.fixture
 def random_split():
-    """Function that makes images of random pixels, and labels that go round the classes."""
+    """Function that returns random images, and labels that cycle through the classes."""
 
     def make(seed, count, shape=(6, 5, 3), classes=3):
         rng = np.random.default_rng(seed)
@@ -85,7 +85,7 @@ def prepare_tfds(tmp_path):
 
 @pytest.fixture
 def no_network(monkeypatch):
-    """Any attempt to open a connection or look up a name fails the test."""
+    """Make any attempt to open a connection or look up a name fail the test."""
 
     def refuse(*args, **kwargs):
         raise AssertionError("went online")
@@ -111,7 +111,7 @@ def write_folder(tmp_path):
 
 @pytest.fixture
 def sorted_rows():
-    """Function that puts images and labels in an order of its own, to compare them as sets."""
+    """Function that sorts images with their labels, to compare them as sets."""
 
     def sort(images, labels):
         rows = np.concatenate([images.reshape(len(images), -1), labels[:, None]], axis=1)

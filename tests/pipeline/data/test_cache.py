@@ -1,4 +1,4 @@
-"""The cache of decoded data: used when verified, replaced when damaged, never taken for another."""
+"""The cache of decoded data: verified, replaced when damaged, never confused with another."""
 
 import json
 import logging
@@ -59,7 +59,7 @@ def test_a_verified_cache_is_not_decoded_again(config, monkeypatch):
     assert_same(load_dataset(config), first)
 
 
-def test_a_flipped_bit_is_said_and_the_data_decoded_again(config, tmp_path, caplog):
+def test_a_flipped_bit_is_logged_and_the_data_decoded_again(config, tmp_path, caplog):
     first = load_dataset(config)
     good = entry(tmp_path).read_bytes()
     damage(entry(tmp_path))
@@ -93,7 +93,7 @@ def test_a_damaged_cache_without_a_source_is_an_error(config, tmp_path):
         load_dataset(config)
 
 
-def test_a_changed_source_is_not_served_from_the_cache_of_the_old_one(
+def test_a_changed_source_does_not_use_the_cache_of_the_old_one(
     config, tmp_path, prepare_tfds, random_split
 ):
     first = load_dataset(config)
@@ -135,7 +135,7 @@ def test_a_changed_description_is_another_copy(config, tmp_path):
     assert second.fingerprint["sha256"] == first.fingerprint["sha256"]
 
 
-def test_a_copy_with_other_times_of_modification_is_the_same_data(config, tmp_path):
+def test_a_copy_with_other_modification_times_is_the_same_data(config, tmp_path):
     load_dataset(config)
     for path in (tmp_path / "tfds").rglob("*"):
         os.utime(path, (1, 1))
@@ -157,7 +157,7 @@ def test_a_process_stopped_while_writing_leaves_no_entry(config, tmp_path, monke
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_a_cache_that_cannot_be_written_costs_no_more_than_a_warning(config, tmp_path, caplog):
+def test_a_cache_that_cannot_be_written_only_logs_a_warning(config, tmp_path, caplog):
     (tmp_path / "cache").write_text("a file where the folder should be")
 
     data = load_dataset(config)

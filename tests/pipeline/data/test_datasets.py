@@ -1,4 +1,4 @@
-"""Digits, validation splits, limits, statistics, fingerprints and the checks of the config."""
+"""Digits, validation splits, limits, statistics, fingerprints and checks of the config."""
 
 import json
 from typing import Any
@@ -54,7 +54,7 @@ def test_digits_can_be_resized():
     assert data.fingerprint["image_shape"] == [12, 12, 1]
 
 
-def test_validation_images_come_out_of_training_and_the_rest_stays_in_order():
+def test_validation_images_are_taken_from_training_and_the_rest_stays_in_order():
     whole = load_dataset(DataConfig())
     carved = load_dataset(DataConfig(validation_size=300))
 
@@ -67,7 +67,7 @@ def test_validation_images_come_out_of_training_and_the_rest_stays_in_order():
     assert kept == sorted(kept)
 
 
-def test_the_validation_split_depends_on_its_seed_alone():
+def test_the_validation_split_depends_only_on_its_seed():
     first, again, other = (
         load_dataset(DataConfig(validation_size=50, validation_seed=seed)).fingerprint
         for seed in (1, 1, 2)
@@ -84,7 +84,8 @@ def test_limits_keep_the_validation_split_and_are_in_the_fingerprint():
     assert limited.fingerprint["counts"] == {"train": 40, "validation": 50, "test": 30}
     assert limited.fingerprint["sha256"]["validation"] == whole.fingerprint["sha256"]["validation"]
     assert set(keys(limited.train)) <= set(keys(whole.train))
-    # Digits are in no order of class; a limit that took the first of a folder would miss some.
+    # Digits are not sorted by class; in a sorted folder, a limit to the first images would miss
+    # classes.
     assert len(np.unique(limited.train.labels)) == 10
 
 
@@ -106,7 +107,7 @@ def test_statistics_are_of_the_training_images_without_validation():
     assert data.mean != load_dataset(DataConfig()).mean
 
 
-def test_the_fingerprint_is_json_and_tells_the_counts():
+def test_the_fingerprint_is_json_and_contains_the_counts():
     fingerprint = load_dataset(DataConfig(validation_size=38)).fingerprint
 
     assert json.loads(json.dumps(fingerprint)) == fingerprint
@@ -134,7 +135,7 @@ def test_one_changed_pixel_changes_the_fingerprint(write_folder, random_split, t
     assert first["source_sha256"] != second["source_sha256"]
 
 
-def test_images_of_one_value_are_refused_before_they_divide_by_zero(write_folder, tmp_path):
+def test_images_of_one_value_are_an_error(write_folder, tmp_path):
     black = np.zeros((5, 4, 4, 3), np.uint8)
     root = write_folder({"ant": black, "cat": black})
 
@@ -144,7 +145,7 @@ def test_images_of_one_value_are_refused_before_they_divide_by_zero(write_folder
         )
 
 
-def test_a_validation_split_of_all_training_images_is_refused():
+def test_a_validation_split_of_all_training_images_is_an_error():
     with pytest.raises(DataError, match=r"data.validation_size must be in 0..1437.*got 1438"):
         load_dataset(DataConfig(validation_size=1438))
 
@@ -162,6 +163,6 @@ def test_a_validation_split_of_all_training_images_is_refused():
         ({"test_limit": -5}, "data.test_limit must be 1 or more, or null, got -5"),
     ],
 )
-def test_a_bad_value_is_refused_by_its_dotted_key(values, message):
+def test_an_invalid_value_is_named_by_its_dotted_key(values, message):
     with pytest.raises(ValueError, match=message):
         DataConfig(**values)

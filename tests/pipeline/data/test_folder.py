@@ -86,7 +86,7 @@ def test_a_grey_image_among_coloured_ones_becomes_coloured(write_folder, images,
     np.testing.assert_array_equal(cats, np.repeat(cats[..., :1], 3, axis=-1))
 
 
-def test_the_cache_serves_a_folder_that_is_gone(two_splits, tmp_path):
+def test_the_cache_replaces_a_missing_folder(two_splits, tmp_path):
     root, _ = two_splits
     first = load_dataset(config(root, tmp_path))
     shutil.rmtree(root)
@@ -95,7 +95,9 @@ def test_the_cache_serves_a_folder_that_is_gone(two_splits, tmp_path):
 
 
 def test_a_missing_folder_is_an_error_that_says_what_to_do(tmp_path):
-    with pytest.raises(DataError, match=r"data.data_dir: no folder .*one folder of images a class"):
+    with pytest.raises(
+        DataError, match=r"data.data_dir: no folder .*one folder of images per class"
+    ):
         load_dataset(config(tmp_path / "nowhere", tmp_path))
 
 
@@ -133,7 +135,7 @@ def unknown_class(root):
 
 def no_test_split(root):
     shutil.rmtree(root / "test")
-    return f"{root}: has 'train' but not both of 'train' and 'test'"
+    return f"{root}: has 'train', but needs both 'train' and 'test'"
 
 
 def one_class(root):
@@ -155,7 +157,7 @@ def one_class(root):
         one_class,
     ],
 )
-def test_a_bad_folder_is_refused_by_name_and_leaves_no_cache(damage, two_splits, tmp_path):
+def test_a_damaged_folder_is_named_and_leaves_no_cache(damage, two_splits, tmp_path):
     root, _ = two_splits
     expected = damage(root)
 
@@ -166,11 +168,11 @@ def test_a_bad_folder_is_refused_by_name_and_leaves_no_cache(damage, two_splits,
     assert not list(tmp_path.glob("cache/*"))
 
 
-def test_files_that_are_no_images_are_left_out_and_counted(two_splits, tmp_path, caplog):
+def test_files_that_are_not_images_are_ignored_and_counted(two_splits, tmp_path, caplog):
     root, _ = two_splits
     (root / "train/cat/notes.txt").write_text("hello")
 
     data = load_dataset(config(root, tmp_path))
 
     assert len(data.train) == 10
-    assert f"{root}/train: 1 files that are no images were left out" in caplog.text
+    assert f"{root}/train: ignored 1 files that are not images" in caplog.text

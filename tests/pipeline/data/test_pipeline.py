@@ -1,4 +1,4 @@
-"""The device functions against NumPy loops that share no code with them."""
+"""The device-side input against NumPy loops that share no code with it."""
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ def test_an_epoch_visits_every_image_once(n):
     np.testing.assert_array_equal(np.sort(order), np.arange(n))
 
 
-def test_the_order_depends_on_seed_and_epoch_and_on_nothing_else():
+def test_the_order_depends_only_on_seed_and_epoch():
     orders = {
         (seed, epoch): tuple(np.asarray(epoch_permutation(seed, epoch, 500)).tolist())
         for seed in (0, 1, 7)
@@ -45,7 +45,7 @@ def test_the_order_is_the_same_with_a_traced_seed_and_epoch():
     np.testing.assert_array_equal(jitted(5, 2), epoch_permutation(5, 2, 100))
 
 
-def test_every_place_of_the_order_is_reached_by_every_image():
+def test_every_image_appears_at_every_position_equally_often():
     orders = np.stack([epoch_permutation(0, epoch, 4) for epoch in range(4000)])
 
     counts = np.stack([np.bincount(orders[:, place], minlength=4) for place in range(4)])
@@ -55,7 +55,7 @@ def test_every_place_of_the_order_is_reached_by_every_image():
 
 
 def reference_augment(image, top, left, flipped, padding):
-    """One image, pixel by pixel: out[i, j] is the pixel at (top + i - p, left + j - p), or 0."""
+    """Crop pixel by pixel: out[i, j] is the pixel at (top + i - p, left + j - p), or 0."""
     height, width, _ = image.shape
     out = np.zeros_like(image)
     for i in range(height):
@@ -67,7 +67,7 @@ def reference_augment(image, top, left, flipped, padding):
 
 
 def find_draw(image, result, padding, flips):
-    """The draws (top, left, flipped) of which `result` is the outcome."""
+    """Return the draws (top, left, flipped) that give `result`."""
     return [
         (top, left, flipped)
         for top in range(2 * padding + 1)
@@ -136,7 +136,7 @@ def test_augmentation_is_a_function_of_its_key_and_can_be_jitted():
     assert not np.array_equal(first, jitted(jax.random.key(1), images))
 
 
-def test_no_padding_and_no_flip_leave_the_images_alone():
+def test_no_padding_and_no_flip_leave_the_images_unchanged():
     images = random_images((8, 6, 6, 3))
 
     result = augment(jax.random.key(0), jnp.asarray(images), crop_padding=0, flip=False)
@@ -144,7 +144,7 @@ def test_no_padding_and_no_flip_leave_the_images_alone():
     np.testing.assert_array_equal(result, images)
 
 
-def test_normalized_values_are_the_definition_to_float32_rounding():
+def test_normalized_values_equal_the_definition_up_to_float32_rounding():
     images = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, axis=-1)
     mean, std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
@@ -196,13 +196,13 @@ def test_evaluation_batches_hold_every_image_once_and_in_order(n, batch_size):
 
 
 @pytest.mark.parametrize("batch_size", [0, -3])
-def test_a_batch_size_below_one_is_refused(batch_size):
+def test_a_batch_size_below_one_is_an_error(batch_size):
     split = Split(random_images((3, 4, 4, 3)), np.zeros(3, np.int32))
 
     with pytest.raises(ValueError, match="batch_size must be 1 or more"):
         eval_batches(split, batch_size)
 
 
-def test_a_negative_padding_is_refused_by_its_dotted_key():
+def test_a_negative_padding_is_named_by_its_dotted_key():
     with pytest.raises(ValueError, match=r"augment.crop_padding must be >= 0, got -1"):
         AugmentConfig(crop_padding=-1)

@@ -1,4 +1,4 @@
-"""Downloads: only when asked for, never hanging, and CIFAR prepared without TensorFlow."""
+"""Downloads: only on request, never hanging, and CIFAR prepared without TensorFlow."""
 
 import io
 import sys
@@ -13,7 +13,7 @@ from jaxqat.pipeline.data import DataConfig, DataError, load_dataset, tfds_downl
 
 
 def cifar_archive(path, files):
-    """An archive as the University of Toronto's, of {name: bytes}."""
+    """Write {name: bytes} as an archive like the University of Toronto's."""
     with tarfile.open(path, "w:gz") as tar:
         for name, content in files.items():
             member = tarfile.TarInfo(name)
@@ -30,7 +30,7 @@ def records(seed, count, label_bytes, classes):
 
 @pytest.fixture
 def offer(monkeypatch):
-    """Function that has TFDS's download manager hand out a local file, and no network be asked."""
+    """Function that makes TFDS's download manager return a local file, without network access."""
 
     def offer(path):
         asked = []
@@ -76,8 +76,8 @@ def test_cifar10_is_prepared_from_its_archive_without_tensorflow(tmp_path, offer
     assert "tensorflow" not in sys.modules
 
 
-def test_cifar100_takes_the_fine_label(tmp_path, offer):
-    # The label of a record is its second byte; the first is the coarse one, of 20.
+def test_cifar100_uses_the_fine_label(tmp_path, offer):
+    # The second byte of a record is the label; the first is the coarse one of 20.
     rows = records(0, 30, 2, 20)
     rows[:, 1] = np.arange(70, 100)
     prefix = "cifar-100-binary/"
@@ -111,7 +111,7 @@ def test_the_archives_checksum_is_tfdss_own():
         assert all(len(info.checksum) == 64 for info in infos.values())
 
 
-def test_nothing_is_downloaded_unless_asked_for(tmp_path, monkeypatch, no_network):
+def test_nothing_is_downloaded_without_request(tmp_path, monkeypatch, no_network):
     def refuse(*args):
         raise AssertionError("downloaded")
 

@@ -1,4 +1,4 @@
-"""TFDS copies: decoded exactly, read offline, and refused with a clear error when damaged."""
+"""TFDS copies: decoded exactly, read offline, with a clear error if damaged."""
 
 import json
 import sys
@@ -39,7 +39,7 @@ def test_decoded_images_and_labels_are_those_that_were_written(
 
     for name, split in (("train", data.train), ("test", data.test)):
         images, labels = tiny_splits[name]
-        # TFDS shuffles what it writes, so the sets are compared.
+        # TFDS shuffles examples, so they are compared as sets.
         np.testing.assert_array_equal(
             sorted_rows(split.images, split.labels), sorted_rows(images, labels)
         )
@@ -51,7 +51,7 @@ def test_decoded_images_and_labels_are_those_that_were_written(
     assert "tensorflow" not in sys.modules
 
 
-def test_the_fingerprint_tells_which_copy_it_is(prepare_tfds, tiny_splits, tmp_path):
+def test_the_fingerprint_identifies_the_copy(prepare_tfds, tiny_splits, tmp_path):
     root, _ = prepare_tfds(tiny_splits)
 
     fingerprint = load_dataset(config(root, tmp_path)).fingerprint
@@ -99,7 +99,7 @@ def test_the_newest_version_is_read_unless_one_is_named(prepare_tfds, tiny_split
     assert named.fingerprint["version"] == "9.0.0"
 
 
-def test_without_data_and_cache_the_error_comes_at_once_and_says_what_to_do(tmp_path, no_network):
+def test_missing_data_is_an_error_that_says_what_to_do(tmp_path, no_network):
     start = time.monotonic()
     with pytest.raises(DataError) as error:
         load_dataset(config(tmp_path / "nowhere", tmp_path, name="cifar10"))
@@ -146,7 +146,7 @@ def swap_train_for_test(directory):
 
 def flip_a_bit_of_the_records(directory):
     content = bytearray(shard(directory).read_bytes())
-    content[200] ^= 1  # Behind the file's header, inside the first chunk's images.
+    content[200] ^= 1  # After the file's header, in the first chunk's images.
     shard(directory).write_bytes(content)
     return "split 'train'"
 
@@ -199,9 +199,7 @@ def forget_the_test_split(directory):
         forget_the_test_split,
     ],
 )
-def test_a_damaged_copy_is_refused_by_name_and_leaves_no_cache(
-    damage, prepare_tfds, tiny_splits, tmp_path
-):
+def test_a_damaged_copy_is_named_and_leaves_no_cache(damage, prepare_tfds, tiny_splits, tmp_path):
     root, directory = prepare_tfds(tiny_splits)
     expected = str(damage(directory))
 
@@ -213,7 +211,7 @@ def test_a_damaged_copy_is_refused_by_name_and_leaves_no_cache(
     assert not list(tmp_path.glob("cache/*"))
 
 
-def test_images_of_different_sizes_are_refused_and_can_be_resized(
+def test_images_of_different_sizes_are_an_error_unless_resized(
     prepare_tfds, tmp_path, random_split
 ):
     small, large = random_split(1, 5, (6, 6, 3)), random_split(2, 5, (8, 10, 3))
@@ -223,25 +221,27 @@ def test_images_of_different_sizes_are_refused_and_can_be_resized(
         {"train": (images, labels), "test": random_split(3, 4, (6, 6, 3))}, shape=(None, None, 3)
     )
 
-    with pytest.raises(DataError, match=r"All must be alike: set data.image_size"):
+    with pytest.raises(DataError, match=r"All must have one size: set data.image_size"):
         load_dataset(config(root, tmp_path))
     data = load_dataset(config(root, tmp_path, image_size=6))
 
     assert data.image_shape == (6, 6, 3)
-    # Those that have the size already keep every pixel.
+    # Images that already have the size are unchanged.
     rows = {image.tobytes() for image in data.train.images}
     assert {image.tobytes() for image in small[0]} <= rows
 
 
-def test_train_and_test_images_of_different_sizes_are_refused(prepare_tfds, tmp_path, random_split):
+def test_train_and_test_images_of_different_sizes_are_an_error(
+    prepare_tfds, tmp_path, random_split
+):
     splits = {"train": random_split(1, 5, (6, 6, 3)), "test": random_split(2, 5, (8, 8, 3))}
     root, _ = prepare_tfds(splits, shape=(None, None, 3))
 
-    with pytest.raises(DataError, match=r"they must be alike: set data.image_size"):
+    with pytest.raises(DataError, match=r"both must have one size: set data.image_size"):
         load_dataset(config(root, tmp_path))
 
 
-def test_a_set_that_is_no_image_classification_is_refused(prepare_tfds, tiny_splits, tmp_path):
+def test_a_set_without_image_and_class_is_an_error(prepare_tfds, tiny_splits, tmp_path):
     root, _ = prepare_tfds(tiny_splits, supervised_keys=("label", "image"))
 
     with pytest.raises(DataError, match="not an image-classification set"):

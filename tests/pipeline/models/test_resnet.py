@@ -9,7 +9,7 @@ import pytest
 
 from jaxqat.pipeline.models import ModelConfig, ResNet, build_model
 
-# Odd sizes show a padding on the wrong side, which even ones can hide behind a stride.
+# Odd sizes reveal padding on the wrong side, which a stride can hide for even ones.
 CASES = [(18, "cifar", 16), (18, "cifar", 13), (34, "imagenet", 33), (50, "imagenet", 32)]
 BATCH, CLASSES, WIDTH = 4, 7, 4
 
@@ -34,17 +34,17 @@ def count(model):
         # The paper's network: 1,728 stem + 147,968 + 525,568 + 2,099,712 + 8,393,728 in the four
         # stages + 128 stem norm + 5,130 head.
         (ModelConfig(), 10, 11_173_962),
-        # torchvision's resnet18, resnet34 and resnet50 as its documentation gives them.
+        # torchvision's resnet18, resnet34 and resnet50, from its documentation.
         (ModelConfig(depth=18, stem="imagenet"), 1000, 11_689_512),
         (ModelConfig(depth=34, stem="imagenet"), 1000, 21_797_672),
         (ModelConfig(depth=50, stem="imagenet"), 1000, 25_557_032),
     ],
 )
-def test_parameters_are_as_many_as_published(config, classes, expected):
+def test_the_number_of_parameters_is_the_published_one(config, classes, expected):
     assert count(build_model(config, classes)) == expected
 
 
-def test_layers_carry_the_names_that_checkpoints_and_rules_use():
+def test_layers_have_the_names_that_checkpoints_and_rules_use():
     paths = set(parameter_paths(shapes_of(build_model(ModelConfig(width=4), 10))))
 
     assert {"stem_conv/kernel", "stem_norm/scale", "head/kernel", "head/bias"} <= paths
@@ -59,7 +59,7 @@ def test_layers_carry_the_names_that_checkpoints_and_rules_use():
 
 
 def random_variables(model, size, seed=0):
-    """Float64 weights in which every parameter and statistic is its own."""
+    """Return float64 variables with a different value for every parameter and statistic."""
     rng = np.random.default_rng(seed)
 
     def draw(path, leaf):
@@ -84,7 +84,7 @@ def apply_float64(model, variables, x, train):
 
 
 class NumpyResNet:
-    """The network of the paper by sliding windows, from its own reading of the variables."""
+    """The network of the paper with sliding windows in NumPy."""
 
     def __init__(self, depth, stem, variables, train):
         self.depth, self.stem, self.train = depth, stem, train
@@ -175,7 +175,7 @@ def test_logits_and_statistics_are_those_of_a_numpy_network(depth, stem, size, t
             np.testing.assert_allclose(new[path], value, rtol=1e-10, atol=1e-10, err_msg=path)
 
 
-def test_evaluation_uses_and_keeps_the_running_statistics():
+def test_evaluation_uses_and_does_not_change_the_running_statistics():
     model = ResNet(18, WIDTH, CLASSES, "cifar", jnp.float64)
     variables = random_variables(model, 8)
     x = np.random.default_rng(1).normal(size=(BATCH, 8, 8, 3))
@@ -190,7 +190,7 @@ def test_evaluation_uses_and_keeps_the_running_statistics():
 
 
 def torch_resnet(depth, width, classes, stem):
-    """The same network as a PyTorch user writes it, after torchvision's."""
+    """Return the same network in PyTorch, written like torchvision's."""
     from torch import nn  # pyright: ignore[reportMissingImports]
 
     def conv(inputs, outputs, kernel, stride):
@@ -232,14 +232,14 @@ def torch_resnet(depth, width, classes, stem):
 
 
 def copy_weights(variables, network):
-    """Copy a Flax tree into a PyTorch network, by the order in which both are computed."""
+    """Copy a Flax tree into a PyTorch network, in the order of computation."""
     import torch  # pyright: ignore[reportMissingImports]
     from torch import nn  # pyright: ignore[reportMissingImports]
 
     params = parameter_paths(variables)
     stats = parameter_paths(variables, "batch_stats")
     convs = [path.removesuffix("/kernel") for path in params if "conv" in path]
-    # Alphabetical order is that of computation within a stage, but the stem comes behind it.
+    # Within a stage, alphabetical order is the order of computation; the stem sorts after it.
     convs.sort(key=lambda path: (not path.startswith("stem"), path))
     modules: list[Any] = [m for m in network.modules() if isinstance(m, nn.Conv2d | nn.BatchNorm2d)]
     assert len(modules) == 2 * len(convs)
@@ -284,7 +284,7 @@ def test_logits_and_statistics_are_those_of_a_pytorch_network(depth, stem, size,
         old = parameter_paths(variables, "batch_stats")
         new = parameter_paths({"batch_stats": stats}, "batch_stats")
         for name, norm in norms.items():
-            # PyTorch keeps the unbiased variance, n / (n - 1) of the one it normalizes by.
+            # PyTorch stores the unbiased variance, n / (n - 1) of the one it normalizes with.
             n, old_var = counts[name], old[f"{name}/var"]
             unbiased = 0.9 * old_var + (new[f"{name}/var"] - 0.9 * old_var) * n / (n - 1)
             # As for the NumPy network; n of 4 and more makes the correction at most 4 / 3.
@@ -294,7 +294,7 @@ def test_logits_and_statistics_are_those_of_a_pytorch_network(depth, stem, size,
             )
 
 
-def test_bfloat16_is_the_precision_of_every_convolution_and_of_nothing_kept():
+def test_bfloat16_is_the_precision_of_every_convolution_but_of_no_variable():
     model = build_model(ModelConfig(width=WIDTH), CLASSES, dtype=jnp.bfloat16)
     x = jnp.ones((2, 8, 8, 3))
     variables = shapes_of(model, 8)
@@ -312,7 +312,7 @@ def test_bfloat16_is_the_precision_of_every_convolution_and_of_nothing_kept():
     assert all(":bf16[" in line for line in convs)
 
 
-def test_kernels_start_with_the_variances_that_pytorchs_networks_start_with():
+def test_initial_kernels_have_the_variances_of_pytorchs():
     model = build_model(ModelConfig(width=16), 10)
     x = jnp.zeros((1, 8, 8, 3))
     variables = jax.jit(lambda key: model.init(key, x, train=False))(jax.random.key(0))
@@ -342,11 +342,11 @@ def test_kernels_start_with_the_variances_that_pytorchs_networks_start_with():
         ({"stem": "foo"}, "model.stem must be 'cifar' or 'imagenet', got 'foo'"),
     ],
 )
-def test_a_bad_value_is_refused_by_its_dotted_key(values, message):
+def test_an_invalid_value_is_named_by_its_dotted_key(values, message):
     with pytest.raises(ValueError, match=message):
         ModelConfig(**values)
 
 
-def test_a_network_of_fewer_than_two_classes_is_refused():
+def test_fewer_than_two_classes_are_an_error():
     with pytest.raises(ValueError, match="num_classes must be 2 or more, got 1"):
         build_model(ModelConfig(), 1)

@@ -16,7 +16,7 @@ from jaxqat.pipeline.results import Results, SizeBytes, Speed, StageResult
 
 @pytest.fixture
 def write_run(tmp_path: Path) -> Callable[..., Path]:
-    """Writes a run folder; what the test does not name is the paper's run."""
+    """Function that writes a run folder; by default, a run like the paper's."""
 
     def write(
         *,
@@ -56,7 +56,7 @@ def write_run(tmp_path: Path) -> Callable[..., Path]:
             test = scores(class_names, 0.945, seed=2)
             qat = StageResult(test=test, epochs=qat_epochs, train_seconds=1210.0, bits="W8A8")
             speed = Speed(evaluate_images_per_s=3890.0, train_images_per_s=940.2)
-            results = results.adding("qat", qat, speed)
+            results = results.with_network("qat", qat, speed)
             frozen = max(1, qat_epochs // 5)
             lines += records("qat", qat_epochs, frozen=frozen, validation=validation)
         if deployed:

@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxqat.analysis.result import Effect, LayerAnalysis, Sensitivity, TensorAnalysis
+from jaxqat.pipeline.measurements import Comparison, Evaluation, RunAnalysis
 from jaxqat.pipeline.metrics import classification_metrics
 from jaxqat.pipeline.results import (
     Environment,
@@ -23,7 +25,7 @@ CIFAR10 += ["dog", "frog", "horse", "ship", "truck"]
 
 
 def scores(class_names: Sequence[str], accuracy: float, *, seed: int, per_class: int = 100):
-    """Scores of a made-up classifier that errs towards the neighbouring classes."""
+    """Return scores of a made-up classifier that confuses neighbouring classes."""
     rng = np.random.default_rng(seed)
     k = len(class_names)
     labels = np.repeat(np.arange(k), per_class)
@@ -34,7 +36,7 @@ def scores(class_names: Sequence[str], accuracy: float, *, seed: int, per_class:
 
 
 def records(stage: str, epochs: int, *, frozen: int = 0, validation: bool = True):
-    """Lines of metrics.jsonl with curves that rise and fall as training does."""
+    """Return lines of metrics.jsonl with curves like those of training."""
     rng = np.random.default_rng(len(stage) + epochs)
     start = 0.4 if stage == "fp32" else 0.9
     for epoch in range(1, epochs + 1):
@@ -108,13 +110,13 @@ def tensor(name: str, sqnr_db: float | None, differing: int = 0) -> TensorDiffer
     )
 
 
-def deploy(results: Results, test: Scores) -> Results:
-    """Add the integer network of `layers`: some of its codes differ."""
+def verification() -> VerificationResult:
+    """The comparison of an integer network of `layers`: three codes differ."""
     tensors = tuple(
         tensor(f"{layer.path}/input", 40.0 - i if i else None, 3 * (i == 4))
         for i, layer in enumerate(layers())
     )
-    verification = VerificationResult(
+    return VerificationResult(
         tensors=tensors,
         images=10_000,
         codes=168_000_000,
@@ -125,10 +127,14 @@ def deploy(results: Results, test: Scores) -> Results:
         logits_only=False,
         failures=(),
     )
+
+
+def deploy(results: Results, test: Scores) -> Results:
+    """Add the integer network of `layers`: some of its codes differ."""
     integer = IntegerResult(test=test, requantization="float", step=11_700, bits="W8A8")
     speed = Speed(evaluate_images_per_s=9120.0)
     size = SizeBytes(fp32=44_695_848, integer=11_248_816)
-    return results.adding("integer", integer, speed, verify=verification, size_bytes=size)
+    return results.with_network("integer", integer, speed, verify=verification(), size_bytes=size)
 
 
 ENVIRONMENT = Environment(
@@ -147,3 +153,71 @@ ENVIRONMENT = Environment(
     processor="AMD EPYC (x86_64)",
     date="2026-11-23T11:49:31+00:00",
 )
+
+INFO: dict[str, Any] = {
+    "name": "made up",
+    "seed": 3,
+    "precision": "float32",
+    "config_hash": "0f3c9a7e21b4",
+    "data": {"name": "cifar10", "counts": {"train": 50_000}, "image_shape": [32, 32, 3]},
+    "environment": ENVIRONMENT,
+}
+
+
+def evaluation() -> Evaluation:
+    """An integer network on the test split."""
+    metrics = scores(CIFAR10, 0.9, seed=0)
+    measured: dict[str, Any] = {"evaluate_images_per_s": 9120.0, "metrics": metrics}
+    return Evaluation(**INFO, stage="integer", split="test", step=12, **measured)
+
+
+def comparison() -> Comparison:
+    """What `verify` writes."""
+    return Comparison(**INFO, **vars(verification()), of="the integer network and ONNX Runtime")
+
+
+def effect(sqnr_db: float | None, accuracy: float | None = 0.5) -> Effect:
+    """A result of which nine of ten classes are the float network's."""
+    return Effect(sqnr_db, 0.9, accuracy)
+
+
+def analysis(layers: int = 8) -> RunAnalysis:
+    """An analysis of layers of which the last is the most sensitive, and two read one tensor."""
+    paths = [f"block{i}/conv" for i in range(layers)]
+    inputs = [f"block{max(i, 1)}/conv/input" for i in range(layers)]
+    return RunAnalysis(
+        **INFO,
+        stage="qat",
+        split="test",
+        step=12,
+        recipe={"weight_bits": 8, "rules": [{"path": "head", "act_bits": None}]},
+        calibration_batches=4,
+        examples=1234,
+        real=effect(None),
+        quantized=effect(20.0, 0.4375),
+        layers=tuple(
+            LayerAnalysis(path, "conv", 8, 8, name, None, -3.25)
+            for path, name in zip(paths, inputs, strict=True)
+        ),
+        tensors=tuple(observed(name) for name in dict.fromkeys(inputs)),
+        sensitivity=tuple(
+            Sensitivity(path, effect(30.0 - i), effect(20.0 + i))
+            for i, path in reversed(list(enumerate(paths)))
+        ),
+    )
+
+
+def observed(name: str) -> TensorAnalysis:
+    """A tensor of which 3 of 2,019 values are clipped."""
+    return TensorAnalysis(
+        name=name,
+        low=-0.5,
+        high=1.5,
+        smallest=-0.5,
+        largest=1.55,
+        values=2019,
+        clipped=3 / 2019,
+        sqnr_db=40.0,
+        edges=tuple(np.linspace(-1.0, 2.0, 97).tolist()),
+        counts=(*[0] * 16, *range(64), 3, *[0] * 15),
+    )

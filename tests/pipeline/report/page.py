@@ -6,7 +6,7 @@ VOID = {"meta", "link", "img", "source", "br"}
 
 
 class Page(HTMLParser):
-    """What a browser would make of the page: tags, attributes, tables, embedded images."""
+    """The parsed page: tags, attributes, tables, embedded images."""
 
     def __init__(self, text: str):
         super().__init__()

@@ -1,10 +1,11 @@
-"""The page of an analysis, from plain data."""
+"""The page of an analysis, from made-up data."""
 
 import base64
-import copy
+from dataclasses import replace
 
-import numpy as np
 import pytest
+from pipeline.report.made_up import analysis as made_up
+from pipeline.report.made_up import effect
 from pipeline.report.page import Page
 
 from jaxqat.pipeline.report import ReportError, layer_figures, theme, write_analysis
@@ -13,46 +14,13 @@ from jaxqat.pipeline.report.analysis import worst_tensors
 LINKS = ("src", "srcset", "href")
 
 
-def effect(sqnr_db, accuracy=0.5):
-    return {"sqnr_db": sqnr_db, "agreement": 0.9, "accuracy": accuracy}
-
-
-def made_up(layers=8):
-    """An analysis of layers of which the last is the most sensitive, and two read one tensor."""
-    paths = [f"block{i}/conv" for i in range(layers)]
-    inputs = [f"block{max(i, 1)}/conv/input" for i in range(layers)]
-    edges = np.linspace(-1.0, 2.0, 97).tolist()
-    counts = [0] * 16 + list(range(64)) + [3] + [0] * 15
-    tensor = {
-        **{"low": -0.5, "high": 1.5, "smallest": -0.5, "largest": 1.55, "values": 2019},
-        **{"clipped": 3 / 2019, "sqnr_db": 40.0, "edges": edges, "counts": counts},
-    }
-    return {
-        **{"name": "made up", "stage": "qat", "split": "test", "step": 12, "examples": 1234},
-        "real": effect(None),
-        "quantized": effect(20.0, 0.4375),
-        "layers": [
-            {
-                **{"path": path, "kind": "conv", "weight_bits": 8, "act_bits": 8, "input": name},
-                **{"weight_sqnr_db": None, "output_sqnr_db": -3.25},
-            }
-            for path, name in zip(paths, inputs, strict=True)
-        ],
-        "tensors": [{"name": name, **tensor} for name in dict.fromkeys(inputs)],
-        "sensitivity": [
-            {"path": path, "alone": effect(30.0 - i), "without": effect(20.0 + i)}
-            for i, path in reversed(list(enumerate(paths)))
-        ],
-    }
-
-
 @pytest.fixture
 def undrawn(monkeypatch):
     for name in ("draw_noise", "draw_sensitivity", "draw_histograms"):
         monkeypatch.setattr(layer_figures, name, lambda *data, theme: b"a figure")
 
 
-def test_the_page_needs_nothing_else_and_holds_the_figures_in_both_colours(tmp_path):
+def test_the_page_is_self_contained_with_figures_in_both_themes(tmp_path):
     path = write_analysis(tmp_path, made_up())
     page = Page(path.read_text())
     assert path == tmp_path / "analysis.html" and list(tmp_path.iterdir()) == [path]
@@ -64,7 +32,7 @@ def test_the_page_needs_nothing_else_and_holds_the_figures_in_both_colours(tmp_p
     assert page.tables_outside_scroll == 0
 
 
-def test_layers_stand_with_the_most_sensitive_first(tmp_path, undrawn):
+def test_the_most_sensitive_layer_comes_first(tmp_path, undrawn):
     page = Page(write_analysis(tmp_path, made_up()).read_text())
     rows = [row for row in page.rows if row[0].startswith("block")]
     assert [row[0] for row in rows] == [f"block{i}/conv" for i in reversed(range(8))]
@@ -75,11 +43,10 @@ def test_layers_stand_with_the_most_sensitive_first(tmp_path, undrawn):
 
 
 def test_without_labels_there_is_no_accuracy(tmp_path):
-    analysis = made_up()
-    for row in analysis["sensitivity"]:
-        row["alone"]["accuracy"] = row["without"]["accuracy"] = None
-    analysis["real"]["accuracy"] = analysis["quantized"]["accuracy"] = None
-    page = Page(write_analysis(tmp_path, analysis).read_text())
+    unlabelled, found = effect(20.0, accuracy=None), made_up()
+    rows = (replace(row, alone=unlabelled, without=unlabelled) for row in found.sensitivity)
+    found = replace(found, real=unlabelled, quantized=unlabelled, sensitivity=tuple(rows))
+    page = Page(write_analysis(tmp_path, found).read_text())
     assert "Without labels there is no accuracy" in page.text
     assert "accuracy in float" not in page.text
 
@@ -87,12 +54,13 @@ def test_without_labels_there_is_no_accuracy(tmp_path):
 @pytest.mark.parametrize("number", [1, 8], ids=["one layer", "all layers"])
 @pytest.mark.parametrize("unknown", [None, "block/dynamic"], ids=["embedding", "dynamic"])
 def test_layers_whose_input_has_no_static_range_are_shown_without_it(tmp_path, number, unknown):
-    analysis = made_up()
-    for layer in analysis["layers"][:number]:
-        layer["input"] = unknown
-    read = {layer["input"] for layer in analysis["layers"]}
-    analysis["tensors"] = [t for t in analysis["tensors"] if t["name"] in read]
-    page = Page(write_analysis(tmp_path, analysis).read_text())
+    found = made_up()
+    layers = [replace(layer, input=unknown) for layer in found.layers[:number]]
+    layers += found.layers[number:]
+    read = {layer.input for layer in layers}
+    tensors = tuple(tensor for tensor in found.tensors if tensor.name in read)
+    found = replace(found, layers=tuple(layers), tensors=tensors)
+    page = Page(write_analysis(tmp_path, found).read_text())
     rows = {row[0]: row for row in page.rows if row[0].startswith("block")}
     assert len(rows) == 8
     assert rows["block0/conv"][3] == "–" and rows["block0/conv"][5:8] == ["–"] * 3
@@ -102,35 +70,40 @@ def test_layers_whose_input_has_no_static_range_are_shown_without_it(tmp_path, n
 
 
 def test_names_are_shown_as_text_and_never_as_markup(tmp_path, undrawn):
-    analysis = made_up(1)
-    for row in (analysis["layers"][0], analysis["sensitivity"][0]):
-        row["path"] = "<script>{{ 7*7 }}"
-    page = Page(write_analysis(tmp_path, analysis).read_text())
-    assert page.rows[-1][0] == "<script>{{ 7*7 }}"
+    found, odd = made_up(1), "<script>{{ 7*7 }}"
+    layers = tuple(replace(layer, path=odd) for layer in found.layers)
+    sensitivity = tuple(replace(row, path=odd) for row in found.sensitivity)
+    found = replace(found, layers=layers, sensitivity=sensitivity)
+    page = Page(write_analysis(tmp_path, found).read_text())
+    assert page.rows[-1][0] == odd
 
 
-def test_histograms_are_of_the_inputs_of_the_most_sensitive_layers_each_once():
-    names = [tensor["name"] for tensor in worst_tensors(made_up())]
+def test_histograms_show_the_inputs_of_the_most_sensitive_layers_once():
+    names = [tensor.name for tensor in worst_tensors(made_up())]
     assert names == [f"block{i}/conv/input" for i in (7, 6, 5, 4, 3, 2)]
-    assert [tensor["name"] for tensor in worst_tensors(made_up(2))] == ["block1/conv/input"]
+    assert [tensor.name for tensor in worst_tensors(made_up(2))] == ["block1/conv/input"]
 
 
 def test_the_figures_show_their_data():
-    analysis = made_up()
-    changed = copy.deepcopy(analysis)
-    changed["tensors"][0]["counts"][40] = 2000
-    changed["sensitivity"][0]["alone"]["sqnr_db"] = 1.0
-    changed["layers"][0]["output_sqnr_db"] = 50.0
+    found = made_up()
+    layer, tensor, row = found.layers[0], found.tensors[0], found.sensitivity[0]
+    counts = (*tensor.counts[:40], 2000, *tensor.counts[41:])
+    changed = replace(
+        found,
+        layers=(replace(layer, output_sqnr_db=50.0), *found.layers[1:]),
+        tensors=(replace(tensor, counts=counts), *found.tensors[1:]),
+        sensitivity=(replace(row, alone=effect(1.0)), *found.sensitivity[1:]),
+    )
 
     def draw(data):
         light = theme.LIGHT
         return (
             layer_figures.draw_noise(data, light),
             layer_figures.draw_sensitivity(data, light),
-            layer_figures.draw_histograms(data["tensors"][:1], light),
+            layer_figures.draw_histograms(data.tensors[:1], light),
         )
 
-    for before, again, after in zip(draw(analysis), draw(analysis), draw(changed), strict=True):
+    for before, again, after in zip(draw(found), draw(found), draw(changed), strict=True):
         assert before == again != after
 
 

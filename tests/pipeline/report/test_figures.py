@@ -43,7 +43,7 @@ def epochs(n: int, frozen: int = 0) -> list[dict]:
 
 
 @THEMES
-def test_ground_is_the_theme_s_and_width_fits_a_phone(theme):
+def test_background_is_the_themes_and_width_fits_a_phone(theme):
     samples = Samples(
         images=np.zeros((7, 8, 8, 3), np.uint8), labels=np.arange(7), class_names=tuple("abcdefg")
     )
@@ -62,15 +62,15 @@ def test_ground_is_the_theme_s_and_width_fits_a_phone(theme):
 def shaded_width(n: int, frozen: int) -> int:
     image = pixels(draw_curves("QAT", epochs(n, frozen), None, LIGHT))
     shade = 0.8 * 255 * np.array(to_rgb(LIGHT.grid)) + 0.2 * 255
-    # Within 8 lie the shade and the grid's lines below it; white is 25 away.
+    # Shade and grid lines below it are within 8; white is 25 away.
     shaded = np.all(abs(image - shade) <= 8, axis=-1)[: len(image) // 2]  # The legend is below.
-    # Squares of 8 pixels: grid lines outside, as dark as the shade, hold none.
+    # Squares of 8 pixels: grid lines outside are as dark as the shade, but thinner.
     squares = np.lib.stride_tricks.sliding_window_view(shaded, (8, 8)).all((2, 3))
     columns = np.flatnonzero(squares.any(0))
     return int(columns.max() - columns.min() + 8) if columns.size else 0
 
 
-def test_shaded_ground_covers_exactly_the_frozen_epochs():
+def test_shading_covers_exactly_the_frozen_epochs():
     assert shaded_width(10, frozen=0) == 0
     # The legend, and with it the axes, are the same for both; an edge is sharp to a pixel.
     assert abs(shaded_width(10, frozen=6) - 2 * shaded_width(10, frozen=3)) <= 3
@@ -86,7 +86,7 @@ def test_single_epoch_without_validation_is_a_visible_point(test):
     assert not is_color(image, LIGHT.validation).any()
 
 
-def test_missing_scores_leave_a_gap_and_not_a_zero():
+def test_missing_scores_are_a_gap_and_not_zero():
     lines = epochs(3)
     lines[1]["loss"] = None
     draw_curves("FP32", lines, None, LIGHT)
@@ -96,7 +96,7 @@ def test_missing_scores_leave_a_gap_and_not_a_zero():
 
 
 @THEMES
-def test_perfect_confusion_matrix_is_a_full_diagonal_on_the_ground(theme):
+def test_perfect_confusion_matrix_is_a_full_diagonal(theme):
     k = 40  # No counts are written over the cells.
     image = pixels(
         draw_confusion("FP32", np.diag([5] * k).tolist(), [str(i) for i in range(k)], theme)
@@ -112,7 +112,7 @@ def test_perfect_confusion_matrix_is_a_full_diagonal_on_the_ground(theme):
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("k", [1, 2, 10, 16, 17, 31, 100, 1000])
-def test_confusion_matrix_of_any_number_of_classes_draws_without_complaint(k):
+def test_confusion_matrix_of_any_number_of_classes_is_drawn(k):
     matrix = np.zeros((k, k), int)
     matrix[0] = 123456  # All other classes have no images.
     png = draw_confusion(
@@ -122,7 +122,7 @@ def test_confusion_matrix_of_any_number_of_classes_draws_without_complaint(k):
     assert pixels(png).shape == (WIDTH_PIXELS, WIDTH_PIXELS, 3)
 
 
-def test_dollar_signs_in_names_are_no_formulas():
+def test_dollar_signs_in_names_are_not_formulas():
     names = ["$", "$\\frac$"]
     plain = draw_confusion("FP32", [[1, 0], [0, 1]], names, LIGHT)
     images = np.zeros((2, 2, 2, 3), np.uint8)
@@ -164,7 +164,7 @@ def points(*decibels: float | None) -> list[tuple[float, float]]:
     return [(y + g[0], x) for (y, x), g in zip(centres, groups, strict=True)]
 
 
-def test_errors_stand_in_the_network_s_order_at_their_decibels():
+def test_errors_are_in_the_networks_order_at_their_decibels():
     (_, a), (_, b), (_, c) = found = points(10.0, 20.0, 40.0)
 
     assert [row for row, _ in found] == sorted(row for row, _ in found)
@@ -177,7 +177,7 @@ def test_unknown_errors_are_left_blank_and_noise_above_the_signal_is_shown():
     assert len(points(-3.0, 30.0)) == 2
 
 
-def test_figures_neither_follow_nor_change_the_user_s_matplotlib_settings():
+def test_figures_neither_use_nor_change_the_users_matplotlib_settings():
     plain = draw_curves("FP32", epochs(3), None, LIGHT)
     with matplotlib.rc_context({"axes.linewidth": 9, "axes.grid": False}):
         before = dict(matplotlib.rcParams)

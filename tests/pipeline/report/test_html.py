@@ -9,7 +9,7 @@ from jaxqat.pipeline.report import ReportError, figures, write_report
 
 @pytest.fixture
 def undrawn(monkeypatch):
-    """Spares the seconds of drawing where a test reads the words of the page only."""
+    """Save the seconds for drawing if a test reads only the text of the page."""
     names = ("draw_samples", "draw_curves", "draw_confusion", "draw_ranges", "draw_errors")
     for name in names:
         monkeypatch.setattr(figures, name, lambda *data, theme: b"a figure")
@@ -17,7 +17,7 @@ def undrawn(monkeypatch):
 
 @pytest.fixture
 def show(write_run, undrawn):
-    """The page of a made-up run; `change` edits its results first."""
+    """Function that returns the page of a made-up run; `change` edits its results first."""
 
     def make(change=None, **options) -> Page:
         workdir = write_run(**options)
@@ -30,7 +30,7 @@ def show(write_run, undrawn):
     return make
 
 
-def test_page_asks_for_nothing_beyond_itself(show):
+def test_page_is_self_contained(show):
     page = show()
 
     assert not {"script", "iframe", "object", "embed", "base"} & {tag for tag, _ in page.tags}
@@ -72,7 +72,7 @@ def test_embedded_images_are_the_files_beside_the_page(write_run):
     assert len(embedded) == 16  # The other eight are drawn for a dark page.
 
 
-def test_run_of_one_epoch_and_no_qat_renders_what_it_has(write_run):
+def test_run_of_one_epoch_without_qat_has_a_page(write_run):
     workdir = write_run(data="digits", fp32_epochs=1, qat_epochs=0, validation=False, channels=1)
     results = json.loads((workdir / "results.json").read_text())
     (workdir / "results.json").write_text(json.dumps(results | {"layers": []}))
@@ -117,7 +117,7 @@ def test_page_says_whether_the_run_compares_with_the_paper(show, options, compar
     )
 
 
-def test_table_one_holds_the_scores_of_results(show):
+def test_table_of_scores_holds_the_scores_of_results(show):
     def change(results):
         results["fp32"]["test"] |= {"accuracy": 0.91234, "precision": 0.5, "recall": 0.25}
         results["fp32"]["test"] |= {"f1": 1 / 3, "loss": 0.31416}
@@ -127,7 +127,7 @@ def test_table_one_holds_the_scores_of_results(show):
     assert ["FP32", "this run", "91.23", "50.00", "25.00", "33.33", "0.3142"] in page.rows
 
 
-def test_the_integer_network_gets_its_row_and_figures(show):
+def test_the_integer_network_has_its_row_and_figures(show):
     page = show(fp32_epochs=2, qat_epochs=1, deployed=True)
     names = [row[0] for row in page.rows if row[1:2] == ["this run"]]
 
@@ -141,13 +141,13 @@ def test_the_integer_network_gets_its_row_and_figures(show):
 
 
 def ptq(results, **changes):
-    """Post-training quantization as results.json holds it, with the scores of FP32."""
+    """Return the results of post-training quantization, with the scores of FP32."""
     entry = {"test": results["fp32"]["test"], "requantization": "float", "step": 390}
     entry |= {"bits": "W4A8", "calibration_batches": 8, "calibration_images": 1024}
     return entry | {"preset": "w4a8", "recipe": {}, "size_bytes": 11_250_000} | changes
 
 
-def test_post_training_quantization_stands_beside_fine_tuning(show):
+def test_post_training_quantization_is_shown_beside_fine_tuning(show):
     def change(results):
         results["ptq"] = ptq(results)
         results["speed"]["ptq"] = {"evaluate_images_per_s": 8110.0}
@@ -163,7 +163,7 @@ def test_post_training_quantization_stands_beside_fine_tuning(show):
     assert "points, QAT W8A8, integer − FP32" in page.text
 
 
-def test_a_network_of_four_bits_is_called_int8_nowhere(write_run, undrawn):
+def test_a_network_of_four_bits_is_never_called_int8(write_run, undrawn):
     workdir = write_run(fp32_epochs=2, qat_epochs=1, deployed=True)
     path = workdir / "results.json"
     path.write_text(path.read_text().replace("W8A8", "W4A4"))
@@ -185,7 +185,7 @@ def test_a_run_without_fine_tuning_compares_fp32_with_ptq(show):
         "11,250,000",
         "3.97",
     ]
-    assert "differs from the quantized network that it was made from: 7 codes differ." in page.text
+    assert "differs from the quantized network it was converted from: 7 codes differ." in page.text
 
 
 def test_codes_that_differ_are_counted_by_tensor_and_in_total(show):
@@ -199,7 +199,7 @@ def test_codes_that_differ_are_counted_by_tensor_and_in_total(show):
     assert "differs from the trained one" not in page.text
 
 
-def test_a_broken_contract_stands_out(show):
+def test_failures_of_the_verification_are_shown(show):
     def change(results):
         results["verify"]["failures"] = ["2 of 10000 images change their class"]
 
@@ -227,7 +227,7 @@ def test_layer_in_float_is_named_with_its_reason(show):
     assert "head: the recipe's rule 'head' leaves it in float" in page.text
 
 
-def test_hundred_classes_are_folded_and_numbered(show):
+def test_a_hundred_classes_are_closed_and_numbered(show):
     page = show(class_names=[f"class{i}" for i in range(100)], fp32_epochs=2, qat_epochs=1)
 
     folded = [attributes for tag, attributes in page.tags if tag == "details"]
@@ -235,7 +235,7 @@ def test_hundred_classes_are_folded_and_numbered(show):
     assert any(row[0] == "99 class99" for row in page.rows)
 
 
-def test_frozen_part_is_explained_only_where_there_is_one(write_run, undrawn):
+def test_frozen_epochs_are_explained_only_if_there_are_some(write_run, undrawn):
     workdir = write_run(fp32_epochs=2, qat_epochs=2)
     assert "statistics are frozen" in write_report(workdir).read_text()
 
@@ -244,13 +244,13 @@ def test_frozen_part_is_explained_only_where_there_is_one(write_run, undrawn):
     assert "statistics are frozen" not in write_report(workdir).read_text()
 
 
-def test_selected_weights_are_said_to_be_selected(write_run, undrawn):
+def test_the_page_says_if_the_best_checkpoint_was_selected(write_run, undrawn):
     workdir = write_run(fp32_epochs=2, qat_epochs=1)
-    assert "did best on the validation split" not in write_report(workdir).read_text()
+    assert "weights of best validation accuracy" not in write_report(workdir).read_text()
 
     with (workdir / "config.yaml").open("a") as file:
         file.write("select: best\n")
-    assert "did best on the validation split" in write_report(workdir).read_text()
+    assert "weights of best validation accuracy" in write_report(workdir).read_text()
 
 
 def test_same_run_gives_the_same_bytes(write_run):

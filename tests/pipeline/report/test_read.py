@@ -37,7 +37,7 @@ def test_missing_file_is_named(write_run, name):
         ("report_data.npz", b"", r"report_data\.npz is broken"),
     ],
 )
-def test_broken_file_is_named_with_what_is_wrong(write_run, name, content, message):
+def test_broken_file_is_named_with_its_problem(write_run, name, content, message):
     workdir = write_run()
     (workdir / name).write_bytes(content)
 
@@ -70,17 +70,17 @@ def test_broken_file_is_named_with_what_is_wrong(write_run, name, content, messa
         (lambda r: r.update(layers=[{"kind": "conv"}]), r"layers\[0\]\.path: is missing"),
         (lambda r: r.update(speed=[1]), "speed: must be an object"),
         (lambda r: r.update(integer={"step": 1}), r"integer\.test: is missing"),
-        (lambda r: r.update(conversion_error=1), "conversion_error: must be a text"),
+        (lambda r: r.update(conversion_error=1), "conversion_error: must be a string"),
         (lambda r: r.update(verify=[]), "verify: must be an object"),
         (lambda r: r["verify"].pop("differing"), r"verify\.differing: is missing"),
-        (lambda r: r["verify"].update(failures=[1]), r"verify\.failures\[0\]: must be a text"),
+        (lambda r: r["verify"].update(failures=[1]), r"verify\.failures\[0\]: must be a string"),
         (
             lambda r: r["verify"]["tensors"][0].update(sqnr_db="40"),
             r"verify\.tensors\[0\]\.sqnr_db: must be a number",
         ),
     ],
 )
-def test_what_is_wrong_in_results_is_named_by_its_key(write_run, change, message):
+def test_problem_in_results_is_named_by_its_key(write_run, change, message):
     workdir = write_run(deployed=True)
     edit_results(workdir, change)
 
@@ -88,7 +88,7 @@ def test_what_is_wrong_in_results_is_named_by_its_key(write_run, change, message
         read_run(workdir)
 
 
-def test_epoch_that_was_done_again_after_a_resume_counts_by_its_last_line(write_run):
+def test_last_line_of_a_repeated_epoch_counts(write_run):
     workdir = write_run(fp32_epochs=3, qat_epochs=0)
     again = {"stage": "fp32", "epoch": 2, "loss": 0.125, "accuracy": 0.75}
     with (workdir / "metrics.jsonl").open("a") as file:

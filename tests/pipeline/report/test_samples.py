@@ -5,7 +5,7 @@ from jaxqat.pipeline.report.files import ReportError
 from jaxqat.pipeline.report.samples import read_samples, write_samples
 
 
-def test_samples_come_back_as_written(tmp_path):
+def test_samples_are_read_as_written(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (3, 4, 5, 1), np.uint8)
     write_samples(tmp_path, images, np.array([1, 0, 1]), ["ä", "b$"])
     samples = read_samples(tmp_path)
@@ -26,14 +26,14 @@ def test_samples_come_back_as_written(tmp_path):
     ],
     ids=["float", "no_channels", "too_many_labels", "float_labels"],
 )
-def test_samples_of_another_form_are_refused(tmp_path, images, labels):
+def test_samples_of_wrong_type_or_shape_are_an_error(tmp_path, images, labels):
     with pytest.raises(ValueError, match=r"samples must be uint8\[m, h, w, c\]"):
         write_samples(tmp_path, images, labels, ["a"])
 
     assert not list(tmp_path.iterdir())
 
 
-def test_samples_with_a_label_that_has_no_name_are_refused(tmp_path):
+def test_samples_with_a_label_without_name_are_an_error(tmp_path):
     write_samples(tmp_path, np.zeros((1, 2, 2, 3), np.uint8), np.array([2]), ["a", "b"])
 
     with pytest.raises(ReportError, match=r"report_data\.npz is broken: labels must be in 0\.\.1"):

@@ -11,7 +11,7 @@ def by_source(run):
     return [(row["name"], row["source"], row["cells"][0]) for row in tables.scores(run)]
 
 
-def test_paper_s_two_accuracies_stand_below_a_run_of_its_recipe(write_run):
+def test_the_papers_accuracies_follow_those_of_a_run_of_its_recipe(write_run):
     run = read_run(write_run())
     own = {network.key: tables.percent(network.test.accuracy) for network in run.results.tested()}
 
@@ -21,21 +21,21 @@ def test_paper_s_two_accuracies_stand_below_a_run_of_its_recipe(write_run):
         ("QAT W8A8, quantized", "this run", own["qat"]),
         ("QAT W8A8", "paper", "94.60"),
     ]
-    # No other figure of the paper is known.
+    # No other score of the paper is known.
     assert all(
         set(row["cells"][1:]) == {"–"} for row in tables.scores(run) if row["source"] == "paper"
     )
     assert paper.departures(run) == []
 
 
-def test_paper_has_no_place_beside_another_data_set(write_run):
+def test_the_paper_is_not_listed_for_another_data_set(write_run):
     run = read_run(write_run(data="digits"))
 
     assert {source for _, source, _ in by_source(run)} == {"this run"}
     assert paper.departures(run) == ["the data set is digits, the paper's is CIFAR-10"]
 
 
-def test_every_departure_from_the_paper_s_recipe_is_said(write_run):
+def test_every_departure_from_the_papers_recipe_is_listed(write_run):
     workdir = write_run(data="cifar10:3.0.2", width=16, fp32_epochs=3, qat_epochs=1)
     config = workdir / "config.yaml"
     config.write_text(config.read_text().replace("validation_size: 0", "validation_size: 5000"))
@@ -50,7 +50,7 @@ def test_every_departure_from_the_paper_s_recipe_is_said(write_run):
     ]
 
 
-def test_other_bits_than_the_paper_s_are_a_departure(write_run):
+def test_bits_other_than_the_papers_are_a_departure(write_run):
     workdir = write_run()
     path = workdir / "results.json"
     path.write_text(path.read_text().replace("W8A8", "W4A4"))
@@ -82,7 +82,7 @@ def test_errors_are_listed_most_frequent_first_and_in_class_order():
         ({"float_reason": "complex numbers"}, True),
     ],
 )
-def test_layer_is_integer_only_with_codes_on_both_sides(changes, expected):
+def test_layer_is_integer_only_with_codes_for_both_operands(changes, expected):
     assert tables.is_float(layer(**changes)) is expected
 
 
@@ -104,7 +104,7 @@ def test_float_layer_without_a_recorded_reason_says_so(write_run):
         (3900, "1 h 05 min"),
     ],
 )
-def test_durations_read_as_people_say_them(seconds, text):
+def test_durations_have_one_or_two_units(seconds, text):
     assert tables.duration(seconds) == text
 
 

@@ -1,4 +1,4 @@
-"""Learned step sizes through the whole pipeline: trained, kept, resumed, converted."""
+"""Learned step sizes in the whole pipeline: trained, saved, resumed, converted."""
 
 import json
 from pathlib import Path
@@ -41,7 +41,7 @@ def learned(tmp_path, small_network, no_report, console, compiled_once) -> Path:
     return run
 
 
-def test_a_run_with_learned_steps_ends_in_an_integer_network_of_its_bits(learned):
+def test_a_run_with_learned_step_sizes_gives_an_integer_network_of_its_bits(learned):
     results = json.loads((learned / "results.json").read_text())
     assert results["verify"]["differing"] == 0
     graph = jaxqat.load(learned / "integer")
@@ -51,7 +51,7 @@ def test_a_run_with_learned_steps_ends_in_an_integer_network_of_its_bits(learned
     assert layers == {"stem_conv": 8, "block_conv": 3, "head": 8}
 
 
-def test_a_stopped_run_with_learned_steps_ends_where_an_uninterrupted_one_does(
+def test_a_stopped_run_with_learned_step_sizes_ends_as_an_uninterrupted_one(
     learned, tmp_path, small_network, no_report, console, monkeypatch
 ):
     again = tmp_path / "again"
@@ -62,7 +62,7 @@ def test_a_stopped_run_with_learned_steps_ends_where_an_uninterrupted_one_does(
     assert files(again / "integer") == files(learned / "integer")
 
 
-def test_a_step_updates_parameters_and_what_is_learned_and_decays_only_parameters():
+def test_a_step_updates_parameters_and_step_sizes_but_decays_only_parameters():
     config = OptimizerConfig(learning_rate=0.5, momentum=0.0, weight_decay=0.1, schedule="constant")
     optimizer = make_optimizer(config, total_steps=10, steps_per_epoch=1)
 
@@ -93,7 +93,7 @@ def test_a_step_updates_parameters_and_what_is_learned_and_decays_only_parameter
         return optax.softmax_cross_entropy_with_integer_labels(logits, data[1]).mean()
 
     of_w, of_s = jax.grad(loss, argnums=(0, 1))(params["w"], 0.7)
-    # The same sums of two terms in another order of operations.
+    # The same sums of two terms, with another order of operations.
     np.testing.assert_allclose(
         state.params["w"], params["w"] - 0.5 * (of_w + 0.1 * params["w"]), rtol=2**-20
     )

@@ -1,4 +1,4 @@
-"""The loop: stops, resumes, records, and what it refuses to keep."""
+"""The training loop: stops, resumes, records, and states that are not finite."""
 
 import os
 import signal
@@ -77,7 +77,7 @@ def make_stage(*, learning_rate: float = 0.5, steps_per_dispatch: int = 1, valid
 
 
 class Recorder:
-    """Keeps what is reported, and asks for a stop after a number of steps."""
+    """Records all reports, and requests a stop after a number of steps."""
 
     def __init__(self, stop: StopRequest | None = None, stop_after: int | None = None):
         self.stop, self.stop_after = stop or StopRequest(), stop_after
@@ -111,7 +111,9 @@ def assert_same_bits(a, b):
     # dispatches of several steps.
     [(1, 1), (5, 1), (6, 1), (12, 1), (15, 1), (3, 2)],
 )
-def test_stopped_anywhere_and_resumed_it_ends_on_the_same_bits(stop_after, steps_per_dispatch):
+def test_a_stage_stopped_anywhere_and_resumed_ends_with_the_same_bits(
+    stop_after, steps_per_dispatch
+):
     stage, state = make_stage(steps_per_dispatch=steps_per_dispatch)
     whole = Recorder()
     expected = run(stage, state, whole)
@@ -128,7 +130,7 @@ def test_stopped_anywhere_and_resumed_it_ends_on_the_same_bits(stop_after, steps
     second = Recorder()
     actual = run(stage, jax.tree.map(jnp.array, saved), second, seconds)
     assert_same_bits(actual, expected)
-    # The sums of a cut epoch go on too: the same lines, times aside.
+    # The sums of an interrupted epoch continue too: the records are equal except for times.
     lines = [
         [(r["epoch"], r["step"], r["loss"], r["accuracy"], r["frozen"]) for r in records]
         for records in (whole.records, first.records + second.records)
@@ -136,7 +138,7 @@ def test_stopped_anywhere_and_resumed_it_ends_on_the_same_bits(stop_after, steps
     assert lines[0] == lines[1]
 
 
-def test_a_stop_inside_an_epoch_is_saved_inside_it():
+def test_a_stop_within_an_epoch_saves_a_state_within_it():
     stage, state = make_stage()
     recorder = Recorder(stop_after=STEPS_PER_EPOCH + 1)
     with pytest.raises(Stopped):
@@ -147,7 +149,7 @@ def test_a_stop_inside_an_epoch_is_saved_inside_it():
     assert seconds > 0
 
 
-def test_records_say_what_was_done():
+def test_records_hold_epoch_step_scores_and_learning_rate():
     stage, state = make_stage()
     recorder = Recorder()
     run(stage, state, recorder)
@@ -163,7 +165,7 @@ def test_records_say_what_was_done():
         assert record["images_per_s"] * record["seconds"] == pytest.approx(STEPS_PER_EPOCH * BATCH)
 
 
-def test_the_time_of_a_cut_epoch_counts_on():
+def test_the_time_of_an_interrupted_epoch_is_continued():
     stage, state = make_stage()
     recorder = Recorder()
     run(stage, state._replace(step=jnp.int32(3)), recorder, epoch_seconds=1000.0)
@@ -172,7 +174,7 @@ def test_the_time_of_a_cut_epoch_counts_on():
     assert max(seconds[1:]) < 100
 
 
-def test_nothing_but_the_frozen_epoch_keeps_the_collections():
+def test_only_the_frozen_epoch_leaves_the_collections_unchanged():
     stage, state = make_stage()
     recorder = Recorder()
     run(stage, state, recorder)
@@ -183,7 +185,7 @@ def test_nothing_but_the_frozen_epoch_keeps_the_collections():
     assert (weights[1] != weights[2]).all()
 
 
-def test_a_state_that_is_not_finite_is_refused_and_not_saved():
+def test_a_state_that_is_not_finite_is_an_error_and_not_saved():
     # Near the largest float32: the second update is infinite.
     stage, state = make_stage(learning_rate=3e38)
     recorder = Recorder()
@@ -194,8 +196,8 @@ def test_a_state_that_is_not_finite_is_refused_and_not_saved():
 
 
 @pytest.mark.parametrize("bad", [jnp.inf, jnp.nan])
-def test_a_finite_loss_does_not_excuse_weights_or_statistics_that_are_not(bad):
-    # As after the last update of an epoch, whose effect no loss has seen yet.
+def test_weights_and_statistics_must_be_finite_even_if_the_loss_is(bad):
+    # As after the last update of an epoch, which has not influenced a loss yet.
     _, state = make_stage()
     check_finite("fp32", state, 1)
     with pytest.raises(DivergedError):
@@ -218,7 +220,7 @@ def test_validation_sees_the_state_at_the_end_of_each_epoch():
     assert {r["validation_accuracy"] for r in recorder.records} == {0.25}
 
 
-def test_each_step_function_is_compiled_once_for_a_dispatch_length(monkeypatch):
+def test_each_step_function_is_compiled_once_for_each_dispatch_length(monkeypatch):
     made = []
 
     def count(step, length):
@@ -234,7 +236,7 @@ def test_each_step_function_is_compiled_once_for_a_dispatch_length(monkeypatch):
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_is_a_request_and_a_second_one_is_not(signum):
+def test_a_first_signal_is_a_request_and_a_second_one_acts_as_usual(signum):
     received = []
     previous = signal.signal(signum, lambda number, frame: received.append(number))
     try:
@@ -252,7 +254,7 @@ def test_a_signal_is_a_request_and_a_second_one_is_not(signum):
         signal.signal(signum, previous)
 
 
-def test_handlers_are_as_before_after_the_block():
+def test_the_block_restores_the_signal_handlers():
     before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     with stop_on_signals():
         assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] != before

@@ -21,7 +21,7 @@ def rate_at(config: OptimizerConfig, step: int) -> float:
 
 
 def sgd(config: OptimizerConfig, params, gradients, decayed):
-    """torch.optim.SGD as its documentation writes it, in float64."""
+    """torch.optim.SGD, written after its documentation, in float64."""
     params = {k: v.astype(np.float64) for k, v in params.items()}
     velocity = {k: np.zeros_like(v) for k, v in params.items()}
     for step, gradient in enumerate(gradients):
@@ -64,7 +64,7 @@ def test_updates_are_those_of_pytorchs_sgd(config, decayed):
     # below 8: a tenth of this is typical.
     for k in shapes:
         np.testing.assert_allclose(actual[k], expected[k], rtol=0, atol=12 * 5 * 8 * 2**-24)
-    # The rule has not been left out: the parameters moved by more than the tolerance.
+    # The parameters did change, by more than the tolerance.
     assert np.abs(expected["bias"] - params["bias"]).min() > 1e-3
 
 
@@ -74,12 +74,12 @@ def test_cosine_ends_at_zero_and_warm_up_starts_there():
     rates = np.asarray([schedule(step) for step in range(STEPS + 1)])
     assert rates[0] == 0
     assert rates[STEPS_PER_EPOCH] == 0.5
-    # cos(pi) is exactly -1 in float32, give or take its argument's rounding, squared.
+    # cos(pi) in float32 is -1 except for the squared rounding of its argument.
     assert abs(rates[STEPS]) < 1e-7
     assert (np.diff(rates[STEPS_PER_EPOCH:]) < 0).all()
 
 
-def test_a_warm_up_as_long_as_the_training_is_refused():
+def test_a_warm_up_as_long_as_the_training_is_an_error():
     with pytest.raises(ValueError, match=r"warmup_epochs .* got 3 \(12 of 12 steps\)"):
         make_schedule(
             OptimizerConfig(warmup_epochs=3), total_steps=STEPS, steps_per_epoch=STEPS_PER_EPOCH

@@ -1,4 +1,4 @@
-"""The step: which images it takes, with which keys, and what it counts."""
+"""The training step: its images, its keys and its sums."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ STEPS_PER_EPOCH = IMAGES // BATCH
 
 
 def make_recorder(steps: int):
-    """A step whose 'model' notes, in its collections, the images and keys that it was given."""
+    """Return a step whose 'model' records its images and keys in its collections."""
 
     def prepare(key, images):
         ids = images[:, 0, 0, 0].astype(jnp.uint32)
@@ -81,7 +81,7 @@ def test_the_sums_are_those_of_the_current_epoch_only():
     assert int(state.step) == STEPS_PER_EPOCH + 1
 
 
-def test_correct_counts_right_predictions():
+def test_correct_counts_correct_predictions():
     step, state, data = make_recorder(1)
     state = state._replace(params={"bias": jnp.asarray([0.0, 1.0, 0.0, 0.0])})
     # Images 0, 1, 2 have labels 0, 1, 2; the model always says 1.
