@@ -6,6 +6,7 @@ from typing import Any
 
 from jaxqat.quant._forms.operand import any_of
 from jaxqat.quant._plan.plan import Plan, QuantizedTensor
+from jaxqat.quant._trace.arguments import Key
 
 
 class Mode(enum.Enum):
@@ -32,11 +33,22 @@ class LayerSwitches:
         return True if self._switches is None else self._switches[path]
 
     def tensor(self, tensor: QuantizedTensor) -> Any:
-        """Return whether a layer is on that reads the tensor, or the tensor that follows it."""
+        """Return whether a layer is on that reads the tensor, or a sum or a pool of it.
+
+        A term of a sum is quantized if the sum is, and if one of its terms is computed from codes.
+        """
         if self._switches is None:
             return True
-        key = tensor.key
-        while (before := self._tensors[key].reader) is not None:
-            key = before
-        readers = [info for info in self._table if info.range_key == key]
-        return any_of(self._switches[info.path] for info in readers)
+        keys = self._reading(tensor.key)
+        readers = [info for info in self._table if info.range_key in keys]
+        on = any_of(self._switches[info.path] for info in readers)
+        return on & any_of(map(self._producer, tensor.producers)) if tensor.producers else on
+
+    def _producer(self, producer: str | Key) -> Any:
+        if isinstance(producer, str):
+            return self.layer(producer)
+        return self.tensor(self._tensors[producer])
+
+    def _reading(self, key: Key) -> set[Key]:
+        """Return the keys of a tensor and of all that are computed from it without a layer."""
+        return {key}.union(*map(self._reading, self._tensors[key].readers))

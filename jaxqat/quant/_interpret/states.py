@@ -77,10 +77,11 @@ class States:
         the other term is, so its grid need not reach further; likewise above. The negative values
         that a ReLU discards would otherwise coarsen it.
         """
-        if tensor.other_term is None or tensor.reader is None:
+        if tensor.other_term is None:
             return low, high
-        total, other = self.of(tensor.reader), self.of(tensor.other_term)
-        sum_low, sum_high = self._tensors[tensor.reader].extent(total)
+        (reader,) = tensor.readers  # The sum alone.
+        total, other = self.of(reader), self.of(tensor.other_term)
+        sum_low, sum_high = self._tensors[reader].extent(total)
         other_low, other_high = self._tensors[tensor.other_term].extent(other)
         # A symmetric grid goes as far below zero as above, also behind a ReLU.
         sum_low = jnp.where(total["min"] >= 0, jnp.maximum(sum_low, 0.0), sum_low)

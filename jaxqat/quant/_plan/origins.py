@@ -110,13 +110,27 @@ class Origins:
             if node is None or (at in quantized and at != number):
                 continue
             terms = self._varying(node)
-            primitive = primitive_of(node.name)
-            if primitive.joins_branches and len(terms) == 2:
+            if primitive_of(node.name).joins_branches and len(terms) == 2:
                 found.append(node)
-                continue
-            keeps_form = primitive.picks_values or primitive.kind in (Kind.CLIP, Kind.JOIN)
-            if keeps_form or _only_clips(node):
+            elif _keeps_form(node):
                 waiting += terms
+        return found
+
+    def codes_before(
+        self, number: int, quantized: Any, layers: Mapping[Node, Any]
+    ) -> list[int | Node]:
+        """Return the quantized tensors and the layers from which a tensor's form is computed."""
+        found: list[int | Node] = []
+        waiting = [number]
+        while waiting:
+            at = waiting.pop()
+            node = self.program.made_by.get(at)
+            if at in quantized:
+                found.append(at)
+            elif node is not None and node in layers:
+                found.append(node)
+            elif node is not None and (_keeps_form(node) or primitive_of(node.name).is_pointwise):
+                waiting += self._varying(node)
         return found
 
     def layer_before(self, number: int, layers: Mapping[Node, Any]) -> Node | None:
@@ -165,6 +179,13 @@ class Origins:
         """Return whether an operand is coefficients, one per channel, the same for all examples."""
         shape, out = self.program.avals[number].shape, self.program.avals[node.outputs[0]].shape
         return self.level[number] < DATA and is_channelwise(shape, out)
+
+
+def _keeps_form(node: Node) -> bool:
+    """Return whether a node clips, moves, picks or joins elements, whatever their form."""
+    primitive = primitive_of(node.name)
+    keeps = primitive.picks_values or primitive.kind in (Kind.CLIP, Kind.JOIN)
+    return keeps or _only_clips(node)
 
 
 def _only_clips(node: Node) -> bool:

@@ -81,16 +81,19 @@ class QuantizedTensor:
     Attributes:
         key: Key of its range in the state.
         settings: Its settings.
-        reader: Key of the quantized tensor that is computed from this one, if no layer reads it: a
-            residual addition, the input of a pool, or a term of a residual addition.
+        readers: If no layer reads it, keys of the quantized tensors that are computed from it: from
+            a residual addition, the input of a pool, or a term of a residual addition.
         other_term: Key of the other term, if this is a term of a residual addition and read by
             nothing else.
+        producers: Paths of layers and keys of tensors from whose codes the residual addition is
+            computed, if this is a term of one.
     """
 
     key: Key
     settings: Settings
-    reader: Key | None = None
+    readers: tuple[Key, ...] = ()
     other_term: Key | None = None
+    producers: tuple[str | Key, ...] = ()
 
     @property
     def bits(self) -> int:

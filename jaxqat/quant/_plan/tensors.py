@@ -97,7 +97,7 @@ class TensorPlanner:
                 before, label = found
                 tensor = self.tensors[number]
                 key = self.unique_key((*tensor.key[:-1], label))
-                self.tensors[before] = QuantizedTensor(key, tensor.settings, tensor.key)
+                self.tensors[before] = QuantizedTensor(key, tensor.settings, (tensor.key,))
                 waiting.append(before)
             for node in self._origins.sums_before(number, self.tensors):
                 waiting += self._add_terms(node, self.tensors[number])
@@ -107,17 +107,22 @@ class TensorPlanner:
         sources = [self._origins.source(term) for term in node.inputs if isinstance(term, int)]
         if any(source in self._dynamic for source in sources):
             return []  # Codes of such a tensor have a scale for each example.
+        producers = self._producers(sources)
+        if not producers:
+            return []  # Nothing before the sum is quantized.
         quantized = [self._quantized_at(source) for source in sources]
         new = [s for s, q in zip(sources, quantized, strict=True) if q is None]
         for source in dict.fromkeys(new):
-            key = self.unique_key(self._term_key(source, total))
-            self.tensors[source] = QuantizedTensor(key, _of_terms(total.settings), total.key)
-        pairs = zip(sources, quantized, strict=True)
-        keys = [self.tensors[s if q is None else q].key for s, q in pairs]
-        for source, other in zip(sources, keys[::-1], strict=True):
-            if source in new and self._origins.is_read_once(source, node):
-                tensor = self.tensors[source]
-                self.tensors[source] = dataclasses.replace(tensor, other_term=other)
+            self.tensors[source] = self._term(source, total, producers)
+        terms = [s if q is None else q for s, q in zip(sources, quantized, strict=True)]
+        for term, other in (terms, terms[::-1]):
+            tensor = self.tensors[term]
+            if term in new and self._origins.is_read_once(term, node):
+                key = self.tensors[other].key
+                self.tensors[term] = dataclasses.replace(tensor, other_term=key)
+            elif tensor.readers and total.key not in tensor.readers:
+                readers = (*tensor.readers, total.key)
+                self.tensors[term] = dataclasses.replace(tensor, readers=readers)
         return new
 
     def _quantized_at(self, source: int) -> int | None:
@@ -126,11 +131,23 @@ class TensorPlanner:
             return source
         return self._origins.quantized_before(source, self.tensors)
 
-    def _term_key(self, source: int, total: QuantizedTensor) -> Key:
+    def _producers(self, sources: list[int]) -> tuple[str | Key, ...]:
+        """Return paths of layers and keys of tensors from whose codes a sum is computed."""
+        found = [
+            x for s in sources for x in self._origins.codes_before(s, self.tensors, self._layers)
+        ]
+        return tuple(
+            self.tensors[x].key if isinstance(x, int) else self._layers[x].path for x in found
+        )
+
+    def _term(
+        self, source: int, total: QuantizedTensor, producers: tuple[str | Key, ...]
+    ) -> QuantizedTensor:
         layer = self._origins.layer_before(source, self._layers)
-        if layer is None:
-            return (*total.key[:-1], "term")
-        return (*self._layers[layer].path.split("/"), "output")
+        path = None if layer is None else self._layers[layer].path
+        key = (*total.key[:-1], "term") if path is None else (*path.split("/"), "output")
+        settings = _of_terms(total.settings)
+        return QuantizedTensor(self.unique_key(key), settings, (total.key,), producers=producers)
 
 
 def _of_terms(settings: Settings) -> Settings:

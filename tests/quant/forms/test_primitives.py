@@ -202,13 +202,9 @@ def test_two_tensors_have_no_form_but_in_an_addition(name):
     assert_units(derived("add", lax.add, codes(UNITS), codes(OTHER)), UNITS + OTHER)
 
 
-def test_a_term_of_an_addition_that_is_no_codes_is_int8_first():
-    wide = 5 * OTHER
-    form = derived("add", lax.add, codes(UNITS), accumulator(wide))
-    # 256 codes upwards from zero: a unit of the branch is two of the sum (`Grid.branch`).
-    branch = np.clip(np.round(wide / 2), -128, 127) * 2
-    assert np.abs(wide).max() > 256
-    assert_units(form, UNITS + branch)
+def test_terms_of_an_addition_that_are_not_quantized_are_rounded_each():
+    form = derived("add", lax.add, codes(UNITS), accumulator(5 * OTHER))
+    assert_units(form, UNITS + 5 * OTHER)
 
 
 @pytest.mark.parametrize("operand", [codes, accumulator])

@@ -75,7 +75,8 @@ def test_a_pre_activation_network_has_a_range_for_its_residual_stream():
         return conv(jax.nn.relu(x * gain - 0.1), params["c"])
 
     _, state = calibrated(model, params, IMAGES)
-    assert sites(state) == {"a/input", "b/input", "c/input", "c/add"}
+    terms = {"a/output", "b/output"}
+    assert sites(state) == {"a/input", "b/input", "c/input", "c/add", *terms}
     assert relative_error(model, params, IMAGES) < 0.05
 
 
