@@ -26,8 +26,9 @@ class Evaluator:
     With `switches`, one compiled program serves every choice of layers. A layer that is off
     multiplies in float. A tensor is quantized if at least one layer that reads it is on, for all
     its readers; likewise a sum or a pool before it. The result is that of a recipe with a rule that
-    leaves the other layers in float, except that a tensor that is not quantized is not rounded as a
-    term of a sum either.
+    leaves the other layers in float, with two exceptions: a tensor that is not quantized is not
+    rounded as a term of a sum either, and it is a real number to what follows, whose codes can
+    differ at ties.
 
     Attributes:
         plan: The plan.
