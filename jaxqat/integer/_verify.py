@@ -4,7 +4,7 @@
 The training graph in inference mode, the integer network and an exported file each give the codes
 of the same tensors, and logits. `compare` counts the codes in which two of them differ. The
 contract: codes are equal, or differ by one in fewer than 1 of 100,000 places, and no image changes
-its class.
+its class. Where all codes are equal, the results are, too, to the last bit.
 """
 
 import dataclasses
@@ -70,6 +70,9 @@ class Verification:
         top1_flips_fp32: Images whose class differs between the second network and the float one;
             None if there is none to compare with.
         logits_only: Whether one of them shows no tensors, so that only classes are compared.
+        results: Number of the results' values that were compared.
+        differing_results: Number of them that differ.
+        largest_result_difference: Largest difference of two of them.
     """
 
     tensors: tuple[TensorCheck, ...]
@@ -77,6 +80,9 @@ class Verification:
     top1_flips: int
     top1_flips_fp32: int | None
     logits_only: bool = False
+    results: int = 0
+    differing_results: int = 0
+    largest_result_difference: float = 0.0
 
     @property
     def codes(self) -> int:
@@ -112,6 +118,12 @@ class Verification:
             )
         if self.top1_flips:
             broken.append(f"{self.top1_flips} of {self.images} images change their class")
+        if self.differing_results and not self.differing and not self.logits_only:
+            broken.append(
+                f"{self.differing_results} of {self.results} results differ, by up to "
+                f"{self.largest_result_difference:.3g}, though no code before them does: the last "
+                "layer differs"
+            )
         return tuple(broken)
 
     def to_dict(self) -> dict[str, Any]:
@@ -211,6 +223,7 @@ def compare(
         real: The float network; None leaves out SQNR.
     """
     sums: dict[str, _Sums] = {}
+    results = _Results()
     images = flips = flips_fp32 = 0
     logits_only = False
     for batch in batches:
@@ -226,6 +239,7 @@ def compare(
                 entry.measure(np.asarray(floats.tensors[name], np.float64), value)
         images += len(batch)
         logits_only = not left.tensors or not right.tensors
+        results.compare(np.asarray(left.logits), np.asarray(right.logits))
         classes = np.asarray(right.logits).argmax(-1)
         flips += int((np.asarray(left.logits).argmax(-1) != classes).sum())
         if floats is not None:
@@ -233,7 +247,33 @@ def compare(
     # In the order of the graph.
     checks = tuple(sums[name].check(name) for name in graph.tensors if name in sums)
     flips_to_real = None if real is None else flips_fp32
-    return Verification(checks, images, flips, flips_to_real, logits_only)
+    return Verification(
+        checks,
+        images,
+        flips,
+        flips_to_real,
+        logits_only,
+        results.values,
+        results.differing,
+        results.largest,
+    )
+
+
+@dataclasses.dataclass
+class _Results:
+    """Counts of the results over all batches."""
+
+    values: int = 0
+    differing: int = 0
+    largest: float = 0.0
+
+    def compare(self, left: np.ndarray, right: np.ndarray) -> None:
+        right = right.astype(left.dtype)  # A model may return bfloat16.
+        same = (left == right) | ((left != left) & (right != right))  # NaN is like NaN.
+        self.values += left.size
+        self.differing += int((~same).sum())
+        difference = np.abs(left.astype(np.float64) - right.astype(np.float64))
+        self.largest = max(self.largest, float(np.where(same, 0.0, difference).max(initial=0.0)))
 
 
 @dataclasses.dataclass

@@ -138,6 +138,9 @@ class VerificationResult:
             weights in float; None if that was not compared.
         logits_only: Whether one of the two gives no codes, so that only classes are compared.
         failures: Conditions of the comparison that do not hold; empty if it passes.
+        results: Number of the results' values that were compared; 0 in older files.
+        differing_results: Number of them that differ.
+        largest_result_difference: Largest difference of two of them.
     """
 
     tensors: tuple[TensorDifferences, ...]
@@ -149,6 +152,9 @@ class VerificationResult:
     top1_flips_fp32: int | None
     logits_only: bool
     failures: tuple[str, ...]
+    results: int = 0
+    differing_results: int = 0
+    largest_result_difference: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -93,6 +93,22 @@ def test_a_change_to_one_channel_is_counted_code_by_code(change):
     changed = found.differing or found.top1_flips
     assert changed and found.failures
     assert found.differing or change[0] == "head"
+    different = right_logits != wrong_logits
+    assert (found.results, found.differing_results) == (different.size, np.sum(different))
+
+
+def test_a_last_layer_that_changes_no_class_is_found_by_its_results():
+    """One unit more of a bias: no code and no class says so."""
+    found = verified(("head", "bias", lambda values: values + 1))
+    assert found.differing == found.top1_flips == 0
+    _, graph = example()
+    head = graph.nodes[-1]
+    unit = np.float64(head.multiplier[2])
+    # The difference of two float32 logits of some units of 10: two roundings of 2**-20 at most.
+    assert abs(found.largest_result_difference - unit) < 2**-19
+    (failure,) = found.failures
+    assert f"{found.differing_results} of {found.results} results differ, by up to" in failure
+    assert "the last layer differs" in failure
 
 
 def test_the_failures_name_the_counts_and_the_worst_tensor():

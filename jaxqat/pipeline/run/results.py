@@ -189,6 +189,9 @@ def verification_result(found: Verification) -> VerificationResult:
         top1_flips_fp32=found.top1_flips_fp32,
         logits_only=found.logits_only,
         failures=found.failures,
+        results=found.results,
+        differing_results=found.differing_results,
+        largest_result_difference=found.largest_result_difference,
     )
 
 

@@ -17,6 +17,7 @@ from aqt.jax.v2.numerics import numerics as aqt_numerics
 from jaxtyping import Array, Float, Int8
 
 from jaxqat.quant._numerics import estimators as estimate
+from jaxqat.quant._numerics.first_order import first_order
 from jaxqat.quant._numerics.grids import Grid, GridCalibration
 
 # AQT builds its dataclasses with a decorator of its own, which type checkers do not see through.
@@ -117,7 +118,8 @@ def _straight_through(learned, x, units, grid, scale):
 def _straight_through_forward(learned, x, units, grid, scale):
     del scale  # It is the grid's.
     codes, kept = _numerics(grid).vjp_fwd(units, estimate.CONTEXT)
-    values = x if learned else None
+    x = first_order(x)
+    values = x if learned else jnp.atleast_1d(x)[..., :0]
     return (dequantize(codes, grid, x.dtype), codes), (kept, grid, values, codes)
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int8
 
 from jaxqat.quant._numerics.activations import dequantize
+from jaxqat.quant._numerics.first_order import first_order
 from jaxqat.quant._numerics.grids import Grid
 from jaxqat.quant._numerics.grouped import GroupedDot
 from jaxqat.quant._numerics.products import Product, backward
@@ -93,6 +94,7 @@ def _multiply(quantizer, x, codes, grid, weights, step_size, noise):
 
 
 def _multiply_forward(quantizer, x, codes, grid, weights, step_size, noise):
+    weights = first_order(weights)
     weight_codes, weight_scale = quantizer.quantize(weights, step_size, noise)
     total = quantizer.product.accumulate(codes, weight_codes)
     if grid.zero_point is None:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8
 
 from jaxqat.quant._numerics import estimators as estimate
+from jaxqat.quant._numerics.first_order import first_order
 from jaxqat.quant.recipe import Settings
 
 
@@ -120,6 +121,7 @@ def dequantized_weights(
 
 
 def _dequantized_forward(quantizer, weights, step_size):
+    weights = first_order(weights)
     codes, scale = quantizer.quantize(weights, step_size)
     values = quantizer.dequantize(codes, scale).astype(quantizer.dtype)
     return values, (weights, codes, scale)
