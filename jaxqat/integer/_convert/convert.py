@@ -47,8 +47,9 @@ def convert(
         requantization: 'float': one float32 multiplication and a rounding; 'fixed_point': an int32
             multiplier and a rounding shift, no floating point between the input's codes and the
             last accumulator.
-        preprocess: Makes the model's float input from uint8 images, value by value and channel by
-            channel, as normalization does. With it the graph takes uint8 images too.
+        preprocess: Function from uint8 images to the model's float input. Each value must depend on
+            the value in its place and its channel alone, as in normalization; this is checked on
+            random images. With it the graph takes uint8 images too.
         metadata: Plain data to keep with the graph.
         **kwargs: Keyword arguments of the model's call, such as `train=False`.
 
@@ -57,7 +58,8 @@ def convert(
 
     Raises:
         ConversionError: Parts of the model have no integer form, or ranges have seen no data; the
-            error lists each with the reason.
+            error lists each with the reason. Or the network depends on the batch size, or
+            `preprocess` on more than a value and its channel.
         QuantizationError: The variables hold no ranges for the model.
     """
     if not isinstance(model, QuantizedModel):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -74,6 +76,7 @@ def convert(
     emitter, arrays = traced.run()
     values = [np.asarray(a) for a in arrays]
     emitter.check([reason for index, reason in emitter.requirements if not values[index].all()])
+    traced.check_batch_size(emitter, values)
     nodes = [cls(**_finish_node(fields, values)) for cls, fields in emitter.nodes]
     tensors = {n: g.Tensor(**_finish(fields, values)) for n, fields in emitter.tensors.items()}
     output, output_shape = emitter.output
@@ -199,9 +202,41 @@ class _TracedModel:
 
     def run(self) -> tuple[_ModelEmitter, list[jax.Array]]:
         """Return the emitter with all nodes, and the arrays for their deferred fields."""
-        examples = [jnp.zeros(x.shape, x.dtype) for x in self._examples]
+        return self._run(self._examples)
+
+    def _run(self, shapes: list[jax.ShapeDtypeStruct]) -> tuple[_ModelEmitter, list[jax.Array]]:
+        examples = [jnp.zeros(x.shape, x.dtype) for x in shapes]
         arrays: list[jax.Array] = jax.jit(self._function)(self._parameters, examples)
         return self._found[-1], arrays
+
+    def check_batch_size(self, emitter: _ModelEmitter, values: list[np.ndarray]) -> None:
+        """Raise ConversionError if the network is another one for batches of another size.
+
+        A model that cannot run with another batch size is not checked.
+
+        Args:
+            emitter: The emitter of the converted network.
+            values: Its arrays.
+        """
+        batch = next((x.shape[0] for x in self._examples if x.shape), 0)
+        doubled = [
+            jax.ShapeDtypeStruct((2 * batch, *x.shape[1:]), x.dtype)
+            if x.shape[:1] == (batch,)
+            else x
+            for x in self._examples
+        ]
+        try:
+            other, arrays = self._run(doubled)
+        except Exception:  # Whatever the model raises; the batch size may be part of it.
+            return
+        names = [_name_of(index, emitter) for index in _unlike(values, arrays)]
+        if len(arrays) != len(values) or len(other.nodes) != len(emitter.nodes) or names:
+            where = f" ({', '.join(dict.fromkeys(names))})" if names else ""
+            raise ConversionError(
+                f"The model depends on the batch size: with {batch} examples and with {2 * batch} "
+                f"its integer networks differ{where}. Use `x.mean(0)` or the like in place of a "
+                "division by `x.shape[0]`, or leave what needs the batch size outside of the model."
+            )
 
     def _function(self, parameters: list[Any], examples: list[Any]) -> list[jax.Array]:
         inputs, kwargs = self._make_inputs(examples)
@@ -210,6 +245,31 @@ class _TracedModel:
         self._found.append(emitter)
         emitter.check(emitter.problems)
         return emitter.arrays
+
+
+def _unlike(left: list[np.ndarray], right: list[jax.Array]) -> list[int]:
+    """Return the places of arrays that differ by more than two programs' roundings do."""
+    pairs = enumerate(zip(left, map(np.asarray, right), strict=False))
+    return [i for i, (a, b) in pairs if a.shape != b.shape or not _alike(a, b)]
+
+
+def _alike(a: np.ndarray, b: np.ndarray) -> bool:
+    # A batch of twice the size changes a factor by 2; a rounding changes an integer by 1.
+    absolute = 0.0 if np.issubdtype(a.dtype, np.floating) else 1.0
+    return np.allclose(a.astype(np.float64), b, rtol=1e-3, atol=absolute, equal_nan=True)
+
+
+def _name_of(index: int, emitter: Emitter) -> str:
+    """Return the name of the node or tensor that has a deferred array."""
+    owners = [*(fields for _, fields in emitter.nodes), *emitter.tensors.values()]
+    return next((f["name"] for f in owners if index in _indices(tuple(f.values()))), "a condition")
+
+
+def _indices(value: Any) -> set[int]:
+    if isinstance(value, Deferred):
+        return {value.index}
+    parts = cast("tuple[Any, ...]", value) if isinstance(value, tuple) else ()
+    return set[int]().union(*map(_indices, parts))
 
 
 def _finish(fields: dict[str, Any], values: list[np.ndarray]) -> dict[str, Any]:
@@ -250,12 +310,37 @@ def _with_table(
 
     @jax.jit
     def codes(images: jax.Array, inverse: jax.Array) -> jax.Array:
-        steps = jnp.round(preprocess(images).astype(jnp.float32) * inverse) + tensor.zero_point
-        return jnp.clip(steps, tensor.low, tensor.high).astype(jnp.int8)
+        units = jnp.round(preprocess(images).astype(jnp.float32) * inverse) + tensor.zero_point
+        return jnp.clip(units, tensor.low, tensor.high).astype(jnp.int8)
 
-    shape = (256, *(1,) * (len(tensor.shape) - 1), tensor.shape[-1])
+    channels = tensor.shape[-1]
+    shape = (256, *(1,) * (len(tensor.shape) - 1), channels)
     values = jnp.broadcast_to(
         jnp.arange(256, dtype=jnp.uint8).reshape(256, *(1,) * len(tensor.shape)), shape
     )
-    table = np.asarray(codes(values, node.inverse)).reshape(256, tensor.shape[-1])
+    table = np.asarray(codes(values, node.inverse))
+    if table.shape != shape:
+        raise _not_pointwise(f"It makes the shape {table.shape} of {shape}")
+    table = table.reshape(256, channels)
+    images = _random_images(tensor.shape)
+    wanted, found = codes(jnp.asarray(images), node.inverse), table[images, np.arange(channels)]
+    differing = int((np.asarray(wanted) != found).sum())
+    if differing:
+        raise _not_pointwise(f"On random images, {differing:,} of {images.size:,} codes differ")
     return dataclasses.replace(node, table=table)
+
+
+def _not_pointwise(observation: str) -> ConversionError:
+    return ConversionError(
+        "preprocess must compute each value from the uint8 value in its place and its channel "
+        f"alone, as (x / 255 - mean) / std does. {observation}: it looks at other values "
+        "(standardization of each image) or at the place (subtraction of a mean image). Convert "
+        "without preprocess and give the network float images."
+    )
+
+
+def _random_images(shape: tuple[int, ...]) -> np.ndarray:
+    """Return two images of all values and two of little contrast, a dark and a bright one."""
+    bounds = ((0, 256), (0, 256), (10, 60), (180, 230))
+    random = np.random.default_rng(0)
+    return np.stack([random.integers(*ends, shape) for ends in bounds]).astype(np.uint8)
