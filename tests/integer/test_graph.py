@@ -178,8 +178,8 @@ def test_an_addition_has_two_inputs_and_a_factor_for_each():
         ((0, 5), 3, "factors are positive"),
         ((4, 5), -1, "shift is from 0 to 15"),
         ((4, 5), 16, "shift is from 0 to 15"),
-        # 255 (32,761 + 32,768) is 4,881 above 2**24.
-        ((1, 32_760), 15, "may reach 2..24"),
+        # 255 (33,026 + 32,768) is 254 above 2**24.
+        ((1, 33_025), 15, "may reach 2..24"),
     ],
 )
 def test_an_addition_that_float32_could_not_hold_is_refused(factors, shift, problem):

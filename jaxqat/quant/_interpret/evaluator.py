@@ -100,7 +100,10 @@ class Evaluator:
 
     def _run_operation(self, node: Node) -> list[Any]:
         """Run an operation in float, and derive the form of its result."""
-        operands = [self._read(a) for a in node.inputs]
+        terms = self.plan.terms
+        operands = [
+            self._as_planned(self._read(a), terms.get((node, i))) for i, a in enumerate(node.inputs)
+        ]
         results = node.bind(*(o.values for o in operands))
         form = form_of(node, operands, results[0]) if len(results) == 1 else None
         reason = None if form is not None else self._float_reason(node, operands)
@@ -150,18 +153,22 @@ class Evaluator:
         holds: Any = True,
     ) -> None:
         """Set a variable; quantize it if the plan says so."""
-        tensor = self.plan.tensors.get(number)
         constant = self.plan.level[number] <= PARAMETERS
-        if tensor is not None:
-            real, before = values, forms.Operand(values, form, constant, float_reason, holds)
+        operand = forms.Operand(values, form, constant, float_reason, holds)
+        self._known[number] = self._as_planned(operand, self.plan.tensors.get(number))
+
+    def _as_planned(self, operand: forms.Operand, tensor: QuantizedTensor | None) -> forms.Operand:
+        """Return an operand, quantized if the plan has a tensor for it."""
+        real, form, holds = operand.values, operand.form, operand.holds
+        values = real
+        if tensor is not None and real is not None:
+            before = operand.any_form or forms.Real(real, operand.float_reason)
+            values, form = self._quantize(tensor, real, before)
             holds = self._switches.tensor(tensor)
-            values, form = self._quantize(
-                tensor, values, before.any_form or forms.Real(values, float_reason)
-            )
             if holds is not True:
                 values = jnp.where(holds, values, real)
-        reason = float_reason if not form else None
-        self._known[number] = forms.Operand(values, form, constant, reason, holds)
+        reason = operand.float_reason if not form else None
+        return forms.Operand(values, form, operand.constant, reason, holds)
 
     def _quantize(
         self, tensor: QuantizedTensor, values: Any, form: forms.Form

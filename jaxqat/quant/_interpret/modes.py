@@ -26,7 +26,7 @@ class LayerSwitches:
 
     def __init__(self, plan: Plan, switches: Switches | None):
         self._table, self._switches = plan.table, switches
-        self._tensors = {tensor.key: tensor for tensor in plan.tensors.values()}
+        self._tensors = plan.by_key()
 
     def layer(self, path: str) -> Any:
         """Return whether the layer of this path is on."""

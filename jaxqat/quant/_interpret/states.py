@@ -32,7 +32,7 @@ class States:
 
     def __init__(self, plan: Plan, state: Mapping[Key, ranges.Range], mode: Mode, decay: float):
         self.before, self._mode, self._decay = state, mode, decay
-        self._tensors = {tensor.key: tensor for tensor in plan.tensors.values()}
+        self._tensors = plan.by_key()
         self.after: dict[Key, ranges.Range] = dict(state)
         self._observed: dict[Key, _Observed] = {}
 

@@ -110,7 +110,7 @@ class Origins:
             if node is None or (at in quantized and at != number):
                 continue
             terms = self._varying(node)
-            if primitive_of(node.name).joins_branches and len(terms) == 2:
+            if self._is_sum(node):
                 found.append(node)
             elif _keeps_form(node):
                 waiting += terms
@@ -143,16 +143,19 @@ class Origins:
             number = terms[0]
         return node
 
-    def is_read_once(self, number: int, reader: Node) -> bool:
-        """Return whether nothing but a node reads a tensor, apart from moves on the way to it."""
-        while len(readers := self._readers.get(number, ())) == 1:
-            (node,) = readers
-            if node is reader:
-                return True
-            if node is None or not primitive_of(node.name).keeps_values:
-                return False
-            number = node.outputs[0]
-        return False
+    def is_read_by_sums(self, number: int) -> bool:
+        """Return whether residual additions alone read a tensor, apart from moves before them."""
+        return all(
+            node is not None
+            and (
+                self._is_sum(node)
+                or (primitive_of(node.name).keeps_values and self.is_read_by_sums(node.outputs[0]))
+            )
+            for node in self._readers.get(number, [])
+        )
+
+    def _is_sum(self, node: Node) -> bool:
+        return primitive_of(node.name).joins_branches and len(self._varying(node)) == 2
 
     @functools.cached_property
     def _readers(self) -> dict[int, list[Node | None]]:

@@ -189,6 +189,8 @@ class Plan:
         level: What each variable depends on.
         layers: Quantized products and tables of embeddings, by node.
         tensors: Tensors to quantize, by variable.
+        terms: Terms of residual additions to quantize for the addition alone, by its node and
+            operand; other readers of the same variable see it as it is.
         step_sizes: Shapes of the weights' learned step sizes, by key in the state.
         table: Every product, quantized or not, in order.
     """
@@ -197,15 +199,20 @@ class Plan:
     level: list[int]
     layers: dict[Node, Layer | Lookup | Pair]
     tensors: dict[int, QuantizedTensor]
+    terms: dict[tuple[Node, int], QuantizedTensor]
     step_sizes: dict[Key, tuple[int, ...]]
     table: tuple[LayerInfo, ...]
 
     def empty_state(self) -> dict[Key, Any]:
         """Return all ranges and learned step sizes before the first batch."""
-        state = {tensor.key: tensor.empty() for tensor in self.tensors.values()}
+        state = {key: tensor.empty() for key, tensor in self.by_key().items()}
         for key, shape in self.step_sizes.items():
             state[key] = {"step": jnp.ones(shape, jnp.float32), "count": jnp.zeros((), jnp.int32)}
         return state
+
+    def by_key(self) -> dict[Key, QuantizedTensor]:
+        """Return all tensors to quantize by the key of their range."""
+        return {tensor.key: tensor for tensor in (*self.tensors.values(), *self.terms.values())}
 
     def check_rules(self, recipe: Recipe) -> None:
         """Raise RecipeError if a rule of the recipe decides about no layer."""

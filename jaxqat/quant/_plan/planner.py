@@ -60,8 +60,8 @@ def make_plan(
         planner.visit(node)
     planner.tensors.finish()
     table = planner.finished_table()
-    tensors = planner.tensors.tensors
-    return Plan(program, level, planner.layers, tensors, planner.step_sizes, table)
+    tensors, terms = planner.tensors.tensors, planner.tensors.terms
+    return Plan(program, level, planner.layers, tensors, terms, planner.step_sizes, table)
 
 
 class _Planner:

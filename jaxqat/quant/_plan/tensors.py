@@ -19,16 +19,22 @@ from jaxqat.quant.recipe import Settings
 # What two readers of a tensor must agree on; of two widths the larger one serves both.
 _SHARED = ("activations", "act_range", "percentile")
 
+# A variable, or an operand of a node.
+_Place = int | tuple[Node, int]
+
 
 class TensorPlanner:
     """Collects the tensors to quantize.
 
     Attributes:
         tensors: By variable.
+        terms: Terms of residual additions that are quantized for the addition alone, by its node
+            and operand.
     """
 
     def __init__(self, origins: Origins, layers: Mapping[Node, Any]):
         self.tensors: dict[int, QuantizedTensor] = {}
+        self.terms: dict[tuple[Node, int], QuantizedTensor] = {}
         self._origins, self._layers = origins, layers
         self._uses: dict[Key, int] = {}
         self._dynamic: dict[int, str] = {}  # Paths of layers of dynamic ranges, by source.
@@ -89,41 +95,70 @@ class TensorPlanner:
         self._add_before()
 
     def _add_before(self) -> None:
-        waiting = sorted(self.tensors)
+        waiting = sorted(self.tensors.items())
         while waiting:
-            number = waiting.pop()
+            number, tensor = waiting.pop()
             found = self._origins.before(number, self.tensors)
             if found is not None and found[0] not in self.tensors:
                 before, label = found
-                tensor = self.tensors[number]
                 key = self.unique_key((*tensor.key[:-1], label))
                 self.tensors[before] = QuantizedTensor(key, tensor.settings, (tensor.key,))
-                waiting.append(before)
+                waiting.append((before, self.tensors[before]))
             for node in self._origins.sums_before(number, self.tensors):
-                waiting += self._add_terms(node, self.tensors[number])
+                waiting += self._add_terms(node, tensor)
 
-    def _add_terms(self, node: Node, total: QuantizedTensor) -> list[int]:
+    def _add_terms(self, node: Node, total: QuantizedTensor) -> list[tuple[int, QuantizedTensor]]:
         """Quantize the terms of a residual addition; return those that were not quantized yet."""
-        sources = [self._origins.source(term) for term in node.inputs if isinstance(term, int)]
+        operands = [a for a in node.inputs if isinstance(a, int)]
+        sources = [self._origins.source(operand) for operand in operands]
         if any(source in self._dynamic for source in sources):
             return []  # Codes of such a tensor have a scale for each example.
         producers = self._producers(sources)
         if not producers:
             return []  # Nothing before the sum is quantized.
-        quantized = [self._quantized_at(source) for source in sources]
-        new = [s for s, q in zip(sources, quantized, strict=True) if q is None]
-        for source in dict.fromkeys(new):
-            self.tensors[source] = self._term(source, total, producers)
-        terms = [s if q is None else q for s, q in zip(sources, quantized, strict=True)]
-        for term, other in (terms, terms[::-1]):
-            tensor = self.tensors[term]
-            if term in new and self._origins.is_read_once(term, node):
-                key = self.tensors[other].key
-                self.tensors[term] = dataclasses.replace(tensor, other_term=key)
-            elif tensor.readers and total.key not in tensor.readers:
-                readers = (*tensor.readers, total.key)
-                self.tensors[term] = dataclasses.replace(tensor, readers=readers)
-        return new
+        places = [self._place(node, side, source) for side, source in enumerate(sources)]
+        new = [i for i, place in enumerate(places) if self._at(place) is None]
+        for i in new:
+            if self._at(places[i]) is None:  # Both operands can be one tensor.
+                self._set(places[i], self._term(sources[i], total, producers))
+        keys = [self._tensor_at(place).key for place in places]
+        for i, place in enumerate(places):
+            self._set(place, self._read_by(self._tensor_at(place), total, keys[1 - i], i in new))
+        return [(operands[i], self._tensor_at(places[i])) for i in new]
+
+    def _place(self, node: Node, side: int, source: int) -> _Place:
+        """Return where a term is quantized: its variable, or the operand of the sum alone.
+
+        A layer's result with readers other than sums stays as it is for those: batch norm, for
+        one, needs its accumulators.
+        """
+        quantized = self._quantized_at(source)
+        if quantized is not None:
+            return quantized
+        return source if self._origins.is_read_by_sums(source) else (node, side)
+
+    def _at(self, place: _Place) -> QuantizedTensor | None:
+        return self.tensors.get(place) if isinstance(place, int) else self.terms.get(place)
+
+    def _tensor_at(self, place: _Place) -> QuantizedTensor:
+        return self.tensors[place] if isinstance(place, int) else self.terms[place]
+
+    def _set(self, place: _Place, tensor: QuantizedTensor) -> None:
+        if isinstance(place, int):
+            self.tensors[place] = tensor
+        else:
+            self.terms[place] = tensor
+
+    @staticmethod
+    def _read_by(
+        tensor: QuantizedTensor, total: QuantizedTensor, other: Key, is_new: bool
+    ) -> QuantizedTensor:
+        """Return a term that one more sum reads; only the term of a single sum is cut to it."""
+        if is_new and tensor.other_term is None:
+            return dataclasses.replace(tensor, other_term=other)
+        if not tensor.readers or total.key in tensor.readers:
+            return tensor
+        return dataclasses.replace(tensor, readers=(*tensor.readers, total.key), other_term=None)
 
     def _quantized_at(self, source: int) -> int | None:
         """Return the quantized tensor that a source is, or has maxima of."""

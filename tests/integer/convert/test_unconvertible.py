@@ -242,5 +242,7 @@ def test_an_accumulator_that_could_overflow_is_refused_with_the_layer_s_name():
             continue
         with pytest.raises(ConversionError) as error:
             jaxqat.convert(model, variables, x)
-        found = re.search(r"node 'wide': its accumulator can reach (\d+)", str(error.value))
+        found = re.search(
+            r"node 'wide': its accumulator, bias included, can reach (\d+)", str(error.value)
+        )
         assert found and 2**31 <= int(found[1]) <= size * 127 * 255

