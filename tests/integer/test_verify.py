@@ -102,7 +102,7 @@ def test_a_last_layer_that_changes_no_class_is_found_by_its_results():
     found = verified(("head", "bias", lambda values: values + 1))
     assert found.differing == found.top1_flips == 0
     _, graph = example()
-    head = graph.nodes[-1]
+    *_, head = graph.products()
     unit = np.float64(head.multiplier[2])
     # The difference of two float32 logits of some units of 10: two roundings of 2**-20 at most.
     assert abs(found.largest_result_difference - unit) < 2**-19
