@@ -2,7 +2,8 @@
 """What to quantize in a traced program, as plain data; `planner` decides it."""
 
 import dataclasses
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -26,6 +27,18 @@ LEARNED = {"lsq": "step", "pact": "bound"}
 LEFT_BY_RECIPE = "the recipe leaves it in float"
 NO_WEIGHTS = "both operands depend on the data"
 CONSTANT_WEIGHTS = "one operand is a constant, not a parameter"
+
+
+def by_call(keys: Iterable[Key]) -> dict[Key, list[Key]]:
+    """Return keys of ranges grouped by the key that they share but for the number of the call.
+
+    A layer that is called twice has the keys 'head/input' and 'head/input2', in the order of its
+    calls; likewise sums, pools and products of two activations with the same module.
+    """
+    groups: dict[Key, list[Key]] = {}
+    for key in keys:
+        groups.setdefault((*key[:-1], re.sub(r"\d+$", "", key[-1])), []).append(key)
+    return groups
 
 
 @dataclasses.dataclass(frozen=True)
