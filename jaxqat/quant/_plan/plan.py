@@ -156,6 +156,23 @@ class QuantizedTensor:
 
 
 @dataclasses.dataclass(frozen=True)
+class Dropout:
+    """Dropout, made of two operations: select(mask, zeros, factor * tensor).
+
+    Attributes:
+        tensor: The tensor before it.
+        scaling: The operation that multiplies by the factor.
+        place: Which operand of the selection holds the kept elements.
+        factor: 1 / (1 - p), for the probability p to drop an element.
+    """
+
+    tensor: int
+    scaling: Node
+    place: int
+    factor: float
+
+
+@dataclasses.dataclass(frozen=True)
 class LayerInfo:
     """One product of the model, and its quantization.
 
@@ -202,6 +219,7 @@ class Plan:
         level: What each variable depends on.
         layers: Quantized products and tables of embeddings, by node.
         tensors: Tensors to quantize, by variable.
+        dropouts: Every dropout, by the node that selects between zeros and kept elements.
         step_sizes: Shapes of the weights' learned step sizes, by key in the state.
         table: Every product, quantized or not, in order.
     """
@@ -210,6 +228,7 @@ class Plan:
     level: list[int]
     layers: dict[Node, Layer | Lookup | Pair]
     tensors: dict[int, QuantizedTensor]
+    dropouts: Mapping[Node, Dropout]
     step_sizes: dict[Key, tuple[int, ...]]
     table: tuple[LayerInfo, ...]
 
