@@ -5,6 +5,7 @@ result, and returns the form of the result, or None if there is none. `primitive
 primitive has which rule.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -69,6 +70,23 @@ def summed(operation: Operation, operands: list[Operand], shape: Shape) -> Form 
     source = Summed(operation, form)
     nothing = jnp.float32(0)
     return Accumulator(total, jnp.int32(0), form.grid.scale, jnp.float32(1), nothing, source)
+
+
+def dropped_out(operation: Operation, form: Form | None, factor: float) -> Form | None:
+    """Form of dropout of codes: codes, the dropped ones the zero point, their scale multiplied.
+
+    Args:
+        operation: Selects between the codes, its first operand, and the zero point.
+        form: Form of the tensor before dropout.
+        factor: 1 / (1 - p), for the probability p to drop an element.
+    """
+    if not isinstance(form, Codes):
+        return None
+    grid, scale = form.grid, form.grid.scale * factor
+    zeros = jnp.full(form.codes.shape, grid.zero, jnp.int8)
+    codes = operation.bind(form.codes, zeros)
+    grid = dataclasses.replace(grid, scale=scale, inverse=1.0 / scale)
+    return Codes(codes, grid, moved=(operation, form))
 
 
 def at_least(operation: Operation, operands: list[Operand], shape: Shape) -> Form | None:

@@ -10,6 +10,7 @@ from jaxqat.quant import _forms as forms
 from jaxqat.quant._forms.derive import form_of
 from jaxqat.quant._forms.operand import any_of
 from jaxqat.quant._forms.primitives import primitive_of
+from jaxqat.quant._forms.rules import dropped_out
 from jaxqat.quant._interpret.layers import EvaluatedLayer, LayerEvaluator
 from jaxqat.quant._interpret.modes import LayerSwitches, Mode, Switches
 from jaxqat.quant._interpret.states import States
@@ -105,14 +106,25 @@ class Evaluator:
             self._as_planned(self._read(a), terms.get((node, i))) for i, a in enumerate(node.inputs)
         ]
         results = node.bind(*(o.values for o in operands))
-        form = form_of(node, operands, results[0]) if len(results) == 1 else None
+        form, holds = self._form(node, operands, results)
         reason = None if form is not None else self._float_reason(node, operands)
-        holds = True
-        if form is not None:
-            holds = any_of(o.holds for o in operands if o.form is not None)
         for number, values in zip(node.outputs, results, strict=True):
             self._write(number, self._uncontracted(node, number, values), form, reason, holds)
         return results
+
+    def _form(
+        self, node: Node, operands: list[forms.Operand], results: list[Any]
+    ) -> tuple[forms.Form | None, Any]:
+        """Return the form of an operation's result, and whether it describes the result."""
+        dropout = self.plan.dropouts.get(node)
+        if dropout is not None:
+            before = self._read(dropout.tensor)
+            selection = _selection(node, dropout.place, operands[0].values)
+            return dropped_out(selection, before.form, dropout.factor), before.holds
+        form = form_of(node, operands, results[0]) if len(results) == 1 else None
+        if form is None:
+            return None, True
+        return form, any_of(o.holds for o in operands if o.form is not None)
 
     def _result(self, output: forms.Operand) -> Any:
         """Return an output of the model; with frozen ranges, the integer network's number."""
@@ -184,6 +196,15 @@ class Evaluator:
         )
         self.codes[tensor.key] = forms.Codes(codes, _constant(grid), tensor.key)
         return values, self.codes[tensor.key]
+
+
+def _selection(node: Node, place: int, mask: Any) -> forms.Operation:
+    """Return the selection of a dropout, as an operation on kept elements and zeros."""
+
+    def bind(kept: Any, zeros: Any) -> Any:
+        return node.bind(mask, *((kept, zeros) if place == 1 else (zeros, kept)))[0]
+
+    return forms.Operation(node.name, node.equation.params, bind)
 
 
 def _constant(grid: grids.Grid) -> grids.Grid:

@@ -8,7 +8,7 @@ from typing import Any
 from jaxqat.quant._forms.operand import is_channelwise, is_number
 from jaxqat.quant._forms.primitives import Kind, primitive_of
 from jaxqat.quant._plan.dependence import is_float
-from jaxqat.quant._plan.plan import DATA
+from jaxqat.quant._plan.plan import DATA, Dropout
 from jaxqat.quant._trace.program import Atom, Constant, Node, Program, inner_jaxprs
 
 
@@ -16,13 +16,18 @@ from jaxqat.quant._trace.program import Atom, Constant, Node, Program, inner_jax
 class Origins:
     """Searches back through a program.
 
+    All of them go through dropout to the tensor before it, as if it was not there: what they find
+    must be the same in training and in inference.
+
     Attributes:
         program: The traced computation.
         level: What each variable depends on.
+        dropouts: Every dropout, by the node that ends it.
     """
 
     program: Program
     level: list[int]
+    dropouts: Mapping[Node, Dropout]
 
     def unconverted(self, weights: Atom) -> Atom:
         """Return the weights before casts to the compute type: codes come from the parameter."""
@@ -34,6 +39,7 @@ class Origins:
 
     def source(self, number: int) -> int:
         """Return the tensor that this one is a reshaped, cast or zero-padded version of."""
+        number = self._before_dropout(number)
         node = self.program.made_by.get(number)
         if node is None or not primitive_of(node.name).keeps_values:
             return number
@@ -53,14 +59,14 @@ class Origins:
             number: The tensor.
             quantized: The tensors to quantize.
         """
-        pooled = False
+        pooled, number = False, self._before_dropout(number)
         while (node := self.program.made_by.get(number)) is not None:
             primitive = primitive_of(node.name)
             pooled |= primitive.kind is Kind.PICK
             before = node.inputs[0]
             if not primitive.picks_values or not isinstance(before, int):
                 return None
-            number = before
+            number = self._before_dropout(before)
             if number in quantized:
                 return number if pooled else None
         return None
@@ -76,7 +82,7 @@ class Origins:
         while (node := self.program.made_by.get(number)) is not None:
             primitive = primitive_of(node.name)
             big = [a for a in node.inputs if isinstance(a, int) and not self._small(a, node)]
-            if primitive.kind is Kind.SELECT:  # Dropout: a mask, the tensor, and zeros.
+            if primitive.kind is Kind.SELECT:  # A mask, the tensor, and what replaces parts of it.
                 big = [a for a in big if self.level[a] == DATA and is_float(self.program.avals[a])]
             if primitive.kind is Kind.SUM:
                 if self.level[number] != DATA or not isinstance(node.inputs[0], int):
@@ -88,7 +94,7 @@ class Origins:
             if not walks or len(big) != 1:
                 return None
             affine |= primitive.kind is Kind.AFFINE
-            number = big[0]
+            number = self._before_dropout(big[0])
             if number in quantized:
                 return None
         return None
@@ -105,7 +111,7 @@ class Origins:
         found: list[Node] = []
         waiting = [number]
         while waiting:
-            at = waiting.pop()
+            at = self._before_dropout(waiting.pop())
             node = self.program.made_by.get(at)
             if node is None or (at in quantized and at != number):
                 continue
@@ -123,7 +129,7 @@ class Origins:
         found: list[int | Node] = []
         waiting = [number]
         while waiting:
-            at = waiting.pop()
+            at = self._before_dropout(waiting.pop())
             node = self.program.made_by.get(at)
             if at in quantized:
                 found.append(at)
@@ -135,12 +141,13 @@ class Origins:
 
     def layer_before(self, number: int, layers: Mapping[Node, Any]) -> Node | None:
         """Return the layer whose result a tensor is, scaled, clipped or moved; None without one."""
+        number = self._before_dropout(number)
         while (node := self.program.made_by.get(number)) is not None and node not in layers:
             terms = self._varying(node)
             walks = primitive_of(node.name).is_walked_through or _only_clips(node)
             if not walks or len(terms) != 1:
                 return None
-            number = terms[0]
+            number = self._before_dropout(terms[0])
         return node
 
     def is_read_by_sums(self, number: int) -> bool:
@@ -148,14 +155,28 @@ class Origins:
         return all(
             node is not None
             and (
-                self._is_sum(node)
-                or (primitive_of(node.name).keeps_values and self.is_read_by_sums(node.outputs[0]))
+                self._is_sum(node) or (self._moves(node) and self.is_read_by_sums(node.outputs[0]))
             )
             for node in self._readers.get(number, [])
         )
 
+    def _moves(self, node: Node) -> bool:
+        return primitive_of(node.name).keeps_values or node in self._drops
+
     def _is_sum(self, node: Node) -> bool:
         return primitive_of(node.name).joins_branches and len(self._varying(node)) == 2
+
+    @functools.cached_property
+    def _drops(self) -> set[Node]:
+        """The operations that dropout is made of."""
+        return {*self.dropouts, *(dropout.scaling for dropout in self.dropouts.values())}
+
+    def _before_dropout(self, number: int) -> int:
+        """Return the tensor before the dropout that made a tensor; without one, the tensor."""
+        node = self.program.made_by.get(number)
+        if node is None or node not in self.dropouts:
+            return number
+        return self._before_dropout(self.dropouts[node].tensor)
 
     @functools.cached_property
     def _readers(self) -> dict[int, list[Node | None]]:

@@ -2,7 +2,8 @@
 """What to quantize in a traced program, as plain data; `planner` decides it."""
 
 import dataclasses
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -26,6 +27,18 @@ LEARNED = {"lsq": "step", "pact": "bound"}
 LEFT_BY_RECIPE = "the recipe leaves it in float"
 NO_WEIGHTS = "both operands depend on the data"
 CONSTANT_WEIGHTS = "one operand is a constant, not a parameter"
+
+
+def by_call(keys: Iterable[Key]) -> dict[Key, list[Key]]:
+    """Return keys of ranges grouped by the key that they share but for the number of the call.
+
+    A layer that is called twice has the keys 'head/input' and 'head/input2', in the order of its
+    calls; likewise sums, pools and products of two activations with the same module.
+    """
+    groups: dict[Key, list[Key]] = {}
+    for key in keys:
+        groups.setdefault((*key[:-1], re.sub(r"\d+$", "", key[-1])), []).append(key)
+    return groups
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +156,23 @@ class QuantizedTensor:
 
 
 @dataclasses.dataclass(frozen=True)
+class Dropout:
+    """Dropout, made of two operations: select(mask, zeros, factor * tensor).
+
+    Attributes:
+        tensor: The tensor before it.
+        scaling: The operation that multiplies by the factor.
+        place: Which operand of the selection holds the kept elements.
+        factor: 1 / (1 - p), for the probability p to drop an element.
+    """
+
+    tensor: int
+    scaling: Node
+    place: int
+    factor: float
+
+
+@dataclasses.dataclass(frozen=True)
 class LayerInfo:
     """One product of the model, and its quantization.
 
@@ -191,6 +221,7 @@ class Plan:
         tensors: Tensors to quantize, by variable.
         terms: Terms of residual additions to quantize for the addition alone, by its node and
             operand; other readers of the same variable see it as it is.
+        dropouts: Every dropout, by the node that selects between zeros and kept elements.
         step_sizes: Shapes of the weights' learned step sizes, by key in the state.
         table: Every product, quantized or not, in order.
     """
@@ -200,6 +231,7 @@ class Plan:
     layers: dict[Node, Layer | Lookup | Pair]
     tensors: dict[int, QuantizedTensor]
     terms: dict[tuple[Node, int], QuantizedTensor]
+    dropouts: Mapping[Node, Dropout]
     step_sizes: dict[Key, tuple[int, ...]]
     table: tuple[LayerInfo, ...]
 

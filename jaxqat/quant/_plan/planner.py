@@ -17,6 +17,7 @@ from jaxqat.quant._forms.primitives import Kind, primitive_of
 from jaxqat.quant._numerics.multiply import ProductQuantizer
 from jaxqat.quant._numerics.weights import WeightQuantizer
 from jaxqat.quant._plan.dependence import dependence, is_float
+from jaxqat.quant._plan.dropout import find_dropouts
 from jaxqat.quant._plan.origins import Origins
 from jaxqat.quant._plan.plan import (
     CONSTANT_WEIGHTS,
@@ -61,7 +62,8 @@ def make_plan(
     planner.tensors.finish()
     table = planner.finished_table()
     tensors, terms = planner.tensors.tensors, planner.tensors.terms
-    return Plan(program, level, planner.layers, tensors, terms, planner.step_sizes, table)
+    step_sizes, dropouts = planner.step_sizes, planner.dropouts
+    return Plan(program, level, planner.layers, tensors, terms, dropouts, step_sizes, table)
 
 
 class _Planner:
@@ -70,6 +72,7 @@ class _Planner:
     Attributes:
         layers: Quantized products and look-ups, by node.
         tensors: Tensors to quantize.
+        dropouts: Every dropout, by the node that ends it.
         step_sizes: Shapes of learned step sizes of weights, by key in the state.
         table: Every product.
     """
@@ -80,7 +83,8 @@ class _Planner:
         self.step_sizes: dict[Key, tuple[int, ...]] = {}
         self.table: list[LayerInfo] = []
         self._operands = Operands(program, level, names)
-        self._origins = Origins(program, level)
+        self.dropouts = find_dropouts(program, level)
+        self._origins = Origins(program, level, self.dropouts)
         self.tensors = TensorPlanner(self._origins, self.layers)
         self._step_size_keys: dict[tuple[Any, Any], Key] = {}
         self._sources: dict[int, int] = {}  # Source of the tensor that a layer reads, by index.

@@ -15,7 +15,7 @@ import jax
 from jaxqat.errors import QuantizationError
 from jaxqat.quant._interpret import Evaluator, Mode, Switches
 from jaxqat.quant._numerics.ranges import Range
-from jaxqat.quant._plan.plan import LEARNED, LayerInfo, Plan
+from jaxqat.quant._plan.plan import LEARNED, LayerInfo, Plan, by_call
 from jaxqat.quant._plan.planner import make_plan
 from jaxqat.quant._trace.arguments import Call, Key, split_arrays
 from jaxqat.quant._trace.program import trace
@@ -167,13 +167,15 @@ class BoundModel(QuantizedModel):
             The pair of result and updated collections; the evaluator, with ranges and codes.
 
         Raises:
-            QuantizationError: The variables lack ranges, or hold those of another model.
+            QuantizationError: The variables lack ranges, or hold those of another model, or of
+                another number of calls of a layer.
         """
         call = self._call(inputs)
         plan, structure = self._plan(call)
         state = self.state
         if mode is not Mode.CALIBRATE:
             _check_state(plan, self.variables, state)
+        _check_calls(plan, state)
         evaluator = Evaluator(plan, self.recipe, state, mode, switches)
         return jax.tree.unflatten(structure, evaluator.run(call.flat)), evaluator
 
@@ -228,3 +230,25 @@ def _check_state(plan: Plan, variables: Mapping[str, Any], state: Mapping[Key, R
             f"The collection 'quant_params' lacks {missing[0]!r} ({len(missing)} learned values in "
             "all). Pass both collections that `calibrate` returned, 'quant' and 'quant_params'."
         )
+
+
+def _check_calls(plan: Plan, state: Mapping[Key, Range]) -> None:
+    """Refuse ranges of a layer that was called more or less often when they were made.
+
+    Ranges of one layer are told apart by the order of its calls alone. Layers that this call does
+    not have, such as an auxiliary classifier's in inference, may have any number of them.
+    """
+    held = by_call(key for key, tensor in state.items() if "min" in tensor)
+    for key, met in by_call({tensor.key for tensor in plan.tensors.values()}).items():
+        made = held.get(key, [])
+        if made and len(made) != len(met):
+            path = "/".join(key[:-1])
+            counted = f"calls of the layer {path!r}"
+            if key[-1] != "input":
+                counted = f"quantized tensors {'/'.join(key)!r}"
+            raise QuantizationError(
+                f"The ranges were made with {len(made)} {counted}, and this call of the model has "
+                f"{len(met)}. They are told apart by their order alone, so one would get the range "
+                f"of another. Call {path!r} equally often in training and in inference, give each "
+                "call a module of its own, or make new ranges with `calibrate` for this call."
+            )

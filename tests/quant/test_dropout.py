@@ -1,0 +1,247 @@
+"""Dropout acts on codes: the tensor before it is quantized, in training as in inference."""
+
+from typing import Any
+
+import equinox as eqx
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from flax.traverse_util import flatten_dict
+
+import jaxqat
+from jaxqat.quant import _forms as forms
+
+RNG = np.random.default_rng(0)
+ROWS = RNG.normal(0.3, 1, size=(64, 12)).astype(np.float32)
+IMAGES = RNG.normal(size=(4, 8, 8, 3)).astype(np.float32)
+KEY = jax.random.key(3)
+PARAMS = {
+    name: {"kernel": RNG.normal(0, 0.4, shape).astype(np.float32)}
+    for name, shape in {"stem": (12, 16), "head": (16, 5)}.items()
+}
+
+
+class Linen(nn.Module):
+    rate: float = 0.5
+    broadcast_dims: tuple[int, ...] = ()
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.relu(nn.Dense(16, use_bias=False, name="stem")(x))
+        x = nn.Dropout(self.rate, self.broadcast_dims, deterministic=not train)(x)
+        return nn.Dense(5, use_bias=False, name="head")(x)
+
+
+class NNX(nnx.Module):
+    def __init__(self):
+        self.stem = nnx.Linear(12, 16, use_bias=False, rngs=nnx.Rngs(0))
+        self.dropout = nnx.Dropout(0.5, rngs=nnx.Rngs(1))
+        self.head = nnx.Linear(16, 5, use_bias=False, rngs=nnx.Rngs(2))
+        self.stem.kernel[...] = jnp.asarray(PARAMS["stem"]["kernel"])
+
+    def __call__(self, x, train):
+        x = nnx.relu(self.stem(x))
+        return self.head(self.dropout(x, deterministic=not train))
+
+
+def functional(params, x, mask, train):
+    """With the mask as an input, and the other order of the selection."""
+    x = jax.nn.relu(x @ params["stem"]["kernel"])
+    x = jnp.where(jnp.logical_not(mask), 0.0, x * 2.0) if train else x
+    return x @ params["head"]["kernel"]
+
+
+def equinox(params, x, train):
+    x = jax.nn.relu(x @ params["stem"]["kernel"])
+    if train:
+        drop = lambda x, key: eqx.nn.Dropout(0.5)(x, key=key)  # noqa: E731
+        x = jax.vmap(drop)(x, jax.random.split(KEY, len(x)))
+    return x @ params["head"]["kernel"]
+
+
+MASK = RNG.random((64, 16)) < 0.5
+
+
+def of_linen(*args: Any, **kwargs: Any) -> Any:
+    return lambda train: (
+        jaxqat.quantize(Linen(*args, **kwargs)).bind(
+            {"params": PARAMS}, train=train, rngs={"dropout": KEY}
+        ),
+        (ROWS,),
+    )
+
+
+def of_function(function: Any, *inputs: Any) -> Any:
+    return lambda train: (
+        jaxqat.quantize(function).bind({"params": PARAMS}, train=train),
+        (ROWS, *inputs),
+    )
+
+
+# A bound model without ranges in one mode, and its inputs.
+KINDS: dict[str, Any] = {
+    "linen": of_linen(),
+    "linen, rate 0.1": of_linen(0.1),
+    "linen, one mask for all examples": of_linen(0.5, (0,)),
+    "nnx": lambda train: (jaxqat.quantize(NNX()).bind(train=train), (ROWS,)),
+    "function": of_function(functional, MASK),
+    "equinox": of_function(equinox),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_range_in_training_is_that_of_the_tensor_before_dropout(kind):
+    states = []
+    for train in (False, True):
+        network, inputs = KINDS[kind](train)
+        states.append(network.calibrate(*inputs).variables["quant"])
+    jax.tree.map(np.testing.assert_array_equal, *states)
+    before = np.asarray(jax.nn.relu(jnp.asarray(ROWS) @ PARAMS["stem"]["kernel"]))
+    found = states[1]["head"]["input"]
+    np.testing.assert_array_equal([found["min"], found["max"]], [before.min(), before.max()])
+
+
+def test_the_layer_multiplies_codes_of_which_the_dropped_are_the_zero_point():
+    network, inputs = KINDS["function"](True)
+    record = network.calibrate(*inputs).record(*inputs)
+    before, accumulator = record.codes["head", "input"], record.outputs[0].form
+    assert isinstance(accumulator, forms.Accumulator)
+    assert isinstance(accumulator.source, forms.Multiplied)
+    zero = int(before.grid.zero)
+    codes = np.where(MASK, before.codes, zero)
+    np.testing.assert_array_equal(accumulator.source.codes.codes, codes)
+    weights = np.asarray(accumulator.source.weight_codes, np.int64)
+    total = (codes.astype(np.int64) - zero) @ weights
+    np.testing.assert_array_equal(accumulator.total + accumulator.correction, total)
+    np.testing.assert_array_equal(accumulator.input_scale, before.grid.scale * 2)
+    scales = np.float64(before.grid.scale) * 2 * np.asarray(accumulator.weight_scale, np.float64)
+    # An exact int32 sum, as float32, times the product of two float32 scales: three roundings.
+    np.testing.assert_allclose(record.results[0], total * scales, rtol=3 * 2**-24)
+
+
+def test_gradients_are_those_of_dropout_on_dequantized_values():
+    network, inputs = KINDS["function"](True)
+    network = network.calibrate(*inputs)
+    record = network.record(*inputs)
+    cotangent = RNG.normal(size=(64, 5)).astype(np.float32)
+
+    def loss(params):
+        return jnp.sum(network.with_variables(params=params)(*inputs) * cotangent)
+
+    gradients = jax.tree.map(np.float64, jax.grad(loss)(PARAMS))
+    source, x = record.outputs[0].form.source, record.codes["stem", "input"]
+    head = np.float64(source.weight_codes) * np.float64(record.outputs[0].form.weight_scale)
+    codes = record.codes["head", "input"]
+    units = np.float64(codes.codes) - np.float64(codes.grid.zero)
+    dropped = units * np.float64(codes.grid.scale) * MASK * 2
+    rows = (np.float64(x.codes) - np.float64(x.grid.zero)) * np.float64(x.grid.scale)
+    positive = np.asarray(network.observe(*inputs).observed["head", "input"]) > 0
+    assert (positive == (units > 0)).mean() > 0.98  # Others are less than half a step.
+    back = (cotangent @ head.T) * MASK * 2 * (record_positive(record) > 0)
+    for name, expected in {"head": dropped.T @ cotangent, "stem": rows.T @ back}.items():
+        # Sums of 64 products of float32 numbers, which are products of scale and code: each has
+        # at most 64 + 8 roundings of its terms' magnitude.
+        size = np.abs(dropped if name == "head" else rows).T @ np.abs(
+            cotangent if name == "head" else back
+        )
+        error = np.abs(gradients[name]["kernel"] - expected)
+        assert (error <= 72 * 2**-24 * size).all(), name
+    assert np.abs(gradients["stem"]["kernel"]).max() > 1
+
+
+def record_positive(record):
+    """The float result of the first layer, whose sign decides about ReLU's gradient."""
+    (layer,) = (x for x in record.layers.values() if x.layer.path == "stem")
+    return np.asarray(layer.result)
+
+
+class Wired(nn.Module):
+    """Dropout at the places where networks have it."""
+
+    place: str
+
+    @nn.compact
+    def __call__(self, x, train):
+        def drop(x):
+            return nn.Dropout(0.5, deterministic=not train)(x)
+
+        def dense(x, name):
+            return nn.Dense(8, name=name)(x)
+
+        x = dense(x, "stem")
+        if self.place == "of a branch":
+            x = x + drop(dense(nn.relu(x), "branch"))
+        elif self.place == "of a sum":
+            x = drop(x + dense(nn.relu(x), "branch"))
+        elif self.place == "before ReLU":
+            x = nn.relu(drop(x + dense(nn.relu(x), "branch")))
+        elif self.place == "before a maximum":
+            x = nn.max_pool(drop(nn.relu(x)), (2, 2), (2, 2))
+        elif self.place == "before an average":
+            x = drop(nn.relu(x)).mean((1, 2))
+        elif self.place == "twice, and reshaped":
+            x = drop(drop(nn.relu(x)).reshape(len(x), -1))
+        return dense(x, "head")
+
+
+PLACES = (
+    "of a branch",
+    "of a sum",
+    "before ReLU",
+    "before a maximum",
+    "before an average",
+    "twice, and reshaped",
+)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_both_modes_have_the_same_ranges_wherever_dropout_stands(place):
+    module, keys = Wired(place), {"params": KEY, "dropout": KEY}
+    variables = module.init(keys, IMAGES, train=False)
+    model = jaxqat.quantize(module)
+    sets = [
+        set(flatten_dict(model.init_quant(variables, IMAGES, train=train, rngs=keys)["quant"]))
+        for train in (False, True)
+    ]
+    assert sets[0] == sets[1]
+    variables = model.calibrate(variables, IMAGES, train=True, rngs=keys)
+    _, updates = model.apply(variables, IMAGES, train=True, rngs=keys, mutable=["quant"])
+    assert np.isfinite(model.apply({**variables, **updates}, IMAGES, train=False)).all()
+
+
+def sqnr(actual, expected):
+    """10 log10 of signal over noise, dB."""
+    signal, noise = np.float64(expected), np.float64(actual) - np.float64(expected)
+    return 10 * np.log10((signal**2).sum() / (noise**2).sum())
+
+
+def test_dropout_in_calibration_costs_no_accuracy_of_the_logits():
+    x = jax.nn.relu(ROWS @ PARAMS["stem"]["kernel"]) @ PARAMS["head"]["kernel"]
+    found = []
+    for train in (False, True):
+        network, inputs = KINDS["linen"](train)
+        found.append(sqnr(network.calibrate(*inputs).bind(train=False)(*inputs), x))
+    # Half a dB is a tenth of the 6 dB that one bit of the codes is worth.
+    assert abs(found[0] - found[1]) < 0.5
+
+
+def test_a_network_that_trained_with_dropout_is_converted_without_a_differing_code():
+    model = jaxqat.quantize(Linen())
+    variables = model.calibrate({"params": PARAMS}, ROWS, train=True, rngs={"dropout": KEY})
+    for step in range(3):
+        _, updates = model.apply(
+            variables, ROWS, train=True, rngs={"dropout": jax.random.key(step)}, mutable=["quant"]
+        )
+        variables = {**variables, **updates}
+    network = model.bind(variables, train=False)
+    graph = jaxqat.convert(network, ROWS[:1])
+    assert jaxqat.verify(network, graph=graph, batches=[ROWS]).differing == 0
+
+
+def test_a_network_in_training_mode_is_not_converted():
+    network, inputs = KINDS["linen"](True)
+    with pytest.raises(jaxqat.ConversionError, match="'select_n'"):
+        jaxqat.convert(network.calibrate(*inputs), ROWS[:1])
