@@ -5,7 +5,7 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Sequence
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self, cast, get_args
 
 from jaxqat.errors import RecipeError
 
@@ -52,6 +52,16 @@ def _check_numbers(key: str, settings: Any) -> None:
         raise RecipeError(f"{key}.percentile must be in (50, 100], got {percentile!r}.")
     if group_size is not None and (type(group_size) is not int or group_size < 1):
         raise RecipeError(f"{key}.group_size must be a whole number from 1, got {group_size!r}.")
+
+
+def _check_axis(value: object) -> None:
+    names = cast("tuple[object, ...]", value) if isinstance(value, tuple) else (value,)
+    valid = bool(names) and all(isinstance(name, str) and name for name in names)
+    if value is not None and not (valid and len(set(names)) == len(names)):
+        raise RecipeError(
+            "quant.range_axis must be the name of a mapped axis, several different names, or null, "
+            f"got {value!r}."
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -195,12 +205,18 @@ class Recipe(Settings):
     Attributes:
         range_decay: Decay per training step of the moving averages of activation ranges, 0 up to
             (not including) 1.
+        range_axis: Name or names of the mapped axes (`jax.shard_map`, `jax.pmap`) over which a
+            batch is split, as `axis_name` of Flax's BatchNorm: ranges are then those of the whole
+            batch. 'percentile', 'mse' and 'snr' gather every tensor that they observe on every
+            device. Null outside such axes, and under `jax.jit` with sharded arrays. Ranges and
+            codes of inference do not depend on it.
         first_last_bits: Width of weights and activations in the first and the last layer, unless
             a rule matches them; null uses the width of all other layers.
         rules: Exceptions, in order; the first match wins.
     """
 
     range_decay: float = 0.99
+    range_axis: str | tuple[str, ...] | None = None
     first_last_bits: int | None = None
     rules: tuple[Rule, ...] = ()
 
@@ -208,6 +224,9 @@ class Recipe(Settings):
         super().__post_init__()
         if not 0 <= self.range_decay < 1:
             raise RecipeError(f"quant.range_decay must be in [0, 1), got {self.range_decay!r}.")
+        if isinstance(self.range_axis, list):  # As YAML reads it; a recipe is hashable.
+            object.__setattr__(self, "range_axis", tuple(self.range_axis))
+        _check_axis(self.range_axis)
         edge = self.first_last_bits
         if edge is not None and (type(edge) is not int or not 2 <= edge <= 8):
             raise RecipeError(
@@ -216,6 +235,13 @@ class Recipe(Settings):
         object.__setattr__(self, "rules", tuple(self.rules))
         for rule in self.rules:
             rule.over(self)
+
+    @property
+    def range_axes(self) -> tuple[str, ...]:
+        """The names in `range_axis`."""
+        if self.range_axis is None:
+            return ()
+        return (self.range_axis,) if isinstance(self.range_axis, str) else self.range_axis
 
     @classmethod
     def preset(cls, name: str) -> Self:

@@ -46,5 +46,7 @@ def _form_inside(jaxpr: Any, operands: list[Operand]) -> Form | None:
         form = None
         if len(node.outputs) == 1:
             form = form_of(node, reads, inner.avals[node.outputs[0]])
-        known.update((number, Operand(None, form, constant)) for number in node.outputs)
+        # A copy of a number, such as the bound of a ReLU, is that number.
+        values = reads[0].values if primitive_of(node.name).kind is Kind.COPY else None
+        known.update((number, Operand(values, form, constant)) for number in node.outputs)
     return read(inner.outputs[0]).form

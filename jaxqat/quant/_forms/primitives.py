@@ -87,6 +87,8 @@ PRIMITIVES: dict[str, Primitive] = {
     "convert_element_type": Primitive(Kind.CAST, rules.same),
     "copy": Primitive(Kind.COPY, rules.same),
     "optimization_barrier": Primitive(Kind.COPY, rules.same),
+    # `jax.shard_map` marks with it what is the same on all devices, such as a parameter.
+    "pvary": Primitive(Kind.COPY, rules.same),
     "broadcast_in_dim": Primitive(Kind.MOVE, rules.moved),
     "expand_dims": Primitive(Kind.MOVE, rules.moved),
     "reshape": Primitive(Kind.MOVE, rules.moved),

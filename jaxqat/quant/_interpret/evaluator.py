@@ -60,7 +60,7 @@ class Evaluator:
         self.outputs: list[forms.Operand] = []
         self.results: list[Any] = []
         self._mode, self._switches = mode, LayerSwitches(plan, switches)
-        self._states = States(plan, state, mode, recipe.range_decay)
+        self._states = States(plan, state, mode, recipe)
         self._known: dict[int, forms.Operand] = {}
         self._layers = LayerEvaluator(plan, self._states, mode, self._switches, self._read)
 

@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxqat.errors import QuantizationError
+from jaxqat.quant._interpret.mapped import observed_axes
 from jaxqat.quant._interpret.modes import Mode
 from jaxqat.quant._numerics import estimators as estimate
 from jaxqat.quant._numerics import grids, ranges
 from jaxqat.quant._plan.plan import Layer, Lookup, Plan, QuantizedTensor
 from jaxqat.quant._trace.arguments import Key
+from jaxqat.quant.recipe import Recipe
 
 
 class _Observed(NamedTuple):
@@ -30,8 +32,8 @@ class States:
         after: The same after the evaluation; those that it did not meet are unchanged.
     """
 
-    def __init__(self, plan: Plan, state: Mapping[Key, ranges.Range], mode: Mode, decay: float):
-        self.before, self._mode, self._decay = state, mode, decay
+    def __init__(self, plan: Plan, state: Mapping[Key, ranges.Range], mode: Mode, recipe: Recipe):
+        self.before, self._mode, self._recipe = state, mode, recipe
         self._tensors = plan.by_key()
         self.after: dict[Key, ranges.Range] = dict(state)
         self._observed: dict[Key, _Observed] = {}
@@ -96,9 +98,11 @@ class States:
     def _observe(self, tensor: QuantizedTensor, state: ranges.Range, values: Any) -> _Observed:
         """Move the range of a tensor; return the range that this batch alone would give.
 
-        A tensor with several iterations of a loop gets the widest range of them.
+        A tensor with several iterations of a loop gets the widest range of them, and a tensor on
+        several devices that of the whole batch.
         """
-        low, high = estimate.activation_extent(values, tensor.settings)
+        axes = observed_axes(self._recipe)
+        low, high = estimate.activation_extent(values, tensor.settings, axes)
         before = self._observed.get(tensor.key)
         if before is not None:
             low, high = jnp.minimum(low, before.low), jnp.maximum(high, before.high)
@@ -107,12 +111,12 @@ class States:
         if tensor.learned == "pact":
             start = grid.scale * grid.top
         elif tensor.learned == "lsq":
-            magnitude = jnp.mean(jnp.abs(jax.lax.stop_gradient(values).astype(jnp.float32)))
+            magnitude = estimate.mean_magnitude(values, axes)
             start = (
                 estimate.first_step_size(magnitude, grid.top) if before is None else before.start
             )
         seen = self._observed[tensor.key] = _Observed(low, high, start)
-        decay = None if tensor.settings.act_range == "minmax" else self._decay
+        decay = None if tensor.settings.act_range == "minmax" else self._recipe.range_decay
         new = ranges.observe(state, low, high, decay)
         leaf = tensor.leaf
         self.after[tensor.key] = self._with_learned(leaf, state, new, start) if leaf else new

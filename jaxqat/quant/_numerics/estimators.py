@@ -28,21 +28,47 @@ CONTEXT = _Context(key=None, train_step=None)
 # Fractions of the largest magnitude that a search tries, as clipping bounds.
 FRACTIONS = tuple(float(x) for x in np.linspace(0.05, 1.0, 20, dtype=np.float32))
 
+# Methods that depend on all values of a tensor, not only on its extremes.
+OF_ALL_VALUES = ("percentile", "mse", "snr")
+
 Extent = tuple[Float[Array, ""], Float[Array, ""]]
 
 
-def activation_extent(x: Float[Array, "..."], settings: Settings) -> Extent:
+def activation_extent(
+    x: Float[Array, "..."], settings: Settings, axes: tuple[str, ...] = ()
+) -> Extent:
     """Return the range of one batch, in float32 and without a gradient.
 
     Args:
         x: The tensor.
         settings: `act_range` is the method: 'percentile', 'mse' or 'snr'; any other takes the
             minimum and the maximum.
+        axes: Mapped axes over which the batch is split. These three methods gather the whole
+            tensor on every device; minimum and maximum are reduced.
 
     Returns:
-        Smallest and largest real value to cover.
+        Smallest and largest real value to cover, the same on all devices.
     """
     x = jax.lax.stop_gradient(x).astype(jnp.float32)
+    if axes and settings.act_range in OF_ALL_VALUES:
+        x = jax.lax.all_gather(x, axes)
+    low, high = _extent(x, settings)
+    # After gathering, all devices have the same values; reduced, JAX knows so too.
+    return (jax.lax.pmin(low, axes), jax.lax.pmax(high, axes)) if axes else (low, high)
+
+
+def mean_magnitude(x: Float[Array, "..."], axes: tuple[str, ...] = ()) -> Float[Array, ""]:
+    """Return mean|x| of one batch, in float32 and without a gradient.
+
+    Args:
+        x: The tensor.
+        axes: Mapped axes over which the batch is split, into parts of equal size.
+    """
+    mean = jnp.mean(jnp.abs(jax.lax.stop_gradient(x).astype(jnp.float32)))
+    return jax.lax.pmean(mean, axes) if axes else mean
+
+
+def _extent(x: Float[Array, "..."], settings: Settings) -> Extent:
     if settings.act_range == "percentile":
         share = settings.percentile
         low, high = jnp.percentile(x.reshape(-1), jnp.asarray([100 - share, share]))

@@ -217,7 +217,8 @@ def _only_clips(node: Node) -> bool:
 
     def clips(jaxpr: Any) -> bool:
         return all(
-            primitive_of(e.primitive.name).kind is Kind.CLIP or any(map(clips, inner_jaxprs(e)))
+            primitive_of(e.primitive.name).kind in (Kind.CLIP, Kind.COPY)
+            or any(map(clips, inner_jaxprs(e)))
             for e in jaxpr.eqns
         )
 
