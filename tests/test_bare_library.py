@@ -5,6 +5,9 @@ import sys
 from pathlib import Path
 
 import bare_library
+import pytest
+
+pytestmark = pytest.mark.slow
 
 # Flax imports orbax-checkpoint and optax; test_architecture.py checks that jaxqat does not.
 BLOCKED = """

@@ -21,6 +21,8 @@ from jaxqat import cli
 from jaxqat.commands import train
 from jaxqat.pipeline import config
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 TRAIN = train.train
 open_tmp = tiny_run.open_tmp

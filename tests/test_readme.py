@@ -13,6 +13,8 @@ from flax import nnx
 
 import jaxqat
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 ALL_RESULTS = {

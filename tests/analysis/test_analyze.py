@@ -154,6 +154,7 @@ def test_a_layer_of_two_bits_is_the_most_sensitive(path):
     assert str(analysis).splitlines()[1].startswith(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["residual", "mlp"])
 def test_linen_modules_are_analyzed_with_normalization_as_a_part(name):
     model, images = trained(MODELS[name]), inputs(4, seed=1)

@@ -2,9 +2,12 @@
 
 import json
 
+import pytest
 import tiny_run
 
 from jaxqat.commands.benchmark import benchmark
+
+pytestmark = pytest.mark.slow
 
 compiled_once, small_network = tiny_run.compiled_once, tiny_run.small_network
 console, finished = tiny_run.console, tiny_run.finished

@@ -19,6 +19,8 @@ from jaxqat.pipeline.measurements import RunAnalysis
 from jaxqat.pipeline.results import read
 from jaxqat.pipeline.run.folder import RunFolderError
 
+pytestmark = pytest.mark.slow
+
 compiled_once, small_network = tiny_run.compiled_once, tiny_run.small_network
 console, finished, no_report = tiny_run.console, tiny_run.finished, tiny_run.no_report
 

@@ -18,6 +18,8 @@ from jaxqat.bench.table import print_benchmark
 from jaxqat.commands import benchmark as module
 from jaxqat.commands.benchmark import benchmark
 
+pytestmark = pytest.mark.slow
+
 compiled_once, console = tiny_run.compiled_once, tiny_run.console
 
 

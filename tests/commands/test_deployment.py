@@ -19,6 +19,8 @@ from jaxqat.lowering import LoweringError
 from jaxqat.pipeline.data import load_dataset
 from jaxqat.pipeline.run.folder import RunFolderError
 
+pytestmark = pytest.mark.slow
+
 compiled_once, small_network = tiny_run.compiled_once, tiny_run.small_network
 console, finished = tiny_run.console, tiny_run.finished
 

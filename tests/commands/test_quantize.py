@@ -21,6 +21,8 @@ from jaxqat.pipeline.results import to_json
 from jaxqat.pipeline.run.folder import RunFolder
 from jaxqat.pipeline.run.snapshots import restore_model
 
+pytestmark = pytest.mark.slow
+
 compiled_once, small_network = tiny_run.compiled_once, tiny_run.small_network
 console, finished = tiny_run.console, tiny_run.finished
 

@@ -20,6 +20,8 @@ from jaxqat import Recipe, Rule, make_executor
 from jaxqat.integer._execute import PallasCuda
 from jaxqat.integer._execute.executor import PLATFORMS
 
+pytestmark = pytest.mark.slow
+
 ACTIVATIONS = {
     "relu": nn.relu,
     "relu6": nn.relu6,

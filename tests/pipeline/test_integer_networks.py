@@ -22,6 +22,8 @@ from jaxqat.pipeline.results import to_json
 from jaxqat.pipeline.run.folder import RunFolder, RunFolderError
 from jaxqat.pipeline.training import Stopped
 
+pytestmark = pytest.mark.slow
+
 compiled_once, small_network = tiny_run.compiled_once, tiny_run.small_network
 console, finished, no_report = tiny_run.console, tiny_run.finished, tiny_run.no_report
 

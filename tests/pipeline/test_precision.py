@@ -2,12 +2,15 @@
 
 import jax
 import numpy as np
+import pytest
 import tiny_run
 from tiny_run import tiny
 
 from jaxqat.commands import train
 from jaxqat.pipeline.data import load_dataset
 from jaxqat.pipeline.networks import Networks, matmul_precision
+
+pytestmark = pytest.mark.slow
 
 compiled_once, small_network = tiny_run.compiled_once, tiny_run.small_network
 console = tiny_run.console

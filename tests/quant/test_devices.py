@@ -12,6 +12,8 @@ import two_devices as two
 
 from jaxqat import QuantizationError, Recipe, RecipeError
 
+pytestmark = pytest.mark.slow
+
 # The largest tensor that is quantized: 8 examples of 4 x 4 positions and 4 channels.
 LARGEST = 8 * 4 * 4 * 4
 # Learned step sizes start from means of |x|, which two devices sum in another order: fewer than one

@@ -119,6 +119,7 @@ def test_the_parameter_tree_is_the_models_own(images):
         jax.tree.map(np.testing.assert_array_equal, variables[name], plain[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train", [False, True], ids=["frozen", "batch statistics"])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_kernel_of_resnet18_gets_a_gradient(recipe, train):

@@ -68,6 +68,7 @@ def test_with_all_layers_off_the_logits_are_the_float_models(name):
     np.testing.assert_allclose(result([]), expected, rtol=0, atol=tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_switched_layer_is_what_a_rule_makes_of_it(name):
     _, paths, result, traces = switched(name)

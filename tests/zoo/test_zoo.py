@@ -19,6 +19,8 @@ from zoo.harness import IMAGES, TOKENS, Quantized, at, copied, function, linen, 
 import jaxqat
 from jaxqat import Recipe, Rule
 
+pytestmark = pytest.mark.slow
+
 ATTENTION = Recipe(rules=(Rule(kind="attention"),))
 
 

@@ -239,7 +239,7 @@ def _check_calls(plan: Plan, state: Mapping[Key, Range]) -> None:
     not have, such as an auxiliary classifier's in inference, may have any number of them.
     """
     held = by_call(key for key, tensor in state.items() if "min" in tensor)
-    for key, met in by_call({tensor.key for tensor in plan.tensors.values()}).items():
+    for key, met in by_call(plan.by_key()).items():
         made = held.get(key, [])
         if made and len(made) != len(met):
             path = "/".join(key[:-1])

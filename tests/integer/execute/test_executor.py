@@ -178,6 +178,7 @@ WIDE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("platform", [*EXACT, "cuda_pallas"])
 @pytest.mark.parametrize("name", WIDE)

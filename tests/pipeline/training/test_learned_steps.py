@@ -22,6 +22,8 @@ from jaxqat.pipeline.training import (
     make_step,
 )
 
+pytestmark = pytest.mark.slow
+
 compiled_once, small_network = tiny_run.compiled_once, tiny_run.small_network
 console, no_report = tiny_run.console, tiny_run.no_report
 

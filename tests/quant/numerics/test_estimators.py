@@ -106,6 +106,7 @@ def test_minmax_keeps_the_extremes_where_ema_averages():
         np.testing.assert_allclose(ranges["w"]["input"]["max"], high, rtol=2**-20)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("act_range", ["percentile", "mse", "snr"])
 @pytest.mark.parametrize("weight_range", ["percentile", "mse", "snr"])
 def test_a_network_of_any_estimator_becomes_the_same_integer_network(act_range, weight_range):
