@@ -169,6 +169,12 @@ def moved(p, x):
     return jax.nn.relu(y.transpose(0, 2, 1)).reshape(-1, 8) @ p["w"]["kernel"]
 
 
+def nested_and_moved(p, x):
+    y = (x @ p["a"]["kernel"] + x).reshape(-1, 2, 4).transpose(0, 2, 1)
+    y = y + (x @ p["b"]["kernel"]).reshape(-1, 4, 2)
+    return jax.nn.relu(y).reshape(-1, 8) @ p["w"]["kernel"]
+
+
 def shared(p, x):
     y = x @ p["a"]["kernel"]
     return (jax.nn.relu(y + x) @ p["b"]["kernel"] + y) @ p["w"]["kernel"]
@@ -190,6 +196,7 @@ SUMS = {
     joined: {"a/input", "a/output", "w/input"},
     moved: {"a/input", "a/output", "w/input"},
     scaled: {"a/input", "a/output", "b/input", "b/output", "w/input"},
+    nested_and_moved: {"a/input", "a/output", "b/output", "w/term", "w/input"},
     twice: {"a/input", "a/output", "w/input"},
     shared: {"a/input", "a/output", "b/input", "b/output", "w/input"},
 }

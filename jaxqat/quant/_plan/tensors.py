@@ -109,8 +109,7 @@ class TensorPlanner:
 
     def _add_terms(self, node: Node, total: QuantizedTensor) -> list[tuple[int, QuantizedTensor]]:
         """Quantize the terms of a residual addition; return those that were not quantized yet."""
-        operands = [a for a in node.inputs if isinstance(a, int)]
-        sources = [self._origins.source(operand) for operand in operands]
+        sources = [self._origins.source(a) for a in node.inputs if isinstance(a, int)]
         if any(source in self._dynamic for source in sources):
             return []  # Codes of such a tensor have a scale for each example.
         producers = self._producers(sources)
@@ -124,7 +123,7 @@ class TensorPlanner:
         keys = [self._tensor_at(place).key for place in places]
         for i, place in enumerate(places):
             self._set(place, self._read_by(self._tensor_at(place), total, keys[1 - i], i in new))
-        return [(operands[i], self._tensor_at(places[i])) for i in new]
+        return [(sources[i], self._tensor_at(places[i])) for i in new]
 
     def _place(self, node: Node, side: int, source: int) -> _Place:
         """Return where a term is quantized: its variable, or the operand of the sum alone.

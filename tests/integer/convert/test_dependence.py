@@ -81,7 +81,7 @@ def test_a_preprocess_that_looks_further_than_one_value_is_refused(preprocess):
         converted(network, np.asarray(preprocess(IMAGES)), preprocess=preprocess)
 
 
-@pytest.mark.parametrize("preprocess", [normalized, lambda x: x > 99, lambda x: x / 255], ids=str)
+@pytest.mark.parametrize("preprocess", [normalized, lambda x: x > 99, lambda x: x / 255])
 def test_functions_of_a_value_and_its_channel_become_a_table(preprocess):
     x = np.asarray(preprocess(jnp.asarray(IMAGES)), np.float32)
     graph = converted(network, x, preprocess=preprocess)
