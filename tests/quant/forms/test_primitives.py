@@ -77,6 +77,7 @@ MOVES = {
     "convert_element_type": (lambda x: x.astype(jnp.bfloat16), identity),
     "copy": (jnp.copy, identity),
     "optimization_barrier": (lax.optimization_barrier, identity),
+    "pvary": (identity, identity),  # Outside of a mapped axis it is nothing else.
     "broadcast_in_dim": (
         lambda x: lax.broadcast_in_dim(x, (2, 3, 6, 4), (0, 2, 3)),
         lambda u: np.broadcast_to(u[:, None], (2, 3, 6, 4)),
