@@ -248,3 +248,22 @@ def test_a_model_without_quantized_layers_or_with_several_results_is_refused():
     variables = model.calibrate({"params": PARAMS}, SEEN)
     with pytest.raises(QuantizationError, match=r"got 2 of the shapes \(32, 5\), \(32, 6\)"):
         jaxqat.analyze(model, variables, batches=BATCHES)
+
+
+def attention(params, x):
+    scores = jax.nn.softmax(jnp.einsum("bqd,bkd->bqk", x @ params["query"], x @ params["key"]))
+    return jnp.einsum("bqk,bkd->bqd", scores, x).mean(1) @ params["head"]
+
+
+def test_products_of_two_activations_are_analyzed_like_layers():
+    params = {n: RNG.normal(0, 0.4, (6, 6)).astype(np.float32) for n in ("query", "key", "head")}
+    x = RNG.normal(size=(8, 5, 6)).astype(np.float32)
+    rule = Rule(kind="attention", weight_bits=2, act_bits=2)
+    network = jaxqat.calibrate(
+        attention, {"params": params}, batches=[x], recipe=Recipe(rules=(rule,))
+    )
+    found = jaxqat.analyze(network, batches=[x])
+    pairs = {row.path: row for row in found.sensitivity if "dot_general" in row.path}
+    assert len(pairs) == 2
+    # Two bits cost more than the eight of all other layers.
+    assert {row.path for row in found.sensitivity[:2]} == set(pairs)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxqat.quant._forms.operand import any_of
-from jaxqat.quant._plan.plan import Plan, QuantizedTensor
+from jaxqat.quant._plan.plan import LayerInfo, Plan, QuantizedTensor
 from jaxqat.quant._trace.arguments import Key
 
 
@@ -40,8 +40,7 @@ class LayerSwitches:
         if self._switches is None:
             return True
         keys = self._reading(tensor.key)
-        readers = [info for info in self._table if info.range_key in keys]
-        on = any_of(self._switches[info.path] for info in readers)
+        on = any_of(self._switches[info.path] for info in self._table if _reads(info, keys))
         return on & any_of(map(self._producer, tensor.producers)) if tensor.producers else on
 
     def _producer(self, producer: str | Key) -> Any:
@@ -52,3 +51,9 @@ class LayerSwitches:
     def _reading(self, key: Key) -> set[Key]:
         """Return the keys of a tensor and of all that are computed from it without a layer."""
         return {key}.union(*map(self._reading, self._tensors[key].readers))
+
+
+def _reads(info: LayerInfo, keys: set[Key]) -> bool:
+    # The table has one range for each layer; both operands of an attention product have its path.
+    both = info.kind == "attention" and info.path in {"/".join(key[:-1]) for key in keys}
+    return both or info.range_key in keys

@@ -13,7 +13,7 @@ pytest.importorskip("onnxruntime")
 from export.onnx.fused import optimized  # noqa: E402
 
 from jaxqat.errors import ExportError  # noqa: E402
-from jaxqat.export._onnx.grids import offsets  # noqa: E402
+from jaxqat.export._onnx.grids import offsets, sum_scales  # noqa: E402
 from jaxqat.export._onnx.model import onnx_model  # noqa: E402
 from jaxqat.export._onnx.runtime import run_onnx  # noqa: E402
 from jaxqat.integer import graph as g  # noqa: E402
@@ -96,6 +96,33 @@ def test_sums_are_one_kernel_and_exact_for_every_pair_of_codes(factors, shift, z
         graph = sum_of_two(factors, shift, terms, out)
         assert_exact(graph, EVERY_PAIR.astype(F))
         assert optimized(onnx_model(graph), tmp_path)["QLinearAdd"] == 1
+
+
+# Sums without scales near the tensors' own; found among 20,000 random ones.
+WITHOUT_NEAR = [("0x1.7bf1ep-7", (8617, 32761), 11), ("0x1.44ef8ep-1", (8182, 5105), 15)]
+
+
+@pytest.mark.parametrize(("scale", "factors", "shift"), WITHOUT_NEAR)
+def test_sums_without_scales_near_their_own_are_exact_in_units(scale, factors, shift, tmp_path):
+    out = tensor("out", (1,), float.fromhex(scale), 5)
+    graph = sum_of_two(factors, shift, (3, -128), out)
+    node = next(n for n in graph.nodes if isinstance(n, g.Add))
+    assert sum_scales(node, out.scale).out == 1
+    assert_exact(graph, EVERY_PAIR.astype(F))
+    assert optimized(onnx_model(graph), tmp_path)["QLinearAdd"] == 1
+
+
+def test_scales_of_a_sum_give_its_multipliers_to_the_bit():
+    rng = np.random.default_rng(1)
+    for _ in range(500):
+        factors = tuple(map(int, rng.integers(1, 24_000, 2)))
+        scale = F(np.exp(rng.uniform(-9, 3)))
+        node = g.Add(name="add", inputs=("a", "b"), output="out", factors=factors, shift=14)
+        found = sum_scales(node, scale)
+        for term, factor in zip(found.terms, factors, strict=True):
+            assert term / found.out == F(factor / 2**14)
+        # At most 64 units in the last place from the scale, which are 2**-23 of it or less.
+        assert abs(float(found.out) / float(scale) - 1) <= 64 * 2**-23 or found.out == 1
 
 
 def average(length, out_scale):

@@ -21,8 +21,8 @@ def converted(function, x, **options):
 
 
 def divided(params, x):
-    hidden = jnp.maximum(x @ params["first"]["kernel"], 0)
-    return (hidden / x.shape[0]) @ params["last"]["kernel"]
+    hidden = x @ params["first"]["kernel"] / x.shape[0]
+    return jnp.maximum(hidden, 0) @ params["last"]["kernel"]
 
 
 def shifted(params, x):
@@ -34,7 +34,7 @@ def scaled_result(params, x):
     return x @ params["first"]["kernel"] / len(x)
 
 
-@pytest.mark.parametrize("function", [shifted, scaled_result])
+@pytest.mark.parametrize("function", [divided, shifted, scaled_result])
 def test_a_network_of_the_batch_size_is_refused_with_the_node(function):
     expected = r"depends on the batch size: with 8 examples and with 16 .*\(.*first.*\)"
     with pytest.raises(ConversionError, match=expected):
