@@ -335,3 +335,36 @@ def test_weights_that_are_not_real_numbers_stay_as_they_are_and_are_named(dtype)
     assert relative_error(function, params, ROWS) < 0.02  # Of 8 bits in the other product.
     with pytest.raises(jaxqat.ConversionError, match=rf"mixing \(dense\): .* and {dtype}, not"):
         jaxqat.convert(model, ROWS[:1])
+
+
+def test_constant_matrices_are_no_layers_and_leave_the_edges_to_the_models_own():
+    """Interpolation stands first and last; stem and head are the first and last layers."""
+    params = {"stem": weights(3, 3, 3, 8), "body": weights(3, 3, 8, 8), "head": weights(8, 5)}
+
+    def model(params, x):
+        x = jax.image.resize(x, (x.shape[0], 12, 12, 3), "bilinear")
+        x = jax.nn.relu(conv(x, params["stem"]))
+        x = jax.nn.relu(conv(x, params["body"])) @ params["head"]
+        return jax.image.resize(x, (x.shape[0], 20, 20, 5), "bilinear")
+
+    recipe = Recipe(weight_bits=2, act_bits=4, first_last_bits=8)
+    network, _ = calibrated(model, params, IMAGES, recipe)
+    table = network.layers(IMAGES)
+    bits = {row.path: row.weight_bits for row in table if row.settings is not None}
+    assert bits == {"stem": 8, "body": 2, "head": 8}
+    left = [row.float_reason for row in table if row.settings is None]
+    assert set(left) == {"one operand is a constant, not a parameter"} and len(left) >= 2
+
+
+def test_weights_outside_of_params_are_layers():
+    """A collection of frozen weights, as of adapters, is a variable of the model too."""
+
+    class Frozen(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return x @ self.variable("frozen", "kernel", lambda: jnp.asarray(weights(12, 5))).value
+
+    model = jaxqat.quantize(Frozen())
+    variables = model.init(jax.random.key(0), ROWS)
+    (row,) = model.layers(variables, ROWS)
+    assert (row.weight_bits, row.float_reason) == (8, None)
