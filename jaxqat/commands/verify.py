@@ -39,9 +39,9 @@ def verify(
     """Compare every code of the integer network with the network it was converted from.
 
     Without a format, the quantized network in inference mode is the reference. The exit status is 1
-    if codes differ by more than one, or in 1 of 100,000 places or more, or if an image changes its
-    class. Only RUN/evaluations/verify_SPLIT.json is written, with ptq and the format before SPLIT
-    if they are given.
+    if codes differ by more than one, or in 1 of 100,000 places or more, if an image changes its
+    class, or if results differ although no code does. Only RUN/evaluations/verify_SPLIT.json is
+    written, with ptq and the format before SPLIT if they are given.
 
     Args:
         run: Run folder.

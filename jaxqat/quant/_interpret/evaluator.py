@@ -101,9 +101,10 @@ class Evaluator:
 
     def _run_operation(self, node: Node) -> list[Any]:
         """Run an operation in float, and derive the form of its result."""
-        terms = self.plan.terms
+        tensors = self.plan.tensors
         operands = [
-            self._as_planned(self._read(a), terms.get((node, i))) for i, a in enumerate(node.inputs)
+            self._as_planned(self._read(a), tensors.get((node, i)))
+            for i, a in enumerate(node.inputs)
         ]
         results = node.bind(*(o.values for o in operands))
         form, holds = self._form(node, operands, results)

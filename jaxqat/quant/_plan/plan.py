@@ -24,6 +24,10 @@ CONSTANTS, PARAMETERS, STATISTICS, DATA = 0, 1, 2, 3
 # The leaf of a tensor's state that gradients train, by the method in `Settings.act_range`.
 LEARNED = {"lsq": "step", "pact": "bound"}
 
+# Where a tensor is quantized: a variable, or the operand of a residual addition. In the second case
+# other readers of the variable see it as it is.
+Place = int | tuple[Node, int]
+
 LEFT_BY_RECIPE = "the recipe leaves it in float"
 NO_WEIGHTS = "both operands depend on the data"
 CONSTANT_WEIGHTS = "one operand is a constant, not a parameter"
@@ -218,9 +222,7 @@ class Plan:
         program: The traced computation.
         level: What each variable depends on.
         layers: Quantized products and tables of embeddings, by node.
-        tensors: Tensors to quantize, by variable.
-        terms: Terms of residual additions to quantize for the addition alone, by its node and
-            operand; other readers of the same variable see it as it is.
+        tensors: Tensors to quantize, by place.
         dropouts: Every dropout, by the node that selects between zeros and kept elements.
         step_sizes: Shapes of the weights' learned step sizes, by key in the state.
         table: Every product, quantized or not, in order.
@@ -229,8 +231,7 @@ class Plan:
     program: Program
     level: list[int]
     layers: dict[Node, Layer | Lookup | Pair]
-    tensors: dict[int, QuantizedTensor]
-    terms: dict[tuple[Node, int], QuantizedTensor]
+    tensors: dict[Place, QuantizedTensor]
     dropouts: Mapping[Node, Dropout]
     step_sizes: dict[Key, tuple[int, ...]]
     table: tuple[LayerInfo, ...]
@@ -244,7 +245,7 @@ class Plan:
 
     def by_key(self) -> dict[Key, QuantizedTensor]:
         """Return all tensors to quantize by the key of their range."""
-        return {tensor.key: tensor for tensor in (*self.tensors.values(), *self.terms.values())}
+        return {tensor.key: tensor for tensor in self.tensors.values()}
 
     def check_rules(self, recipe: Recipe) -> None:
         """Raise RecipeError if a rule of the recipe decides about no layer."""

@@ -61,9 +61,8 @@ def make_plan(
         planner.visit(node)
     planner.tensors.finish()
     table = planner.finished_table()
-    tensors, terms = planner.tensors.tensors, planner.tensors.terms
-    step_sizes, dropouts = planner.step_sizes, planner.dropouts
-    return Plan(program, level, planner.layers, tensors, terms, dropouts, step_sizes, table)
+    tensors, dropouts = planner.tensors.tensors, planner.dropouts
+    return Plan(program, level, planner.layers, tensors, dropouts, planner.step_sizes, table)
 
 
 class _Planner:

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from jaxqat.errors import RecipeError
 from jaxqat.quant._plan.origins import Origins
-from jaxqat.quant._plan.plan import LEARNED, QuantizedTensor
+from jaxqat.quant._plan.plan import LEARNED, Place, QuantizedTensor
 from jaxqat.quant._trace.arguments import Key
 from jaxqat.quant._trace.program import Node
 from jaxqat.quant.recipe import Settings
@@ -19,22 +19,16 @@ from jaxqat.quant.recipe import Settings
 # What two readers of a tensor must agree on; of two widths the larger one serves both.
 _SHARED = ("activations", "act_range", "percentile")
 
-# A variable, or an operand of a node.
-_Place = int | tuple[Node, int]
-
 
 class TensorPlanner:
     """Collects the tensors to quantize.
 
     Attributes:
-        tensors: By variable.
-        terms: Terms of residual additions that are quantized for the addition alone, by its node
-            and operand.
+        tensors: By place (`plan.Place`).
     """
 
     def __init__(self, origins: Origins, layers: Mapping[Node, Any]):
-        self.tensors: dict[int, QuantizedTensor] = {}
-        self.terms: dict[tuple[Node, int], QuantizedTensor] = {}
+        self.tensors: dict[Place, QuantizedTensor] = {}
         self._origins, self._layers = origins, layers
         self._uses: dict[Key, int] = {}
         self._dynamic: dict[int, str] = {}  # Paths of layers of dynamic ranges, by source.
@@ -81,7 +75,7 @@ class TensorPlanner:
         Raises:
             RecipeError: Two layers that read the same tensor disagree about it.
         """
-        for number in sorted(self.tensors, reverse=True):
+        for number in self._variables()[::-1]:
             before = self._origins.quantized_before(number, self.tensors)
             if before is not None:
                 popped = self.tensors.pop(number)
@@ -94,8 +88,11 @@ class TensorPlanner:
                 _refuse(path, tensor, "act_range", "dynamic")
         self._add_before()
 
+    def _variables(self) -> list[int]:
+        return sorted(place for place in self.tensors if isinstance(place, int))
+
     def _add_before(self) -> None:
-        waiting = sorted(self.tensors.items())
+        waiting = [(number, self.tensors[number]) for number in self._variables()]
         while waiting:
             number, tensor = waiting.pop()
             found = self._origins.before(number, self.tensors)
@@ -116,16 +113,16 @@ class TensorPlanner:
         if not producers:
             return []  # Nothing before the sum is quantized.
         places = [self._place(node, side, source) for side, source in enumerate(sources)]
-        new = [i for i, place in enumerate(places) if self._at(place) is None]
+        new = [i for i, place in enumerate(places) if place not in self.tensors]
         for i in new:
-            if self._at(places[i]) is None:  # Both operands can be one tensor.
-                self._set(places[i], self._term(sources[i], total, producers))
-        keys = [self._tensor_at(place).key for place in places]
+            if places[i] not in self.tensors:  # Both operands can be one tensor.
+                self.tensors[places[i]] = self._term(sources[i], total, producers)
+        keys = [self.tensors[place].key for place in places]
         for i, place in enumerate(places):
-            self._set(place, self._read_by(self._tensor_at(place), total, keys[1 - i], i in new))
-        return [(sources[i], self._tensor_at(places[i])) for i in new]
+            self.tensors[place] = _read_by(self.tensors[place], total, keys[1 - i], i in new)
+        return [(sources[i], self.tensors[places[i]]) for i in new]
 
-    def _place(self, node: Node, side: int, source: int) -> _Place:
+    def _place(self, node: Node, side: int, source: int) -> Place:
         """Return where a term is quantized: its variable, or the operand of the sum alone.
 
         A layer's result with readers other than sums stays as it is for those: batch norm, for
@@ -135,29 +132,6 @@ class TensorPlanner:
         if quantized is not None:
             return quantized
         return source if self._origins.is_read_by_sums(source) else (node, side)
-
-    def _at(self, place: _Place) -> QuantizedTensor | None:
-        return self.tensors.get(place) if isinstance(place, int) else self.terms.get(place)
-
-    def _tensor_at(self, place: _Place) -> QuantizedTensor:
-        return self.tensors[place] if isinstance(place, int) else self.terms[place]
-
-    def _set(self, place: _Place, tensor: QuantizedTensor) -> None:
-        if isinstance(place, int):
-            self.tensors[place] = tensor
-        else:
-            self.terms[place] = tensor
-
-    @staticmethod
-    def _read_by(
-        tensor: QuantizedTensor, total: QuantizedTensor, other: Key, is_new: bool
-    ) -> QuantizedTensor:
-        """Return a term that one more sum reads; only the term of a single sum is cut to it."""
-        if is_new and tensor.other_term is None:
-            return dataclasses.replace(tensor, other_term=other)
-        if not tensor.readers or total.key in tensor.readers:
-            return tensor
-        return dataclasses.replace(tensor, readers=(*tensor.readers, total.key), other_term=None)
 
     def _quantized_at(self, source: int) -> int | None:
         """Return the quantized tensor that a source is, or has maxima of."""
@@ -182,6 +156,17 @@ class TensorPlanner:
         key = (*total.key[:-1], "term") if path is None else (*path.split("/"), "output")
         settings = _of_terms(total.settings)
         return QuantizedTensor(self.unique_key(key), settings, (total.key,), producers=producers)
+
+
+def _read_by(
+    tensor: QuantizedTensor, total: QuantizedTensor, other: Key, is_new: bool
+) -> QuantizedTensor:
+    """Return a term that one more sum reads; only the term of a single sum is cut to it."""
+    if is_new and tensor.other_term is None:
+        return dataclasses.replace(tensor, other_term=other)
+    if not tensor.readers or total.key in tensor.readers:
+        return tensor
+    return dataclasses.replace(tensor, readers=(*tensor.readers, total.key), other_term=None)
 
 
 def _of_terms(settings: Settings) -> Settings:
