@@ -6,7 +6,7 @@ products are laid out and accumulated. All platforms compute the same integers.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -18,6 +18,7 @@ from jaxtyping import Array, Int
 from jaxqat.integer import graph as g
 from jaxqat.integer._execute.arithmetic import FixedPoint, rescale, rescale_fixed, shift_to_even
 from jaxqat.integer._visitor import GraphVisitor
+from jaxqat.quant._numerics import windows
 
 Parameters = dict[str, dict[str, np.ndarray]]
 
@@ -109,19 +110,8 @@ class Platform(GraphVisitor[Array]):
         return node.kind == "conv" and is_depthwise(node)
 
     def depthwise(self, node: g.Product, codes: Array, weights: Array) -> Int[Array, "..."]:
-        """Return a depthwise convolution as an elementwise int32 sum of shifted tensors times taps.
-
-        Matrix units do not help without a reduction over channels, XLA's CPU backend has no fast s8
-        kernel for it, and on CUDA the grouped s8 convolution has given wrong sums.
-        """
-        multiple = weights.shape[-1] // codes.shape[-1]
-        total: Any = 0
-        for tap, window in windows(node, self.padded(node, codes)):
-            window = window.astype(jnp.int32)
-            if multiple > 1:
-                window = jnp.repeat(window, multiple, axis=-1)
-            total = total + window * weights[tap].astype(jnp.int32).reshape(-1)
-        return total
+        """Return a depthwise convolution (`windows.depthwise`)."""
+        return windows.depthwise(self.padded(node, codes), weights, node.strides, node.dilation)
 
     def padded(self, node: g.Product, codes: Array) -> Array:
         """Pad codes with the zero point."""
@@ -132,8 +122,7 @@ class Platform(GraphVisitor[Array]):
 
     def dot(self, codes: Array, weights: Array) -> Int[Array, "..."]:
         """Return int32 sums over the last axis of the codes."""
-        axes = (((codes.ndim - 1,), (0,)), ((), ()))
-        return lax.dot_general(codes, weights, axes, preferred_element_type=jnp.int32)
+        return windows.dot(codes, weights)
 
     def _multiplier(self, node: g.Product) -> dict[str, np.ndarray]:
         if self.graph.requantization == "float" or node.output not in self.graph.tensors:
@@ -276,7 +265,11 @@ def is_depthwise(node: g.Product) -> bool:
 
 
 def convolve(
-    node: g.Product, codes: Array, weights: Array, kernel_layout: str = "io"
+    node: g.Product,
+    codes: Array,
+    weights: Array,
+    kernel_layout: str = "io",
+    groups: int | None = None,
 ) -> Int[Array, "..."]:
     """Return an s8 x s8 -> s32 convolution, padded with 0.
 
@@ -285,6 +278,7 @@ def convolve(
         codes: (batch, spatial..., channels).
         weights: int8.
         kernel_layout: 'io' for (*window, inputs, outputs), 'o_i' for (outputs, *window, inputs).
+        groups: Channel groups, if they are not the node's.
     """
     spatial = "DHW"[3 - (codes.ndim - 2) :]
     kernel = f"{spatial}IO" if kernel_layout == "io" else f"O{spatial}I"
@@ -295,42 +289,17 @@ def convolve(
         node.padding,
         rhs_dilation=node.dilation,
         dimension_numbers=(f"N{spatial}C", kernel, f"N{spatial}C"),
-        feature_group_count=node.groups,
+        feature_group_count=groups or node.groups,
         preferred_element_type=jnp.int32,
     )
-
-
-def windows(node: g.Product, padded: Any) -> Iterator[tuple[tuple[int, ...], Any]]:
-    """Yield the index of each tap, and the elements of the padded tensor that it reads."""
-    for tap, slices in taps(padded.shape[1:-1], node.window, node.strides, node.dilation):
-        yield tap, padded[(slice(None), *slices, slice(None))]
-
-
-def taps(
-    sizes: tuple[int, ...],
-    window: tuple[int, ...],
-    strides: tuple[int, ...],
-    dilation: tuple[int, ...],
-) -> Iterator[tuple[tuple[int, ...], tuple[slice, ...]]]:
-    """Yield the index of each tap of a sliding window, and the slices that it reads."""
-    geometry = list(zip(sizes, window, strides, dilation, strict=True))
-    extent = [(size - d * (length - 1) - 1) // s + 1 for size, length, s, d in geometry]
-    for tap in np.ndindex(*window):
-        starts = [t * d for t, d in zip(tap, dilation, strict=True)]
-        yield (
-            tap,
-            tuple(
-                slice(start, start + stride * (n - 1) + 1, stride)
-                for start, stride, n in zip(starts, strides, extent, strict=True)
-            ),
-        )
 
 
 def tap_sums(node: g.Product, shape: tuple[int, ...]) -> Any:
     """Return the int32 sums of the weight codes inside of the tensor, by output position."""
     image = np.pad(np.ones(shape[:-1], np.int32), node.padding)
     total: Any = 0
-    for tap, inside in windows(node, image[None, ..., None]):
+    image = image[None, ..., None]
+    for tap, inside in windows.windows(image, node.window, node.strides, node.dilation):
         total = total + inside[0] * node.weights[tap].astype(np.int32).sum(-2)
     return total
 

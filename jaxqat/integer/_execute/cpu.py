@@ -7,7 +7,7 @@ batch is split into chunks that fit the cache.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import jax
@@ -21,7 +21,8 @@ from jaxlib.mlir.dialects import stablehlo
 from jaxtyping import Array, Int
 
 from jaxqat.integer import graph as g
-from jaxqat.integer._execute.base import Platform, is_depthwise, taps, windows
+from jaxqat.integer._execute.base import Platform, is_depthwise
+from jaxqat.quant._numerics.windows import taps, windows
 
 CHUNK = 8
 # Limit on the operands of a concatenation, because compilation time grows faster than their number:
@@ -62,7 +63,7 @@ class Cpu(Platform):
             return self.dot(gather_windows(node, padded), arrays["weights"]) + arrays["bias"]
         parts = []
         weights = jnp.split(arrays["weights"], node.groups, axis=-1)
-        split = [jnp.split(window, node.groups, axis=-1) for _, window in windows(node, padded)]
+        split = [jnp.split(window, node.groups, axis=-1) for _, window in _windows(node, padded)]
         for group, matrix in enumerate(weights):
             parts.append(self.dot(jnp.concatenate([c[group] for c in split], -1), matrix))
         return jnp.concatenate(parts, -1) + arrays["bias"]
@@ -87,7 +88,7 @@ def gather_windows(node: g.Product, padded: Array) -> Array:
     positions = (width - node.window[-1]) // node.strides[-1] + 1
     pieces = positions * math.prod(node.window[:-1])
     if math.prod(node.window) == 1 or node.dilation[-1] > 1 or pieces > MAX_PIECES:
-        columns = [window for _, window in windows(node, padded)]
+        columns = [window for _, window in _windows(node, padded)]
         return jnp.concatenate(columns, -1) if len(columns) > 1 else columns[0]
     stride, length = node.strides[-1] * channels, node.window[-1] * channels
     lines = padded.reshape(*padded.shape[:-2], width * channels)
@@ -96,6 +97,10 @@ def gather_windows(node: g.Product, padded: Array) -> Array:
     starts = range(0, positions * stride, stride)
     rows = jnp.concatenate([line[..., x : x + length] for x in starts for line in read], -1)
     return rows.reshape(*rows.shape[:-1], positions, len(read) * length)
+
+
+def _windows(node: g.Product, padded: Array) -> Iterator[tuple[tuple[int, ...], Array]]:
+    return windows(padded, node.window, node.strides, node.dilation)
 
 
 def in_chunks(function: Any, images: Array, chunk: int = CHUNK) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 
 from jaxtyping import Array
 
-from jaxqat.quant._numerics.products import Dot
+from jaxqat.quant._numerics.products import LARGEST, Dot
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -46,9 +46,9 @@ class GroupedDot(Dot):
     def zero_sums(self, shape, weights):
         return self._inner.zero_sums(shape, self.split_weights(weights))
 
-    def accumulate(self, codes, weights):
+    def accumulate(self, codes, weights, largest=LARGEST):
         codes = self._split(codes, self.data_axes[0])
-        return self._inner.accumulate(codes, self.split_weights(weights))
+        return self._inner.accumulate(codes, self.split_weights(weights), largest)
 
     def _split(self, x: Array, axis: int) -> Array:
         groups = x.shape[axis] // self.group_size

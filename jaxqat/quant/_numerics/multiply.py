@@ -96,7 +96,8 @@ def _multiply(quantizer, x, codes, grid, weights, step_size, noise):
 def _multiply_forward(quantizer, x, codes, grid, weights, step_size, noise):
     weights = first_order(weights)
     weight_codes, weight_scale = quantizer.quantize(weights, step_size, noise)
-    total = quantizer.product.accumulate(codes, weight_codes)
+    largest = max(-grid.low, grid.high) * 2 ** (quantizer.bits - 1)
+    total = quantizer.product.accumulate(codes, weight_codes, largest)
     if grid.zero_point is None:
         correction = jnp.zeros((), jnp.int32)
     else:

@@ -14,13 +14,19 @@ one.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Int, Int8
+
+from jaxqat.quant._numerics import cudnn, windows
+
+LARGEST = 128 * 128  # The largest magnitude of a product of two int8 codes.
 
 
 class Product(Protocol):
@@ -50,9 +56,18 @@ class Product(Protocol):
         ...
 
     def accumulate(
-        self, codes: Int8[Array, "..."], weights: Int8[Array, "..."]
+        self,
+        codes: Int8[Array, "..."],
+        weights: Int8[Array, "..."],
+        largest: int = LARGEST,
     ) -> Int[Array, "..."]:
-        """Return the sums of code products, s8 x s8 -> s32."""
+        """Return the sums of code products, s8 x s8 -> s32.
+
+        Args:
+            codes: Of the activations.
+            weights: Their codes.
+            largest: The largest magnitude of a product of two codes, by their widths.
+        """
         ...
 
     def zero_sums(self, shape: tuple[int, ...], weights: Int8[Array, "..."]) -> Int[Array, "..."]:
@@ -97,9 +112,10 @@ class Convolution:
         shape[self.params["dimension_numbers"].out_spec[0]] = values.size
         return values.reshape(shape)
 
-    def accumulate(self, codes, weights):
+    def accumulate(self, codes, weights, largest=LARGEST):
+        by_cudnn = functools.partial(self.on_cuda, largest=largest)
         return lax.platform_dependent(
-            codes, weights, cpu=self._widened, cuda=self._by_cudnn, default=self._integer
+            codes, weights, cpu=self._widened, cuda=by_cudnn, default=self._integer
         )
 
     def zero_sums(self, shape, weights):
@@ -109,17 +125,38 @@ class Convolution:
             return self.over_output(sums)
         batch = self.params["dimension_numbers"].lhs_spec[0]
         ones = jnp.ones((*shape[:batch], 1, *shape[batch + 1 :]), jnp.int8)
-        return self.accumulate(ones, weights)
+        return self.accumulate(ones, weights, largest=128)
 
-    def _by_cudnn(self, codes, weights):
-        """Return the sums by way of float32, exact below 2**24: cuDNN has no s8 -> s32 convolution.
+    def on_cuda(self, codes, weights, largest):
+        """Return the sums by the rule of `cudnn`, with bounds for all codes of this width."""
+        numbers, groups = self.params["dimension_numbers"], self.params["feature_group_count"]
+        outputs, inputs = (weights.shape[axis] for axis in numbers.rhs_spec[:2])
+        if groups > 1 and inputs == 1:
+            return self._over_windows(codes, weights, windows.depthwise)
+        taps = math.prod(weights.shape) // (inputs * outputs)
+        parts = cudnn.exact_parts(np.full((inputs, outputs), taps * largest), groups)
+        if parts is None:
+            dots = functools.partial(windows.dot_over_windows, groups=groups)
+            return self._over_windows(codes, weights, dots)
+        return cudnn.convolve(
+            [(p, weights[_at(numbers.rhs_spec, p.outputs, p.in_group)]) for p in parts],
+            codes,
+            functools.partial(self._integer, groups=1),
+            axes=(numbers.lhs_spec[1], numbers.out_spec[1]),
+        )
 
-        The bounds keep XLA from removing the two conversions.
-        """
-        sums = self._integer(codes, weights).astype(jnp.float32)
-        return jnp.clip(sums, -(2.0**30), 2.0**30).astype(jnp.int32)
+    def _over_windows(self, codes, weights, product):
+        """Return the sums of a product of padded tensors, channels last (see `windows`)."""
+        lhs, rhs, out = self.params["dimension_numbers"]
+        codes = jnp.transpose(codes, (lhs[0], *lhs[2:], lhs[1]))
+        weights = jnp.transpose(weights, (*rhs[2:], rhs[1], rhs[0]))
+        geometry = zip(self.params["padding"], self.params["lhs_dilation"], strict=True)
+        borders = [(low, high, dilation - 1) for (low, high), dilation in geometry]
+        padded = lax.pad(codes, np.zeros((), codes.dtype), [(0, 0, 0), *borders, (0, 0, 0)])
+        sums = product(padded, weights, self.params["window_strides"], self.params["rhs_dilation"])
+        return jnp.moveaxis(sums, range(sums.ndim), (out[0], *out[2:], out[1]))
 
-    def _integer(self, codes, weights):
+    def _integer(self, codes, weights, groups=None):
         return lax.conv_general_dilated(
             codes,
             weights,
@@ -128,7 +165,7 @@ class Convolution:
             lhs_dilation=self.params["lhs_dilation"],
             rhs_dilation=self.params["rhs_dilation"],
             dimension_numbers=self.params["dimension_numbers"],
-            feature_group_count=self.params["feature_group_count"],
+            feature_group_count=groups or self.params["feature_group_count"],
             precision=lax.Precision.DEFAULT,
             preferred_element_type=jnp.int32,
         )
@@ -209,7 +246,8 @@ class Dot:
         sums = jnp.sum(weights.astype(jnp.int32), axis=self.channel_axes, keepdims=True)
         return self.over_output(sums)
 
-    def accumulate(self, codes, weights):
+    def accumulate(self, codes, weights, largest=LARGEST):
+        del largest  # A dot accumulates in s32 on every device.
         return lax.dot_general(
             *self._ordered(codes, weights),
             self.params["dimension_numbers"],
@@ -222,6 +260,13 @@ class Dot:
 
     def macs(self, weight_shape, output_shape):
         return math.prod(output_shape) * math.prod(weight_shape[a] for a in self.channel_axes)
+
+
+def _at(spec: tuple[int, ...], outputs: slice, inputs: slice) -> tuple[slice, ...]:
+    """Return the index of some output and input channels of weights."""
+    index = [slice(None)] * len(spec)
+    index[spec[0]], index[spec[1]] = outputs, inputs
+    return tuple(index)
 
 
 def _pad_end(x: Array, more: dict[int, int]) -> Array:

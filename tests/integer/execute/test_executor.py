@@ -173,8 +173,8 @@ WIDE = {
     "conv": ("conv", (3, 4, 180), extreme_weights(3, 3, 180, 4)),
     "groups": ("conv", (3, 3, 320), extreme_weights(3, 3, 160, 4), 2),
     "one pixel": ("conv", (2, 2, 1604), extreme_weights(1, 1, 1604, 4)),
-    # A single input channel cannot be split.
-    "window": ("conv", (1600, 1), extreme_weights(1500, 1, 4)),
+    # Four input channels cannot be split.
+    "window": ("conv", (300, 4), extreme_weights(261, 4, 4)),
 }
 
 

@@ -1,5 +1,8 @@
 """Integer products against NumPy in int64, exactly."""
 
+import functools
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +10,7 @@ import pytest
 from jax import lax
 from references import integers as reference
 
-from jaxqat.quant._numerics.products import Convolution, Dot
+from jaxqat.quant._numerics.products import LARGEST, Convolution, Dot
 
 
 def convolution(x, w, **params):
@@ -78,6 +81,91 @@ def test_a_transposed_convolution_accumulates_exactly():
     total = np.asarray(product.accumulate(codes, weights), np.int64)
     zeros = np.asarray(product.zero_sums(codes.shape, weights), np.int64)
     np.testing.assert_array_equal(total - 5 * zeros, expected)
+
+
+WIDE = {  # Data, weights and options of convolutions whose sums pass 2**24.
+    "inputs": ((2, 5, 5, 180), (3, 3, 180, 4), {}),
+    "groups": ((2, 4, 4, 320), (3, 3, 160, 6), dict(groups=2)),
+    "four inputs": ((2, 18, 18, 4), (17, 17, 4, 4), {}),  # Cannot be split.
+    "depthwise": ((2, 40, 40, 3), (34, 34, 1, 6), dict(groups=3)),
+    "borders": ((2, 5, 6, 180), (3, 3, 180, 4), dict(padding=((1, 2), (0, -1)), stride=(2, 1))),
+    "window": ((2, 20, 20, 4), (9, 9, 4, 4), dict(padding=((4, 4), (7, 8)), dilation=(2, 2))),
+}
+
+
+@pytest.mark.parametrize("case", WIDE)
+def test_the_convolution_on_cuda_is_exact_beyond_float32(case):
+    data_shape, weight_shape, given = WIDE[case]
+    options = {"stride": (1, 1), "padding": ((0, 0), (0, 0)), "dilation": (1, 1), **given}
+    rng = np.random.default_rng(0)
+    codes = np.full(data_shape, -128, np.int8)
+    codes[0].flat[::7] += 1  # Sums of all parities.
+    weights = rng.choice(np.array([-127, 127], np.int8), weight_shape)
+    weights[..., 0], weights[..., 1] = 127, -127
+    product = convolution(
+        jnp.zeros(data_shape),
+        jnp.zeros(weight_shape),
+        window_strides=options["stride"],
+        padding=options["padding"],
+        rhs_dilation=options["dilation"],
+        feature_group_count=options.get("groups", 1),
+    )
+    cropped = codes.astype(np.int64)
+    padding = []
+    for axis, borders in enumerate(options["padding"], start=1):
+        start, stop = (max(-border, 0) for border in borders)
+        cropped = np.take(cropped, range(start, codes.shape[axis] - stop), axis)
+        padding.append(tuple(max(border, 0) for border in borders))
+    expected = reference.conv2d(
+        cropped, weights.astype(np.int64), **{**options, "padding": tuple(padding)}
+    )
+    assert case == "window" or np.abs(expected).max() > 2**24
+    total = jax.jit(functools.partial(product.on_cuda, largest=LARGEST))(codes, weights)
+    np.testing.assert_array_equal(total, expected)
+
+
+def test_the_convolution_on_cuda_keeps_layout_and_input_dilation():
+    rng = np.random.default_rng(1)
+    codes = rng.integers(-128, 128, (6, 4, 5, 2)).astype(np.int8)  # Channels first, batch last.
+    for groups, inputs in ((1, 6), (2, 3), (6, 1)):
+        weights = rng.integers(-127, 128, (12, 3, 2, inputs)).astype(np.int8)
+
+        def transposed(x, w, groups=groups):
+            return lax.conv_general_dilated(
+                x, w, (1, 2), ((1, 2), (0, 1)), lhs_dilation=(2, 1), feature_group_count=groups,
+                dimension_numbers=("CHWN", "OHWI", "HNCW"), preferred_element_type=jnp.int32,
+            )  # fmt: skip
+
+        equation = jax.make_jaxpr(transposed)(codes, weights).jaxpr.eqns[0]
+        product = Convolution(equation.primitive, equation.params, 4)
+        # Small sums are exact in XLA's own convolution.
+        expected = transposed(codes.astype(np.int32), weights.astype(np.int32))
+        for largest in (LARGEST, 2**24 // 3):  # In one part, and in none.
+            total = product.on_cuda(jnp.asarray(codes), jnp.asarray(weights), largest)
+            np.testing.assert_array_equal(total, expected)
+
+
+@pytest.mark.parametrize(
+    "groups, inputs, largest, convolutions",
+    [(1, 256, 128 * 128, 3), (1, 256, 8 * 8, 1), (2, 128, 128 * 128, 4), (256, 1, 128 * 128, 0)],
+    ids=["split", "4 bits", "groups", "depthwise"],
+)
+def test_a_program_for_cuda_has_no_grouped_and_no_inexact_convolution(
+    groups, inputs, largest, convolutions
+):
+    codes, weights = jnp.zeros((2, 8, 8, 256)), jnp.zeros((3, 3, inputs, 256))
+    product = convolution(
+        codes, weights, window_strides=(1, 1), padding="SAME", feature_group_count=groups
+    )
+    accumulate = jax.jit(functools.partial(product.accumulate, largest=largest))
+    traced = accumulate.trace(codes.astype(jnp.int8), weights.astype(jnp.int8))
+    lines = traced.lower(lowering_platforms=("cuda",)).as_text().splitlines()
+    found = [line for line in lines if "stablehlo.convolution" in line]
+    assert len(found) == convolutions
+    assert all("feature_group_count = 1 " in line for line in found)
+    most = 2**24 // (9 * largest)
+    sizes = [int(re.search(r"tensor<3x3x(\d+)x\d+xi8>", line)[1]) for line in found]
+    assert sum(sizes) == bool(convolutions) * 256 and all(size <= most for size in sizes)
 
 
 DOTS = {  # Shapes of data and weights, the einsum of the product, and which side the weights are.

@@ -1,0 +1,87 @@
+"""Convolutions of codes over gathered windows, for devices without an exact s8 convolution.
+
+Tensors are (batch, spatial..., channels) and padded; weights are (*window, inputs of a group,
+outputs). All results are int32.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Int, Int8
+
+
+def taps(
+    sizes: tuple[int, ...],
+    window: tuple[int, ...],
+    strides: tuple[int, ...],
+    dilation: tuple[int, ...],
+) -> Iterator[tuple[tuple[int, ...], tuple[slice, ...]]]:
+    """Yield the index of each tap of a sliding window, and the slices that it reads."""
+    geometry = list(zip(sizes, window, strides, dilation, strict=True))
+    extent = [(size - d * (length - 1) - 1) // s + 1 for size, length, s, d in geometry]
+    for tap in np.ndindex(*window):
+        starts = [t * d for t, d in zip(tap, dilation, strict=True)]
+        yield (
+            tap,
+            tuple(
+                slice(start, start + stride * (n - 1) + 1, stride)
+                for start, stride, n in zip(starts, strides, extent, strict=True)
+            ),
+        )
+
+
+def windows(
+    padded: Any, window: tuple[int, ...], strides: tuple[int, ...], dilation: tuple[int, ...]
+) -> Iterator[tuple[tuple[int, ...], Any]]:
+    """Yield the index of each tap, and the elements of the padded tensor that it reads."""
+    for tap, slices in taps(padded.shape[1:-1], window, strides, dilation):
+        yield tap, padded[(slice(None), *slices, slice(None))]
+
+
+def depthwise(
+    padded: Array,
+    weights: Int8[Array, "..."],
+    strides: tuple[int, ...],
+    dilation: tuple[int, ...],
+) -> Int[Array, "..."]:
+    """Return a depthwise convolution as an elementwise sum of shifted tensors times taps.
+
+    Matrix units do not help without a reduction over channels, XLA's CPU backend has no fast s8
+    kernel for it, and on CUDA the grouped s8 convolution has given wrong sums.
+    """
+    multiple = weights.shape[-1] // padded.shape[-1]
+    total: Any = 0
+    for tap, window in windows(padded, weights.shape[:-2], strides, dilation):
+        window = window.astype(jnp.int32)
+        if multiple > 1:
+            window = jnp.repeat(window, multiple, axis=-1)
+        total = total + window * weights[tap].astype(jnp.int32).reshape(-1)
+    return total
+
+
+def dot_over_windows(
+    padded: Int8[Array, "..."],
+    weights: Int8[Array, "..."],
+    strides: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+) -> Int[Array, "..."]:
+    """Return a convolution as s8 dots with s32 results, one per channel group."""
+    taken = windows(padded, weights.shape[:-2], strides, dilation)
+    columns = jnp.stack([window for _, window in taken], -2)
+    inputs = jnp.split(columns, groups, -1)
+    outputs = jnp.split(weights, groups, -1)
+    sums = [
+        dot(x.reshape(*x.shape[:-2], -1), w.reshape(-1, w.shape[-1]))
+        for x, w in zip(inputs, outputs, strict=True)
+    ]
+    return jnp.concatenate(sums, -1)
+
+
+def dot(codes: Array, weights: Array) -> Int[Array, "..."]:
+    """Return int32 sums of the codes' last axis times the weights' first."""
+    axes = (((codes.ndim - 1,), (0,)), ((), ()))
+    return lax.dot_general(codes, weights, axes, preferred_element_type=jnp.int32)
