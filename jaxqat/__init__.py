@@ -22,6 +22,7 @@ from jaxqat.integer._store.folder import load, save
 from jaxqat.integer._verify import Verification, verify
 from jaxqat.integer.graph import IntegerGraph
 from jaxqat.quant import (
+    BatchNormWarning,
     BoundModel,
     LayerInfo,
     QuantizedModel,
@@ -29,6 +30,7 @@ from jaxqat.quant import (
     Rule,
     calibrate,
     quantize,
+    reestimate_batch_norm,
 )
 
 if TYPE_CHECKING:
@@ -54,6 +56,7 @@ def __getattr__(name: str) -> Any:
 __all__ = [
     "Analysis",
     "ArtifactError",
+    "BatchNormWarning",
     "BoundModel",
     "ConversionError",
     "Description",
@@ -81,6 +84,7 @@ __all__ = [
     "load_stablehlo",
     "make_executor",
     "quantize",
+    "reestimate_batch_norm",
     "save",
     "verify",
 ]

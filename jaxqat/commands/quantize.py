@@ -13,7 +13,12 @@ from jaxqat.pipeline.display import print_results
 from jaxqat.pipeline.evaluation import Predictor, measure
 from jaxqat.pipeline.integer_networks import check_network
 from jaxqat.pipeline.networks import Networks, matmul_precision
-from jaxqat.pipeline.post_training import calibrated, convert_and_test, with_quantization
+from jaxqat.pipeline.post_training import (
+    calibrated,
+    convert_and_test,
+    warn_unconverged,
+    with_quantization,
+)
 from jaxqat.pipeline.report import write_report
 from jaxqat.pipeline.results import Results
 from jaxqat.pipeline.run.folder import RunFolder, claim
@@ -70,7 +75,9 @@ def quantize(
         batches = _check_batches(experiment, dataset, batches)
         networks = Networks.build(with_quantization(experiment, quant, batches), dataset)
         check_finished(StageRun.of("fp32", networks, folder))
-        model = calibrated(networks, restore_model(networks, folder, "fp32"))
+        fp32 = restore_model(networks, folder, "fp32")
+        warn_unconverged(networks, fp32, console)
+        model = calibrated(networks, fp32)
         graph, ptq, speed = convert_and_test(networks, model, stop, preset=recipe)
         verification = verification_result(check_network(networks, model, graph, console))
         ptq = dataclasses.replace(ptq, verify=verification)

@@ -7,7 +7,6 @@ network of QAT in RUN/integer, and 'ptq' the calibrated one in RUN/ptq.
 import dataclasses
 import functools
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -26,7 +25,7 @@ from jaxqat.pipeline.integer_networks import (
     measure_network,
 )
 from jaxqat.pipeline.networks import Networks, matmul_precision
-from jaxqat.pipeline.post_training import calibrated, convert_and_test
+from jaxqat.pipeline.post_training import calibrated, convert_and_test, warn_unconverged
 from jaxqat.pipeline.report import write_report
 from jaxqat.pipeline.results import TRAINED_STAGES, IntegerResult, Results, Speed
 from jaxqat.pipeline.run.folder import RunFolder, RunFolderError, check_config, claim
@@ -136,7 +135,12 @@ def _run(
     runs = {name: StageRun.of(name, networks, folder) for name in TRAINED_STAGES}
     fp32 = runs["fp32"].train(lambda: Model(*networks.init()), stop=stop, console=console)
     stop.raise_if_set()
-    start = functools.cache(partial(calibrated, networks, fp32))
+
+    @functools.cache
+    def start() -> Model:
+        warn_unconverged(networks, fp32, console)
+        return calibrated(networks, fp32)
+
     qat = runs["qat"].train(start, stop=stop, console=console)
     stop.raise_if_set()
     measured = {

@@ -14,7 +14,14 @@ from jaxqat.pipeline.config import Experiment
 from jaxqat.pipeline.data import Dataset, augment, epoch_permutation, normalize
 from jaxqat.pipeline.models import build_model
 from jaxqat.pipeline.training import Collections, Forward
-from jaxqat.quant import LayerInfo, QuantizedModule, calibrate, quantize
+from jaxqat.quant import (
+    BatchNormEstimate,
+    LayerInfo,
+    QuantizedModule,
+    calibrate,
+    estimate_batch_norm,
+    quantize,
+)
 
 # Folded into a stage's random key. Other numbers would change the results of every seed.
 STAGE_STREAMS = {"init": 0, "fp32": 1, "qat": 2}
@@ -117,19 +124,41 @@ class Networks:
 
         The ranges are observed on randomly chosen training images, without augmentation.
         """
-        config, images = self.experiment.qat, self.dataset.train.images
-        # Training counts epochs from 1, so only calibration uses the order of epoch 0.
-        order = np.asarray(epoch_permutation(self.experiment.seed, 0, len(images)))
-        batches = min(config.calibration_batches, len(images) // config.batch_size)
-        chosen = order[: batches * config.batch_size].reshape(batches, config.batch_size)
+        images = self.dataset.train.images
         bound = calibrate(
             self.quantized,
             {"params": params, **collections},
-            batches=(images[indices] for indices in chosen),
+            batches=(images[indices] for indices in self._calibration_batches()),
             preprocess=self.normalize,
             train=False,
         )
         return {name: value for name, value in bound.variables.items() if name != "params"}
+
+    def batch_norm(self, params: Any, collections: Mapping[str, Any]) -> BatchNormEstimate:
+        """Return the float network's batch statistics over augmented training images.
+
+        They are the images that `calibrate` uses.
+        """
+        images, key = self.dataset.train.images, stage_key(self.experiment.seed, "qat")
+        batches = (
+            (jax.random.fold_in(key, number), images[indices])
+            for number, indices in enumerate(self._calibration_batches())
+        )
+        return estimate_batch_norm(
+            self.modules["fp32"],
+            {"params": params, **collections},
+            batches=batches,
+            preprocess=self.prepare,
+            train=True,
+        )
+
+    def _calibration_batches(self) -> np.ndarray:
+        """Return indices of randomly chosen training images, (batches, images)."""
+        config, size = self.experiment.qat, len(self.dataset.train)
+        # Training counts epochs from 1, so only calibration uses the order of epoch 0.
+        order = np.asarray(epoch_permutation(self.experiment.seed, 0, size))
+        batches = min(config.calibration_batches, size // config.batch_size)
+        return order[: batches * config.batch_size].reshape(batches, config.batch_size)
 
     def predictor(self, stage: str) -> Callable[[Any, jax.Array], jax.Array]:
         """Return the compiled function (variables, uint8 images) -> logits."""

@@ -9,10 +9,13 @@ which would take longer than the rest.
 import dataclasses
 from typing import Any
 
+from rich.console import Console
+
 from jaxqat.integer.graph import IntegerGraph
 from jaxqat.pipeline import config as configs
 from jaxqat.pipeline.config import Experiment
 from jaxqat.pipeline.data import Dataset
+from jaxqat.pipeline.display import warn
 from jaxqat.pipeline.integer_networks import convert_network, load_network, measure_network
 from jaxqat.pipeline.networks import Networks
 from jaxqat.pipeline.results import PtqResult, Speed
@@ -25,7 +28,20 @@ from jaxqat.quant import Recipe
 
 def calibrated(networks: Networks, fp32: Model) -> Model:
     """Return the trained float network with activation ranges; QAT starts from it too."""
-    return Model(fp32.params, networks.calibrate(fp32.params, fp32.collections), fp32.step)
+    collections = fp32.collections
+    if networks.experiment.qat.reestimate_batch_norm:
+        found = networks.batch_norm(fp32.params, collections)
+        collections = {**collections, "batch_stats": found.statistics}
+    return Model(fp32.params, networks.calibrate(fp32.params, collections), fp32.step)
+
+
+def warn_unconverged(networks: Networks, fp32: Model, console: Console) -> None:
+    """Warn if batch norm's statistics have not converged and are not estimated anew."""
+    if networks.experiment.qat.reestimate_batch_norm:
+        return
+    warning = networks.batch_norm(fp32.params, fp32.collections).warning
+    if warning is not None:
+        warn(f"{warning} Set qat.reestimate_batch_norm to true, or train FP32 longer.", console)
 
 
 def convert_and_test(

@@ -2,6 +2,12 @@
 """The quantization core: what is quantized, with which ranges, by which integer arithmetic."""
 
 from jaxqat.quant._plan.plan import LayerInfo
+from jaxqat.quant.models.batch_norm import (
+    BatchNormEstimate,
+    BatchNormWarning,
+    estimate_batch_norm,
+    reestimate_batch_norm,
+)
 from jaxqat.quant.models.bound import BoundModel, QuantizedModel
 from jaxqat.quant.models.calibration import calibrate
 from jaxqat.quant.models.linen import QuantizedModule
@@ -10,6 +16,8 @@ from jaxqat.quant.models.stateless import QuantizedEquinox, QuantizedFunction
 from jaxqat.quant.recipe import Recipe, Rule, Settings
 
 __all__ = [
+    "BatchNormEstimate",
+    "BatchNormWarning",
     "BoundModel",
     "LayerInfo",
     "QuantizedEquinox",
@@ -20,5 +28,7 @@ __all__ = [
     "Rule",
     "Settings",
     "calibrate",
+    "estimate_batch_norm",
     "quantize",
+    "reestimate_batch_norm",
 ]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from integer.models import MODELS, inputs, trained
+from references.sqnr import decibels
 
 import jaxqat
 from jaxqat import QuantizationError, Recipe, Rule
@@ -71,10 +72,6 @@ class Reference:
     def weights(name):
         scale = np.abs(PARAMS[name]).max(0, keepdims=True).astype(np.float64) / 127
         return scale * np.round(PARAMS[name] / scale)
-
-
-def decibels(x, q):
-    return 10 * np.log10((x**2).sum() / ((x - q) ** 2).sum())
 
 
 # Float32 sums of a few hundred squares are off by at most 2**-15 of themselves, which is 10**-4 dB.

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from flax.traverse_util import flatten_dict
+from references.sqnr import decibels
 
 import jaxqat
 from jaxqat.quant import _forms as forms
@@ -210,18 +211,12 @@ def test_both_modes_have_the_same_ranges_wherever_dropout_stands(place):
     assert np.isfinite(model.apply({**variables, **updates}, IMAGES, train=False)).all()
 
 
-def sqnr(actual, expected):
-    """10 log10 of signal over noise, dB."""
-    signal, noise = np.float64(expected), np.float64(actual) - np.float64(expected)
-    return 10 * np.log10((signal**2).sum() / (noise**2).sum())
-
-
 def test_dropout_in_calibration_costs_no_accuracy_of_the_logits():
     x = jax.nn.relu(ROWS @ PARAMS["stem"]["kernel"]) @ PARAMS["head"]["kernel"]
     found = []
     for train in (False, True):
         network, inputs = KINDS["linen"](train)
-        found.append(sqnr(network.calibrate(*inputs).bind(train=False)(*inputs), x))
+        found.append(decibels(x, network.calibrate(*inputs).bind(train=False)(*inputs)))
     # Half a dB is a tenth of the 6 dB that one bit of the codes is worth.
     assert abs(found[0] - found[1]) < 0.5
 

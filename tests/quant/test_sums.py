@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from references.integers import affine_grid, weight_codes
+from references.sqnr import decibels
 
 import jaxqat
 from jaxqat.export._onnx.model import onnx_model
@@ -15,11 +16,6 @@ from jaxqat.export._onnx.runtime import run_onnx
 
 RECIPES = ("int8", "int8_symmetric")
 SHARES = (0.5, 0.67, 0.8, 0.9)
-
-
-def sqnr_db(real, values):
-    real = np.asarray(real, np.float64)
-    return 10 * np.log10((real**2).sum() / ((real - np.asarray(values, np.float64)) ** 2).sum())
 
 
 def sum_network(params, x):
@@ -62,11 +58,11 @@ def separately_rounded(params, x, symmetric):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_sum_of_opposite_terms_keeps_their_precision(recipe, share, mixed):
     network, real, x = cell(recipe, share, mixed)
-    found = sqnr_db(real, network(x))
+    found = decibels(real, network(x))
     params = network.variables["params"]
     # Dyadic multipliers have 13 bits or more, the codes 8. The mean of 2,048 squared errors has a
     # relative deviation of sqrt(2 / 2,048), 0.14 dB; 0.6 dB are three of the difference of two.
-    assert found >= sqnr_db(real, separately_rounded(params, x, "symmetric" in recipe)) - 0.6
+    assert found >= decibels(real, separately_rounded(params, x, "symmetric" in recipe)) - 0.6
     if not mixed:  # Nothing cancels but what each term is, so 8 bits give their usual 40 dB.
         assert found >= 38
 
@@ -125,7 +121,7 @@ def test_the_grid_of_a_term_leaves_out_what_a_relu_discards(recipe):
         np.testing.assert_allclose(float(term.scale), span / 127, rtol=4 * 2**-24)
     # Nothing is lost by it: every sum that is not discarded is as near as both roundings allow.
     real = relu_network(params, x)
-    assert sqnr_db(real, network(x)) > 30
+    assert decibels(real, network(x)) > 30
 
 
 def test_a_term_that_is_always_zero_takes_the_grid_of_the_sum():
@@ -138,7 +134,7 @@ def test_a_term_that_is_always_zero_takes_the_grid_of_the_sum():
     codes = network.model.record(network.variables, x).codes
     total, term = (codes[key].grid for key in (("w", "input"), ("a", "output")))
     np.testing.assert_allclose(float(term.scale), float(total.scale), rtol=2**-6)
-    assert sqnr_db(sum_network(params, x), network(x)) > 38
+    assert decibels(sum_network(params, x), network(x)) > 38
 
 
 def tensors_of(function, params, x, recipe: Any = "int8"):
@@ -208,7 +204,7 @@ def test_every_term_of_a_sum_is_quantized_and_exact(function):
     assert set(found) == SUMS[function]
     graph = jaxqat.convert(network, X)
     assert jaxqat.verify(network, graph=graph, batches=[X]).differing == 0
-    assert sqnr_db(function(network.variables["params"], X), network(X)) > 34
+    assert decibels(function(network.variables["params"], X), network(X)) > 34
 
 
 def test_a_term_that_something_else_reads_keeps_its_whole_range():

@@ -51,6 +51,10 @@ class QatConfig(StageConfig):
     calibration_batches: int = 8
     """Training batches, without augmentation, for calibrating the activation ranges."""
 
+    reestimate_batch_norm: bool = False
+    """Whether to estimate batch norm's statistics anew before calibration, from as many augmented
+    training batches."""
+
     freeze_epochs: int | None = None
     """Number of last epochs with frozen ranges and batch-norm statistics; null for a fifth of all
     epochs, at least one if there are two or more."""

@@ -21,7 +21,7 @@ def calibrate(
     *state: Any,
     batches: Iterable[Any],
     recipe: Recipe | str | None = None,
-    preprocess: Callable[[Any], Any] | None = None,
+    preprocess: Callable[..., Any] | None = None,
     **kwargs: Any,
 ) -> BoundModel:
     """Return a quantized model with ranges observed on data, bound to its variables.
