@@ -18,6 +18,7 @@ from jaxqat.quant import _forms as forms
 RNG = np.random.default_rng(0)
 ROWS = RNG.normal(0.3, 1, size=(64, 12)).astype(np.float32)
 IMAGES = RNG.normal(size=(4, 8, 8, 3)).astype(np.float32)
+TOKENS = ROWS.reshape(8, 16, 6)
 KEY = jax.random.key(3)
 PARAMS = {
     name: {"kernel": RNG.normal(0, 0.4, shape).astype(np.float32)}
@@ -209,6 +210,55 @@ def test_both_modes_have_the_same_ranges_wherever_dropout_stands(place):
     variables = model.calibrate(variables, IMAGES, train=True, rngs=keys)
     _, updates = model.apply(variables, IMAGES, train=True, rngs=keys, mutable=["quant"])
     assert np.isfinite(model.apply({**variables, **updates}, IMAGES, train=False)).all()
+
+
+class Attention(nn.Module):
+    """Flax drops attention weights by a product with a mask of 0 and 1 / (1 - p)."""
+
+    broadcast_dropout: bool = True
+
+    @nn.compact
+    def __call__(self, x, train):
+        attention = nn.MultiHeadDotProductAttention(
+            2, dropout_rate=0.5, broadcast_dropout=self.broadcast_dropout, deterministic=not train
+        )
+        return attention(x)
+
+
+class NNXAttention(nnx.Module):
+    def __init__(self):
+        self.attention = nnx.MultiHeadAttention(
+            2, in_features=6, dropout_rate=0.5, decode=False, rngs=nnx.Rngs(0)
+        )
+
+    def __call__(self, x, train):
+        return self.attention(x, deterministic=not train)
+
+
+def attention_networks(kind):
+    """The network in inference and in training mode, calibrated in that mode."""
+    recipe = jaxqat.Recipe(rules=(jaxqat.Rule(kind="attention"),))
+    for train in (False, True):
+        if kind == "nnx":
+            network = jaxqat.quantize(NNXAttention(), recipe).bind(train=train)
+        else:
+            module = Attention(broadcast_dropout=kind == "linen")
+            variables = module.init({"params": KEY}, TOKENS, train=False)
+            model = jaxqat.quantize(module, recipe)
+            network = model.bind(variables, train=train, rngs={"dropout": KEY})
+        yield network.calibrate(TOKENS)
+
+
+@pytest.mark.parametrize("kind", ["linen", "linen, each weight", "nnx"])
+def test_attention_drops_codes_of_its_weights(kind):
+    inference, training = attention_networks(kind)
+    assert inference.state.keys() == training.state.keys()
+    for key, state in inference.state.items():
+        if key[-2:] != ("out", "input"):  # All but that is before the dropped weights.
+            assert jax.tree.all(jax.tree.map(jnp.array_equal, state, training.state[key])), key
+    quality = [decibels(n.observe(TOKENS).results[0], n(TOKENS)) for n in (inference, training)]
+    # Codes of another grid than the weights' would cost far more than a bit, 6 dB.
+    assert quality[1] > quality[0] - 6
 
 
 def test_dropout_in_calibration_costs_no_accuracy_of_the_logits():

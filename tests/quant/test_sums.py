@@ -248,3 +248,21 @@ def test_analyze_has_a_row_for_each_term():
     assert SUMS[nested] == {tensor.name for tensor in found.tensors}
     # In 8 bits of a bell-shaped range each tensor has some 40 dB.
     assert all(tensor.sqnr_db is not None and tensor.sqnr_db > 34 for tensor in found.tensors)
+
+
+@pytest.mark.parametrize("shape", [(1, 6, 16), (6, 16)])
+def test_an_added_parameter_is_no_term_and_is_not_quantized(shape):
+    """As position embeddings or the bias of attention's heads: its codes would only add noise."""
+    rng = np.random.default_rng(0)
+    shapes = {"stem": (12, 16), "positions": shape, "middle": (16, 16), "head": (16, 5)}
+    params = {name: rng.normal(size=s).astype(np.float32) for name, s in shapes.items()}
+    tokens = rng.normal(size=(64, 6, 12)).astype(np.float32)
+
+    def network(params, x):
+        x = x @ params["stem"] + params["positions"]
+        return jax.nn.relu(x @ params["middle"]).mean(1) @ params["head"]
+
+    bound = jaxqat.calibrate(network, {"params": params}, batches=[tokens])
+    assert {"/".join(key) for key in bound.state} == {
+        "stem/input", "middle/input", "head/pool", "head/input",
+    }  # fmt: skip

@@ -120,7 +120,7 @@ class Evaluator:
         dropout = self.plan.dropouts.get(node)
         if dropout is not None:
             before = self._read(dropout.tensor)
-            selection = _selection(node, dropout.place, operands[0].values)
+            selection = _selection(node, dropout.place, [o.values for o in operands])
             return dropped_out(selection, before.form, dropout.factor), before.holds
         form = form_of(node, operands, results[0]) if len(results) == 1 else None
         if form is None:
@@ -199,11 +199,13 @@ class Evaluator:
         return values, self.codes[tensor.key]
 
 
-def _selection(node: Node, place: int, mask: Any) -> forms.Operation:
-    """Return the selection of a dropout, as an operation on kept elements and zeros."""
+def _selection(node: Node, place: int, operands: list[Any]) -> forms.Operation:
+    """Return what a dropout selects, as an operation on kept elements and zeros."""
 
     def bind(kept: Any, zeros: Any) -> Any:
-        return node.bind(mask, *((kept, zeros) if place == 1 else (zeros, kept)))[0]
+        if len(operands) == 2:  # A product with a mask of zeros and factors.
+            return jnp.where(operands[1 - place] != 0, kept, zeros)
+        return node.bind(operands[0], *((kept, zeros) if place == 1 else (zeros, kept)))[0]
 
     return forms.Operation(node.name, node.equation.params, bind)
 

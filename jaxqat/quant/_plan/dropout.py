@@ -34,8 +34,15 @@ class _Search:
     level: list[int]
 
     def dropout(self, node: Node) -> Dropout | None:
-        """Return the dropout that a node ends: select(mask, zeros, factor * tensor)."""
-        if primitive_of(node.name).kind is not Kind.SELECT or len(node.inputs) != 3:
+        """Return the dropout that a node ends.
+
+        It is select(mask, zeros, factor * tensor), or tensor * (mask * factor) as in Flax's
+        attention.
+        """
+        kind = primitive_of(node.name).kind
+        if kind is Kind.AFFINE and len(node.inputs) == 2:
+            return self._masked(node)
+        if kind is not Kind.SELECT or len(node.inputs) != 3:
             return None
         for kept, dropped in ((1, 2), (2, 1)):
             if self._number(node.inputs[dropped]) == 0:
@@ -58,6 +65,42 @@ class _Search:
         factor = result(1.0)
         is_product = result(0.0) == 0 and 0 < factor < math.inf
         return Dropout(tensors[0], node, place, factor) if is_product else None
+
+    def _masked(self, node: Node) -> Dropout | None:
+        """Return the dropout of a product with a mask of zeros and a factor above 1."""
+        for place in (0, 1):
+            tensor, mask = node.inputs[place], node.inputs[1 - place]
+            if not self._is_data(tensor):
+                continue
+            factor = self._where_true(mask)
+            if factor is None or not 1 < factor < math.inf:
+                continue
+            # Neither a sum nor a quotient.
+            if _on_numbers(node, [3.0, factor]) == 3.0 * factor == _on_numbers(node, [factor, 3.0]):
+                return Dropout(tensor, node, place, factor)
+        return None
+
+    def _where_true(self, atom: Atom) -> float | None:
+        """Return the number where a mask is true, in a tensor that is 0 where it is false."""
+        node = self.program.made_by.get(atom) if isinstance(atom, int) else None
+        if node is None or not is_float(self.program.aval(node.outputs[0])):
+            return None
+        primitive = primitive_of(node.name)
+        if primitive.kind is Kind.CAST and self.program.aval(node.inputs[0]).dtype == bool:
+            return 1.0
+        if primitive.kind is Kind.CAST or primitive.keeps_values:
+            return self._where_true(node.inputs[0])
+        if primitive.kind is not Kind.AFFINE:
+            return None
+        numbers = [self._number(a) for a in node.inputs]
+        if numbers.count(None) != 1:
+            return None
+        inner = self._where_true(node.inputs[numbers.index(None)])
+
+        def result(value: float) -> float:
+            return _on_numbers(node, [value if n is None else n for n in numbers])
+
+        return result(inner) if inner is not None and result(0.0) == 0 else None
 
     def _is_data(self, atom: Atom) -> TypeGuard[int]:
         if not isinstance(atom, int) or self.level[atom] != DATA:

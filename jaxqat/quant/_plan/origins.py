@@ -88,7 +88,7 @@ class Origins:
                 if self.level[number] != DATA or not isinstance(node.inputs[0], int):
                     return None
                 return self.source(node.inputs[0]), "pool"
-            if len(big) == 2 and primitive.joins_branches:
+            if self._is_sum(node):
                 return (number, "add") if affine else None
             walks = primitive.is_walked_through or _only_clips(node)
             if not walks or len(big) != 1:
@@ -164,7 +164,10 @@ class Origins:
         return primitive_of(node.name).keeps_values or node in self._drops
 
     def _is_sum(self, node: Node) -> bool:
-        return primitive_of(node.name).joins_branches and len(self._varying(node)) == 2
+        """Return whether a node adds two tensors of the data; a parameter is no term of its own."""
+        terms = self._varying(node)
+        is_sum = primitive_of(node.name).joins_branches and len(terms) == 2
+        return is_sum and all(self.level[a] == DATA for a in terms)
 
     @functools.cached_property
     def _drops(self) -> set[Node]:

@@ -161,12 +161,12 @@ class QuantizedTensor:
 
 @dataclasses.dataclass(frozen=True)
 class Dropout:
-    """Dropout, made of two operations: select(mask, zeros, factor * tensor).
+    """Dropout: select(mask, zeros, factor * tensor), or tensor * (mask * factor).
 
     Attributes:
         tensor: The tensor before it.
-        scaling: The operation that multiplies by the factor.
-        place: Which operand of the selection holds the kept elements.
+        scaling: The operation that multiplies the tensor.
+        place: Which operand of the last operation holds the kept elements.
         factor: 1 / (1 - p), for the probability p to drop an element.
     """
 
@@ -223,7 +223,7 @@ class Plan:
         level: What each variable depends on.
         layers: Quantized products and tables of embeddings, by node.
         tensors: Tensors to quantize, by place.
-        dropouts: Every dropout, by the node that selects between zeros and kept elements.
+        dropouts: Every dropout, by the node that ends it.
         step_sizes: Shapes of the weights' learned step sizes, by key in the state.
         table: Every product, quantized or not, in order.
     """
