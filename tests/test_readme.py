@@ -170,7 +170,7 @@ def test_the_library_examples_run_as_printed(tmp_path, monkeypatch, capsys):
         "rows": rng.normal(size=(16, 12)).astype(np.float32),
     }
     blocks = code_blocks("Use it as a library")
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     scope = dict(names)
     exec(blocks[0], scope)
     assert (scope["check"].differing, scope["check"].codes > 0) == (0, True)
