@@ -212,6 +212,48 @@ def test_both_modes_have_the_same_ranges_wherever_dropout_stands(place):
     assert np.isfinite(model.apply({**variables, **updates}, IMAGES, train=False)).all()
 
 
+def largest_of_two(x):
+    return nn.max_pool(x[..., None], (2,), (2,))[..., 0]
+
+
+# What stands between dropout and the layer, and by how much its range may grow in training.
+BEHIND = {
+    "relu": (jax.nn.relu, 1),
+    "maximum with 0": (lambda x: jnp.maximum(x, 0), 1),
+    "max-pool and relu": (lambda x: jax.nn.relu(largest_of_two(x)), 1),
+    "relu6": (jax.nn.relu6, 2),  # Not a multiple of what it would be without dropout.
+    "a minimum of 1": (lambda x: jnp.maximum(x, 1), 2),
+}
+
+
+@pytest.mark.parametrize("act_range", ["minmax", "lsq", "pact"])
+@pytest.mark.parametrize("behind", BEHIND)
+def test_a_range_behind_dropout_and_a_relu_is_that_of_inference(behind, act_range):
+    function, factor = BEHIND[behind]
+
+    def network(params, x, mask, train):
+        x = x @ params["stem"]["kernel"]
+        x = function(jnp.where(mask, x * 2.0, 0.0) if train else x)
+        return x @ params["head"]["kernel"][: x.shape[1]]
+
+    model = jaxqat.quantize(network, jaxqat.Recipe(act_range=act_range))
+    x = jnp.asarray(ROWS) @ PARAMS["stem"]["kernel"]
+    kept = function(jnp.where(MASK, x, 0))
+    behind_dropout = function(jnp.where(MASK, 2 * x, 0))
+    bound = model.bind({"params": PARAMS}, train=True).calibrate(ROWS, MASK)
+    found = bound.state["head", "input"]
+    expected = kept if factor == 1 else behind_dropout
+    np.testing.assert_array_equal([found["min"], found["max"]], [expected.min(), expected.max()])
+    # The grid of training covers the multiplied values.
+    grid = bound.record(ROWS, MASK).codes["head", "input"].grid
+    covered = np.float32(grid.scale) * (grid.high - np.asarray(grid.zero))
+    if act_range != "lsq":  # Its first step size depends on the mean, not on the largest value.
+        np.testing.assert_allclose(covered, behind_dropout.max(), rtol=1e-2)
+    without = model.bind(bound.variables, train=False).record(ROWS, MASK)
+    scale = without.codes["head", "input"].grid.scale
+    np.testing.assert_array_equal(grid.scale, scale * (2 if factor == 1 else 1))
+
+
 class Attention(nn.Module):
     """Flax drops attention weights by a product with a mask of 0 and 1 / (1 - p)."""
 

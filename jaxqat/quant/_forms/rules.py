@@ -5,7 +5,6 @@ result, and returns the form of the result, or None if there is none. `primitive
 primitive has which rule.
 """
 
-import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -15,6 +14,7 @@ from jaxtyping import Array
 from jaxqat.quant._forms.accumulators import Accumulator, Summed
 from jaxqat.quant._forms.forms import Clamp, Codes, Form, Joined, Moved, Operation, Sum
 from jaxqat.quant._forms.operand import Operand, is_channelwise, is_number
+from jaxqat.quant._numerics.grids import stretched
 
 Shape = tuple[int, ...]
 FormRule = Callable[[Operation, list[Operand], Shape], Form | None]
@@ -82,11 +82,9 @@ def dropped_out(operation: Operation, form: Form | None, factor: float) -> Form 
     """
     if not isinstance(form, Codes):
         return None
-    grid, scale = form.grid, form.grid.scale * factor
-    zeros = jnp.full(form.codes.shape, grid.zero, jnp.int8)
+    zeros = jnp.full(form.codes.shape, form.grid.zero, jnp.int8)
     codes = operation.bind(form.codes, zeros)
-    grid = dataclasses.replace(grid, scale=scale, inverse=1.0 / scale)
-    return Codes(codes, grid, moved=(operation, form))
+    return Codes(codes, stretched(form.grid, factor), moved=(operation, form))
 
 
 def at_least(operation: Operation, operands: list[Operand], shape: Shape) -> Form | None:

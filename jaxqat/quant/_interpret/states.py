@@ -69,7 +69,8 @@ class States:
             low, high = _old_or(state, low, seen.low), _old_or(state, high, seen.high)
             if tensor.leaf:
                 learned = _old_or(state, learned, seen.start)
-        return tensor.grid(*self._useful(tensor, low, high), learned)
+        grid = tensor.grid(*self._useful(tensor, low, high), learned)
+        return grid if tensor.factor == 1.0 else grids.stretched(grid, tensor.factor)
 
     def _useful(self, tensor: QuantizedTensor, low: Any, high: Any) -> tuple[Any, Any]:
         """Return the range of a term of a sum, cut to what can change the sum's code.
@@ -103,6 +104,8 @@ class States:
         """
         axes = observed_axes(self._recipe)
         low, high = estimate.activation_extent(values, tensor.settings, axes)
+        if tensor.factor != 1.0:
+            low, high = low / tensor.factor, high / tensor.factor
         before = self._observed.get(tensor.key)
         if before is not None:
             low, high = jnp.minimum(low, before.low), jnp.maximum(high, before.high)
@@ -110,7 +113,7 @@ class States:
         start: Any = None
         if tensor.learned == "pact":
             start = grid.scale * grid.top
-        elif tensor.learned == "lsq":
+        elif tensor.learned == "lsq":  # Dropout keeps the mean.
             magnitude = estimate.mean_magnitude(values, axes)
             start = (
                 estimate.first_step_size(magnitude, grid.top) if before is None else before.start

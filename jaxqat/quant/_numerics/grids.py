@@ -104,6 +104,12 @@ def with_scale(grid: Grid, scale: Float[Array, ""]) -> Grid:
     return dataclasses.replace(grid, scale=scale, inverse=1.0 / scale)
 
 
+def stretched(grid: Grid, factor: float) -> Grid:
+    """Return the grid for values that are multiplied by a factor: the same codes stand for them."""
+    scale = grid.scale * factor
+    return dataclasses.replace(grid, scale=scale, inverse=1.0 / scale)
+
+
 def positive(scale: Float[Array, "..."]) -> Float[Array, "..."]:
     """Return the magnitude of a learned scale, at least 1e-8: training may change its sign."""
     return jnp.maximum(jnp.abs(scale), 1e-8)

@@ -5,6 +5,9 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from jaxqat.quant._forms.operand import is_channelwise, is_number
 from jaxqat.quant._forms.primitives import Kind, primitive_of
 from jaxqat.quant._plan.dependence import is_float
@@ -98,6 +101,36 @@ class Origins:
             if number in quantized:
                 return None
         return None
+
+    def factor(self, number: int) -> float:
+        """Return the factor 1 / (1 - p) of a dropout by which a tensor is larger in training.
+
+        Between the dropout and the tensor, elements are moved, picked or pass a ReLU: all these
+        results are multiplied by the factor if their operand is. It is 1 without a dropout.
+        """
+        node = self.program.made_by.get(number)
+        if node is None:
+            return 1.0
+        if node in self.dropouts:
+            dropout = self.dropouts[node]
+            return dropout.factor * self.factor(dropout.tensor)
+        terms = self._varying(node)
+        picks = primitive_of(node.name).picks_values
+        may_be_relu = primitive_of(node.name).kind is Kind.CLIP or _only_clips(node)
+        if len(terms) != 1 or not (picks or may_be_relu):
+            return 1.0
+        factor = self.factor(terms[0])
+        return factor if factor == 1.0 or picks or self._is_relu(node) else 1.0
+
+    def _is_relu(self, node: Node) -> bool:
+        """Return whether an operation replaces negative numbers by zeros, and does nothing else."""
+        shape = self.program.avals[node.outputs[0]].shape
+        with jax.ensure_compile_time_eval():
+            values = jnp.resize(jnp.array([-(2.0**20), -1.0, 1.0, 2.0**20]), shape)
+            if sum(isinstance(a, int) for a in node.inputs) != 1:
+                return False
+            operands = [values if isinstance(a, int) else a.value for a in node.inputs]
+            return bool(jnp.all(node.bind(*operands)[0] == jnp.maximum(values, 0)))
 
     def sums_before(self, number: int, quantized: Any) -> list[Node]:
         """Return the residual additions whose integer form is part of that of a tensor.

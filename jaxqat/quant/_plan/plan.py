@@ -104,6 +104,8 @@ class QuantizedTensor:
             nothing else.
         producers: Paths of layers and keys of tensors from whose codes the residual addition is
             computed, if this is a term of one.
+        factor: By how much it is larger in this mode than in inference (`Origins.factor`). Its
+            range is that of inference.
     """
 
     key: Key
@@ -111,6 +113,7 @@ class QuantizedTensor:
     readers: tuple[Key, ...] = ()
     other_term: Key | None = None
     producers: tuple[str | Key, ...] = ()
+    factor: float = 1.0
 
     @property
     def bits(self) -> int:

@@ -50,7 +50,8 @@ class TensorPlanner:
         tensor = self.tensors.get(source)
         if tensor is None:
             key = self.unique_key(key) if is_new else key
-            self.tensors[source] = QuantizedTensor(key, settings)
+            factor = self._origins.factor(source)
+            self.tensors[source] = QuantizedTensor(key, settings, factor=factor)
             return key
         self.tensors[source] = _widened(tensor, settings, path)
         return tensor.key
@@ -99,7 +100,9 @@ class TensorPlanner:
             if found is not None and found[0] not in self.tensors:
                 before, label = found
                 key = self.unique_key((*tensor.key[:-1], label))
-                self.tensors[before] = QuantizedTensor(key, tensor.settings, (tensor.key,))
+                self.tensors[before] = QuantizedTensor(
+                    key, tensor.settings, (tensor.key,), factor=self._origins.factor(before)
+                )
                 waiting.append((before, self.tensors[before]))
             for node in self._origins.sums_before(number, self.tensors):
                 waiting += self._add_terms(node, tensor)
