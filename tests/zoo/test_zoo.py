@@ -18,6 +18,7 @@ from zoo.harness import IMAGES, TOKENS, Quantized, at, copied, function, linen, 
 
 import jaxqat
 from jaxqat import Recipe, Rule
+from jaxqat.integer import graph as g
 
 pytestmark = pytest.mark.slow
 
@@ -295,13 +296,36 @@ def test_no_weight_of_the_parameter_tree_is_missing_from_the_table(name):
 
 
 # Another type of the parameters changes nothing of what is converted.
-@pytest.mark.parametrize("name", [n for n in CONVERTIBLE if n != "bfloat16 parameters"])
+BECOMES_INTEGER = pytest.mark.parametrize(
+    "name", [n for n in CONVERTIBLE if n != "bfloat16 parameters"]
+)
+
+
+@functools.cache
+def integer_network(name):
+    return trained(name).quantized.convert()
+
+
+@BECOMES_INTEGER
 def test_a_model_without_obstacles_becomes_its_integer_network_to_the_last_code(name):
     quantized = trained(name).quantized
     assert quantized.describe().obstacles == ()
-    check = quantized.verify(quantized.convert())
+    check = quantized.verify(integer_network(name))
     assert check.codes > 20 * 12
     assert (check.differing, check.top1_flips) == (0, 0)
+
+
+@BECOMES_INTEGER
+def test_every_sum_is_an_integer_kernel_of_onnx_runtime(name, tmp_path):
+    pytest.importorskip("onnxruntime")
+    from export.onnx.fused import optimized
+
+    from jaxqat.export._onnx.model import onnx_model
+
+    graph = integer_network(name)
+    counts = optimized(onnx_model(graph), tmp_path)
+    sums = sum(isinstance(node, g.Add) for node in graph.nodes)
+    assert (counts["QLinearAdd"], counts["Add"]) == (sums, 0)
 
 
 @pytest.mark.filterwarnings("error:Explicitly requested dtype")  # Tokens are int64.
