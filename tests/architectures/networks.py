@@ -17,9 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 
 CLASSES = 10
-SIZE = 32  # Height and width of the images.
-BATCH, BATCHES = 16, 4  # Of calibration.
+SIZE = 16  # Height and width of the images.
+BATCH, BATCHES = 64, 2  # Of calibration.
 ModuleDef = Any
+NONE = "(?!)"  # A pattern that matches no path, not even the empty one of the network itself.
+
+# For networks that run a few times: optimizing them takes longer.
+fast_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 class SqueezeExcite(nn.Module):
@@ -65,8 +69,9 @@ class SEResNet(nn.Module):
         conv = partial(nn.Conv, use_bias=False, padding="SAME")
         norm = partial(nn.BatchNorm, use_running_average=not train, momentum=0.9)
         x = nn.relu(norm(name="bn_init")(conv(16, (3, 3), 2, name="conv_init")(x)))
-        for number, filters in enumerate(self.stages):
-            x = SEBlock(filters, 1 if number == 0 else 2, conv, norm)(x)
+        x = SEBlock(self.stages[0], 1, conv, norm)(x)
+        for filters in self.stages[1:]:
+            x = SEBlock(filters, 2, conv, norm)(x)
             x = SEBlock(filters, 1, conv, norm)(x)
         return nn.Dense(CLASSES)(x.mean(axis=(1, 2)))
 
@@ -118,8 +123,9 @@ class ResNeXt(nn.Module):
     @nn.compact
     def __call__(self, x):
         x = ConvBlock(16, (3, 3), (2, 2))(x)
-        for number, filters in enumerate(self.stages):
-            x = ResNeXtBlock(filters, (1, 1) if number == 0 else (2, 2))(x)
+        x = ResNeXtBlock(self.stages[0])(x)
+        for filters in self.stages[1:]:
+            x = ResNeXtBlock(filters, (2, 2))(x)
             x = ResNeXtBlock(filters)(x)
         return nn.Dense(CLASSES)(x.mean(axis=(1, 2)))
 
@@ -128,7 +134,7 @@ class DenseNet(nn.Module):
     """DenseNet-BC (Huang et al. 2017, arXiv:1608.06993): every layer reads all before it."""
 
     growth: int = 8
-    blocks: Sequence[int] = (3, 3)
+    blocks: Sequence[int] = (2, 2)
 
     @nn.compact
     def __call__(self, x, train: bool = True):
@@ -173,7 +179,7 @@ class MobileNetV2(nn.Module):
     """MobileNetV2 (Sandler et al. 2018, arXiv:1801.04381)."""
 
     # Expansion, features, repetitions and first stride: the columns of the paper's table 2.
-    settings: Sequence[tuple[int, int, int, int]] = ((1, 8, 1, 1), (4, 12, 2, 1), (4, 16, 2, 2))
+    settings: Sequence[tuple[int, int, int, int]] = ((1, 8, 1, 1), (4, 12, 2, 1), (4, 16, 1, 2))
 
     @nn.compact
     def __call__(self, x, train: bool = True):
@@ -275,19 +281,29 @@ class Architecture:
         training: Keyword arguments of training; those of inference are `inference`.
         inference: Keyword arguments of inference.
         converts: Whether `jaxqat.convert` makes an integer network of it.
+        stored: Pattern of the modules whose output an integer network stores though no layer reads
+            it, or though something else reads it as well: terms of residual additions, the sums,
+            and inputs of average pools.
     """
 
     module: nn.Module
     training: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"train": True})
     inference: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"train": False})
     converts: bool = True
+    stored: str = NONE
 
 
 ARCHITECTURES = {
-    "se_resnet": Architecture(SEResNet(), converts=False),  # A gate is a product of activations.
-    "resnext": Architecture(ResNeXt(), {}, {}),
-    "densenet": Architecture(DenseNet(), converts=False),  # Batch norm behind a concatenation.
-    "mobilenet_v2": Architecture(MobileNetV2()),
+    "se_resnet": Architecture(  # A gate is a product of activations.
+        SEResNet(),
+        converts=False,
+        stored=r"SEBlock_\d/(BatchNorm_1|SqueezeExcite_0|norm_proj)|SEBlock_\d",
+    ),
+    "resnext": Architecture(ResNeXt(), {}, {}, stored=r"ResNeXtBlock_\d(/ConvBlock_[23])?"),
+    "densenet": Architecture(  # Batch norm behind a concatenation.
+        DenseNet(), converts=False, stored="Conv_5"
+    ),
+    "mobilenet_v2": Architecture(MobileNetV2(), stored=r"InvertedResidual_\d(/BatchNorm_2)?"),
     "unet": Architecture(UNet(), converts=False),  # Interpolation is a product with a constant.
     "shared_layers": Architecture(Detector()),
     "dropout_mlp": Architecture(DropoutMLP()),
@@ -312,7 +328,7 @@ class Prepared:
 def pictures(rng: np.random.Generator, count: int) -> np.ndarray:
     """Images of smooth patches whose channels are correlated, with contrast of their own.
 
-    Noise of 4x4, 8x8 and 32x32 cells, the coarse the strongest, as in the spectrum of photographs.
+    Noise of 4x4, 8x8 and 16x16 cells, the coarse the strongest, as in the spectrum of photographs.
     """
     total = np.zeros((count, SIZE, SIZE, 3))
     for cells, strength in ((4, 1.0), (8, 0.5), (SIZE, 0.15)):
@@ -320,7 +336,7 @@ def pictures(rng: np.random.Generator, count: int) -> np.ndarray:
         color = 0.4 * rng.normal(size=(count, cells, cells, 3))
         whole = np.kron(gray + color, np.ones((1, SIZE // cells, SIZE // cells, 1)))
         total += strength * whole
-    contrast = rng.uniform(0.4, 1.4, (count, 1, 1, 1))
+    contrast = rng.uniform(0.7, 1.3, (count, 1, 1, 1))
     return (contrast * total + 0.3 * rng.normal(size=(count, 1, 1, 3))).astype(np.float32)
 
 
@@ -330,43 +346,49 @@ def prepared(name: str, seed: int = 0) -> Prepared:
     return prepare(ARCHITECTURES[name], seed)
 
 
-def prepare(architecture: Architecture, seed: int, steps: int = 40) -> Prepared:
-    """Return an architecture with random weights and images.
+def prepare(architecture: Architecture, seed: int, steps: int = 4) -> Prepared:
+    """Return an architecture with random weights and images; `seed` decides about everything.
 
     Args:
         architecture: The network.
-        seed: Of everything.
-        steps: How many batches the statistics of batch norm see: with a momentum of 0.9, 40 leave
-            1.5 % of the initial values.
+        seed: Of weights and images.
+        steps: How many batches the statistics of batch norm are the mean of.
     """
     rng = np.random.default_rng(seed)
     module: Any = architecture.module
-    keys = dict(zip(("params", "dropout"), jax.random.split(jax.random.key(seed)), strict=True))
-    variables = jax.jit(partial(module.init, **architecture.training))(keys, pictures(rng, 2))
-    params = jax.tree_util.tree_map_with_path(partial(_trained, rng), variables["params"])
-    statistics = variables.get("batch_stats", {})
+    key = {"dropout": jax.random.key(seed)}
+    initialize = partial(module.init, **architecture.training)
+    shapes = jax.eval_shape(initialize, {"params": jax.random.key(0), **key}, pictures(rng, 2))
+    variables = jax.tree_util.tree_map_with_path(partial(_initial, rng), shapes)
 
-    @jax.jit
-    def step(statistics, images):
-        _, updates = module.apply(
-            {"params": params, "batch_stats": statistics}, images,
-            mutable=["batch_stats"], rngs={"dropout": keys["dropout"]}, **architecture.training,
-        )  # fmt: skip
-        return updates.get("batch_stats", {})
+    @fast_jit
+    def step(variables, images):
+        return module.apply(
+            variables, images, mutable=["batch_stats"], rngs=key, **architecture.training
+        )[1]
 
-    for _ in range(steps if statistics else 0):
-        statistics = step(statistics, pictures(rng, BATCH))
-    variables = {"params": params, **({"batch_stats": statistics} if statistics else {})}
+    if "batch_stats" in variables:
+        initial = variables["batch_stats"]
+        for _ in range(steps):
+            variables = {**variables, **step(variables, pictures(rng, BATCH))}
+        left = 0.9**steps  # The weight of the initial values, taken out as Adam does it.
+        statistics = jax.tree.map(
+            lambda new, old: (new - left * old) / (1 - left), variables["batch_stats"], initial
+        )
+        variables = {**variables, "batch_stats": statistics}
     calibration = [pictures(rng, BATCH) for _ in range(BATCHES)]
     return Prepared(architecture, variables, calibration, pictures(rng, 64))
 
 
-def _trained(rng: np.random.Generator, path: Any, leaf: Any) -> Any:
-    """Return a parameter with gammas of both signs and biases other than 0."""
+def _initial(rng: np.random.Generator, path: Any, leaf: Any) -> Any:
+    """Return a variable: kernels of He et al. 2015, gammas of both signs, biases other than 0."""
     name = path[-1].key
-    if name == "scale":
-        sign = np.where(rng.random(leaf.shape) < 0.1, -1, 1)
-        return jnp.asarray(sign * rng.uniform(0.5, 1.5, leaf.shape), leaf.dtype)
-    if name == "bias":
-        return jnp.asarray(rng.normal(0, 0.3, leaf.shape), leaf.dtype)
-    return leaf
+    if name == "kernel":
+        values = rng.normal(size=leaf.shape) * np.sqrt(2 / np.prod(leaf.shape[:-1]))
+    elif name == "scale":
+        values = rng.uniform(0.5, 1.5, leaf.shape) * np.where(rng.random(leaf.shape) < 0.1, -1, 1)
+    elif name == "bias":
+        values = rng.normal(0, 0.3, leaf.shape)
+    else:
+        values = np.full(leaf.shape, float(name == "var"))
+    return jnp.asarray(values, leaf.dtype)

@@ -1,66 +1,62 @@
-"""A quantizer that shares nothing with jaxqat: Flax's layers in float, with rounded operands.
+"""A quantizer that shares nothing with jaxqat: a Linen network in float, with rounded tensors.
 
-The input of each convolution and dense layer is rounded to the 8-bit grid of its smallest and
-largest value, and each weight to the symmetric grid of its output channel (Krishnamoorthi 2018,
-arXiv:1806.08342, sections 2.1 and 3.1). Nothing else is quantized.
+The input of each convolution and dense layer is rounded to the 8-bit grid of its range, and each
+weight to the symmetric grid of its output channel (Krishnamoorthi 2018, arXiv:1806.08342, sections
+2.1 and 3.1). Of all else, only the outputs of modules that are named are rounded.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from architectures.networks import fast_jit
 
 LAYERS = (nn.Conv, nn.Dense)
+Change = Callable[[str, Any], Any]
+Function = Callable[[Any, Any], Any]  # Of variables and images.
 
 
-def of_inputs(change: Callable[[str, Any], Any]) -> Any:
+def changing(change: Change, outputs: str) -> Any:
     """Return an interceptor that gives each layer `change(name, input)` as its input.
 
-    The name is the layer's path and, as a layer may be called more than once, the number of calls.
+    Args:
+        change: Of a name and a tensor. The name has the path of the module and, as it may be called
+            more than once, the number of the call.
+        outputs: Pattern of the paths of modules whose output is changed, too.
     """
     calls: dict[str, int] = {}
 
     def interceptor(call, args, kwargs, context):
-        if not isinstance(context.module, LAYERS) or context.method_name != "__call__":
+        if context.method_name != "__call__":
             return call(*args, **kwargs)
         path = "/".join(context.module.path)
         calls[path] = calls.get(path, 0) + 1
-        return call(change(f"{path}:{calls[path]}", args[0]), *args[1:], **kwargs)
+        name = f"{path}:{calls[path]}"
+        if isinstance(context.module, LAYERS):
+            args = (change(f"{name}:input", args[0]), *args[1:])
+        result = call(*args, **kwargs)
+        return change(f"{name}:output", result) if re.fullmatch(outputs, path) else result
 
     return nn.intercept_methods(interceptor)
 
 
-def observed_ranges(
-    function: Callable[[Any, Any], Any], variables: Any, batches: Sequence[np.ndarray]
-) -> dict[str, tuple[float, float]]:
-    """Return the smallest and largest input of each layer over all batches."""
-
-    @jax.jit
-    def inputs(variables, images):
-        found = {}
-        with of_inputs(lambda name, x: found.setdefault(name, x)):
-            function(variables, images)
-        return {name: (x.min(), x.max()) for name, x in found.items()}
-
-    ends = [jax.device_get(inputs(variables, images)) for images in batches]
-    return {
-        name: (min(float(e[name][0]) for e in ends), max(float(e[name][1]) for e in ends))
-        for name in ends[0]
-    }
-
-
-def rounded(x: Any, low: float, high: float, symmetric: bool) -> Any:
-    """Return x on the 8-bit grid of a range."""
+def grid(low: float, high: float, symmetric: bool) -> tuple[float, int, int]:
+    """Return scale, zero point and smallest code."""
     if symmetric:
-        scale = max(-low, high) / 127
-        return jnp.clip(jnp.round(x / scale), -127, 127) * scale
+        return max(-low, high) / 127, 0, -127
     low, high = min(low, 0.0), max(high, 0.0)
     scale = (high - low) / 255
-    zero = round(-128 - low / scale)
-    return (jnp.clip(jnp.round(x / scale) + zero, -128, 127) - zero) * scale
+    return scale, round(-128 - low / scale), -128
+
+
+def rounded(x: Any, scale: Any, zero: Any, bottom: Any) -> Any:
+    """Return x on an 8-bit grid."""
+    return (jnp.clip(jnp.round(x / scale) + zero, bottom, 127) - zero) * scale
 
 
 def with_rounded_weights(variables: Mapping[str, Any]) -> dict[str, Any]:
@@ -76,27 +72,42 @@ def with_rounded_weights(variables: Mapping[str, Any]) -> dict[str, Any]:
     return {**variables, "params": params}
 
 
-def quantized(
-    function: Callable[[Any, Any], Any],
-    variables: Mapping[str, Any],
-    batches: Sequence[np.ndarray],
-    *,
-    symmetric: bool,
-) -> tuple[Callable[[Any], Any], int]:
-    """Return the quantized network, a function of images, and how many tensors it rounds.
+class Quantizer:
+    """A network whose tensors were observed on batches, as both presets quantize it.
 
-    Args:
-        function: A Linen network in inference, of variables and images.
-        variables: Its variables.
-        batches: Images that show the ranges.
-        symmetric: Whether activations have the zero point 0.
+    Attributes:
+        ranges: The mean, over batches, of the smallest and of the largest value of each tensor.
     """
-    ranges = observed_ranges(function, variables, batches)
-    weights = with_rounded_weights(variables)
 
-    @jax.jit
-    def network(images):
-        with of_inputs(lambda name, x: rounded(x, *ranges[name], symmetric)):
-            return function(weights, images)
+    def __init__(
+        self,
+        function: Function,
+        variables: Mapping[str, Any],
+        batches: Sequence[np.ndarray],
+        outputs: str,
+    ):
+        @fast_jit
+        def ends(variables, images):
+            found = {}
 
-    return network, 2 * len(ranges)
+            def note(name, x):
+                found[name] = jnp.stack([x.min(), x.max()])
+                return x
+
+            with changing(note, outputs):
+                function(variables, images)
+            return found
+
+        @fast_jit
+        def network(variables, images, grids):
+            with changing(lambda name, x: rounded(x, *grids[name]), outputs):
+                return function(variables, images)
+
+        found = [ends(variables, images) for images in batches]
+        self.ranges = jax.tree.map(lambda *x: np.mean(np.float64(x), axis=0), *found)
+        self._network = partial(network, with_rounded_weights(variables))
+
+    def __call__(self, images: np.ndarray, *, symmetric: bool) -> Any:
+        """Return the result of the quantized network."""
+        grids = {name: grid(*map(float, x), symmetric) for name, x in self.ranges.items()}
+        return self._network(images, grids)
