@@ -7,7 +7,6 @@ weight to the symmetric grid of its output channel (Krishnamoorthi 2018, arXiv:1
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -104,10 +103,15 @@ class Quantizer:
                 return function(variables, images)
 
         found = [ends(variables, images) for images in batches]
-        self.ranges = jax.tree.map(lambda *x: np.mean(np.float64(x), axis=0), *found)
-        self._network = partial(network, with_rounded_weights(variables))
+        self.ranges = {
+            name: np.mean([np.float64(batch[name]) for batch in found], axis=0) for name in found[0]
+        }
+        self._network, self._variables = network, with_rounded_weights(variables)
 
     def __call__(self, images: np.ndarray, *, symmetric: bool) -> Any:
         """Return the result of the quantized network."""
-        grids = {name: grid(*map(float, x), symmetric) for name, x in self.ranges.items()}
-        return self._network(images, grids)
+        grids = {
+            name: grid(float(low), float(high), symmetric)
+            for name, (low, high) in self.ranges.items()
+        }
+        return self._network(self._variables, images, grids)

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from architectures.networks import ARCHITECTURES, Prepared, fast_jit, prepared
+from architectures.networks import ARCHITECTURES, fast_jit, prepared
 from architectures.reference import Quantizer
 
 import jaxqat
@@ -48,7 +48,9 @@ def float_result(name: str) -> np.ndarray:
     return np.asarray(fast_jit(network.function)(network.variables, network.images))
 
 
-def calibrated(network: Prepared, recipe: str) -> jaxqat.BoundModel:
+@functools.cache
+def calibrated(name: str, recipe: str) -> jaxqat.BoundModel:
+    network = prepared(name)
     return jaxqat.calibrate(
         network.architecture.module, network.variables, batches=network.calibration,
         recipe=recipe, **network.architecture.inference,
@@ -59,7 +61,7 @@ def calibrated(network: Prepared, recipe: str) -> jaxqat.BoundModel:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_logits_of_new_images_are_as_near_to_float_as_the_reference_has_them(name, recipe):
     network, real = prepared(name), float_result(name)
-    found = sqnr_db(real, fast_jit(calibrated(network, recipe))(network.images))
+    found = sqnr_db(real, fast_jit(calibrated(name, recipe))(network.images))
     expected = reference(name)(network.images, symmetric=recipe == "int8_symmetric")
     assert found >= sqnr_db(real, expected) - MARGIN_DB
 
@@ -69,7 +71,7 @@ def test_logits_of_new_images_are_as_near_to_float_as_the_reference_has_them(nam
 def test_no_code_of_its_integer_network_differs(name, recipe):
     network = prepared(name)
     images = network.images[:8]
-    model = calibrated(network, recipe)
+    model = calibrated(name, recipe)
     graph = jaxqat.convert(model, images)
     check = jaxqat.verify(model, graph=graph, batches=[images])
     assert check.codes > 0
