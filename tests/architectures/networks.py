@@ -130,6 +130,14 @@ class ResNeXt(nn.Module):
         return nn.Dense(CLASSES)(x.mean(axis=(1, 2)))
 
 
+class NormReLU(nn.Module):
+    """Batch norm and ReLU, before a convolution (He et al. 2016, arXiv:1603.05027)."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        return nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9)(x))
+
+
 class DenseNet(nn.Module):
     """DenseNet-BC (Huang et al. 2017, arXiv:1608.06993): every layer reads all before it."""
 
@@ -138,18 +146,17 @@ class DenseNet(nn.Module):
 
     @nn.compact
     def __call__(self, x, train: bool = True):
-        norm = partial(nn.BatchNorm, use_running_average=not train, momentum=0.9)
         conv = partial(nn.Conv, use_bias=False)
         x = conv(2 * self.growth, (3, 3), 2)(x)
         for number, layers in enumerate(self.blocks):
             for _ in range(layers):
-                y = conv(4 * self.growth, (1, 1))(nn.relu(norm()(x)))
-                y = conv(self.growth, (3, 3))(nn.relu(norm()(y)))
+                y = conv(4 * self.growth, (1, 1))(NormReLU()(x, train))
+                y = conv(self.growth, (3, 3))(NormReLU()(y, train))
                 x = jnp.concatenate([x, y], axis=-1)
             if number < len(self.blocks) - 1:
-                x = conv(x.shape[-1] // 2, (1, 1))(nn.relu(norm()(x)))
+                x = conv(x.shape[-1] // 2, (1, 1), name="transition")(NormReLU()(x, train))
                 x = nn.avg_pool(x, (2, 2), (2, 2))
-        x = nn.relu(norm()(x))
+        x = NormReLU(name="last")(x, train)
         return nn.Dense(CLASSES)(x.mean(axis=(1, 2)))
 
 
@@ -301,11 +308,11 @@ ARCHITECTURES = {
     ),
     "resnext": Architecture(ResNeXt(), {}, {}, stored=r"ResNeXtBlock_\d(/ConvBlock_[23])?"),
     "densenet": Architecture(  # Batch norm behind a concatenation.
-        DenseNet(), converts=False, stored="Conv_5"
+        DenseNet(), converts=False, stored="transition|last"
     ),
     "mobilenet_v2": Architecture(MobileNetV2(), stored=r"InvertedResidual_\d(/BatchNorm_2)?"),
     "unet": Architecture(UNet(), converts=False),  # Interpolation is a product with a constant.
-    "shared_layers": Architecture(Detector()),
+    "shared_layers": Architecture(Detector(), converts=False),  # Its result has several products.
     "dropout_mlp": Architecture(DropoutMLP()),
 }
 

@@ -11,7 +11,13 @@ pools. If each of n tensors added noise of the same power, m more of them would 
 10 log10((n + m) / n) dB: 1.0 dB for SE-ResNet. They do not: what is added to the shortcut reaches
 the logits undiminished, what a layer reads inside a branch does not, and it is 1.0 to 1.8 dB there.
 So the reference rounds these tensors too, wherever a module puts them out (`Architecture.stored`).
-What is left are two draws of the same noise, whose powers differ by chance.
+
+The margin. What is left are two draws of noise of the same power, whose ratio differs from 1 by
+chance. Over 3 seeds of weights and images and both presets, the difference of the two SQNRs had a
+standard deviation of 0.4 dB (24 values) for the four networks in which tensors of `stored` are
+rounded at other places than the reference rounds them (before or behind a ReLU, after a sum of
+codes), and of 0.05 dB (18 values) for the three others, where the same tensors are rounded. The
+margins are three and four of these.
 """
 
 import functools
@@ -19,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from architectures.networks import ARCHITECTURES, fast_jit, prepared
+from architectures.networks import ARCHITECTURES, NONE, fast_jit, prepared
 from architectures.reference import Quantizer
 
 import jaxqat
@@ -27,7 +33,7 @@ import jaxqat
 pytestmark = pytest.mark.slow
 
 RECIPES = ("int8", "int8_symmetric")
-MARGIN_DB = 1.5
+MARGIN_DB, MARGIN_OF_THE_SAME_TENSORS_DB = 1.2, 0.2
 
 
 def sqnr_db(real: Any, values: Any) -> float:
@@ -63,7 +69,9 @@ def test_logits_of_new_images_are_as_near_to_float_as_the_reference_has_them(nam
     network, real = prepared(name), float_result(name)
     found = sqnr_db(real, fast_jit(calibrated(name, recipe))(network.images))
     expected = reference(name)(network.images, symmetric=recipe == "int8_symmetric")
-    assert found >= sqnr_db(real, expected) - MARGIN_DB
+    same = network.architecture.stored == NONE
+    margin = MARGIN_OF_THE_SAME_TENSORS_DB if same else MARGIN_DB
+    assert found >= sqnr_db(real, expected) - margin
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
