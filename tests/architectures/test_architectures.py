@@ -8,16 +8,16 @@ The floor. With inputs of layers and weights on 8-bit grids, the reference has a
 quantization noise ratio (SQNR). jaxqat rounds more tensors, so that a network can run on integers
 throughout: the terms of residual additions, the sum that the next shortcut reads, inputs of average
 pools. If each of n tensors added noise of the same power, m more of them would cost
-10 log10((n + m) / n) dB: 1.0 dB for SE-ResNet. They do not: what is added to the shortcut reaches
-the logits undiminished, what a layer reads inside a branch does not, and it is 1.0 to 1.8 dB there.
+10 log10((n + m) / n) dB: 1.0 dB for SE-ResNet, with n = 30 and m = 8. They do not: what is added to
+the shortcut reaches the logits undiminished, what a layer reads inside a branch does not. The cost
+there is 1.3 dB (int8) and 2.1 dB (int8_symmetric).
 So the reference rounds these tensors too, wherever a module puts them out (`Architecture.stored`).
 
 The margin. What is left are two draws of noise of the same power, whose ratio differs from 1 by
 chance. Over 3 seeds of weights and images and both presets, the difference of the two SQNRs had a
-standard deviation of 0.4 dB (24 values) for the four networks in which tensors of `stored` are
-rounded at other places than the reference rounds them (before or behind a ReLU, after a sum of
-codes), and of 0.05 dB (18 values) for the three others, where the same tensors are rounded. The
-margins are three and four of these.
+standard deviation of 0.33 dB (24 values) for the four networks with `stored` tensors, some of which
+the reference rounds at another place (before a ReLU, for one), and of 0.035 dB (18 values) for the
+three others, where both round the same tensors. The margins are three and four times these.
 """
 
 import functools
@@ -33,7 +33,7 @@ import jaxqat
 pytestmark = pytest.mark.slow
 
 RECIPES = ("int8", "int8_symmetric")
-MARGIN_DB, MARGIN_OF_THE_SAME_TENSORS_DB = 1.2, 0.2
+MARGIN_DB, MARGIN_OF_THE_SAME_TENSORS_DB = 1.0, 0.14
 
 
 def sqnr_db(real: Any, values: Any) -> float:
