@@ -21,12 +21,12 @@ three others, where both round the same tensors. The margins are three and four 
 """
 
 import functools
-from typing import Any
 
 import numpy as np
 import pytest
 from architectures.networks import ARCHITECTURES, NONE, fast_jit, prepared
 from architectures.reference import Quantizer
+from references.sqnr import decibels
 
 import jaxqat
 
@@ -34,11 +34,6 @@ pytestmark = pytest.mark.slow
 
 RECIPES = ("int8", "int8_symmetric")
 MARGIN_DB, MARGIN_OF_THE_SAME_TENSORS_DB = 1.0, 0.14
-
-
-def sqnr_db(real: Any, values: Any) -> float:
-    real = np.asarray(real, np.float64)
-    return 10 * np.log10((real**2).sum() / ((real - np.asarray(values, np.float64)) ** 2).sum())
 
 
 @functools.cache
@@ -67,11 +62,11 @@ def calibrated(name: str, recipe: str) -> jaxqat.BoundModel:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_logits_of_new_images_are_as_near_to_float_as_the_reference_has_them(name, recipe):
     network, real = prepared(name), float_result(name)
-    found = sqnr_db(real, fast_jit(calibrated(name, recipe))(network.images))
+    found = decibels(real, fast_jit(calibrated(name, recipe))(network.images))
     expected = reference(name)(network.images, symmetric=recipe == "int8_symmetric")
     same = network.architecture.stored == NONE
     margin = MARGIN_OF_THE_SAME_TENSORS_DB if same else MARGIN_DB
-    assert found >= sqnr_db(real, expected) - margin
+    assert found >= decibels(real, expected) - margin
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
