@@ -13,6 +13,7 @@ from references.sqnr import decibels
 import jaxqat
 from jaxqat.export._onnx.model import onnx_model
 from jaxqat.export._onnx.runtime import run_onnx
+from jaxqat.integer import graph as g
 
 RECIPES = ("int8", "int8_symmetric")
 SHARES = (0.5, 0.67, 0.8, 0.9)
@@ -266,3 +267,29 @@ def test_an_added_parameter_is_no_term_and_is_not_quantized(shape):
     assert {"/".join(key) for key in bound.state} == {
         "stem/input", "middle/input", "head/pool", "head/input",
     }  # fmt: skip
+
+
+def test_a_relu_with_its_zero_cast_inside_keeps_the_sum_an_integer_one():
+    """As `jax.nn.relu` is inside `jax.shard_map`, from JAX 0.12 on."""
+    zero = jax.jit(jnp.copy)
+
+    @jax.custom_jvp
+    def relu(x):
+        return jnp.maximum(x, jax.lax.convert_element_type(zero(np.int32(0)), x.dtype))
+
+    relu.defjvp(lambda x, t: (relu(*x), jnp.where(x[0] > 0, t[0], 0)))
+
+    def network(params, x):
+        return relu(x + x @ params["branch"]) @ params["head"]
+
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(32, 8)).astype(np.float32)
+    params = {"branch": rng.normal(size=(8, 8)), "head": rng.normal(size=(8, 3))}
+    params = jax.tree.map(np.float32, params)
+    bound = jaxqat.calibrate(network, {"params": params}, batches=[rows])
+    assert {"/".join(key) for key in bound.state} == {
+        "branch/input", "branch/output", "head/input",
+    }  # fmt: skip
+    graph = jaxqat.convert(bound, rows)
+    assert sum(isinstance(node, g.Add) for node in graph.nodes) == 1
+    assert jaxqat.verify(bound, graph=graph, batches=[rows]).differing == 0

@@ -3,10 +3,11 @@
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import core as jex_core
 
 from jaxqat.quant._forms.forms import Form, Operation
-from jaxqat.quant._forms.operand import Operand
+from jaxqat.quant._forms.operand import Operand, is_number
 from jaxqat.quant._forms.primitives import Kind, primitive_of
 from jaxqat.quant._trace.program import Atom, Constant, Node, Program, inner_jaxprs
 
@@ -46,7 +47,14 @@ def _form_inside(jaxpr: Any, operands: list[Operand]) -> Form | None:
         form = None
         if len(node.outputs) == 1:
             form = form_of(node, reads, inner.avals[node.outputs[0]])
-        # A copy of a number, such as the bound of a ReLU, is that number.
-        values = reads[0].values if primitive_of(node.name).kind is Kind.COPY else None
+        values = _number(node, reads)
         known.update((number, Operand(values, form, constant)) for number in node.outputs)
     return read(inner.outputs[0]).form
+
+
+def _number(node: Node, reads: list[Operand]) -> Any:
+    """Return the number that a copy or a cast of a number is, such as the bound of a ReLU."""
+    kind, value = primitive_of(node.name).kind, reads[0].values
+    if kind is Kind.CAST and is_number(value):
+        return np.asarray(value).astype(node.equation.params["new_dtype"])[()]
+    return value if kind is Kind.COPY else None

@@ -254,9 +254,16 @@ def _only_clips(node: Node) -> bool:
     def clips(jaxpr: Any) -> bool:
         return all(
             primitive_of(e.primitive.name).kind in (Kind.CLIP, Kind.COPY)
+            or _casts_a_number(e)
             or any(map(clips, inner_jaxprs(e)))
             for e in jaxpr.eqns
         )
 
     is_call = primitive_of(node.name).kind is Kind.CALL
     return is_call and any(map(clips, inner_jaxprs(node.equation)))
+
+
+def _casts_a_number(equation: Any) -> bool:
+    """Return whether an equation changes the type of a number, as of the zero in ReLU."""
+    is_cast = primitive_of(equation.primitive.name).kind is Kind.CAST
+    return is_cast and equation.outvars[0].aval.shape == ()
