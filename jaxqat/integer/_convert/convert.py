@@ -310,8 +310,9 @@ def _with_table(
 
     @jax.jit
     def codes(images: jax.Array, inverse: jax.Array) -> jax.Array:
-        units = jnp.round(preprocess(images).astype(jnp.float32) * inverse) + tensor.zero_point
-        return jnp.clip(units, tensor.low, tensor.high).astype(jnp.int8)
+        units = jnp.round(preprocess(images).astype(jnp.float32) * inverse)
+        units = jnp.where(jnp.isnan(units), np.float32(0), units)  # As an executor does.
+        return jnp.clip(units + tensor.zero_point, tensor.low, tensor.high).astype(jnp.int8)
 
     channels = tensor.shape[-1]
     shape = (256, *(1,) * (len(tensor.shape) - 1), channels)

@@ -153,15 +153,19 @@ class Platform(GraphVisitor[Array]):
             return super().node(node, values, images, parameters)
 
     def quantize(self, node: g.Quantize, images: Array) -> Array:
-        """Return the codes of the input: round float32, look up uint8 in the table."""
+        """Return the codes of the input: round float32, look up uint8 in the table.
+
+        A NaN gets the code of zero.
+        """
         tensor = self.graph.tensors[node.output]
         if images.dtype == jnp.uint8 and node.table is not None:
             channels = node.table.shape[1]
             index = images.astype(jnp.int32) * channels + np.arange(channels, dtype=np.int32)
             table = (node.table.astype(np.int32) + self.offset(tensor)).astype(self.stored_type)
             return jnp.take(jnp.asarray(table).reshape(-1), index, mode="clip")
-        units = jnp.round(images.astype(jnp.float32) * node.inverse) + tensor.zero_point
-        return self.clipped(node.output, units)
+        units = jnp.round(images.astype(jnp.float32) * node.inverse)
+        units = jnp.where(jnp.isnan(units), np.float32(0), units)
+        return self.clipped(node.output, units + tensor.zero_point)
 
     def product(self, node: g.Product, arrays: dict[str, Array], x: Array) -> Array:
         """Return a convolution or a dense layer with its requantization."""

@@ -69,6 +69,20 @@ class Evaluator:
         """All ranges after the evaluation."""
         return self._states.after
 
+    @property
+    def nan_counts(self) -> dict[Key, jax.Array]:
+        """How many values were NaN and got the code of zero, by key of the quantized tensor.
+
+        Only real values can be NaN, as the model's input: tensors that are computed from codes
+        are not listed.
+        """
+        parts = {key: list(forms.real_parts(form)) for key, form in self.forms.items()}
+        return {
+            key: sum((jnp.sum(jnp.isnan(part.values)) for part in real), start=jnp.int32(0))
+            for key, real in parts.items()
+            if real
+        }
+
     def run(self, arguments: list[Any]) -> list[Any]:
         """Run the program; return its results."""
         program = self.plan.program
@@ -192,9 +206,9 @@ class Evaluator:
             self.observed[tensor.key] = values
             return values, None
         self.forms[tensor.key] = form
-        values, codes = activations.quantize(
-            values, form.in_units(_constant(grid)), grid, learned=tensor.learned
-        )
+        units = form.in_units(_constant(grid))
+        real = any(True for _ in forms.real_parts(form))
+        values, codes = activations.quantize(values, units, grid, learned=tensor.learned, real=real)
         self.codes[tensor.key] = forms.Codes(codes, _constant(grid), tensor.key)
         return values, self.codes[tensor.key]
 
