@@ -18,6 +18,7 @@ from jaxtyping import Array, Int
 from jaxqat.integer import graph as g
 from jaxqat.integer._execute.arithmetic import FixedPoint, rescale, rescale_fixed, shift_to_even
 from jaxqat.integer._visitor import GraphVisitor
+from jaxqat.quant._numerics.promotion import default_promotion
 
 Parameters = dict[str, dict[str, np.ndarray]]
 
@@ -39,6 +40,7 @@ class Platform(GraphVisitor[Array]):
             node.name: {**self.prepare(node), **self._multiplier(node)} for node in graph.products()
         }
 
+    @default_promotion
     def parameters_from(self, arrays: dict[str, dict[str, Array]]) -> Any:
         """Return `parameters`, laid out inside the program from each product's weights and bias.
 
@@ -141,6 +143,7 @@ class Platform(GraphVisitor[Array]):
         fixed = FixedPoint.of(node.multiplier)
         return {"mantissa": fixed.mantissa, "shift": fixed.shift}
 
+    @default_promotion
     def node(
         self,
         node: g.Node,
@@ -265,6 +268,7 @@ class Platform(GraphVisitor[Array]):
         offset = self.offset(self.graph.tensors[name])
         return (stored.astype(jnp.int32) - offset).astype(jnp.int8)
 
+    @default_promotion
     def result(self, values: dict[str, Array]) -> Array:
         """Return the network's real result."""
         output, tensors = values[self.graph.output], self.graph.tensors

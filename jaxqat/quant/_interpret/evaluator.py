@@ -15,6 +15,7 @@ from jaxqat.quant._interpret.layers import EvaluatedLayer, LayerEvaluator
 from jaxqat.quant._interpret.modes import LayerSwitches, Mode, Switches
 from jaxqat.quant._interpret.states import States
 from jaxqat.quant._numerics import activations, grids, ranges
+from jaxqat.quant._numerics.promotion import default_promotion
 from jaxqat.quant._plan.plan import PARAMETERS, Pair, Plan, QuantizedTensor
 from jaxqat.quant._trace.arguments import Key
 from jaxqat.quant._trace.program import Atom, Constant, Node
@@ -83,6 +84,7 @@ class Evaluator:
             if real
         }
 
+    @default_promotion
     def run(self, arguments: list[Any]) -> list[Any]:
         """Run the program; return its results."""
         program = self.plan.program

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int8
 from jaxqat.quant._numerics import estimators as estimate
 from jaxqat.quant._numerics.first_order import first_order
 from jaxqat.quant._numerics.grids import Grid, GridCalibration
+from jaxqat.quant._numerics.promotion import default_promotion
 
 # AQT builds its dataclasses with a decorator of its own, which type checkers do not see through.
 _aqt_dataclass: Any = aqt_utils.flax_slots_kw_only_dataclass
@@ -121,6 +122,7 @@ def _straight_through(learned, real, x, units, grid, scale):
     return _straight_through_forward(learned, real, x, units, grid, scale)[0]
 
 
+@default_promotion
 def _straight_through_forward(learned, real, x, units, grid, scale):
     del scale  # It is the grid's.
     codes, kept = _numerics(grid).vjp_fwd(units, estimate.CONTEXT)
@@ -131,6 +133,7 @@ def _straight_through_forward(learned, real, x, units, grid, scale):
     return (dequantize(codes, grid, x.dtype), codes), (kept, grid, values, codes)
 
 
+@default_promotion
 def _straight_through_backward(learned, real, residuals, gradients):
     del real
     kept, grid, x, codes = residuals
