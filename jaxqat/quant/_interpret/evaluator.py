@@ -18,7 +18,7 @@ from jaxqat.quant._numerics import activations, grids, ranges
 from jaxqat.quant._numerics.promotion import default_promotion
 from jaxqat.quant._plan.plan import PARAMETERS, Pair, Plan, QuantizedTensor
 from jaxqat.quant._trace.arguments import Key
-from jaxqat.quant._trace.program import Atom, Constant, Node
+from jaxqat.quant._trace.program import PRODUCTS, Atom, Constant, Node
 from jaxqat.quant.recipe import Recipe
 
 
@@ -165,8 +165,13 @@ class Evaluator:
         return values
 
     def _float_reason(self, node: Node, operands: list[forms.Operand]) -> str | None:
+        if node.name in PRODUCTS and not any(o.constant for o in operands):
+            # As in attention, it stays in the way whatever stands before it.
+            return f"a product of two activations ({node.module or node.name})"
         before = next((o.float_reason for o in operands if o.float_reason is not None), None)
-        return before or (node.where if not all(o.constant for o in operands) else None)
+        if before is not None or all(o.constant for o in operands):
+            return before
+        return self.plan.program.where(node)
 
     def _read(self, atom: Atom) -> forms.Operand:
         if isinstance(atom, Constant):
