@@ -17,6 +17,7 @@ from jaxqat.integer._verify import in_decibels
 from jaxqat.quant._interpret import EvaluatedLayer, Evaluator
 from jaxqat.quant._numerics.activations import dequantize, in_units
 from jaxqat.quant._numerics.grids import Grid
+from jaxqat.quant._numerics.promotion import default_promotion
 from jaxqat.quant._plan.plan import Pair
 
 BINS_INSIDE = 64  # Bins of a histogram for values that are not clipped.
@@ -96,6 +97,7 @@ def _wide(x: Any) -> np.ndarray:
     return x.astype(np.int64 if np.issubdtype(x.dtype, np.integer) else np.float64)
 
 
+@default_promotion
 def measure(real: Evaluator, quantized: Evaluator) -> Measured:
     """Compare an evaluation in float with a quantized one, of the same batch."""
     outputs = [

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxqat.integer._execute.executor import Executor, make_executor
@@ -73,6 +74,8 @@ class Verification:
         results: Number of the results' values that were compared.
         differing_results: Number of them that differ.
         largest_result_difference: Largest difference of two of them.
+        nan_inputs: Input values that are NaN. They get the code of zero in every network, so they
+            make no difference, and the results do not show them.
     """
 
     tensors: tuple[TensorCheck, ...]
@@ -83,6 +86,7 @@ class Verification:
     results: int = 0
     differing_results: int = 0
     largest_result_difference: float = 0.0
+    nan_inputs: int = 0
 
     @property
     def codes(self) -> int:
@@ -224,7 +228,7 @@ def compare(
     """
     sums: dict[str, _Sums] = {}
     results = _Results()
-    images = flips = flips_fp32 = 0
+    images = flips = flips_fp32 = nan_inputs = 0
     logits_only = False
     for batch in batches:
         left, right = expected(batch), actual(batch)
@@ -238,6 +242,7 @@ def compare(
                 value = (codes - tensor.zero_point) * np.float64(tensor.scale)
                 entry.measure(np.asarray(floats.tensors[name], np.float64), value)
         images += len(batch)
+        nan_inputs += _nans(batch)
         logits_only = not left.tensors or not right.tensors
         results.compare(np.asarray(left.logits), np.asarray(right.logits))
         classes = np.asarray(right.logits).argmax(-1)
@@ -256,7 +261,14 @@ def compare(
         results.values,
         results.differing,
         results.largest,
+        nan_inputs,
     )
+
+
+def _nans(batch: Any) -> int:
+    """Return how many values are NaN; integers are not."""
+    floats = jnp.issubdtype(batch.dtype, jnp.floating)
+    return int(np.isnan(np.asarray(batch, np.float32)).sum()) if floats else 0
 
 
 @dataclasses.dataclass

@@ -52,6 +52,8 @@ def print_analysis(title: str, analysis: Analysis, console: Console) -> None:
 def _verdict(check: VerificationResult) -> str:
     largest = f" (by at most {check.largest})" if check.differing else ""
     flips = f"{check.top1_flips:,} of {check.images:,} images change their class"
+    if check.nan_inputs:
+        flips += f"; {check.nan_inputs:,} input values are NaN and got the code of zero"
     if check.logits_only:
         return f"verify: {flips}"
     return f"verify: {check.differing:,} of {check.codes:,} codes differ{largest}; {flips}"

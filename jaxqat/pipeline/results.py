@@ -134,13 +134,13 @@ class VerificationResult:
         differing: Number of codes that differ.
         largest: Largest difference, in codes.
         top1_flips: Images whose class differs between the two.
-        top1_flips_fp32: Images whose class differs between the integer network and the same
-            weights in float; None if that was not compared.
+        top1_flips_fp32: Likewise, against the same weights in float; None if not compared.
         logits_only: Whether one of the two gives no codes, so that only classes are compared.
         failures: Conditions of the comparison that do not hold; empty if it passes.
         results: Number of the results' values that were compared; 0 in older files.
         differing_results: Number of them that differ.
         largest_result_difference: Largest difference of two of them.
+        nan_inputs: Input values that are NaN, and got the code of zero.
     """
 
     tensors: tuple[TensorDifferences, ...]
@@ -155,6 +155,7 @@ class VerificationResult:
     results: int = 0
     differing_results: int = 0
     largest_result_difference: float = 0.0
+    nan_inputs: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -111,6 +111,17 @@ def test_a_last_layer_that_changes_no_class_is_found_by_its_results():
     assert "the last layer differs" in failure
 
 
+def test_nan_in_the_input_is_counted_and_makes_no_difference():
+    model, graph = example()
+    images = IMAGES.copy()
+    images[0, 0, 0, 0] = images[9, 1, 2] = np.nan
+    found = jaxqat.verify(
+        model.model, model.variables, graph=graph, batches=[images[:8], images[8:]], train=False
+    )
+    assert found.nan_inputs == 1 + images.shape[-1] and found.to_dict()["nan_inputs"] > 0
+    assert (found.differing, found.differing_results, verified().nan_inputs) == (0, 0, 0)
+
+
 def test_the_failures_name_the_counts_and_the_worst_tensor():
     found = verified(("dense1", "weights", negated))
     text = "; ".join(found.failures)

@@ -177,10 +177,10 @@ OTHERS = {
         | encoder_block("encoder/layers/0", "attn", "mlp/layers/0", "mlp/layers/3")
         | kinds("dense", "classifier"),
         refused=(
-            r"\.\.\.qhd,\.\.\.khd->\.\.\.hqk" + PAIRS,
+            r"encoder/layers/0/attn/\.\.\.qhd,\.\.\.khd->\.\.\.hqk" + PAIRS,
             r"encoder/layers/0/attn/query/input: .* before it has no integer form",
-            r"encoder/layers/0/mlp/layers/3/input: 'mul' before it has no integer form",
-            r"classifier/input: 'reduce_sum' before it has no integer form",
+            r"encoder/layers/0/mlp/layers/3/input: 'mul' in encoder/layers/0/mlp before it",
+            r"classifier/input: the normalization final_norm before it has no integer form",
         ),
         float_pairs=2,
     ),
@@ -192,8 +192,8 @@ OTHERS = {
         | kinds("dense", "head"),
         refused=(
             r"rnn/cell/ii/input: a look-up in embed before it",
-            r"rnn/cell/hi/input: 'logistic' before it",
-            r"head/input: 'logistic' before it",
+            r"rnn/cell/hi/input: 'logistic' in rnn/cell before it",
+            r"head/input: 'logistic' in rnn/cell before it",
         ),
         learning_rate=3e-2,
     ),

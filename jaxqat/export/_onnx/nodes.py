@@ -163,8 +163,15 @@ class OnnxWriter(GraphVisitor[str]):
             # The float32 product of training first, then the rounding as a separate node.
             inverse = builder.constant(np.float32(node.inverse), "inverse")
             scaled = builder.add("Mul", [images, inverse], f"{out.name}/steps")
-            codes = self._quantized(scaled, out, _ONE)
+            codes = self._quantized(self._without_nan(scaled, out.name), out, _ONE)
         return builder.transpose(codes, channels_first(rank), f"{out.name}/channels_first")
+
+    def _without_nan(self, real: str, name: str) -> str:
+        """Replace NaN by 0: QuantizeLinear leaves its code open, and runtimes choose the lowest."""
+        builder = self.builder
+        is_nan = builder.add("IsNaN", [real], f"{name}/is_nan")
+        nothing = builder.constant(np.float32(0), "nothing")
+        return builder.add("Where", [is_nan, nothing, real], f"{name}/numbers")
 
     def _looked_up(self, node: Quantize, images: str) -> str:
         """Write the lookup of pixels in the table of codes, at entry 256 * channel + pixel."""

@@ -20,6 +20,7 @@ from jaxqat.integer._convert.emit import OUTPUT, Deferred, Emitter
 from jaxqat.integer._convert.geometry import UnconvertibleError
 from jaxqat.quant import _forms as forms
 from jaxqat.quant._interpret import Evaluator
+from jaxqat.quant._numerics.promotion import default_promotion
 from jaxqat.quant._plan.plan import STATISTICS
 from jaxqat.quant._trace.arguments import split_arrays
 from jaxqat.quant.models.bound import QuantizedModel
@@ -123,6 +124,7 @@ class _ModelEmitter(Emitter):
         self.problems: list[str] = []
         self.output: tuple[str, tuple[int, ...]] = (OUTPUT, ())
 
+    @default_promotion
     def model(self, evaluator: Evaluator) -> None:
         for info in evaluator.plan.table:
             if info.float_reason is not None:
@@ -308,10 +310,15 @@ def _with_table(
         return node
     tensor = tensors[node.output]
 
+    @default_promotion
+    def rounded(values: jax.Array, inverse: jax.Array) -> jax.Array:
+        units = jnp.round(values.astype(jnp.float32) * inverse)
+        units = jnp.where(jnp.isnan(units), np.float32(0), units)  # As an executor does.
+        return jnp.clip(units + tensor.zero_point, tensor.low, tensor.high).astype(jnp.int8)
+
     @jax.jit
     def codes(images: jax.Array, inverse: jax.Array) -> jax.Array:
-        units = jnp.round(preprocess(images).astype(jnp.float32) * inverse) + tensor.zero_point
-        return jnp.clip(units, tensor.low, tensor.high).astype(jnp.int8)
+        return rounded(preprocess(images), inverse)
 
     channels = tensor.shape[-1]
     shape = (256, *(1,) * (len(tensor.shape) - 1), channels)

@@ -19,6 +19,7 @@ from jaxqat.integer import graph as g
 from jaxqat.integer._execute.arithmetic import FixedPoint, rescale, rescale_fixed, shift_to_even
 from jaxqat.integer._visitor import GraphVisitor
 from jaxqat.quant._numerics import windows
+from jaxqat.quant._numerics.promotion import default_promotion
 
 Parameters = dict[str, dict[str, np.ndarray]]
 
@@ -40,6 +41,7 @@ class Platform(GraphVisitor[Array]):
             node.name: {**self.prepare(node), **self._multiplier(node)} for node in graph.products()
         }
 
+    @default_promotion
     def parameters_from(self, arrays: dict[str, dict[str, Array]]) -> Any:
         """Return `parameters`, laid out inside the program from each product's weights and bias.
 
@@ -130,6 +132,7 @@ class Platform(GraphVisitor[Array]):
         fixed = FixedPoint.of(node.multiplier)
         return {"mantissa": fixed.mantissa, "shift": fixed.shift}
 
+    @default_promotion
     def node(
         self,
         node: g.Node,
@@ -142,15 +145,19 @@ class Platform(GraphVisitor[Array]):
             return super().node(node, values, images, parameters)
 
     def quantize(self, node: g.Quantize, images: Array) -> Array:
-        """Return the codes of the input: round float32, look up uint8 in the table."""
+        """Return the codes of the input: round float32, look up uint8 in the table.
+
+        A NaN gets the code of zero.
+        """
         tensor = self.graph.tensors[node.output]
         if images.dtype == jnp.uint8 and node.table is not None:
             channels = node.table.shape[1]
             index = images.astype(jnp.int32) * channels + np.arange(channels, dtype=np.int32)
             table = (node.table.astype(np.int32) + self.offset(tensor)).astype(self.stored_type)
             return jnp.take(jnp.asarray(table).reshape(-1), index, mode="clip")
-        units = jnp.round(images.astype(jnp.float32) * node.inverse) + tensor.zero_point
-        return self.clipped(node.output, units)
+        units = jnp.round(images.astype(jnp.float32) * node.inverse)
+        units = jnp.where(jnp.isnan(units), np.float32(0), units)
+        return self.clipped(node.output, units + tensor.zero_point)
 
     def product(self, node: g.Product, arrays: dict[str, Array], x: Array) -> Array:
         """Return a convolution or a dense layer with its requantization."""
@@ -250,6 +257,7 @@ class Platform(GraphVisitor[Array]):
         offset = self.offset(self.graph.tensors[name])
         return (stored.astype(jnp.int32) - offset).astype(jnp.int8)
 
+    @default_promotion
     def result(self, values: dict[str, Array]) -> Array:
         """Return the network's real result."""
         output, tensors = values[self.graph.output], self.graph.tensors

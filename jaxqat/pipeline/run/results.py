@@ -192,6 +192,7 @@ def verification_result(found: Verification) -> VerificationResult:
         results=found.results,
         differing_results=found.differing_results,
         largest_result_difference=found.largest_result_difference,
+        nan_inputs=found.nan_inputs,
     )
 
 

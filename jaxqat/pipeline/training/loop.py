@@ -191,16 +191,25 @@ def check_finite(stage: str, state: TrainState, epoch: int) -> None:
     """Check that all numbers of a state are finite.
 
     Raises:
-        DivergedError: If one is infinite or NaN; names stage, epoch and loss.
+        DivergedError: If one is infinite or NaN; names stage, epoch and loss, and counts the NaN.
     """
     leaves = (np.asarray(leaf) for leaf in jax.tree.leaves(state))
     if all(np.isfinite(leaf).all() for leaf in leaves):
         return
+    collections = {"params": state.params, **state.collections}
+    nans = {name: count for name, tree in collections.items() if (count := _nans(tree))}
+    counted = ", ".join(f"{count:,} in {name}" for name, count in nans.items()) or "none"
     raise DivergedError(
         f"{stage}: the loss or the weights became infinite or NaN in epoch {epoch} (loss summed "
-        f"over the epoch: {float(state.loss_sum)}). Nothing of this epoch was saved; earlier "
-        f"checkpoints are good. Try a smaller {stage}.optimizer.learning_rate, or a warm-up."
+        f"over the epoch: {float(state.loss_sum)}; numbers that are NaN: {counted}). Nothing of "
+        "this epoch was saved; earlier checkpoints are good. Try a smaller "
+        f"{stage}.optimizer.learning_rate, or a warm-up."
     )
+
+
+def _nans(tree: Any) -> int:
+    leaves = map(np.asarray, jax.tree.leaves(tree))
+    return sum(int((leaf != leaf).sum()) for leaf in leaves)  # Only NaN differs from itself.
 
 
 def _record(

@@ -33,6 +33,7 @@ from jaxqat.quant._forms.forms import (
     Operation,
     Real,
     Sum,
+    real_parts,
 )
 from jaxqat.quant._forms.operand import Operand
 
@@ -52,5 +53,6 @@ __all__ = [
     "Sum",
     "Summed",
     "quotient",
+    "real_parts",
     "uncontracted",
 ]

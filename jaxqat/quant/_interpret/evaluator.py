@@ -15,9 +15,10 @@ from jaxqat.quant._interpret.layers import EvaluatedLayer, LayerEvaluator
 from jaxqat.quant._interpret.modes import LayerSwitches, Mode, Switches
 from jaxqat.quant._interpret.states import States
 from jaxqat.quant._numerics import activations, grids, ranges
+from jaxqat.quant._numerics.promotion import default_promotion
 from jaxqat.quant._plan.plan import PARAMETERS, Pair, Plan, QuantizedTensor
 from jaxqat.quant._trace.arguments import Key
-from jaxqat.quant._trace.program import Atom, Constant, Node
+from jaxqat.quant._trace.program import PRODUCTS, Atom, Constant, Node
 from jaxqat.quant.recipe import Recipe
 
 
@@ -69,6 +70,21 @@ class Evaluator:
         """All ranges after the evaluation."""
         return self._states.after
 
+    @property
+    def nan_counts(self) -> dict[Key, jax.Array]:
+        """How many values were NaN and got the code of zero, by key of the quantized tensor.
+
+        Only real values can be NaN, as the model's input: tensors that are computed from codes
+        are not listed.
+        """
+        parts = {key: list(forms.real_parts(form)) for key, form in self.forms.items()}
+        return {
+            key: sum((jnp.sum(jnp.isnan(part.values)) for part in real), start=jnp.int32(0))
+            for key, real in parts.items()
+            if real
+        }
+
+    @default_promotion
     def run(self, arguments: list[Any]) -> list[Any]:
         """Run the program; return its results."""
         program = self.plan.program
@@ -149,8 +165,13 @@ class Evaluator:
         return values
 
     def _float_reason(self, node: Node, operands: list[forms.Operand]) -> str | None:
+        if node.name in PRODUCTS and not any(o.constant for o in operands):
+            # As in attention, it stays in the way whatever stands before it.
+            return f"a product of two activations ({node.module or node.name})"
         before = next((o.float_reason for o in operands if o.float_reason is not None), None)
-        return before or (node.where if not all(o.constant for o in operands) else None)
+        if before is not None or all(o.constant for o in operands):
+            return before
+        return self.plan.program.where(node)
 
     def _read(self, atom: Atom) -> forms.Operand:
         if isinstance(atom, Constant):
@@ -192,9 +213,9 @@ class Evaluator:
             self.observed[tensor.key] = values
             return values, None
         self.forms[tensor.key] = form
-        values, codes = activations.quantize(
-            values, form.in_units(_constant(grid)), grid, learned=tensor.learned
-        )
+        units = form.in_units(_constant(grid))
+        real = any(True for _ in forms.real_parts(form))
+        values, codes = activations.quantize(values, units, grid, learned=tensor.learned, real=real)
         self.codes[tensor.key] = forms.Codes(codes, _constant(grid), tensor.key)
         return values, self.codes[tensor.key]
 

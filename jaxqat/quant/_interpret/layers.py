@@ -103,7 +103,7 @@ class LayerEvaluator:
         quantizer = layer.quantizer
         axes, bits = quantizer.product.data_axes, quantizer.settings.act_bits or 8
         grid = grids.dynamic_grid(x, axes, bits)
-        values, codes = activations.quantize(x, activations.in_units(x, grid), grid)
+        values, codes = activations.quantize(x, activations.in_units(x, grid), grid, real=True)
         step_size = self._states.step_size(layer, weights)
         return multiply.multiply(quantizer, values, codes, grid, weights, step_size).real
 

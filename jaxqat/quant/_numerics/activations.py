@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int8
 from jaxqat.quant._numerics import estimators as estimate
 from jaxqat.quant._numerics.first_order import first_order
 from jaxqat.quant._numerics.grids import Grid, GridCalibration
+from jaxqat.quant._numerics.promotion import default_promotion
 
 # AQT builds its dataclasses with a decorator of its own, which type checkers do not see through.
 _aqt_dataclass: Any = aqt_utils.flax_slots_kw_only_dataclass
@@ -61,7 +62,10 @@ def _numerics(grid: Grid) -> AffineInt:
 
 
 def in_units(x: Float[Array, "..."], grid: Grid) -> Float[Array, "..."]:
-    """Return x in units of the grid's scale, u = x / scale, not rounded (by AQT's QTensor)."""
+    """Return x in units of the grid's scale, u = x / scale, not rounded (by AQT's QTensor).
+
+    A NaN becomes 0, the zero point: the integer network has no code for it.
+    """
     x = x.astype(jnp.float32)
     quantizer = _Quantizer(
         numerics=_numerics(grid),
@@ -72,7 +76,7 @@ def in_units(x: Float[Array, "..."], grid: Grid) -> Float[Array, "..."]:
     )
     quantizer.init_calibration()
     tensor: Any = quantizer.calibrate(x, calibration_axes=None).quant(x)
-    return tensor.qvalue
+    return jnp.where(jnp.isnan(tensor.qvalue), jnp.zeros_like(tensor.qvalue), tensor.qvalue)
 
 
 def dequantize(codes: Int8[Array, "..."], grid: Grid, dtype: Any) -> Float[Array, "..."]:
@@ -87,6 +91,7 @@ def quantize(
     grid: Grid,
     *,
     learned: Literal["lsq", "pact"] | None = None,
+    real: bool = False,
 ) -> tuple[Float[Array, "..."], Int8[Array, "..."]]:
     """Quantize a tensor: return its dequantized value, which has the gradient, and its codes.
 
@@ -105,25 +110,32 @@ def quantize(
             form of the operations that made it), rounded or not.
         grid: The grid to quantize to.
         learned: Method that learns the grid's scale; None if it is not learned.
+        real: Whether units come from x itself, which can be NaN: it has the code z, and the
+            gradient 0, as a clipped value has. Units from an integer form cannot be NaN.
     """
     scale = grid.scale if learned else None
-    return _straight_through(learned, x, jax.lax.stop_gradient(units), grid, scale)
+    return _straight_through(learned, real, x, jax.lax.stop_gradient(units), grid, scale)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _straight_through(learned, x, units, grid, scale):
-    return _straight_through_forward(learned, x, units, grid, scale)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _straight_through(learned, real, x, units, grid, scale):
+    return _straight_through_forward(learned, real, x, units, grid, scale)[0]
 
 
-def _straight_through_forward(learned, x, units, grid, scale):
+@default_promotion
+def _straight_through_forward(learned, real, x, units, grid, scale):
     del scale  # It is the grid's.
     codes, kept = _numerics(grid).vjp_fwd(units, estimate.CONTEXT)
+    if real:
+        kept &= ~jnp.isnan(x.astype(jnp.float32) * grid.inverse)
     x = first_order(x)
     values = x if learned else jnp.atleast_1d(x)[..., :0]
     return (dequantize(codes, grid, x.dtype), codes), (kept, grid, values, codes)
 
 
-def _straight_through_backward(learned, residuals, gradients):
+@default_promotion
+def _straight_through_backward(learned, real, residuals, gradients):
+    del real
     kept, grid, x, codes = residuals
     gradient, _ = _numerics(grid).vjp_bwd(kept, gradients[0])
     if not learned:

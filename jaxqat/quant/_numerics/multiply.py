@@ -13,6 +13,7 @@ from jaxqat.quant._numerics.first_order import first_order
 from jaxqat.quant._numerics.grids import Grid
 from jaxqat.quant._numerics.grouped import GroupedDot
 from jaxqat.quant._numerics.products import Product, backward
+from jaxqat.quant._numerics.promotion import default_promotion
 from jaxqat.quant._numerics.weights import WeightQuantizer, weight_gradients
 
 
@@ -93,6 +94,7 @@ def _multiply(quantizer, x, codes, grid, weights, step_size, noise):
     return _multiply_forward(quantizer, None, codes, grid, weights, step_size, noise)[0]
 
 
+@default_promotion
 def _multiply_forward(quantizer, x, codes, grid, weights, step_size, noise):
     weights = first_order(weights)
     weight_codes, weight_scale = quantizer.quantize(weights, step_size, noise)
@@ -115,6 +117,7 @@ def _multiply_forward(quantizer, x, codes, grid, weights, step_size, noise):
     return (real, total, correction, per_channel, weight_codes), residuals
 
 
+@default_promotion
 def _multiply_backward(quantizer, residuals, gradients):
     codes, grid, weight_codes, weight_scale, clipped, (x_like, weights_like) = residuals
     x = dequantize(codes, grid, x_like.dtype)

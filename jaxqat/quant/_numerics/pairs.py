@@ -10,6 +10,7 @@ from jaxtyping import Array
 
 from jaxqat.quant._numerics.activations import dequantize
 from jaxqat.quant._numerics.products import Dot, backward
+from jaxqat.quant._numerics.promotion import default_promotion
 
 
 class Quantized(NamedTuple):
@@ -36,6 +37,7 @@ def multiply(dot: Dot, dtype: Any, left: Quantized, right: Quantized) -> Array:
     return _forward(dot, dtype, left, right)[0]
 
 
+@default_promotion
 def _forward(dot, dtype, left, right):
     (x, q, s), (y, k, t) = left, right
     total = dot.accumulate(q, k)
@@ -51,6 +53,7 @@ def _forward(dot, dtype, left, right):
     return real, (q, s, x[..., :0], k, t, y[..., :0])
 
 
+@default_promotion
 def _backward(dot, dtype, residuals, gradient):
     del dtype
     q, s, x_like, k, t, y_like = residuals

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int8
 
 from jaxqat.quant._numerics import estimators as estimate
 from jaxqat.quant._numerics.first_order import first_order
+from jaxqat.quant._numerics.promotion import default_promotion
 from jaxqat.quant.recipe import Settings
 
 
@@ -120,6 +121,7 @@ def dequantized_weights(
     return _dequantized_forward(quantizer, weights, step_size)[0]
 
 
+@default_promotion
 def _dequantized_forward(quantizer, weights, step_size):
     weights = first_order(weights)
     codes, scale = quantizer.quantize(weights, step_size)
@@ -127,6 +129,7 @@ def _dequantized_forward(quantizer, weights, step_size):
     return values, (weights, codes, scale)
 
 
+@default_promotion
 def _dequantized_backward(quantizer, residuals, gradient):
     weights, codes, scale = residuals
     gradient, of_step_size = weight_gradients(quantizer, weights, codes, scale, gradient)

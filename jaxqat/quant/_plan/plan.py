@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxqat.quant._numerics.grids import Grid, grid, with_scale
 from jaxqat.quant._numerics.multiply import ProductQuantizer
 from jaxqat.quant._numerics.products import Dot
+from jaxqat.quant._numerics.promotion import default_promotion
 from jaxqat.quant._numerics.ranges import empty_range
 from jaxqat.quant._numerics.weights import WeightQuantizer
 from jaxqat.quant._trace.arguments import Key
@@ -149,6 +150,7 @@ class QuantizedTensor:
         low, high = self.extent(state)
         return float(low), float(high)
 
+    @default_promotion
     def extent(self, state: Any) -> tuple[Any, Any]:
         """Return the smallest and largest real value of its grid."""
         learned = None if self.leaf is None else state[self.leaf]

@@ -6,6 +6,7 @@ from typing import Any, Self
 
 import jax
 import numpy as np
+from flax.core.meta import AxisMetadata
 
 # Path in a tree of dictionaries: of a parameter, or of a tensor's state.
 Key = tuple[str, ...]
@@ -35,7 +36,8 @@ class Call:
 
     Attributes:
         flat: The array leaves.
-        names: Path of each array within the parameters; None if it is not one of them.
+        names: Path of each array within the parameters; None if it is not one of them. The boxes
+            of Flax's metadata (`nn.with_partitioning`) add nothing to it.
         is_data: Whether each array varies from call to call.
         rebuild: Makes the arguments from the array leaves.
     """
@@ -58,9 +60,21 @@ class Call:
                 structure, [next(rest) if s is None else s[0] for s in statics]
             )
 
-        names = [_path(path[1:]) if path[0].idx == 0 else None for path, _ in arrays]
+        names = [
+            _path(path[1:]) if path[0].idx == 0 else None
+            for path, leaf in _without_boxes((parameters, constants, inputs))
+            if _is_array(leaf)
+        ]
         is_data = [path[0].idx == 2 for path, _ in arrays]
         return cls([leaf for _, leaf in arrays], names, is_data, rebuild)
+
+
+def _without_boxes(tree: Any) -> list[tuple[tuple[Any, ...], Any]]:
+    """Return the leaves of a tree in order; those of a box have the path of the box."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(
+        tree, is_leaf=lambda node: isinstance(node, AxisMetadata)
+    )
+    return [(path, leaf) for path, box in leaves for leaf in jax.tree.leaves(box)]
 
 
 def _path(path: tuple[Any, ...]) -> Key:

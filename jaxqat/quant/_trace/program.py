@@ -7,6 +7,7 @@ derivative rules.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -22,6 +23,8 @@ PRODUCTS = frozenset({"conv_general_dilated", "dot_general"})
 # saving of memory, so only those with products inside are inlined.
 INLINED = frozenset({"jit", "pjit", "closed_call", "core_call"})
 INLINED_FOR_PRODUCTS = frozenset({"checkpoint", "remat2"})
+# What may stand between a maximum and its subtraction in a softmax.
+_KEEPING_MAXIMA = frozenset({"max", "broadcast_in_dim", "reshape", "stop_gradient"})
 # A scan with products inside is unrolled up to this length; a longer one stays in float.
 MAX_ITERATIONS = 128
 
@@ -60,9 +63,9 @@ class Node:
     loop: tuple[int, ...] = ()
 
     @property
-    def where(self) -> str:
-        """The operation and its module, for messages."""
-        return f"'{self.name}'" + (f" in {self.scope}" if self.scope else "")
+    def module(self) -> str:
+        """The scope without the names that `jnp.einsum` gives its products."""
+        return "/".join(part for part in self.scope.split("/") if "->" not in part)
 
     @property
     def name(self) -> str:
@@ -135,6 +138,38 @@ class Program:
         self.carried: set[int] = set()
         self.inputs = tuple(self._variable(v.aval) for v in closed_jaxpr.jaxpr.invars)
         self.outputs = self._inline(closed_jaxpr.jaxpr, closed_jaxpr.consts, self.inputs)
+
+    def where(self, node: Node) -> str:
+        """Return the operation and its module, for messages; name softmax and norms as a whole."""
+        if node.scope in self._normalizations:
+            return f"the normalization {node.scope}"
+        what = "a softmax" if self._starts_softmax(node) else f"'{node.name}'"
+        return what + (f" in {node.scope}" if node.scope else "")
+
+    def _starts_softmax(self, node: Node) -> bool:
+        """Return whether a node is the maximum in exp(x - max(x)), which keeps a softmax finite."""
+        if node.name != "reduce_max":
+            return False
+        waiting = [node.outputs[0]]
+        while waiting:
+            number = waiting.pop()
+            for reader in (n for n in self.nodes if number in n.inputs):
+                if reader.name == "sub" and node.inputs[0] == reader.inputs[0]:
+                    return any(
+                        n.name == "exp" and reader.outputs[0] in n.inputs for n in self.nodes
+                    )
+                if reader.name in _KEEPING_MAXIMA:
+                    waiting.append(reader.outputs[0])
+        return False
+
+    @functools.cached_property
+    def _normalizations(self) -> set[str]:
+        """Modules of one reciprocal square root, without products and modules inside of them."""
+        scopes = {node.scope for node in self.nodes}
+        outer = {scope[:i] for scope in scopes for i, c in enumerate(scope) if c == "/"}
+        multiply = {node.scope for node in self.nodes if node.name in PRODUCTS}
+        roots = {node.scope for node in self.nodes if node.name == "rsqrt"}
+        return roots - outer - multiply - {""}
 
     def aval(self, atom: Atom) -> Any:
         """Return the shape and type of an atom."""

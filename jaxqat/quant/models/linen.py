@@ -6,14 +6,33 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
-from flax.core import unfreeze  # pyright: ignore[reportUnknownVariableType]
+import jax
+from flax.core import DenyList, unfreeze  # pyright: ignore[reportUnknownVariableType]
 
-from jaxqat.quant.models.bound import PureFunction
+from jaxqat.quant._plan.plan import LayerInfo
+from jaxqat.quant._trace.arguments import split_arrays
+from jaxqat.quant.models.bound import BoundModel, PureFunction
 from jaxqat.quant.models.stateless import Mutable, StatelessModel
 from jaxqat.quant.recipe import Recipe
 
+# Collections that change in `init`, as in Linen's.
+_IN_INIT = DenyList("intermediates")
+# Arguments of Linen's `tabulate` itself; it hands all others to the module.
+_OF_TABLE = frozenset(
+    {
+        "depth",
+        "show_repeated",
+        "mutable",
+        "console_kwargs",
+        "table_kwargs",
+        "column_kwargs",
+        "compute_flops",
+        "compute_vjp_flops",
+    }
+)
 
-@dataclasses.dataclass(frozen=True, eq=False)
+
+@dataclasses.dataclass(frozen=True)
 class QuantizedModule(StatelessModel):
     """A Linen module whose convolutions and dense layers multiply integers.
 
@@ -27,6 +46,11 @@ class QuantizedModule(StatelessModel):
             variables, images, train=True, mutable=["batch_stats", "quant"]
         )
 
+    Quantized modules of equal modules and equal recipes are equal, so a compiled function that
+    takes one as a static argument is compiled once. `apply` and `init` take the arguments of
+    Linen's: `method`, `rngs`, and `capture_intermediates` for the values between layers as the
+    quantized evaluation computes them. Only `bind` is not Linen's.
+
     Attributes:
         module: The module as it was given.
         recipe: How it is quantized.
@@ -36,10 +60,54 @@ class QuantizedModule(StatelessModel):
     recipe: Recipe
 
     def init(self, rngs: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Return the module's variables, and ranges that have seen nothing yet."""
-        variables = unfreeze(self.module.init(rngs, *args, **kwargs))
+        """Return the module's variables, and ranges that have seen nothing yet.
+
+        The arguments are those of Linen's `init`.
+        """
+        mutable = kwargs.pop("mutable", _IN_INIT)
+        variables = unfreeze(self.module.init(rngs, *args, mutable=mutable, **kwargs))
         # As in Linen's `init`, which may run in training mode, every collection may change.
         return self.init_quant(variables, *args, mutable=True, rngs=rngs, **kwargs)
+
+    def init_with_output(self, rngs: Any, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        """Return the module's result on these inputs, and the variables of `init`.
+
+        The result is the quantized one of a first training step, with ranges of this batch.
+        """
+        variables = self.init(rngs, *args, **kwargs)
+        kwargs.pop("mutable", None)
+        result, _ = self.apply(variables, *args, mutable=_IN_INIT, rngs=rngs, **kwargs)
+        return result, variables
+
+    def tabulate(self, rngs: Any, *args: Any, **kwargs: Any) -> str:
+        """Return Linen's table of the module, and what each product is quantized to.
+
+        The arguments are those of Linen's `tabulate`. Nothing is computed.
+        """
+        table = self.module.tabulate(rngs, *args, **kwargs)
+        kwargs = {name: value for name, value in kwargs.items() if name not in _OF_TABLE}
+        arrays, rebuild = split_arrays((rngs, args, kwargs))
+
+        def initial(arrays: Any) -> Any:
+            rngs, args, kwargs = rebuild(arrays)
+            return self.init(rngs, *args, **kwargs)
+
+        variables = jax.eval_shape(initial, arrays)
+        bound = self._bound(variables, {"rngs": rngs, **kwargs}, mutable=True)
+        return "\n".join([table, "Products:", *map(_line, bound.checked_plan(args).table), ""])
+
+    def bind(self, *state: Any, **kwargs: Any) -> BoundModel:
+        """Return the module with its variables and keyword arguments filled in.
+
+        This is a function of inputs with frozen ranges (`BoundModel`), which `convert`, `verify`
+        and `analyze` take. It is not Linen's bound module: the quantized computation is that of a
+        whole call, so submodules cannot be called one by one.
+
+        Args:
+            *state: One argument, the variables.
+            **kwargs: Keyword arguments of every call, such as `train=False`.
+        """
+        return super().bind(*state, **kwargs)
 
     def _function(self, mutable: Mutable) -> PureFunction:
         def function(
@@ -51,3 +119,11 @@ class QuantizedModule(StatelessModel):
             return (result, {}) if mutable is False else result
 
         return function
+
+
+def _line(info: LayerInfo) -> str:
+    """Return a line about one product: its widths, or why it stays in float."""
+    if info.float_reason is not None:
+        return f"  {info.path} ({info.kind}): float, {info.float_reason}"
+    inputs = "float" if info.act_bits is None else f"{info.act_bits} bits"
+    return f"  {info.path} ({info.kind}): weights {info.weight_bits} bits, input {inputs}"

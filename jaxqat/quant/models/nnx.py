@@ -11,6 +11,7 @@ from jaxqat.quant._interpret import Mode
 from jaxqat.quant._numerics.ranges import Range
 from jaxqat.quant._trace.arguments import Key
 from jaxqat.quant.models.bound import BoundModel, QuantizedModel
+from jaxqat.quant.models.nnx_scopes import name_calls
 from jaxqat.quant.models.state import QUANT, QUANT_PARAMS, state_collections
 from jaxqat.quant.recipe import Recipe
 
@@ -101,6 +102,7 @@ class QuantizedNNX(QuantizedModel, nnx.Module):
             given = jax.tree.map(_same, params)  # A copy: the next line changes it.
             nnx.replace_by_pure_dict(given, values)
             module = nnx.merge(graph, given, others["state"])
+            name_calls(module)
             result = module(*args, **kwargs)
             return result, nnx.state(module, nnx.Not(nnx.Param)) if keep else {}
 

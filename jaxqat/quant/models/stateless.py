@@ -114,7 +114,7 @@ def _of_model(mutable: Mutable) -> Mutable:
     return [name for name in names if name not in (QUANT, QUANT_PARAMS)]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class QuantizedFunction(StatelessModel):
     """A function of (params, *inputs) with quantized products.
 
@@ -162,6 +162,12 @@ class QuantizedEquinox(QuantizedFunction):
         object.__setattr__(self, "module", module)
 
     module: Any
+
+    def __eq__(self, other: object) -> bool:
+        return self is other  # Arrays, which a module holds, have no equality of their own.
+
+    def __hash__(self) -> int:
+        return id(self)
 
     def bind(self, *state: Any, **kwargs: Any) -> BoundModel:
         """Return the model with its variables, by default the module that was quantized."""

@@ -57,6 +57,16 @@ def test_residual_networks_are_exact_with_other_weights(seed):
 
 
 @BY_RECIPE
+def test_a_nan_in_a_float_input_gets_the_code_of_zero(recipe):
+    graph = graphs.build("residual", **recipe)
+    images = graphs.normalized(graphs.pixels(graph, 3))
+    images[1, 2, 3] = np.nan
+    codes = assert_equal(graph, images)
+    name = graph.quantize.output
+    assert (codes[name][1, 2, 3] == graph.tensors[name].zero_point).all()
+
+
+@BY_RECIPE
 @BY_CASE
 def test_every_product_is_an_integer_kernel(case, recipe, tmp_path):
     graph = graphs.build(case, **recipe)

@@ -29,7 +29,7 @@ def head(p, x):
 REFUSED = {
     "softmax": (
         lambda p, x: jax.nn.softmax(head(p, features(p, x))),
-        r"the model's output: \(1, 5\) is made by 'reduce_max'; .*do what follows it \(softmax",
+        r"the model's output: \(1, 5\) is made by a softmax; .*do what follows it \(softmax",
     ),
     "relu behind the head": (
         lambda p, x: relu(head(p, features(p, x))),

@@ -64,6 +64,19 @@ def test_fixed_point_gives_the_codes_of_the_reference(case, platform):
     assert graph.requantization == "fixed_point"
 
 
+@pytest.mark.parametrize("requantization", ["float", "fixed_point"])
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda", "cuda_pallas"])
+def test_a_nan_in_the_input_gets_the_code_of_zero(platform, requantization):
+    graph = graphs.build("residual", requantization=requantization)
+    images = graphs.normalized(graphs.pixels(graph, 3))
+    zeros = images.copy()
+    images[1, 2, 3], zeros[1, 2, 3] = np.nan, 0
+    assert graph.tensors[graph.quantize.output].zero_point != 0
+    found = run(graph, platform, images)
+    assert_same(found, run(graph, platform, zeros), every=False)
+    assert_same(found, integer_graph.run(graph, images), every=False)
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("case", ["residual", "depthwise", "concat"])
 def test_pallas_kernels_give_the_codes_of_the_reference(case, recipe):

@@ -195,6 +195,16 @@ def test_a_state_that_is_not_finite_is_an_error_and_not_saved():
     assert not recorder.records
 
 
+def test_a_network_that_diverged_counts_its_nan_by_collection():
+    _, state = make_stage()
+    broken = state._replace(
+        params={"w": state.params["w"].at[0, :2].set(jnp.nan)},
+        collections={"quant": jnp.full(3, jnp.nan), "batch_stats": jnp.zeros(2)},
+    )
+    with pytest.raises(DivergedError, match="numbers that are NaN: 2 in params, 3 in quant"):
+        check_finite("qat", broken, 1)
+
+
 @pytest.mark.parametrize("bad", [jnp.inf, jnp.nan])
 def test_weights_and_statistics_must_be_finite_even_if_the_loss_is(bad):
     # As after the last update of an epoch, which has not influenced a loss yet.
