@@ -90,8 +90,8 @@ def convolve(
         taken = codes
         if len(parts) > 1:
             taken = lax.slice_in_dim(codes, part.inputs.start, part.inputs.stop, axis=axes[0])
-            # After the barrier XLA sees a plain s8 tensor, which cuDNN needs.
-            taken = lax.optimization_barrier(taken)
+            # After the barrier XLA sees plain s8 tensors, which cuDNN needs.
+            taken, weights = lax.optimization_barrier((taken, weights))
         # cuDNN has no s32 output, so convert to float32 at once. The clipping changes no value, but
         # keeps XLA from simplifying the two conversions away.
         real = product(taken, weights).astype(jnp.float32)
