@@ -165,10 +165,11 @@ class Evaluator:
         return values
 
     def _float_reason(self, node: Node, operands: list[forms.Operand]) -> str | None:
-        if node.name in PRODUCTS and not any(o.constant for o in operands):
-            # As in attention, it stays in the way whatever stands before it.
-            return f"a product of two activations ({node.module or node.name})"
         before = next((o.float_reason for o in operands if o.float_reason is not None), None)
+        is_pair = node.name in PRODUCTS and not any(o.constant for o in operands)
+        # As in attention, whose own parts, such as an added bias, are not what is in the way.
+        if is_pair and (before is None or (node.module and f" {node.module}/" in before)):
+            return f"a product of two activations ({node.module or node.name})"
         if before is not None or all(o.constant for o in operands):
             return before
         return self.plan.program.where(node)
