@@ -254,6 +254,23 @@ def test_a_range_behind_dropout_and_a_relu_is_that_of_inference(behind, act_rang
     np.testing.assert_array_equal(grid.scale, scale * (2 if factor == 1 else 1))
 
 
+@pytest.mark.parametrize(
+    "relu", [jax.nn.relu, lambda x: jnp.maximum(x, 0), lambda x: jnp.clip(x, 0)],
+    ids=["relu", "maximum", "clip"],
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_relu_behind_dropout_is_found_in_every_type(dtype, relu):
+    def network(params, x, mask):
+        x = x.astype(dtype) @ params["stem"]["kernel"].astype(dtype)
+        x = relu(jnp.where(mask, x * 2.0, 0.0))
+        return x @ params["head"]["kernel"].astype(dtype)
+
+    model = jaxqat.quantize(network, jaxqat.Recipe(act_range="minmax"))
+    bound = model.bind({"params": PARAMS}).calibrate(ROWS, MASK)
+    largest = bound.observe(ROWS, MASK).observed["head", "input"].max()
+    assert bound.state["head", "input"]["max"] == np.float32(largest) / 2
+
+
 class Attention(nn.Module):
     """Flax drops attention weights by a product with a mask of 0 and 1 / (1 - p)."""
 

@@ -124,11 +124,12 @@ class Origins:
 
     def _is_relu(self, node: Node) -> bool:
         """Return whether an operation replaces negative numbers by zeros, and does nothing else."""
-        shape = self.program.avals[node.outputs[0]].shape
+        if sum(isinstance(a, int) for a in node.inputs) != 1:
+            return False
+        aval = self.program.avals[node.outputs[0]]
         with jax.ensure_compile_time_eval():
-            values = jnp.resize(jnp.array([-(2.0**20), -1.0, 1.0, 2.0**20]), shape)
-            if sum(isinstance(a, int) for a in node.inputs) != 1:
-                return False
+            numbers = jnp.array([-(2.0**15), -1.0, 1.0, 2.0**15], aval.dtype)
+            values = jnp.resize(numbers, aval.shape)
             operands = [values if isinstance(a, int) else a.value for a in node.inputs]
             return bool(jnp.all(node.bind(*operands)[0] == jnp.maximum(values, 0)))
 

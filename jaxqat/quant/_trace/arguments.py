@@ -61,7 +61,7 @@ class Call:
             )
 
         names = [
-            _path(path[1:]) if path[0].idx == 0 else None
+            key_of(path[1:]) if path[0].idx == 0 else None
             for path, leaf in _without_boxes((parameters, constants, inputs))
             if _is_array(leaf)
         ]
@@ -77,7 +77,8 @@ def _without_boxes(tree: Any) -> list[tuple[tuple[Any, ...], Any]]:
     return [(path, leaf) for path, box in leaves for leaf in jax.tree.leaves(box)]
 
 
-def _path(path: tuple[Any, ...]) -> Key:
+def key_of(path: tuple[Any, ...]) -> Key:
+    """Return the names of a path in a tree, as `jax.tree_util` gives it."""
     return tuple(
         str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path
     ) or ("parameters",)

@@ -18,9 +18,9 @@ import numpy as np
 from flax.core import unfreeze
 
 from jaxqat.errors import QuantizationError
-from jaxqat.quant._trace.arguments import split_arrays
+from jaxqat.quant._trace.arguments import key_of, split_arrays
 from jaxqat.quant.models.bound import BoundModel
-from jaxqat.quant.models.calibration import as_arguments
+from jaxqat.quant.models.calibration import as_arguments, preparing
 from jaxqat.quant.models.linen import QuantizedModule
 
 # (other arrays of the model, statistics before a batch, inputs) -> statistics after it.
@@ -143,17 +143,15 @@ def estimate_batch_norm(
     **kwargs: Any,
 ) -> BatchNormEstimate:
     """Return batch norm's statistics over some batches; arguments of `reestimate_batch_norm`."""
-
-    def prepare(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return inputs if preprocess is None else as_arguments(preprocess(*inputs))
-
+    prepare = preparing(preprocess)
     if isinstance(model, (nn.Module, QuantizedModule)):
         (variables,) = state
         update, arrays, statistics = _of_linen(model, variables, collection, kwargs)
     else:
         update, arrays, statistics = _of_nnx(model, kwargs)
     leaves, structure = jax.tree_util.tree_flatten_with_path(statistics)
-    paths = [_path(path) for path, _ in leaves]
+    # NNX's variables hold their arrays as 'value'.
+    paths = ["/".join(name for name in key_of(path) if name != "value") for path, _ in leaves]
 
     @jax.jit
     def compiled(arrays: Any, values: list[Any], inputs: tuple[Any, ...]) -> list[Any]:
@@ -300,8 +298,3 @@ def _unconverged(
         if off.mean() > SHARE_OF_CHANNELS:
             found.append(f"{layer or 'batch norm'} ({off.sum()} of {off.size} channels)")
     return tuple(found)
-
-
-def _path(path: tuple[Any, ...]) -> str:
-    names = (str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path)
-    return "/".join(name for name in names if name != "value")

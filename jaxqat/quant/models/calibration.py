@@ -55,10 +55,7 @@ def calibrate(
     bound = quantized.bind(*state, **kwargs)
     arrays, rebuild = bound.split_arrays()
 
-    def prepare(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        if preprocess is None:
-            return inputs
-        return as_arguments(preprocess(*inputs))
+    prepare = preparing(preprocess)
 
     @jax.jit
     def observe(arrays: Any, ranges: dict[Key, Range], inputs: tuple[Any, ...]) -> dict[Key, Range]:
@@ -82,6 +79,15 @@ def calibrate(
 def as_arguments(batch: Any) -> tuple[Any, ...]:
     """Return the inputs of a batch: those of a tuple, or the batch as the only one."""
     return cast("tuple[Any, ...]", batch) if isinstance(batch, tuple) else (batch,)
+
+
+def preparing(
+    preprocess: Callable[..., Any] | None,
+) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+    """Return what makes a model's arguments from the inputs of a batch."""
+    if preprocess is None:
+        return lambda inputs: inputs
+    return lambda inputs: as_arguments(preprocess(*inputs))
 
 
 def _strongly_typed(leaf: jax.Array) -> jax.Array:
