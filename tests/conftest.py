@@ -1,17 +1,32 @@
-"""Run tests on the CPU, even on a machine with a GPU, and limit the memory maps of the process."""
+"""Run tests on the CPU, share compiled programs between processes, and limit memory maps."""
 
 import gc
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+# Compilation takes most of the time. Processes share programs: workers, and the commands that tests
+# start. They are deleted at the end, unless the caller named a folder for them.
+CACHE = "JAX_COMPILATION_CACHE_DIR"
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
 # By default, Linux allows a process 65,530 memory maps. Each compiled kernel holds three while its
 # program exists, and at the limit XLA's CPU backend dies with SIGSEGV instead of raising an error
 # (jax issue 27201). One test here needs up to 20,000.
 MAX_MAPS = 8_000
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make a folder for compiled programs, before workers start and inherit its name."""
+    if CACHE not in os.environ:
+        os.environ[CACHE] = tempfile.mkdtemp(prefix="jaxqat_compiled_")
+        config.add_cleanup(lambda: shutil.rmtree(os.environ.pop(CACHE), ignore_errors=True))
 
 
 def memory_maps() -> int:

@@ -17,10 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
 
 from jaxqat import cli
@@ -90,24 +88,6 @@ def tiny(**changes: Any) -> Experiment:
     return configs.from_dict(settings)
 
 
-@pytest.fixture(scope="session")
-def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Cache compiled programs: compilation takes most of the time."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.05,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {key: getattr(jax.config, key) for key in settings}
-    for key, value in settings.items():
-        jax.config.update(key, value)
-    compilation_cache.reset_cache()
-    yield
-    for key, value in before.items():
-        jax.config.update(key, value)
-    compilation_cache.reset_cache()
-
-
 @functools.cache
 def _trained(base: Path) -> Path:
     path = base / "finished" / "run"
@@ -120,7 +100,7 @@ def _trained(base: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory, compiled_once: None) -> Path:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run, made once for all test modules; do not change it."""
     return _trained(tmp_path_factory.getbasetemp())
 
@@ -162,7 +142,7 @@ def signal_at(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
 
 
 @pytest.fixture
-def small_network(monkeypatch: pytest.MonkeyPatch, compiled_once: None) -> None:
+def small_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Train the small network instead of the ResNet."""
     monkeypatch.setattr("jaxqat.pipeline.networks.build_model", build_small)
 

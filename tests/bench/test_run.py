@@ -9,7 +9,7 @@ from jaxqat.commands.benchmark import benchmark
 
 pytestmark = pytest.mark.slow
 
-compiled_once, small_network = tiny_run.compiled_once, tiny_run.small_network
+small_network = tiny_run.small_network
 console, finished = tiny_run.console, tiny_run.finished
 
 

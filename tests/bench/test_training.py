@@ -10,7 +10,7 @@ from jaxqat.bench.training import FP32, QAT, Trainer, check_update, random_datas
 
 pytestmark = pytest.mark.slow
 
-compiled_once, small_network = tiny_run.compiled_once, tiny_run.small_network
+small_network = tiny_run.small_network
 
 SHAPE, CLASSES, BATCH = (8, 8, 1), 10, 16
 

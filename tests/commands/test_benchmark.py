@@ -20,7 +20,7 @@ from jaxqat.commands.benchmark import benchmark
 
 pytestmark = pytest.mark.slow
 
-compiled_once, console = tiny_run.compiled_once, tiny_run.console
+console = tiny_run.console
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def nothing_to_measure(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory, compiled_once):
+def measured(tmp_path_factory):
     """The benchmark of a ResNet-18 of width 4: exit status, JSON, printed text, JSON file."""
     path = tmp_path_factory.mktemp("benchmark") / "speed.json"
     arguments = ("benchmark", "--width", 4, "--batch_sizes", 2, "--rounds", 2, "--json", path)
@@ -176,7 +176,7 @@ def test_a_package_whose_distribution_has_another_name_has_a_version(monkeypatch
     assert module._version("onnxruntime") == "version of onnxruntime-gpu"
 
 
-def test_the_random_network_neither_vanishes_nor_saturates(compiled_once):
+def test_the_random_network_neither_vanishes_nor_saturates():
     """Every tensor has many different codes, and the logits differ between images."""
     graph = random_network(4)
     codes, logits = integer_graph.run(graph, make_images(graph, 4))

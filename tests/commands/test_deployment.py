@@ -21,7 +21,7 @@ from jaxqat.pipeline.run.folder import RunFolderError
 
 pytestmark = pytest.mark.slow
 
-compiled_once, small_network = tiny_run.compiled_once, tiny_run.small_network
+small_network = tiny_run.small_network
 console, finished = tiny_run.console, tiny_run.finished
 
 WANTS_ONNX = "onnxruntime"

@@ -24,7 +24,7 @@ from jaxqat.pipeline.training import DivergedError, Stopped
 
 pytestmark = pytest.mark.slow
 
-compiled_once, small_network = tiny_run.compiled_once, tiny_run.small_network
+small_network = tiny_run.small_network
 console, finished, no_report = tiny_run.console, tiny_run.finished, tiny_run.no_report
 
 

@@ -11,7 +11,7 @@ from jaxqat.pipeline.networks import Networks
 from jaxqat.pipeline.post_training import calibrated, warn_unconverged
 from jaxqat.pipeline.run.snapshots import Model
 
-compiled_once, small_network = tiny_run.compiled_once, tiny_run.small_network
+small_network = tiny_run.small_network
 console = tiny_run.console
 
 

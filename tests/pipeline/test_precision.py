@@ -12,7 +12,7 @@ from jaxqat.pipeline.networks import Networks, matmul_precision
 
 pytestmark = pytest.mark.slow
 
-compiled_once, small_network = tiny_run.compiled_once, tiny_run.small_network
+small_network = tiny_run.small_network
 console = tiny_run.console
 
 

@@ -24,7 +24,7 @@ from jaxqat.pipeline.training import (
 
 pytestmark = pytest.mark.slow
 
-compiled_once, small_network = tiny_run.compiled_once, tiny_run.small_network
+small_network = tiny_run.small_network
 console, no_report = tiny_run.console, tiny_run.no_report
 
 LOW_BITS = {
@@ -37,7 +37,7 @@ LOW_BITS = {
 
 
 @pytest.fixture
-def learned(tmp_path, small_network, no_report, console, compiled_once) -> Path:
+def learned(tmp_path, small_network, no_report, console) -> Path:
     run = tmp_path / "run"
     train.train(tiny(**LOW_BITS), run, command="jaxqat train", console=console)
     return run

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import tiny_run
 
 from jaxqat.pipeline.training import (
     Data,
@@ -22,9 +21,6 @@ from jaxqat.pipeline.training import (
     stop_on_signals,
 )
 from jaxqat.pipeline.training.loop import check_finite, make_dispatch
-
-compiled_once = tiny_run.compiled_once
-pytestmark = pytest.mark.usefixtures("compiled_once")
 
 IMAGES, BATCH, CLASSES, EPOCHS = 23, 4, 3, 3
 STEPS_PER_EPOCH = IMAGES // BATCH
