@@ -2,8 +2,7 @@
 
 The forward pass computes codes. The backward pass is straight-through (Bengio et al. 2013,
 arXiv:1308.3432): rounding has the derivative 1, and a clipped value gets the gradient 0. AQT
-quantizes (its scaling, and its numerics as an extension point); the products are our own
-(`multiply`), since AQT's convolution has no gradient and multiplies in floating point.
+quantizes (its scaling, and its numerics as an extension point).
 """
 
 import functools
@@ -11,21 +10,17 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from aqt.jax.v2 import aqt_quantizer
 from aqt.jax.v2 import utils as aqt_utils
 from aqt.jax.v2.numerics import numerics as aqt_numerics
 from jaxtyping import Array, Float, Int8
 
-from jaxqat.quant._numerics import estimators as estimate
+from jaxqat.quant._numerics import injection
 from jaxqat.quant._numerics.first_order import first_order
 from jaxqat.quant._numerics.grids import Grid, GridCalibration
 from jaxqat.quant._numerics.promotion import default_promotion
 
 # AQT builds its dataclasses with a decorator of its own, which type checkers do not see through.
 _aqt_dataclass: Any = aqt_utils.flax_slots_kw_only_dataclass
-
-
-_Quantizer: Any = aqt_quantizer.Quantizer
 
 
 @_aqt_dataclass
@@ -67,13 +62,8 @@ def in_units(x: Float[Array, "..."], grid: Grid) -> Float[Array, "..."]:
     A NaN becomes 0, the zero point: the integer network has no code for it.
     """
     x = x.astype(jnp.float32)
-    quantizer = _Quantizer(
-        numerics=_numerics(grid),
-        calib_shared_axes="per_tensor",
-        scale_stop_grad=True,
-        calibration=functools.partial(GridCalibration, scale=grid.scale),
-        context=estimate.CONTEXT,
-    )
+    calibration = functools.partial(GridCalibration, scale=grid.scale)
+    quantizer = injection.make_quantizer(_numerics(grid), calibration, "per_tensor")
     quantizer.init_calibration()
     tensor: Any = quantizer.calibrate(x, calibration_axes=None).quant(x)
     return jnp.where(jnp.isnan(tensor.qvalue), jnp.zeros_like(tensor.qvalue), tensor.qvalue)
@@ -125,7 +115,7 @@ def _straight_through(learned, real, x, units, grid, scale):
 @default_promotion
 def _straight_through_forward(learned, real, x, units, grid, scale):
     del scale  # It is the grid's.
-    codes, kept = _numerics(grid).vjp_fwd(units, estimate.CONTEXT)
+    codes, kept = _numerics(grid).vjp_fwd(units, injection.CONTEXT)
     if real:
         kept &= ~jnp.isnan(x.astype(jnp.float32) * grid.inverse)
     x = first_order(x)

@@ -10,21 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from aqt.jax.v2 import aqt_quantizer
 from aqt.jax.v2 import calibration as aqt_calibration
-from aqt.jax.v2 import utils as aqt_utils
-from aqt.jax.v2.numerics import int_numerics
 from jaxtyping import Array, Float
 
+from jaxqat.quant._numerics import injection
 from jaxqat.quant._numerics.grids import Grid, grid
 from jaxqat.quant.recipe import Settings
 
-# AQT builds its dataclasses with a decorator of its own, which type checkers do not see through.
-_Context: Any = aqt_utils.Context
-_Quantizer: Any = aqt_quantizer.Quantizer
-_IntSymmetric: Any = int_numerics.IntSymmetric
-
-CONTEXT = _Context(key=None, train_step=None)
 # Fractions of the largest magnitude that a search tries, as clipping bounds.
 FRACTIONS = tuple(float(x) for x in np.linspace(0.05, 1.0, 20, dtype=np.float32))
 
@@ -155,28 +147,13 @@ def absmax(
     weights: Float[Array, "..."], bits: int, axes: tuple[int, ...]
 ) -> tuple[Array, Float[Array, "..."]]:
     """Return codes and scales of weights by AQT: scale = max|w| / (2**(bits-1) - 1)."""
-    return _by_aqt(weights, bits, axes, aqt_calibration.AbsMaxCalibration)
+    return _by_aqt(weights, bits, axes, injection.AbsMax)
 
 
 def _by_aqt(
     x: Float[Array, "..."], bits: int, axes: tuple[int, ...], calibration: Any
 ) -> tuple[Array, Float[Array, "..."]]:
-    quantizer = _Quantizer(
-        numerics=_IntSymmetric(
-            bits=bits,
-            preserve_zero=True,
-            preserve_max_val=True,  # Without it, AQT divides by 127.5 and loses half a code.
-            clip=True,
-            clip_gradient=False,  # The caller knows what was clipped.
-            round=True,
-            noise_fn=None,
-            dtype=jnp.int8,
-        ),
-        calib_shared_axes=axes,
-        scale_stop_grad=True,
-        calibration=calibration,
-        context=CONTEXT,
-    )
+    quantizer = injection.make_quantizer(injection.symmetric(bits), calibration, axes)
     quantizer.init_calibration()
     tensor: Any = quantizer.quant(x, calibration_axes=None)[0]
     return tensor.qvalue, tensor.scale[0]

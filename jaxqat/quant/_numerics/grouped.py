@@ -50,6 +50,9 @@ class GroupedDot(Dot):
         codes = self._split(codes, self.data_axes[0])
         return self._inner.accumulate(codes, self.split_weights(weights), largest)
 
+    def inject(self, codes, weights, largest=LARGEST):
+        return self._inner.inject(self._split(codes, self.data_axes[0]), weights, largest)
+
     def _split(self, x: Array, axis: int) -> Array:
         groups = x.shape[axis] // self.group_size
         return x.reshape(*x.shape[:axis], groups, self.group_size, *x.shape[axis + 1 :])

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int8
 
+from jaxqat.quant._numerics import injection
 from jaxqat.quant._numerics.activations import dequantize
 from jaxqat.quant._numerics.first_order import first_order
 from jaxqat.quant._numerics.grids import Grid
@@ -31,6 +32,20 @@ class ProductQuantizer(WeightQuantizer):
     def split(self, weights: Array) -> Array:
         product = self.product
         return product.split_weights(weights) if isinstance(product, GroupedDot) else weights
+
+    def injected(
+        self, weights: Array, step_size: Array | None, noise: Array | None
+    ) -> injection.Weights:
+        """Return the weights as AQT takes them, in the shape in which they are quantized.
+
+        AQT quantizes by its own calibration where it has one ('absmax'). All other codes are made
+        by `quantize`: AQT has no learned step sizes, and multiplies by 1 / scale.
+        """
+        values = self.split(weights.astype(jnp.float32))
+        if self.settings.weight_range == "absmax" and noise is None:
+            return injection.to_quantize(values, self.bits, self.axes, injection.AbsMax)
+        codes, scale = self.quantize(weights, step_size, noise)
+        return injection.quantized_already(values, self.split(codes), scale)
 
     def per_channel(self, scale: Array, shape: tuple[int, ...]) -> Float[Array, "..."]:
         """Return scales of weights of this shape, as they broadcast over the sums."""
@@ -97,9 +112,10 @@ def _multiply(quantizer, x, codes, grid, weights, step_size, noise):
 @default_promotion
 def _multiply_forward(quantizer, x, codes, grid, weights, step_size, noise):
     weights = first_order(weights)
-    weight_codes, weight_scale = quantizer.quantize(weights, step_size, noise)
     largest = max(-grid.low, grid.high) * 2 ** (quantizer.bits - 1)
-    total = quantizer.product.accumulate(codes, weight_codes, largest)
+    injected = quantizer.injected(weights, step_size, noise)
+    total, weight_codes, weight_scale = quantizer.product.inject(codes, injected, largest)
+    weight_codes = weight_codes.reshape(weights.shape)
     if grid.zero_point is None:
         correction = jnp.zeros((), jnp.int32)
     else:

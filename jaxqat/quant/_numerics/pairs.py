@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from jaxqat.quant._numerics import injection
 from jaxqat.quant._numerics.activations import dequantize
 from jaxqat.quant._numerics.products import Dot, backward
 from jaxqat.quant._numerics.promotion import default_promotion
@@ -40,8 +41,8 @@ def multiply(dot: Dot, dtype: Any, left: Quantized, right: Quantized) -> Array:
 @default_promotion
 def _forward(dot, dtype, left, right):
     (x, q, s), (y, k, t) = left, right
-    total = dot.accumulate(q, k)
-    sides = dot.params["dimension_numbers"][0]
+    numbers = dot.params["dimension_numbers"]
+    total, sides = injection.dot_general_of_codes(q, k, numbers), numbers[0]
     if t.zero_point is not None:
         sums = jnp.sum(q.astype(jnp.int32), axis=sides[0], keepdims=True)
         total = total - t.zero_point * dot.data_over_output(sums)

@@ -24,7 +24,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Int, Int8
 
-from jaxqat.quant._numerics import cudnn, windows
+from jaxqat.quant._numerics import cudnn, injection, windows
+from jaxqat.quant._numerics.injection import Sums, Weights
 
 LARGEST = 128 * 128  # The largest magnitude of a product of two int8 codes.
 
@@ -67,6 +68,16 @@ class Product(Protocol):
             codes: Of the activations.
             weights: Their codes.
             largest: The largest magnitude of a product of two codes, by their widths.
+        """
+        ...
+
+    def inject(self, codes: Int8[Array, "..."], weights: Weights, largest: int = LARGEST) -> Sums:
+        """Quantize weights and accumulate, by AQT (see `injection`).
+
+        Args:
+            codes: Of the activations.
+            weights: In the shape in which they are quantized.
+            largest: As of `accumulate`.
         """
         ...
 
@@ -117,6 +128,10 @@ class Convolution:
         return lax.platform_dependent(
             codes, weights, cpu=self._widened, cuda=by_cudnn, default=self._integer
         )
+
+    def inject(self, codes, weights, largest=LARGEST):
+        accumulate = functools.partial(self.accumulate, largest=largest)
+        return injection.conv_general_dilated(codes, weights, accumulate)
 
     def zero_sums(self, shape, weights):
         borders = any(low or high for low, high in self.params["padding"])
@@ -254,6 +269,11 @@ class Dot:
             precision=lax.Precision.DEFAULT,
             preferred_element_type=jnp.int32,
         )
+
+    def inject(self, codes, weights, largest=LARGEST):
+        del largest  # As above.
+        numbers = self.params["dimension_numbers"]
+        return injection.dot_general(codes, weights, numbers, self.weight_side)
 
     def real(self, x, weights):
         return self.primitive.bind(*self._ordered(x, weights), **self.params)

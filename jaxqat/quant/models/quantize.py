@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, overload
 import flax.linen as nn
 
 from jaxqat.errors import QuantizationError, RecipeError
+from jaxqat.quant.aqt import AqtConfiguration, from_aqt, is_configuration
 from jaxqat.quant.models.bound import QuantizedModel
 from jaxqat.quant.models.linen import QuantizedModule
 from jaxqat.quant.models.stateless import QuantizedEquinox, QuantizedFunction
@@ -21,13 +22,17 @@ if TYPE_CHECKING:  # Importing flax.nnx imports optax.
 # A module is callable too; the first overload that fits gives the type.
 @overload
 def quantize(  # pyright: ignore[reportOverlappingOverload]
-    model: nn.Module, recipe: Recipe | str = ...
+    model: nn.Module, recipe: Recipe | str | AqtConfiguration = ...
 ) -> QuantizedModule: ...
 @overload
-def quantize(model: "nnx.Module", recipe: Recipe | str = ...) -> "QuantizedNNX": ...
+def quantize(
+    model: "nnx.Module", recipe: Recipe | str | AqtConfiguration = ...
+) -> "QuantizedNNX": ...
 @overload
-def quantize(model: Callable[..., Any], recipe: Recipe | str = ...) -> QuantizedFunction: ...
-def quantize(model: Any, recipe: Recipe | str = "int8") -> Any:
+def quantize(
+    model: Callable[..., Any], recipe: Recipe | str | AqtConfiguration = ...
+) -> QuantizedFunction: ...
+def quantize(model: Any, recipe: Recipe | str | AqtConfiguration = "int8") -> Any:
     """Return a model whose convolutions and dense layers multiply int8 codes.
 
     The given model is not changed: its computation is traced when the quantized model is called,
@@ -36,7 +41,8 @@ def quantize(model: Any, recipe: Recipe | str = "int8") -> Any:
     Args:
         model: A Flax module (Linen or NNX), an Equinox module, or a function of
             (params, *inputs).
-        recipe: A `Recipe`, or the name of a preset (`Recipe.preset`).
+        recipe: A `Recipe`, the name of a preset (`Recipe.preset`), or an AQT configuration
+            (`aqt.from_aqt`).
 
     Returns:
         For a Linen module, an object with Linen's `init` and `apply` (`QuantizedModule`). For an
@@ -46,7 +52,8 @@ def quantize(model: Any, recipe: Recipe | str = "int8") -> Any:
 
     Raises:
         QuantizationError: The model is none of these, or quantized already.
-        RecipeError: The recipe is neither a `Recipe` nor the name of a preset.
+        RecipeError: The recipe is none of these, or the AQT configuration has fields without an
+            equivalent.
     """
     recipe = _recipe(recipe)
     if isinstance(model, QuantizedModel):
@@ -80,8 +87,11 @@ def _recipe(recipe: Any) -> Recipe:
         return recipe
     if isinstance(recipe, str):
         return Recipe.preset(recipe)
+    if is_configuration(recipe):
+        return from_aqt(recipe)
     raise RecipeError(
-        "recipe must be a jaxqat.Recipe or the name of a preset such as 'int8', got "
+        "recipe must be a jaxqat.Recipe, the name of a preset such as 'int8' or an AQT "
+        "configuration, got "
         f"{_described(recipe)}; for other bits, pass Recipe(weight_bits=4, act_bits=8)."
     )
 
