@@ -4,7 +4,7 @@
 The training graph in inference mode, the integer network and an exported file each give the codes
 of the same tensors, and logits. `compare` counts the codes in which two of them differ. The
 contract: codes are equal, or differ by one in fewer than 1 of 100,000 places, and no image changes
-its class. Where all codes are equal, the results are, too, to the last bit.
+its class. An image all of whose codes are equal has equal results, too, to the last bit.
 """
 
 import dataclasses
@@ -73,7 +73,8 @@ class Verification:
         logits_only: Whether one of them shows no tensors, so that only classes are compared.
         results: Number of the results' values that were compared.
         differing_results: Number of them that differ.
-        largest_result_difference: Largest difference of two of them.
+        largest_result_difference: Largest difference of two of them; infinite if the shapes differ.
+        unexplained_results: Number of differing results of images without a differing code.
         nan_inputs: Input values that are NaN. They get the code of zero in every network, so they
             make no difference, and the results do not show them.
     """
@@ -87,6 +88,7 @@ class Verification:
     differing_results: int = 0
     largest_result_difference: float = 0.0
     nan_inputs: int = 0
+    unexplained_results: int = 0
 
     @property
     def codes(self) -> int:
@@ -122,13 +124,21 @@ class Verification:
             )
         if self.top1_flips:
             broken.append(f"{self.top1_flips} of {self.images} images change their class")
-        if self.differing_results and not self.differing and not self.logits_only:
+        if self.unexplained_results and not self.logits_only:
             broken.append(
-                f"{self.differing_results} of {self.results} results differ, by up to "
-                f"{self.largest_result_difference:.3g}, though no code before them does: the last "
-                "layer differs"
+                f"{self.unexplained_results} of {self.results} results differ in images whose "
+                f"codes are equal (largest difference {self.largest_result_difference:.3g}): the "
+                "last layer differs"
             )
         return tuple(broken)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.differing:,} of {self.codes:,} codes differ; "
+            f"{self.top1_flips:,} of {self.images:,} images change their class",
+            *(f"broken contract: {failure}" for failure in self.failures),
+        ]
+        return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the comparison as plain data for JSON."""
@@ -233,10 +243,11 @@ def compare(
     for batch in batches:
         left, right = expected(batch), actual(batch)
         floats = None if real is None else real(batch)
+        has_differing = np.zeros(len(batch), bool)
         for name in left.tensors.keys() & right.tensors.keys():
             codes = np.asarray(right.tensors[name], np.int32)
             entry = sums.setdefault(name, _Sums())
-            entry.compare(np.asarray(left.tensors[name], np.int32), codes)
+            has_differing |= entry.compare(np.asarray(left.tensors[name], np.int32), codes)
             if floats is not None and name in floats.tensors:
                 tensor = graph.tensors[name]
                 value = (codes - tensor.zero_point) * np.float64(tensor.scale)
@@ -244,7 +255,7 @@ def compare(
         images += len(batch)
         nan_inputs += _nans(batch)
         logits_only = not left.tensors or not right.tensors
-        results.compare(np.asarray(left.logits), np.asarray(right.logits))
+        results.compare(np.asarray(left.logits), np.asarray(right.logits), has_differing)
         classes = np.asarray(right.logits).argmax(-1)
         flips += int((np.asarray(left.logits).argmax(-1) != classes).sum())
         if floats is not None:
@@ -262,6 +273,7 @@ def compare(
         results.differing,
         results.largest,
         nan_inputs,
+        results.unexplained,
     )
 
 
@@ -278,12 +290,22 @@ class _Results:
     values: int = 0
     differing: int = 0
     largest: float = 0.0
+    unexplained: int = 0
 
-    def compare(self, left: np.ndarray, right: np.ndarray) -> None:
+    def compare(self, left: np.ndarray, right: np.ndarray, has_differing: np.ndarray) -> None:
+        """Count results that differ, and those of images without a differing code apart."""
+        if left.shape != right.shape:
+            size = max(left.size, right.size)
+            self.values += size
+            self.differing += size
+            self.unexplained += size
+            self.largest = np.inf
+            return
         right = right.astype(left.dtype)  # A model may return bfloat16.
         same = (left == right) | ((left != left) & (right != right))  # NaN is like NaN.
         self.values += left.size
         self.differing += int((~same).sum())
+        self.unexplained += int((~same[~has_differing]).sum())
         difference = np.abs(left.astype(np.float64) - right.astype(np.float64))
         self.largest = max(self.largest, float(np.where(same, 0.0, difference).max(initial=0.0)))
 
@@ -298,11 +320,13 @@ class _Sums:
     signal: float = 0.0
     noise: float = 0.0
 
-    def compare(self, left: np.ndarray, right: np.ndarray) -> None:
+    def compare(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+        """Count codes that differ; return the images that have such codes."""
         difference = np.abs(left - right)
         self.codes += difference.size
         self.differing += int((difference > 0).sum())
         self.largest = max(self.largest, int(difference.max(initial=0)))
+        return np.any(difference.reshape(len(difference), -1), axis=1, keepdims=True)[:, 0]
 
     def measure(self, real: np.ndarray, value: np.ndarray) -> None:
         self.signal += float((real**2).sum())

@@ -59,7 +59,7 @@ NODE_KINDS: tuple[type[Node], ...] = (
 """Every kind of node that a graph can have."""
 
 
-@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class IntegerGraph:
     """An integer network.
 
@@ -107,6 +107,12 @@ class IntegerGraph:
             raise GraphError(f"no node makes {missing[0]!r}.")
         if sum(isinstance(node, Quantize) for node in self.nodes) != 1:
             raise GraphError("a graph must have exactly one Quantize node.")
+
+    def __repr__(self) -> str:
+        return (
+            f"IntegerGraph({self.input_shape} -> {self.output_shape}, {len(self.nodes)} nodes, "
+            f"{self.size_bytes():,} bytes of weights)"
+        )
 
     @property
     def quantize(self) -> Quantize:

@@ -130,17 +130,16 @@ class VerificationResult:
     Attributes:
         tensors: Differences of each tensor.
         images: Number of images.
-        codes: Number of codes, all tensors together.
-        differing: Number of codes that differ.
+        codes: Number of codes, all tensors together; so many are `differing`.
         largest: Largest difference, in codes.
         top1_flips: Images whose class differs between the two.
         top1_flips_fp32: Likewise, against the same weights in float; None if not compared.
         logits_only: Whether one of the two gives no codes, so that only classes are compared.
         failures: Conditions of the comparison that do not hold; empty if it passes.
-        results: Number of the results' values that were compared; 0 in older files.
-        differing_results: Number of them that differ.
+        results: Number of the results' values; `differing_results` differ. 0 in older files.
         largest_result_difference: Largest difference of two of them.
         nan_inputs: Input values that are NaN, and got the code of zero.
+        unexplained_results: Number of differing results of images without a differing code.
     """
 
     tensors: tuple[TensorDifferences, ...]
@@ -156,6 +155,7 @@ class VerificationResult:
     differing_results: int = 0
     largest_result_difference: float = 0.0
     nan_inputs: int = 0
+    unexplained_results: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -40,6 +40,12 @@ def refused(match):
     return pytest.raises(g.GraphError, match=match)
 
 
+def test_the_printed_form_is_one_line():
+    size = f"{POOLED.size_bytes():,} bytes of weights"
+    shapes = f"{POOLED.input_shape} -> {POOLED.output_shape}"
+    assert repr(POOLED) == f"IntegerGraph({shapes}, {len(POOLED.nodes)} nodes, {size})"
+
+
 def test_a_node_that_reads_a_later_tensor_is_refused():
     nodes = (*GRAPH.nodes[:2], GRAPH.nodes[3], GRAPH.nodes[2], *GRAPH.nodes[4:])
     with refused(f"node {nodes[2].name!r}: reads {nodes[2].inputs[0]!r}, which no node before it"):

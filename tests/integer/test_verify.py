@@ -57,6 +57,14 @@ def test_the_network_as_converted_keeps_the_contract():
     assert found.images == 12 and found.codes == sum(sizes.values())
 
 
+def test_the_printed_form_has_the_counts_and_the_broken_contract():
+    tensors = (TensorCheck("a", 2000, 3, 2, None), TensorCheck("b", 1000, 0, 0, None))
+    lines = str(Verification(tensors, 50, 1, None)).splitlines()
+    assert lines[0] == "3 of 3,000 codes differ; 1 of 50 images change their class"
+    assert [line.split(":")[0] for line in lines[1:]] == ["broken contract"] * 3
+    assert len(str(verified()).splitlines()) == 1
+
+
 def plus_forty(values):
     return values + 40
 
@@ -107,8 +115,41 @@ def test_a_last_layer_that_changes_no_class_is_found_by_its_results():
     # The difference of two float32 logits of some units of 10: two roundings of 2**-20 at most.
     assert abs(found.largest_result_difference - unit) < 2**-19
     (failure,) = found.failures
-    assert f"{found.differing_results} of {found.results} results differ, by up to" in failure
+    assert found.unexplained_results == found.differing_results > 0
+    assert f"{found.differing_results} of {found.results} results differ in images" in failure
     assert "the last layer differs" in failure
+
+
+def observed(codes, logits):
+    """A network of these codes in the first tensor of the graph, and these results."""
+    name = next(iter(example()[1].tensors))
+    return lambda _: Observation({name: codes}, logits)
+
+
+def test_a_differing_code_explains_the_results_of_its_own_image_only():
+    codes, logits = np.zeros((40, 3000), np.int8), np.zeros((40, 1), np.float32)
+    other, image_7, more = codes.copy(), logits.copy(), logits.copy()
+    other[7, 5], image_7[7], more[[3, 7, 9]] = 1, 2.0, 5.0
+    _, graph = example()
+
+    def found(logits):
+        images = np.zeros((40, 1), np.float32)
+        return compare(observed(codes, 0 * logits), observed(other, logits), graph, [images])
+
+    explained, broken = found(image_7), found(more)
+    assert (explained.differing, explained.differing_results) == (1, 1)
+    assert (explained.unexplained_results, explained.failures) == (0, ())
+    assert (broken.differing_results, broken.unexplained_results) == (3, 2)
+    (failure,) = broken.failures
+    assert failure.startswith("2 of 40 results differ in images whose codes are equal")
+
+
+def test_results_of_another_shape_differ():
+    codes, images = np.zeros((4, 3), np.int8), np.zeros((4, 1), np.float32)
+    one, four = (observed(codes, np.ones((n, 1), np.float32)) for n in (1, 4))
+    found = compare(four, one, example()[1], [images])
+    assert (found.results, found.unexplained_results) == (4, 4)
+    assert found.failures and found.largest_result_difference == np.inf
 
 
 def test_nan_in_the_input_is_counted_and_makes_no_difference():

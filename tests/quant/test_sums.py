@@ -216,6 +216,35 @@ def test_a_term_that_something_else_reads_keeps_its_whole_range():
     np.testing.assert_allclose(float(grid.scale), span / 255, rtol=4 * 2**-24)
 
 
+@pytest.mark.parametrize("flipped", [False, True])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_term_of_two_sums_in_one_tensor_is_cut_to_neither(recipe, flipped):
+    """relu(h + a) needs h from -1 upwards, relu(h + b) needs all of it."""
+    rng = np.random.default_rng(0)
+    turned = 30 * np.linalg.qr(rng.normal(size=(8, 8)))[0]
+    kernels = {"h": turned, "b": -0.9 * turned, "a": rng.normal(0, 0.1, (8, 8))}
+    kernels["w"] = rng.normal(size=(16, 5))
+    params = {name: {"kernel": k.astype(np.float32)} for name, k in kernels.items()}
+    x = rng.normal(size=(256, 8)).astype(np.float32)
+
+    def function(params, x):
+        h, a, b = (x @ params[name]["kernel"] for name in "hab")
+        sums = [jax.nn.relu(h + a), jax.nn.relu(h + b)]
+        return jnp.concatenate(sums[::-1] if flipped else sums, -1) @ params["w"]["kernel"]
+
+    network = jaxqat.calibrate(function, {"params": params}, batches=[x], recipe=recipe)
+    graph = jaxqat.convert(network, x[:1])
+    assert jaxqat.verify(network, graph=graph, batches=[x]).differing == 0
+    h = x @ params["h"]["kernel"]
+    term = graph.tensors["h/output"]
+    covered = (np.array([term.low, term.high]) - term.zero_point) * float(term.scale)
+    # Zero lies on the grid, so each end can be half a step off; a symmetric one covers more.
+    assert covered[0] < h.min() + term.scale and covered[1] > h.max() - term.scale
+    # With the range of h cut to the first sum, 2 dB were left. Seven tensors are rounded: each of
+    # them alone leaves at least 40 dB here.
+    assert decibels(function(params, x), network(x)) > 40 - 10 * np.log10(7)
+
+
 def test_a_sum_of_layers_in_float_is_not_quantized():
     recipe = jaxqat.Recipe(rules=(jaxqat.Rule(path="a|b", weight_bits=None, act_bits=None),))
     _, found = tensors_of(relu_sum_of_two, kernels("a", "b", "w"), X, recipe)

@@ -229,6 +229,12 @@ class _TracedModel:
         ]
         try:
             other, arrays = self._run(doubled)
+        except ConversionError as error:
+            raise ConversionError(
+                f"The model depends on the batch size: it can be converted with {batch} examples, "
+                f"but not with {2 * batch}. {error}",
+                error.reasons,
+            ) from None
         except Exception:  # Whatever the model raises; the batch size may be part of it.
             return
         names = [_name_of(index, emitter) for index in _unlike(values, arrays)]

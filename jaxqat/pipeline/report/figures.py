@@ -19,6 +19,7 @@ from jaxqat.pipeline.results import LayerResult, Scores, TensorDifferences
 
 WIDTH = 4.6  # Inches.
 MAX_SAMPLES = 20
+PATH_LENGTH = 36  # Letters; fits stage2/block0/shortcut_conv/output.
 MAX_COUNTED_CLASSES = 16  # With more, a count does not fit its cell.
 MAX_NAMED_CLASSES = 30
 
@@ -188,7 +189,7 @@ def draw_ranges(layers: Sequence[LayerResult], theme: Theme) -> bytes:
             axes.grid(axis="y", visible=False)
             axes.xaxis.set_major_locator(MaxNLocator(4))
             axes.tick_params(axis="y", length=0)
-        names = [shorten(layer.path, 28) for layer in layers]
+        names = [shorten(layer.path, PATH_LENGTH) for layer in layers]
         panels[0].set_yticks(range(len(layers)), names, fontsize=7)
         panels[0].set_ylim(len(layers) - 0.5, -0.5)
         return to_png(figure)
@@ -207,7 +208,7 @@ def draw_errors(tensors: Sequence[TensorDifferences], theme: Theme) -> bytes:
         axes.set_xlim(left=min(0, *values))
         axes.grid(axis="y", visible=False)
         axes.tick_params(axis="y", length=0)
-        names = [shorten(tensor.name, 28) for tensor in tensors]
+        names = [shorten(tensor.name, PATH_LENGTH) for tensor in tensors]
         axes.set_yticks(range(len(tensors)), names, fontsize=7)
         axes.set_ylim(len(tensors) - 0.5, -0.5)
         return to_png(figure)

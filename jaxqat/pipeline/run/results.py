@@ -193,6 +193,7 @@ def verification_result(found: Verification) -> VerificationResult:
         differing_results=found.differing_results,
         largest_result_difference=found.largest_result_difference,
         nan_inputs=found.nan_inputs,
+        unexplained_results=found.unexplained_results,
     )
 
 

@@ -78,7 +78,7 @@ class StageProgress:
             f"{self._stage} epoch {record['epoch']}/{self._epochs}: loss {record['loss']:.4f} "
             f"accuracy {100 * record['accuracy']:.2f} %{validation}, "
             f"{record['images_per_s']:,.0f} images/s, {record['seconds']:.1f} s"
-            + (", frozen" if record["frozen"] else ""),
+            + (", ranges and batch norm frozen" if record["frozen"] else ""),
             highlight=False,
             soft_wrap=True,
         )

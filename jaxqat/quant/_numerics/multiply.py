@@ -41,7 +41,7 @@ class ProductQuantizer(WeightQuantizer):
         AQT quantizes by its own calibration where it has one ('absmax'). All other codes are made
         by `quantize`: AQT has no learned step sizes, and multiplies by 1 / scale.
         """
-        values = self.split(weights.astype(jnp.float32))
+        values = self.split(jnp.asarray(weights, jnp.float32))  # AQT refuses NumPy arrays.
         if self.settings.weight_range == "absmax" and noise is None:
             return injection.to_quantize(values, self.bits, self.axes, injection.AbsMax)
         codes, scale = self.quantize(weights, step_size, noise)

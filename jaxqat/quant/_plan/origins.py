@@ -154,7 +154,7 @@ class Origins:
                 found.append(node)
             elif _keeps_form(node):
                 waiting += terms
-        return found
+        return list(dict.fromkeys(found))  # A tensor can be joined with itself.
 
     def codes_before(
         self, number: int, quantized: Any, layers: Mapping[Node, Any]

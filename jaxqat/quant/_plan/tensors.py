@@ -48,8 +48,10 @@ class TensorPlanner:
         """
         source = self._origins.source(data)
         tensor = self.tensors.get(source)
+        # A call whose tensor has a range already counts too: the key of the next call must not
+        # depend on it, since another mode may have other readers of that tensor.
+        key = self.unique_key(key) if is_new else key
         if tensor is None:
-            key = self.unique_key(key) if is_new else key
             factor = self._origins.factor(source)
             self.tensors[source] = QuantizedTensor(key, settings, factor=factor)
             return key
@@ -165,11 +167,12 @@ def _read_by(
     tensor: QuantizedTensor, total: QuantizedTensor, other: Key, is_new: bool
 ) -> QuantizedTensor:
     """Return a term that one more sum reads; only the term of a single sum is cut to it."""
-    if is_new and tensor.other_term is None:
-        return dataclasses.replace(tensor, other_term=other)
-    if not tensor.readers or total.key in tensor.readers:
+    if not tensor.readers:  # Layers read it too.
         return tensor
-    return dataclasses.replace(tensor, readers=(*tensor.readers, total.key), other_term=None)
+    if is_new:
+        return dataclasses.replace(tensor, other_term=other)
+    readers = tuple(dict.fromkeys((*tensor.readers, total.key)))  # Two sums can be in one total.
+    return dataclasses.replace(tensor, readers=readers, other_term=None)
 
 
 def _of_terms(settings: Settings) -> Settings:

@@ -89,7 +89,7 @@ class QuantizedModel:
         return bound.evaluate(inputs, Mode.FROZEN, switches)[1]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class BoundModel(QuantizedModel):
     """A quantized model with its variables: a function of inputs alone, with frozen ranges.
 
@@ -112,6 +112,9 @@ class BoundModel(QuantizedModel):
     function: PureFunction
 
     state_arguments: ClassVar[int] = 0
+
+    def __repr__(self) -> str:
+        return f"BoundModel({type(self.model).__name__}, variables: {', '.join(self.variables)})"
 
     def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
         """Return the model's result, computed on integers with frozen ranges."""

@@ -41,6 +41,16 @@ def test_a_network_of_the_batch_size_is_refused_with_the_node(function):
         converted(function, X)
 
 
+def test_a_model_that_drops_examples_is_refused():
+    def first_of_batch(params, x):
+        return jnp.maximum(x @ params["first"]["kernel"], 0)[:1] @ params["last"]["kernel"]
+
+    expected = "depends on the batch size: it can be converted with 1 examples, but not with 2"
+    with pytest.raises(ConversionError, match=expected) as error:
+        converted(first_of_batch, X[:1])
+    assert any("'slice' changes the batch axis" in reason for reason in error.value.reasons)
+
+
 def test_a_model_for_one_batch_size_is_converted():
     def fixed(params, x):
         return x.reshape(8, 6) @ params["first"]["kernel"]

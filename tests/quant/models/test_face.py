@@ -103,6 +103,7 @@ def test_calibrate_returns_a_bound_model_with_the_same_ranges_for_every_kind(nam
         [low, high], [ROWS.min(), ROWS.max()], atol=float(np.ptp(ROWS)) / 255
     )
     assert int(network.variables["quant"]["first"]["input"]["count"]) == 2
+    assert repr(network).startswith(f"BoundModel({kind.quantized.__name__}, variables: params, ")
     expected = function(PARAMS, ROWS)
     error = np.linalg.norm(np.asarray(network(ROWS)) - expected)
     assert 0 < error < 0.02 * np.linalg.norm(expected)  # 8 bits, two layers.
@@ -163,7 +164,8 @@ def test_the_quantized_nnx_module_holds_the_ranges_of_calibration(recipe):
 def test_what_is_no_recipe_is_refused_with_what_would_be_right(recipe):
     with pytest.raises(
         jaxqat.RecipeError,
-        match=r"must be a jaxqat\.Recipe or the name of a preset such as 'int8', got "
+        match=r"must be a jaxqat\.Recipe, the name of a preset such as 'int8' or an AQT "
+        r"configuration, got "
         r".*pass Recipe\(weight_bits=4",
     ):
         jaxqat.quantize(Linen(), recipe)

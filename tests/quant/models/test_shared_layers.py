@@ -147,3 +147,24 @@ def test_sums_that_differ_in_number_between_modes_are_refused():
         jaxqat.QuantizationError, match=r"made with 2 quantized tensors 'head/term', and .* has 1"
     ):
         model.apply(variables, ROWS, train=True)
+
+
+class Aside(nn.Module):
+    """In training, another layer reads the shared layer's first input, and it has a second one."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        shared = nn.Dense(12, name="shared")
+        if train:
+            nn.Dense(3, name="aside")(x)
+        result = shared(x)
+        return result + shared(50 * x) if train else result
+
+
+def test_a_range_is_not_taken_from_another_call_if_a_layer_aside_shares_the_first_input():
+    variables = linen_variables(Aside(), ROWS, True)
+    model = jaxqat.quantize(Aside())
+    variables = model.calibrate(variables, ROWS, train=True)
+    assert set(variables["quant"]["shared"]) == {"input2"}
+    with pytest.raises(jaxqat.QuantizationError, match="hold nothing for 'shared/input'"):
+        model.apply(variables, ROWS, train=False)
