@@ -12,8 +12,8 @@ from jaxqat.analysis.result import Analysis, LayerAnalysis, Sensitivity, TensorA
 from jaxqat.errors import QuantizationError
 from jaxqat.integer._verify import in_decibels
 from jaxqat.quant import LayerInfo
+from jaxqat.quant.models.batches import as_arguments, each_batch
 from jaxqat.quant.models.bound import BoundModel, QuantizedModel
-from jaxqat.quant.models.calibration import as_arguments
 
 
 def analyze(
@@ -51,7 +51,7 @@ def analyze(
 
     Raises:
         QuantizationError: The model is not quantized or has no quantized layer, there is no batch,
-            the result is not one finite array, or the labels do not fit it.
+            `batches` is one array, the result is not one finite array, or the labels do not fit it.
     """
     if not isinstance(model, QuantizedModel):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise QuantizationError(
@@ -67,7 +67,7 @@ def _paired(
     batches: Iterable[Any], labels: Iterable[Any] | None
 ) -> Iterator[tuple[Any, np.ndarray | None]]:
     rest = None if labels is None else iter(labels)
-    for batch in batches:
+    for batch in each_batch(batches):
         if rest is None:
             yield batch, None
             continue

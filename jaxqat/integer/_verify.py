@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxqat.integer._execute.executor import Executor, make_executor
 from jaxqat.integer.graph import IntegerGraph
+from jaxqat.quant.models.batches import each_batch
 from jaxqat.quant.models.bound import QuantizedModel
 
 MOST_DIFFERING = 1e-5
@@ -171,6 +172,9 @@ def verify(
 
     Returns:
         The comparison; see its `failures`.
+
+    Raises:
+        QuantizationError: `batches` is one array.
     """
     trained = training_network(model, *state, preprocess=preprocess, **kwargs)
     real = float_network(model, *state, preprocess=preprocess, **kwargs)
@@ -240,7 +244,7 @@ def compare(
     results = _Results()
     images = flips = flips_fp32 = nan_inputs = 0
     logits_only = False
-    for batch in batches:
+    for batch in each_batch(batches):
         left, right = expected(batch), actual(batch)
         floats = None if real is None else real(batch)
         has_differing = np.zeros(len(batch), bool)

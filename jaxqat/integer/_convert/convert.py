@@ -129,15 +129,15 @@ class _ModelEmitter(Emitter):
         for info in evaluator.plan.table:
             if info.float_reason is not None:
                 self.problems.append(f"{info.path} ({info.kind}): {info.float_reason}")
-        for key, codes in evaluator.codes.items():
+        for name, codes in evaluator.codes.items():
+            path = "/".join(name)
+            state = evaluator.state[evaluator.range_keys[name]]
             self.require(
-                evaluator.state[key].get("count", 1) > 0,
-                f"{'/'.join(key)}: its range has seen no data; `calibrate` the ranges first",
+                state.get("count", 1) > 0,
+                f"{path}: its range has seen no data; `calibrate` the ranges first",
             )
-            self.require(
-                jnp.isfinite(codes.grid.scale), f"{'/'.join(key)}: its range is not finite"
-            )
-            self._try("/".join(key), lambda k=key, c=codes: self.site(k, evaluator.forms[k], c))
+            self.require(jnp.isfinite(codes.grid.scale), f"{path}: its range is not finite")
+            self._try(path, lambda n=name, c=codes: self.site(n, evaluator.forms[n], c))
         self._try("the model's output", lambda: self._result(evaluator.outputs))
         if self.problems and STATISTICS in evaluator.plan.level:
             self.problems.append(

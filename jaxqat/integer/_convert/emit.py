@@ -84,9 +84,9 @@ class Emitter:
         self.arrays.append(jnp.asarray(condition))
         self.requirements.append((len(self.arrays) - 1, reason))
 
-    def site(self, key: tuple[str, ...], form: forms.Form, codes: forms.Codes) -> None:
+    def site(self, name: tuple[str, ...], form: forms.Form, codes: forms.Codes) -> None:
         """Emit the nodes that make a quantized tensor of the training graph."""
-        self.emit(form, codes.grid, "/".join(key), codes.codes.shape[1:], Bounds())
+        self.emit(form, codes.grid, "/".join(name), codes.codes.shape[1:], Bounds())
 
     def emit(
         self, form: forms.Form, grid: Grid, name: str, shape: tuple[int, ...], bounds: Bounds
@@ -113,7 +113,7 @@ class Emitter:
     def read(self, codes: forms.Codes) -> str:
         """Name of a tensor of codes; moved codes are made here."""
         if codes.moved is None:
-            return "/".join(codes.key)
+            return "/".join(codes.name)
         if id(codes) not in self._moved:
             operation, before = codes.moved
             source = self.read(before)

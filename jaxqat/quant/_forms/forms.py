@@ -73,13 +73,13 @@ class Codes:
     Attributes:
         codes: The codes.
         grid: Their grid.
-        key: Key of the tensor; empty if the codes were moved.
+        name: Name of the tensor (`Evaluator.codes`); empty if the codes were moved.
         moved: The operation that moved them, and the codes before it.
     """
 
     codes: Int8[Array, "..."]
     grid: Grid
-    key: tuple[str, ...] = ()
+    name: tuple[str, ...] = ()
     moved: "tuple[Operation, Codes] | None" = None
 
     def in_units(self, grid: Grid) -> Float[Array, "..."]:

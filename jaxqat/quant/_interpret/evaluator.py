@@ -36,9 +36,11 @@ class Evaluator:
         plan: The plan.
         state: All ranges before the evaluation.
         new_ranges: All ranges after it; those that it did not meet are unchanged.
-        codes: Codes and grid of each quantized tensor, by key.
-        forms: The form that each of them was rounded from.
-        observed: The float tensors in their places, after calibration.
+        codes: Codes and grid of each quantized tensor, by name: the key of its range, with the
+            number of the iteration from a loop's second on, as 'cell/input[1]'.
+        forms: The form that each of them was rounded from, by name.
+        observed: The float tensors in their places, after calibration, by name.
+        range_keys: Key of the range of each quantized tensor, by name.
         layers: Each planned layer with its result, by index in the plan's table; for a loop, of
             the last iteration.
         outputs: The results with their forms.
@@ -57,12 +59,14 @@ class Evaluator:
         self.codes: dict[Key, forms.Codes] = {}
         self.forms: dict[Key, forms.Form] = {}
         self.observed: dict[Key, jax.Array] = {}
+        self.range_keys: dict[Key, Key] = {}
         self.layers: dict[int, EvaluatedLayer] = {}
         self.outputs: list[forms.Operand] = []
         self.results: list[Any] = []
         self._mode, self._switches = mode, LayerSwitches(plan, switches)
         self._states = States(plan, state, mode, recipe)
         self._known: dict[int, forms.Operand] = {}
+        self._met: dict[Key, int] = {}
         self._layers = LayerEvaluator(plan, self._states, mode, self._switches, self._read)
 
     @property
@@ -72,7 +76,7 @@ class Evaluator:
 
     @property
     def nan_counts(self) -> dict[Key, jax.Array]:
-        """How many values were NaN and got the code of zero, by key of the quantized tensor.
+        """How many values were NaN and got the code of zero, by name of the quantized tensor.
 
         Only real values can be NaN, as the model's input: tensors that are computed from codes
         are not listed.
@@ -209,16 +213,25 @@ class Evaluator:
         self, tensor: QuantizedTensor, values: Any, form: forms.Form
     ) -> tuple[Any, forms.Form | None]:
         """Round a tensor to its grid; only observe it while calibrating."""
+        name = self._name(tensor)
         grid = self._states.grid(tensor, values)
         if grid is None:
-            self.observed[tensor.key] = values
+            self.observed[name] = values
             return values, None
-        self.forms[tensor.key] = form
+        self.forms[name] = form
         units = form.in_units(_constant(grid))
         real = any(True for _ in forms.real_parts(form))
         values, codes = activations.quantize(values, units, grid, learned=tensor.learned, real=real)
-        self.codes[tensor.key] = forms.Codes(codes, _constant(grid), tensor.key)
-        return values, self.codes[tensor.key]
+        self.codes[name] = forms.Codes(codes, _constant(grid), name)
+        return values, self.codes[name]
+
+    def _name(self, tensor: QuantizedTensor) -> Key:
+        """Return the name of the next tensor with a range: iterations of a loop share one."""
+        key = tensor.key
+        iteration = self._met[key] = self._met.get(key, -1) + 1
+        name = key if iteration == 0 else (*key[:-1], f"{key[-1]}[{iteration}]")
+        self.range_keys[name] = key
+        return name
 
 
 def _selection(node: Node, place: int, operands: list[Any]) -> forms.Operation:

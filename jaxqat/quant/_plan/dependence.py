@@ -6,27 +6,30 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxqat.quant._forms.primitives import primitive_of
-from jaxqat.quant._plan.plan import CONSTANTS, DATA, PARAMETERS, STATISTICS
-from jaxqat.quant._trace.arguments import Key
+from jaxqat.quant._plan.plan import CONSTANTS, DATA, PARAMETERS, STATISTICS, VARIABLES
+from jaxqat.quant._trace.arguments import ArgumentKind, Key
 from jaxqat.quant._trace.program import Node, Program
+
+_LEVELS = {"parameter": PARAMETERS, "variable": VARIABLES, "input": DATA}
 
 
 def dependence(
-    program: Program, paths: Sequence[Key | None], is_data: Sequence[bool]
+    program: Program, paths: Sequence[Key | None], kinds: Sequence[ArgumentKind]
 ) -> tuple[list[int], dict[int, Key]]:
-    """Return what each variable depends on, and names of those that depend on parameters only.
+    """Return what each variable depends on, and names of those that depend on the model only.
 
-    The name is the path of the first parameter that went into the variable.
+    The name is the path of the first parameter that went into the variable; without parameters, of
+    the first variable of the model.
 
     Args:
         program: The traced computation.
-        paths: For each flat argument, the path of the parameter it is, or None.
-        is_data: For each flat argument, whether it varies from call to call.
+        paths: For each flat argument, the path of the parameter or variable it is; None for data.
+        kinds: For each flat argument, what it is.
     """
     level = [CONSTANTS] * len(program.avals)
     names: dict[int, Key] = {}
-    for number, path, data in zip(program.inputs, paths, is_data, strict=True):
-        level[number] = DATA if data else PARAMETERS
+    for number, path, kind in zip(program.inputs, paths, kinds, strict=True):
+        level[number] = _LEVELS[kind]
         if path is not None:
             names[number] = path
     for node in program.nodes:
@@ -36,10 +39,10 @@ def dependence(
             depends = min(depends, STATISTICS)
         if any(a in program.carried and is_float(program.avals[a]) for a in node.outputs):
             depends = DATA  # From the second iteration on, if not before.
-        name = next((names[a] for a in reads if a in names), None)
+        name = next((names[a] for a in reads if a in names and level[a] == depends), None)
         for number in node.outputs:
             level[number] = depends
-            if depends == PARAMETERS and name is not None:
+            if name is not None:
                 index = program.iterations.get(number)
                 names[number] = name if index is None else (*name[:-1], str(index), name[-1])
     return level, names

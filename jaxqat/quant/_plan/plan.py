@@ -18,9 +18,9 @@ from jaxqat.quant._trace.arguments import Key
 from jaxqat.quant._trace.program import Atom, Node, Program
 from jaxqat.quant.recipe import Recipe, Settings
 
-# What a value depends on: the largest of its operands' levels. Parameters are all variables of the
-# model, whatever their collection.
-CONSTANTS, PARAMETERS, STATISTICS, DATA = 0, 1, 2, 3
+# What a value depends on: the largest of its operands' levels. Variables of the model that are not
+# parameters have a level of their own, as batch norm's running statistics.
+CONSTANTS, VARIABLES, PARAMETERS, STATISTICS, DATA = 0, 1, 2, 3, 4
 
 # The leaf of a tensor's state that gradients train, by the method in `Settings.act_range`.
 LEARNED = {"lsq": "step", "pact": "bound"}
@@ -32,6 +32,7 @@ Place = int | tuple[Node, int]
 LEFT_BY_RECIPE = "the recipe leaves it in float"
 NO_WEIGHTS = "both operands depend on the data"
 CONSTANT_WEIGHTS = "one operand is a constant, not a parameter"
+VARIABLE_WEIGHTS = "one operand is a variable, not a parameter; only a rule quantizes it"
 
 
 def by_call(keys: Iterable[Key]) -> dict[Key, list[Key]]:
@@ -254,5 +255,6 @@ class Plan:
 
     def check_rules(self, recipe: Recipe) -> None:
         """Raise RecipeError if a rule of the recipe decides about no layer."""
-        able = [i for i in self.table if i.float_reason in (None, LEFT_BY_RECIPE)]
+        by_rule = (None, LEFT_BY_RECIPE, VARIABLE_WEIGHTS)
+        able = [i for i in self.table if i.float_reason in by_rule]
         recipe.check_rules([(info.path, info.kind) for info in able])

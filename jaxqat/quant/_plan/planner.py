@@ -24,6 +24,7 @@ from jaxqat.quant._plan.plan import (
     LEFT_BY_RECIPE,
     NO_WEIGHTS,
     PARAMETERS,
+    VARIABLE_WEIGHTS,
     Layer,
     LayerInfo,
     Lookup,
@@ -32,7 +33,7 @@ from jaxqat.quant._plan.plan import (
 )
 from jaxqat.quant._plan.products import Operands, with_scales
 from jaxqat.quant._plan.tensors import TensorPlanner
-from jaxqat.quant._trace.arguments import Key
+from jaxqat.quant._trace.arguments import ArgumentKind, Key
 from jaxqat.quant._trace.program import Atom, Node, Program, inner_jaxprs, products_inside
 from jaxqat.quant.recipe import Recipe, Settings
 
@@ -40,22 +41,22 @@ from jaxqat.quant.recipe import Recipe, Settings
 def make_plan(
     program: Program,
     paths: Sequence[Key | None],
-    is_data: Sequence[bool],
+    kinds: Sequence[ArgumentKind],
     recipe: Recipe,
 ) -> Plan:
     """Decide what to quantize.
 
     Args:
         program: The traced computation.
-        paths: For each flat argument, the path of the parameter it is, or None.
-        is_data: For each flat argument, whether it varies from call to call.
+        paths: For each flat argument, the path of the parameter or variable it is; None for data.
+        kinds: For each flat argument, what it is.
         recipe: Bits and exceptions.
 
     Raises:
         RecipeError: Two layers that read the same tensor disagree about it, or a setting does not
             fit its layer.
     """
-    level, names = dependence(program, paths, is_data)
+    level, names = dependence(program, paths, kinds)
     planner = _Planner(program, level, names, recipe)
     for node in program.nodes:
         planner.visit(node)
@@ -112,9 +113,14 @@ class _Planner:
         side = self._operands.weight_side(node)
         if side is None:
             return self._visit_pair(node, kind)
-        name = self._operands.name(node.inputs[side]) or (f"{node.name}{len(self.table)}",)
-        settings = self._settings("/".join(_module(name)), kind, node)
+        name = self._operands.name(node.inputs[side])
+        assert name is not None  # Whatever depends on variables of the model has a name.
+        path = "/".join(_module(name))
+        settings = self._settings(path, kind, node)
         reason = self._operands.float_reason(node, kind, side, settings)
+        by_rule = any(rule.matches(path, kind) for rule in self.recipe.rules)
+        if not (self._operands.has_parameters(node, side) or by_rule):
+            reason = VARIABLE_WEIGHTS
         if reason is not None or settings is None:
             return self._leave(node, kind, side, name, reason)
         self._plan_layer(node, kind, side, name, settings)
@@ -126,7 +132,8 @@ class _Planner:
         primitive = primitive_of(node.name)
         if primitive.kind is Kind.LOOKUP:
             return self._operands.table_name(node) is not None
-        return primitive.is_product and self._operands.weight_side(node) is not None
+        side = self._operands.weight_side(node) if primitive.is_product else None
+        return side is not None and self._operands.has_parameters(node, side)
 
     def _identity(self, node: Node) -> Any:
         """Return what identifies a layer: iterations of a loop that share weights are one layer."""

@@ -21,7 +21,7 @@ class Operands:
     Attributes:
         program: The traced computation.
         level: What each variable depends on.
-        names: Path of the parameter that names a variable.
+        names: Path of the parameter, or else of the variable of the model, that names a variable.
     """
 
     program: Program
@@ -33,19 +33,28 @@ class Operands:
         return [CONSTANTS if isinstance(a, Constant) else self.level[a] for a in node.inputs]
 
     def weight_side(self, node: Node) -> int | None:
-        """Return which operand of a product depends on parameters only, if just one does."""
-        return self._lower_side(node, PARAMETERS)
+        """Return which operand of a product depends on variables of the model, if just one does.
+
+        It may depend on parameters too, but not on data.
+        """
+        side = self._fixed_side(node)
+        return side if side is not None and self.levels(node)[side] > CONSTANTS else None
 
     def constant_side(self, node: Node) -> int | None:
         """Return which operand of a product is a constant, as interpolation matrices are."""
-        return self._lower_side(node, CONSTANTS)
+        side = self._fixed_side(node)
+        return side if side is not None and self.levels(node)[side] == CONSTANTS else None
 
-    def _lower_side(self, node: Node, level: int) -> int | None:
+    def _fixed_side(self, node: Node) -> int | None:
         levels = self.levels(node)
-        return levels.index(level) if min(levels) == level and max(levels) > PARAMETERS else None
+        return levels.index(min(levels)) if min(levels) <= PARAMETERS < max(levels) else None
+
+    def has_parameters(self, node: Node, side: int) -> bool:
+        """Return whether the weights of a product, on one side, depend on parameters."""
+        return self.levels(node)[side] == PARAMETERS
 
     def name(self, atom: Atom) -> Key | None:
-        """Return the path of the parameter that names an operand."""
+        """Return the path of the parameter or variable of the model that names an operand."""
         return self.names.get(atom) if isinstance(atom, int) else None
 
     def table_name(self, node: Node) -> Key | None:

@@ -31,6 +31,7 @@ class TensorPlanner:
         self.tensors: dict[Place, QuantizedTensor] = {}
         self._origins, self._layers = origins, layers
         self._uses: dict[Key, int] = {}
+        self._repeated: dict[Any, Key] = {}  # Keys that iterations of a loop share.
         self._dynamic: dict[int, str] = {}  # Paths of layers of dynamic ranges, by source.
 
     def add(self, data: int, key: Key, settings: Settings, path: str, is_new: bool = True) -> Key:
@@ -67,6 +68,15 @@ class TensorPlanner:
         uses = self._uses[key] = self._uses.get(key, 0) + 1
         return key if uses == 1 else (*key[:-1], f"{key[-1]}{uses}")
 
+    def _key_at(self, key: Key, node: Node | None, side: int = 0) -> Key:
+        """Return a key for what a node makes or reads; iterations of a loop share one."""
+        if node is None or not node.loop:
+            return self.unique_key(key)
+        same = (key, node.loop, id(node.equation), side)
+        if same not in self._repeated:
+            self._repeated[same] = self.unique_key(key)
+        return self._repeated[same]
+
     def read_at(self, source: int) -> QuantizedTensor:
         """Return the quantized tensor that stands for a source, when all are known."""
         before = self._quantized_at(source)
@@ -101,7 +111,8 @@ class TensorPlanner:
             found = self._origins.before(number, self.tensors)
             if found is not None and found[0] not in self.tensors:
                 before, label = found
-                key = self.unique_key((*tensor.key[:-1], label))
+                maker = self._origins.program.made_by.get(before)
+                key = self._key_at((*tensor.key[:-1], label), maker)
                 self.tensors[before] = QuantizedTensor(
                     key, tensor.settings, (tensor.key,), factor=self._origins.factor(before)
                 )
@@ -121,7 +132,7 @@ class TensorPlanner:
         new = [i for i, place in enumerate(places) if place not in self.tensors]
         for i in new:
             if places[i] not in self.tensors:  # Both operands can be one tensor.
-                self.tensors[places[i]] = self._term(sources[i], total, producers)
+                self.tensors[places[i]] = self._term(node, i, sources[i], total, producers)
         keys = [self.tensors[place].key for place in places]
         for i, place in enumerate(places):
             self.tensors[place] = _read_by(self.tensors[place], total, keys[1 - i], i in new)
@@ -154,13 +165,19 @@ class TensorPlanner:
         )
 
     def _term(
-        self, source: int, total: QuantizedTensor, producers: tuple[str | Key, ...]
+        self,
+        node: Node,
+        side: int,
+        source: int,
+        total: QuantizedTensor,
+        producers: tuple[str | Key, ...],
     ) -> QuantizedTensor:
         layer = self._origins.layer_before(source, self._layers)
         path = None if layer is None else self._layers[layer].path
         key = (*total.key[:-1], "term") if path is None else (*path.split("/"), "output")
         settings = _of_terms(total.settings)
-        return QuantizedTensor(self.unique_key(key), settings, (total.key,), producers=producers)
+        key = self._key_at(key, node, side)
+        return QuantizedTensor(key, settings, (total.key,), producers=producers)
 
 
 def _read_by(

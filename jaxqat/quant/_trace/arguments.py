@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import jax
 import numpy as np
@@ -10,6 +10,9 @@ from flax.core.meta import AxisMetadata
 
 # Path in a tree of dictionaries: of a parameter, or of a tensor's state.
 Key = tuple[str, ...]
+
+ArgumentKind = Literal["parameter", "variable", "input"]
+_KINDS: tuple[ArgumentKind, ...] = ("parameter", "variable", "input")
 
 
 def split_arrays(tree: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
@@ -36,21 +39,22 @@ class Call:
 
     Attributes:
         flat: The array leaves.
-        names: Path of each array within the parameters; None if it is not one of them. The boxes
-            of Flax's metadata (`nn.with_partitioning`) add nothing to it.
-        is_data: Whether each array varies from call to call.
+        names: Path of each array within the parameters, or within another collection of the
+            model's variables; None for inputs. The boxes of Flax's metadata
+            (`nn.with_partitioning`) and `nnx.Variable` add nothing to it.
+        kinds: Whether each array is a parameter, another variable of the model, or an input.
         rebuild: Makes the arguments from the array leaves.
     """
 
     flat: list[Any]
     names: list[Key | None]
-    is_data: list[bool]
+    kinds: list[ArgumentKind]
     rebuild: Callable[[list[Any]], tuple[Any, ...]]
 
     @classmethod
-    def of(cls, parameters: Any, constants: Any, inputs: Any) -> Self:
-        """Split (parameters, constants, inputs); only inputs vary from call to call."""
-        leaves, structure = jax.tree_util.tree_flatten_with_path((parameters, constants, inputs))
+    def of(cls, parameters: Any, collections: Any, inputs: Any) -> Self:
+        """Split (parameters, other collections of variables, inputs)."""
+        leaves, structure = jax.tree_util.tree_flatten_with_path((parameters, collections, inputs))
         arrays = [(path, leaf) for path, leaf in leaves if _is_array(leaf)]
         statics = [None if _is_array(leaf) else (leaf,) for _, leaf in leaves]
 
@@ -61,12 +65,21 @@ class Call:
             )
 
         names = [
-            key_of(path[1:]) if path[0].idx == 0 else None
-            for path, leaf in _without_boxes((parameters, constants, inputs))
+            _name(_KINDS[path[0].idx], path)
+            for path, leaf in _without_boxes((parameters, collections, inputs))
             if _is_array(leaf)
         ]
-        is_data = [path[0].idx == 2 for path, _ in arrays]
-        return cls([leaf for _, leaf in arrays], names, is_data, rebuild)
+        kinds = [_KINDS[path[0].idx] for path, _ in arrays]
+        return cls([leaf for _, leaf in arrays], names, kinds, rebuild)
+
+
+def _name(kind: ArgumentKind, path: tuple[Any, ...]) -> Key | None:
+    if kind == "input":
+        return None
+    if kind == "parameter":
+        return key_of(path[1:])
+    name = key_of(path[2:])  # Without the collection.
+    return name[:-1] if len(name) > 1 and name[-1] == "value" else name  # Of an `nnx.Variable`.
 
 
 def _without_boxes(tree: Any) -> list[tuple[tuple[Any, ...], Any]]:

@@ -8,7 +8,7 @@ training did.
 
 import functools
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -19,8 +19,8 @@ from flax.core import unfreeze
 
 from jaxqat.errors import QuantizationError
 from jaxqat.quant._trace.arguments import key_of, split_arrays
+from jaxqat.quant.models.batches import as_arguments, each_batch, preparing
 from jaxqat.quant.models.bound import BoundModel
-from jaxqat.quant.models.calibration import as_arguments, preparing
 from jaxqat.quant.models.linen import QuantizedModule
 
 # (other arrays of the model, statistics before a batch, inputs) -> statistics after it.
@@ -98,8 +98,9 @@ def reestimate_batch_norm(
         them. An NNX module is changed in place, and returned.
 
     Raises:
-        QuantizationError: There is no batch, the model has no running statistics, or no layer
-            changes them in this mode.
+        QuantizationError: There is no batch, `batches` is one array, the model has no running
+            statistics, no layer changes them in this mode, or a batch gives none: it has NaN, or
+            one value for each channel.
 
     Warns:
         BatchNormWarning: The running statistics had not converged; names the layers.
@@ -168,11 +169,13 @@ def estimate_batch_norm(
         )
     momentum: list[Any] = []
     seen: list[list[Any]] = []
-    for batch in batches:
+    for number, batch in enumerate(each_batch(batches), 1):
         inputs = as_arguments(batch)
         if not momentum:
             momentum = _momentum(flat_update, old, inputs, paths)
-        seen.append(_of_batch(flat_update, old, momentum, inputs))
+        found = _of_batch(flat_update, old, momentum, inputs)
+        _check_batch(number, paths, momentum, found)
+        seen.append(found)
     if not seen:
         raise QuantizationError(
             "There is no batch to estimate statistics with: `batches` is empty; pass a few "
@@ -251,6 +254,7 @@ def _momentum(update: Any, old: list[Any], inputs: tuple[Any, ...], paths: list[
             momentum.append(None)
             continue
         s, a, half, b = (np.asarray(value, np.float64) for value in values)
+        _check_finite(1, path, a)
         slopes = (b - a) / s
         m = float(np.median(slopes))
         is_affine = np.allclose(half - a, (b - a) / 2, rtol=1e-3, atol=1e-3)
@@ -274,20 +278,47 @@ def _of_batch(
     ]
 
 
+def _check_batch(number: int, paths: list[str], momentum: list[Any], found: list[Any]) -> None:
+    """Refuse statistics of a batch that are not finite, and variances over one value."""
+    for path, m, value in zip(paths, momentum, found, strict=True):
+        if m is not None:
+            _check_finite(number, path, value)
+    for layer, mean, var in _layers(paths):
+        changes = momentum[mean] is not None and np.any(found[mean])
+        # Variances over one value are 0 but for the rounding of x**2 - x * x.
+        if changes and np.all(found[var] <= 1e-6 * found[mean] ** 2):
+            raise QuantizationError(
+                f"The variance of batch {number} is 0 in every channel of {layer}: the layer sees "
+                "one value for each channel, or always the same. Pass batches of many examples."
+            )
+
+
+def _check_finite(number: int, path: str, value: Any) -> None:
+    if not np.isfinite(value).all():
+        raise QuantizationError(
+            f"Batch {number} gives a {path!r} that is not finite: its inputs, or the model's "
+            "values on them, are NaN or infinite."
+        )
+
+
+def _layers(paths: list[str]) -> Iterator[tuple[str, int, int]]:
+    """Yield the layers that have a mean and a variance, with the places of both."""
+    index = {path: i for i, path in enumerate(paths)}
+    for path in paths:
+        layer, _, name = path.rpartition("/")
+        other = index.get(f"{layer}/var" if layer else "var")
+        if name == "mean" and other is not None:
+            yield layer or "batch norm", index[path], other
+
+
 def _unconverged(
     paths: list[str], old: list[Any], new: list[Any], seen: list[list[Any]]
 ) -> tuple[str, ...]:
     """Return the layers whose running statistics are off, with the channels that are."""
     if len(seen) < 2:
         return ()
-    index = {path: i for i, path in enumerate(paths)}
     found: list[str] = []
-    for path in paths:
-        layer, _, name = path.rpartition("/")
-        other = index.get(f"{layer}/var" if layer else "var")
-        if name != "mean" or other is None:
-            continue
-        mean, var = index[path], other
+    for layer, mean, var in _layers(paths):
         spread = [np.std([batch[i] for batch in seen], axis=0, ddof=1) for i in (mean, var)]
         moved = [np.abs(np.asarray(old[i], np.float64) - new[i]) for i in (mean, var)]
         unlikely = [m > OF_BATCHES * s for m, s in zip(moved, spread, strict=True)]
@@ -296,5 +327,5 @@ def _unconverged(
         far_var = np.abs(np.sqrt(np.maximum(old[var], 0)) - deviation) > OF_VALUES * deviation
         off = (unlikely[0] & far_mean) | (unlikely[1] & far_var)
         if off.mean() > SHARE_OF_CHANNELS:
-            found.append(f"{layer or 'batch norm'} ({off.sum()} of {off.size} channels)")
+            found.append(f"{layer} ({off.sum()} of {off.size} channels)")
     return tuple(found)

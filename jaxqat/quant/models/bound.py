@@ -19,7 +19,13 @@ from jaxqat.quant._plan.plan import LEARNED, LayerInfo, Plan, by_call
 from jaxqat.quant._plan.planner import make_plan
 from jaxqat.quant._trace.arguments import Call, Key, split_arrays
 from jaxqat.quant._trace.program import trace
-from jaxqat.quant.models.state import QUANT, QUANT_PARAMS, flat_state, state_collections
+from jaxqat.quant.models.state import (
+    QUANT,
+    QUANT_PARAMS,
+    check_finite,
+    flat_state,
+    state_collections,
+)
 from jaxqat.quant.recipe import Recipe
 
 # (params, other collections, args, kwargs) -> (result, updates of the other collections)
@@ -131,9 +137,15 @@ class BoundModel(QuantizedModel):
         return dataclasses.replace(self, kwargs={**self.kwargs, **kwargs})
 
     def calibrate(self, *inputs: Any) -> "BoundModel":
-        """Return the bound model after observing one more batch in float."""
+        """Return the bound model after observing one more batch in float.
+
+        Raises:
+            QuantizationError: The values of a tensor are not finite.
+        """
         bound = self if self.state else self.with_empty_ranges(*inputs)
-        return bound.with_state(bound.evaluate(inputs, Mode.CALIBRATE)[1].new_ranges)
+        ranges = bound.evaluate(inputs, Mode.CALIBRATE)[1].new_ranges
+        check_finite(ranges)
+        return bound.with_state(ranges)
 
     def with_empty_ranges(self, *inputs: Any) -> "BoundModel":
         """Return the bound model with ranges that have seen nothing yet."""
@@ -209,7 +221,7 @@ class BoundModel(QuantizedModel):
             return self.function(params, others, args, kwargs)
 
         program, structure = trace(flat_function, call.flat)
-        return make_plan(program, call.names, call.is_data, self.recipe), structure
+        return make_plan(program, call.names, call.kinds, self.recipe), structure
 
 
 def _check_state(plan: Plan, variables: Mapping[str, Any], state: Mapping[Key, Range]) -> None:

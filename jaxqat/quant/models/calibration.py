@@ -1,18 +1,19 @@
 # pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 """`jaxqat.calibrate`: post-training quantization, ranges from a few batches without training."""
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, cast
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxqat.errors import QuantizationError
 from jaxqat.quant._numerics.ranges import Range
 from jaxqat.quant._trace.arguments import Key
+from jaxqat.quant.models.batches import as_arguments, each_batch, preparing
 from jaxqat.quant.models.bound import BoundModel, QuantizedModel
 from jaxqat.quant.models.quantize import quantize
+from jaxqat.quant.models.state import check_finite
 from jaxqat.quant.recipe import Recipe
 
 
@@ -48,7 +49,8 @@ def calibrate(
         The bound model. Its `variables` hold the ranges; `model` is the quantized model itself.
 
     Raises:
-        QuantizationError: There is no batch, or the values of a tensor are not finite.
+        QuantizationError: There is no batch, `batches` is one array, or the values of a tensor are
+            not finite.
         RecipeError: The recipe does not fit the model, or there is no such preset.
     """
     quantized = _quantized(model, recipe)
@@ -62,7 +64,7 @@ def calibrate(
         return rebuild(arrays).with_state(ranges).calibrate(*prepare(inputs)).state
 
     ranges: dict[Key, Range] | None = None
-    for batch in batches:
+    for batch in each_batch(batches):
         inputs = as_arguments(batch)
         if ranges is None:
             start = bound.state or bound.with_empty_ranges(*jax.eval_shape(prepare, inputs)).state
@@ -72,22 +74,8 @@ def calibrate(
         raise QuantizationError(
             "There is no batch to calibrate with: `batches` is empty; pass a few batches of inputs."
         )
-    _check_finite(ranges)
+    check_finite(ranges)
     return quantized.with_calibrated(bound.with_state(ranges))
-
-
-def as_arguments(batch: Any) -> tuple[Any, ...]:
-    """Return the inputs of a batch: those of a tuple, or the batch as the only one."""
-    return cast("tuple[Any, ...]", batch) if isinstance(batch, tuple) else (batch,)
-
-
-def preparing(
-    preprocess: Callable[..., Any] | None,
-) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
-    """Return what makes a model's arguments from the inputs of a batch."""
-    if preprocess is None:
-        return lambda inputs: inputs
-    return lambda inputs: as_arguments(preprocess(*inputs))
 
 
 def _strongly_typed(leaf: jax.Array) -> jax.Array:
@@ -103,16 +91,3 @@ def _quantized(model: Any, recipe: Recipe | str | None) -> QuantizedModel:
             "The model is quantized already; pass either a quantized model or a recipe."
         )
     return model
-
-
-def _check_finite(ranges: Mapping[Key, Range]) -> None:
-    wrong = [
-        "/".join(key)
-        for key, state in ranges.items()
-        if not all(np.isfinite(np.asarray(value)).all() for value in state.values())
-    ]
-    if wrong:
-        raise QuantizationError(
-            f"The values of {', '.join(wrong)} are not finite on these batches (NaN or infinite); "
-            "no range can be made of them."
-        )

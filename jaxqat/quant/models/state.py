@@ -9,8 +9,12 @@ nested dictionaries, keyed by module path; the interpreter reads them as one fla
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import numpy as np
 from flax import traverse_util
+from jax.core import Tracer
 
+from jaxqat.errors import QuantizationError
 from jaxqat.quant._numerics.ranges import Range
 from jaxqat.quant._plan.plan import LEARNED
 from jaxqat.quant._trace.arguments import Key
@@ -49,3 +53,24 @@ def state_collections(state: Mapping[Key, Range]) -> dict[str, Any]:
     if not nested[QUANT_PARAMS]:
         del nested[QUANT_PARAMS]
     return nested
+
+
+def check_finite(state: Mapping[Key, Range]) -> None:
+    """Refuse ranges that are NaN or infinite; inside of `jax.jit` they cannot be looked at.
+
+    Raises:
+        QuantizationError: Names the tensors.
+    """
+    leaves = [value for tensor in state.values() for value in tensor.values()]
+    if any(isinstance(value, Tracer) for value in leaves):
+        return
+    wrong = [
+        "/".join(key)
+        for key, tensor in jax.device_get(dict(state)).items()
+        if not all(np.isfinite(value).all() for value in tensor.values())
+    ]
+    if wrong:
+        raise QuantizationError(
+            f"The values of {', '.join(wrong)} are not finite on these batches (NaN or infinite); "
+            "no range can be made of them."
+        )

@@ -1,5 +1,6 @@
 """Re-estimated statistics of batch norm against NumPy, and what they are for."""
 
+import functools
 import warnings
 from typing import Any
 
@@ -195,6 +196,31 @@ def test_what_cannot_be_estimated_raises_an_error():
     bound = jaxqat.calibrate(NNXNetwork(), batches=batches(1))
     with pytest.raises(QuantizationError, match="pass the quantized module itself"):
         jaxqat.reestimate_batch_norm(bound, batches=batches(1))
+
+
+def test_batches_without_statistics_are_refused_by_number():
+    module, variables = network()
+    good, bad = batches(1)[0], batches(1)[0].copy()
+    bad[0, 0] = np.nan
+    estimate = functools.partial(jaxqat.reestimate_batch_norm, module, variables, train=True)
+    for number, given in ((1, [bad, good]), (2, [good, bad])):
+        with pytest.raises(QuantizationError, match=rf"Batch {number} gives a '.*' that is not"):
+            estimate(batches=given)
+    with pytest.raises(QuantizationError, match=r"array of the shape .* pass \[array\]"):
+        estimate(batches=good)
+
+
+def test_a_batch_of_one_row_has_no_variance_and_is_refused():
+    """Channels of one value: the variance of a single number is 0, and no layer's variance."""
+    module = nn.Sequential([nn.Dense(4), nn.BatchNorm(use_running_average=False)])
+    rows = np.random.default_rng(0).normal(size=(8, 6)).astype(np.float32)
+    variables = module.init(jax.random.key(0), rows)
+    with pytest.raises(QuantizationError, match=r"variance of batch 2 is 0 .* of layers_1"):
+        jaxqat.reestimate_batch_norm(module, variables, batches=[rows, rows[:1]])
+    # A dead layer, all of whose values are zero, is no error.
+    dead = {**variables, "params": jax.tree.map(jnp.zeros_like, variables["params"])}
+    new = jaxqat.reestimate_batch_norm(module, dead, batches=[rows, rows])
+    assert not np.any(new["batch_stats"]["layers_1"]["var"])
 
 
 def test_a_statistic_that_is_no_running_average_raises_an_error():

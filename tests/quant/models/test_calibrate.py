@@ -93,7 +93,7 @@ def test_preprocessing_is_compiled_in_front_of_the_model(variables, recipe):
         return (pixels.astype(jnp.float32) / 255 - 0.45) / 0.22
 
     found = jaxqat.calibrate(
-        Perceptron(), variables, batches=pixels, recipe=recipe, preprocess=preprocess
+        Perceptron(), variables, batches=list(pixels), recipe=recipe, preprocess=preprocess
     )
     model = jaxqat.quantize(Perceptron(), recipe)
     compiled = jax.jit(lambda variables, pixels: model.calibrate(variables, preprocess(pixels)))
@@ -130,6 +130,25 @@ def test_values_that_are_not_finite_are_named_by_their_tensor(variables, batches
     bad[3, 4] = value
     with pytest.raises(jaxqat.QuantizationError, match=r"in/input.* not finite"):
         jaxqat.calibrate(Perceptron(), variables, batches=[batches[0], bad])
+    model = jaxqat.quantize(Perceptron())
+    with pytest.raises(jaxqat.QuantizationError, match=r"in/input.* not finite"):
+        model.calibrate(variables, bad)
+    # Inside of `jit` nothing can be looked at; what uses the ranges refuses them.
+    ranges = jax.jit(model.calibrate)(variables, bad)
+    with pytest.raises(jaxqat.ConversionError, match=r"in/input: its range is not finite"):
+        jaxqat.convert(model, ranges, bad)
+
+
+def test_one_array_in_place_of_batches_is_refused_everywhere(variables, batches):
+    network = jaxqat.calibrate(Perceptron(), variables, batches=batches)
+    graph = jaxqat.convert(network, batches[0])
+    for call in (
+        lambda given: jaxqat.calibrate(Perceptron(), variables, batches=given),
+        lambda given: jaxqat.verify(network, graph=graph, batches=given),
+        lambda given: jaxqat.analyze(network, batches=given),
+    ):
+        with pytest.raises(jaxqat.QuantizationError, match=r"array of the shape .* \[array\]"):
+            call(batches[0])
 
 
 def test_a_constant_zero_tensor_quantizes_to_zeros(variables):

@@ -1,5 +1,6 @@
 """Models that are wired otherwise than a ResNet: what is quantized in them, where, and how."""
 
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -7,11 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from flax.core import DenyList
 from flax.traverse_util import flatten_dict
 
 import jaxqat
 from jaxqat import Recipe, RecipeError, Rule
+from jaxqat.quant._plan.plan import VARIABLE_WEIGHTS
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.normal(size=(4, 8, 8, 3)).astype(np.float32)
@@ -356,15 +359,63 @@ def test_constant_matrices_are_no_layers_and_leave_the_edges_to_the_models_own()
     assert set(left) == {"one operand is a constant, not a parameter"} and len(left) >= 2
 
 
-def test_weights_outside_of_params_are_layers():
-    """A collection of frozen weights, as of adapters, is a variable of the model too."""
+class Mixed(nn.Module):
+    """A DFT in a collection of its own, a layer with a mask of another, and two plain layers."""
 
-    class Frozen(nn.Module):
-        @nn.compact
+    @nn.compact
+    def __call__(self, x):
+        real = jnp.asarray(np.fft.fft(np.eye(12)).real, jnp.float32)
+        x = x @ self.variable("constants", "dft", lambda: real).value
+        mask = self.variable("masks", "kept", lambda: jnp.arange(12.0)[:, None] % 2)
+        x = x @ (mask.value * self.param("pruned", nn.initializers.normal(), (12, 8)))
+        x = nn.Dense(6, name="body")(x)
+        return nn.Dense(4, name="head")(x)
+
+
+def test_a_product_with_a_variable_that_is_no_parameter_is_a_layer_only_by_a_rule():
+    recipe = Recipe(weight_bits=2, act_bits=4, first_last_bits=8)
+    model = jaxqat.quantize(Mixed(), recipe)
+    variables = Mixed().init(jax.random.key(0), ROWS)
+    table = model.bind(variables).layers(ROWS)
+    # The first and the last layer are layers with parameters.
+    bits = {row.path: row.weight_bits for row in table}
+    assert bits == {"dft": None, "pruned": 8, "body": 2, "head": 8}
+    assert table[0].float_reason == VARIABLE_WEIGHTS
+    network = model.bind(variables).calibrate(ROWS)
+    with pytest.raises(jaxqat.ConversionError, match=r"dft \(dense\): .* only a rule quantizes it"):
+        jaxqat.convert(network, ROWS)
+    rule = Rule(path="dft", weight_bits=8, act_bits=8)
+    model = jaxqat.quantize(Mixed(), dataclasses.replace(recipe, rules=(rule,)))
+    bits = {row.path: row.weight_bits for row in model.layers(variables, ROWS)}
+    assert bits == {"dft": 8, "pruned": 8, "body": 2, "head": 8}
+    network = model.bind(variables).calibrate(ROWS)
+    graph = jaxqat.convert(network, ROWS)
+    assert not jaxqat.verify(network, graph=graph, batches=[ROWS]).failures
+
+
+def test_a_rule_for_a_variable_of_an_nnx_module_names_it_by_its_path():
+    class Frozen(nnx.Variable):
+        pass
+
+    class Block(nnx.Module):
+        def __init__(self):
+            self.kernel = Frozen(jnp.asarray(weights(12, 5)))
+
         def __call__(self, x):
-            return x @ self.variable("frozen", "kernel", lambda: jnp.asarray(weights(12, 5))).value
+            return x @ self.kernel
 
-    model = jaxqat.quantize(Frozen())
-    variables = model.init(jax.random.key(0), ROWS)
-    (row,) = model.layers(variables, ROWS)
-    assert (row.weight_bits, row.float_reason) == (8, None)
+    class Net(nnx.Module):
+        def __init__(self):
+            self.block, self.head = Block(), nnx.Linear(5, 3, rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            return self.head(self.block(x))
+
+    rows = jaxqat.quantize(Net()).layers(ROWS)
+    assert [(row.path, row.float_reason) for row in rows] == [
+        ("block", VARIABLE_WEIGHTS),
+        ("head", None),
+    ]
+    recipe = Recipe(rules=(Rule(path="block"),))
+    rows = jaxqat.quantize(Net(), recipe).layers(ROWS)
+    assert [(row.path, row.weight_bits) for row in rows] == [("block", 8), ("head", 8)]
