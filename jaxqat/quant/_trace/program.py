@@ -72,6 +72,17 @@ class Node:
         """Name of the primitive."""
         return self.equation.primitive.name
 
+    @property
+    def label(self) -> str:
+        """What messages call the operation: its primitive, or a function with derivatives of its own.
+
+        `jax.nn.relu` is one: its primitive is 'custom_jvp_call'.
+        """
+        if not self.name.startswith("custom_"):
+            return self.name
+        bodies = inner_jaxprs(self.equation)
+        return next((body.debug_info.func_name for body in bodies), self.name)
+
     def bind(self, *operands: Any) -> list[Any]:
         """Run the operation."""
         return bind_equation(self.equation, operands)
@@ -143,7 +154,7 @@ class Program:
         """Return the operation and its module, for messages; name softmax and norms as a whole."""
         if node.scope in self._normalizations:
             return f"the normalization {node.scope}"
-        what = "a softmax" if self._starts_softmax(node) else f"'{node.name}'"
+        what = "a softmax" if self._starts_softmax(node) else f"'{node.label}'"
         return what + (f" in {node.scope}" if node.scope else "")
 
     def _starts_softmax(self, node: Node) -> bool:

@@ -66,6 +66,19 @@ def test_operations_of_nnx_modules_are_blamed_with_their_module():
     assert " in mlp before it" in reason(found, "head/input")
 
 
+def test_a_function_with_a_derivative_of_its_own_is_blamed_by_its_name():
+    @jax.custom_jvp
+    def bend(x):
+        return jnp.sin(x)
+
+    bend.defjvp(lambda x, t: (bend(*x), jnp.cos(*x) * t[0]))
+    params = {"in": np.ones((8, 8), np.float32), "out": np.ones((8, 8), np.float32)}
+    for function, name in ((bend, "bend"), (jax.nn.softplus, "logaddexp")):
+        model = jaxqat.quantize(lambda p, x, f=function: f(x @ p["in"]) @ p["out"])
+        found = jaxqat.describe(model, {"params": params}, ROWS).obstacles
+        assert f"'{name}' before it" in reason(found, "out/input")
+
+
 def test_products_of_two_activations_are_named_by_their_nnx_module():
     recipe = jaxqat.Recipe(rules=(jaxqat.Rule(path="attention/.*", kind="attention"),))
     model = jaxqat.quantize(NNXBlock(nnx.Rngs(0)), recipe)
