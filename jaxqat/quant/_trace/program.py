@@ -74,7 +74,7 @@ class Node:
 
     @property
     def label(self) -> str:
-        """What messages call the operation: its primitive, or a function with derivatives of its own.
+        """What messages call the operation: its primitive, or its function if that has derivatives.
 
         `jax.nn.relu` is one: its primitive is 'custom_jvp_call'.
         """
