@@ -19,6 +19,7 @@ from jaxqat.quant._plan.plan import LEARNED, LayerInfo, Plan, by_call
 from jaxqat.quant._plan.planner import make_plan
 from jaxqat.quant._trace.arguments import Call, Key, split_arrays
 from jaxqat.quant._trace.program import trace
+from jaxqat.quant.models.aqt_calls import collected, with_rules
 from jaxqat.quant.models.state import (
     QUANT,
     QUANT_PARAMS,
@@ -220,8 +221,10 @@ class BoundModel(QuantizedModel):
             params, others, (args, kwargs) = call.rebuild(list(flat))
             return self.function(params, others, args, kwargs)
 
-        program, structure = trace(flat_function, call.flat)
-        return make_plan(program, call.names, call.kinds, self.recipe), structure
+        with collected() as found:
+            program, structure = trace(flat_function, call.flat)
+        recipe = with_rules(self.recipe, found)
+        return make_plan(program, call.names, call.kinds, recipe), structure
 
 
 def _check_state(plan: Plan, variables: Mapping[str, Any], state: Mapping[Key, Range]) -> None:

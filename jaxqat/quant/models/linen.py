@@ -11,6 +11,7 @@ from flax.core import DenyList, unfreeze  # pyright: ignore[reportUnknownVariabl
 
 from jaxqat.quant._plan.plan import LayerInfo
 from jaxqat.quant._trace.arguments import split_arrays
+from jaxqat.quant.models.aqt_calls import linen_products
 from jaxqat.quant.models.bound import BoundModel, PureFunction
 from jaxqat.quant.models.stateless import Mutable, StatelessModel
 from jaxqat.quant.recipe import Recipe
@@ -114,7 +115,8 @@ class QuantizedModule(StatelessModel):
             params: Any, others: Mapping[str, Any], args: Any, kwargs: Any
         ) -> tuple[Any, Any]:
             variables = {"params": params, **others}
-            result = self.module.apply(variables, *args, mutable=mutable, **kwargs)
+            with linen_products():
+                result = self.module.apply(variables, *args, mutable=mutable, **kwargs)
             # Linen returns a pair for every `mutable` but False.
             return (result, {}) if mutable is False else result
 

@@ -10,6 +10,7 @@ from flax import nnx
 from jaxqat.quant._interpret import Mode
 from jaxqat.quant._numerics.ranges import Range
 from jaxqat.quant._trace.arguments import Key
+from jaxqat.quant.models.aqt_calls import nnx_products
 from jaxqat.quant.models.bound import BoundModel, QuantizedModel
 from jaxqat.quant.models.nnx_scopes import name_calls
 from jaxqat.quant.models.state import QUANT, QUANT_PARAMS, state_collections
@@ -102,6 +103,7 @@ class QuantizedNNX(QuantizedModel, nnx.Module):
             given = jax.tree.map(_same, params)  # A copy: the next line changes it.
             nnx.replace_by_pure_dict(given, values)
             module = nnx.merge(graph, given, others["state"])
+            nnx_products(module)
             name_calls(module)
             result = module(*args, **kwargs)
             return result, nnx.state(module, nnx.Not(nnx.Param)) if keep else {}
