@@ -7,6 +7,7 @@ number is computed by other code than in training, so none can differ.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -76,7 +77,8 @@ def convert(
     traced = _TracedModel(model, arguments, kwargs)
     emitter, arrays = traced.run()
     values = [np.asarray(a) for a in arrays]
-    emitter.check([reason for index, reason in emitter.requirements if not values[index].all()])
+    broken = [reason for index, reason in emitter.requirements if not values[index].all()]
+    emitter.check(list(dict.fromkeys(broken)))
     traced.check_batch_size(emitter, values)
     nodes = [cls(**_finish_node(fields, values)) for cls, fields in emitter.nodes]
     tensors = {n: g.Tensor(**_finish(fields, values)) for n, fields in emitter.tensors.items()}
@@ -130,14 +132,15 @@ class _ModelEmitter(Emitter):
             if info.float_reason is not None:
                 self.problems.append(f"{info.path} ({info.kind}): {info.float_reason}")
         for name, codes in evaluator.codes.items():
-            path = "/".join(name)
-            state = evaluator.state[evaluator.range_keys[name]]
+            key = evaluator.range_keys[name]
+            path, state = "/".join(key), evaluator.state[key]  # The same in all iterations.
             self.require(
                 state.get("count", 1) > 0,
                 f"{path}: its range has seen no data; `calibrate` the ranges first",
             )
             self.require(jnp.isfinite(codes.grid.scale), f"{path}: its range is not finite")
-            self._try(path, lambda n=name, c=codes: self.site(n, evaluator.forms[n], c))
+            emit = functools.partial(self.site, name, evaluator.forms[name], codes)
+            self._try(path, emit, tensor="/".join(name))
         self._try("the model's output", lambda: self._result(evaluator.outputs))
         if self.problems and STATISTICS in evaluator.plan.level:
             self.problems.append(
@@ -153,12 +156,14 @@ class _ModelEmitter(Emitter):
                 problems,
             )
 
-    def _try(self, where: str, emit: Callable[[], None]) -> None:
+    def _try(self, where: str, emit: Callable[[], None], tensor: str = "") -> None:
         try:
             emit()
         except UnconvertibleError as error:
-            message = str(error)
-            self.problems.append(message if where in message else f"{where}: {message}")
+            message = str(error).replace(tensor or where, where)
+            problem = message if where in message else f"{where}: {message}"
+            if problem not in self.problems:  # Iterations of a loop have the same.
+                self.problems.append(problem)
         except KeyError:
             # It reads a tensor without an integer form; the reason is in `problems` already.
             if not self.problems:
