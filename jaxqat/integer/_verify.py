@@ -330,7 +330,7 @@ class _Sums:
         self.codes += difference.size
         self.differing += int((difference > 0).sum())
         self.largest = max(self.largest, int(difference.max(initial=0)))
-        return np.any(difference.reshape(len(difference), -1), axis=1, keepdims=True)[:, 0]
+        return np.asarray(difference.any(tuple(range(1, difference.ndim))))
 
     def measure(self, real: np.ndarray, value: np.ndarray) -> None:
         self.signal += float((real**2).sum())
