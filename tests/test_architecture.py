@@ -28,7 +28,17 @@ PARTS: dict[str, set[str]] = {
 LIBRARY = ("quant", "integer", "export", "analysis")
 # The folders and modules of a part, in order: each may import only those before it.
 INSIDE = {
-    "quant": ("recipe", "_trace", "_numerics", "_forms", "_plan", "_interpret", "aqt", "models"),
+    "quant": (
+        "recipe",
+        "_trace",
+        "_numerics",
+        "_forms",
+        "_plan",
+        "_interpret",
+        "_aqt",
+        "models",
+        "aqt",
+    ),
     "integer": (
         *("_packing", "_nodes", "graph", "_visitor", "_float_visitor"),
         *("_convert", "_execute", "_store", "_verify"),

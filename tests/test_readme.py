@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -183,7 +184,8 @@ def test_the_library_examples_run_as_printed(tmp_path, monkeypatch, capsys):
 
 
 def test_the_recipe_example_is_a_recipe():
-    (block,) = code_blocks("Recipes")
-    scope = {"jaxqat": jaxqat}
-    exec(block, scope)
+    recipe, layers = code_blocks("Recipes")
+    scope: dict[str, Any] = {"jaxqat": jaxqat, "nn": nn, "nnx": nnx, "rngs": nnx.Rngs(0)}
+    exec(recipe, scope)
     assert isinstance(scope["recipe"], jaxqat.Recipe)
+    exec(layers, scope)

@@ -11,7 +11,7 @@ from aqt.jax.v2 import aqt_conv_general, config
 from aqt.jax.v2.numerics import utils as numerics
 
 import jaxqat
-from jaxqat.quant.aqt import AqtWarning, from_aqt
+from jaxqat.quant._aqt import AqtWarning, from_aqt
 
 ROWS = jax.random.normal(jax.random.key(0), (16, 24))
 DYNAMIC = jaxqat.Recipe.preset("int8_dynamic")

@@ -3,7 +3,7 @@
 
 A layer such as `nn.Dense(dot_general_cls=lambda: AqtDotGeneral(cfg))` multiplies by AQT's own
 injection. While such a model is traced, the product is JAX's, and the configuration becomes a rule
-for the layer's path (`quant.aqt.from_aqt`).
+for the layer's path (`quant._aqt.from_aqt`).
 """
 
 import contextlib
@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxqat.errors import QuantizationError, RecipeError
-from jaxqat.quant.aqt import AqtWarning, from_aqt, is_configuration
+from jaxqat.quant._aqt import AqtWarning, from_aqt, is_configuration
 from jaxqat.quant.recipe import SETTINGS, Recipe, Rule
 
 # Attributes of Flax's layers that hold the function that multiplies, and JAX's.
@@ -31,6 +31,10 @@ _PRODUCTS = {
 
 _Found = dict[str, list[Any]]  # AQT's configurations by path of the layer.
 _FOUND: contextvars.ContextVar[_Found | None] = contextvars.ContextVar("found", default=None)
+
+
+class QuantizedProduct:
+    """What multiplies integers within a single layer (`injected`)."""
 
 
 @contextlib.contextmanager
@@ -86,6 +90,8 @@ def _intercept(
     call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], context: Any
 ) -> Any:
     module = context.module
+    if isinstance(module, QuantizedProduct):
+        raise _quantized_already("/".join(context.module.path[:-1]))
     if context.method_name != "__call__":
         return call(*args, **kwargs)
     # Importing it takes time; a model that has its layers has imported it.
@@ -109,6 +115,8 @@ def nnx_products(module: Any) -> None:
     from flax import nnx
 
     for path, part in nnx.iter_modules(module):
+        if isinstance(part, QuantizedProduct):
+            raise _quantized_already("/".join(map(str, path[:-1])))
         for name, product in _injected(part):
             _collect("/".join(map(str, path)), getattr(part, name))
             setattr(part, name, product)
@@ -135,6 +143,13 @@ def _injected(module: Any) -> list[tuple[str, Any]]:
         for name, product in _PRODUCTS.items()
         if is_configuration(getattr(module, name, None))
     ]
+
+
+def _quantized_already(path: str) -> QuantizationError:
+    return QuantizationError(
+        f"{path or 'The model'} is quantized already: it multiplies by what `jaxqat.aqt` injected. "
+        "Pass the model without it; its variables fit."
+    )
 
 
 def _note(module: Any) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, overload
 import flax.linen as nn
 
 from jaxqat.errors import QuantizationError, RecipeError
-from jaxqat.quant.aqt import AqtConfiguration, from_aqt, is_configuration
+from jaxqat.quant._aqt import AqtConfiguration, from_aqt, is_configuration
 from jaxqat.quant.models.bound import QuantizedModel
 from jaxqat.quant.models.linen import QuantizedModule
 from jaxqat.quant.models.stateless import QuantizedEquinox, QuantizedFunction
@@ -55,7 +55,7 @@ def quantize(model: Any, recipe: Recipe | str | AqtConfiguration = "int8") -> An
         RecipeError: The recipe is none of these, or the AQT configuration has fields without an
             equivalent.
     """
-    recipe = _recipe(recipe)
+    recipe = as_recipe(recipe)
     if isinstance(model, QuantizedModel):
         raise QuantizationError(
             f"{type(model).__name__} is quantized already; pass the model that it was made from."
@@ -82,7 +82,8 @@ def _no_model(value: Any) -> QuantizationError:
     )
 
 
-def _recipe(recipe: Any) -> Recipe:
+def as_recipe(recipe: Any) -> Recipe:
+    """Return the recipe that is given, named or configured by AQT."""
     if isinstance(recipe, Recipe):
         return recipe
     if isinstance(recipe, str):

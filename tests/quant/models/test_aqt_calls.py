@@ -15,12 +15,12 @@ from aqt.jax.v2.numerics import utils as numerics
 from flax import nnx
 
 import jaxqat
-from jaxqat.quant.aqt import AqtWarning
+from jaxqat.quant._aqt import AqtWarning
 
 ROWS = np.random.default_rng(0).normal(size=(16, 12)).astype(np.float32)
 IMAGES = np.random.default_rng(1).normal(size=(4, 8, 8, 3)).astype(np.float32)
 
-pytestmark = pytest.mark.filterwarnings("ignore::jaxqat.quant.aqt.AqtWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::jaxqat.quant._aqt.AqtWarning")
 
 
 def forward(bits=8) -> Any:

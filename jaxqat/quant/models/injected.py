@@ -1,0 +1,177 @@
+# pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false
+"""Injection by hand: the product of a single Linen layer becomes integer.
+
+A layer with `dot_general_cls` or `conv_general_dilated_cls` multiplies by what is injected there,
+as with AQT's own `AqtDotGeneral`. Ranges have the names that `jaxqat.quantize` gives them, so a
+checkpoint goes from one way to the other. What stands between layers stays in float: residual
+additions, batch norm and pooling become integer only by `jaxqat.quantize`.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxqat.errors import QuantizationError, RecipeError
+from jaxqat.quant._interpret import Mode
+from jaxqat.quant._numerics.ranges import Range, empty_range
+from jaxqat.quant._plan.plan import LEARNED
+from jaxqat.quant.models.aqt_calls import QuantizedProduct
+from jaxqat.quant.models.quantize import as_recipe
+from jaxqat.quant.models.state import QUANT, state_collections
+from jaxqat.quant.models.stateless import QuantizedFunction
+from jaxqat.quant.recipe import SETTINGS, Recipe
+
+_KEY = ("layer", "input")
+
+Product = Callable[[Any, Any], Any]
+
+
+def dot_general_cls(recipe: Recipe | str = "int8") -> Callable[[], nn.Module]:
+    """Return what makes a Linen layer such as `nn.Dense` multiply int8 codes.
+
+        nn.Dense(10, dot_general_cls=jaxqat.aqt.dot_general_cls("int8"))
+
+    The right operand is the weights. Ranges are in the collection 'quant', under the layer's path,
+    and move while it is mutable, as in a module of `jaxqat.quantize`:
+
+        logits, updates = module.apply(variables, x, mutable=["quant"])
+
+    Args:
+        recipe: A `Recipe` or the name of a preset; its rules match the layer's path.
+
+    Raises:
+        RecipeError: There is no such preset, or the recipe needs the whole network: learned step
+            sizes start from its calibration, and `first_last_bits` from its order.
+    """
+    return functools.partial(DotGeneral, recipe=checked_recipe(recipe), name="input")
+
+
+def conv_general_dilated_cls(recipe: Recipe | str = "int8") -> Callable[[], nn.Module]:
+    """Return what makes a Linen convolution multiply int8 codes; see `dot_general_cls`.
+
+    nn.Conv(16, (3, 3), conv_general_dilated_cls=jaxqat.aqt.conv_general_dilated_cls("int8"))
+    """
+    return functools.partial(ConvGeneralDilated, recipe=checked_recipe(recipe), name="input")
+
+
+class DotGeneral(nn.Module, QuantizedProduct):
+    """A quantized `jax.lax.dot_general` within a layer.
+
+    Attributes:
+        recipe: How it is quantized.
+    """
+
+    recipe: Recipe
+
+    @nn.compact
+    def __call__(self, lhs: Any, rhs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return the product; the arguments are those of `jax.lax.dot_general`."""
+
+        def product(x: Any, weights: Any) -> Any:
+            return jax.lax.dot_general(x, weights, *args, **kwargs)
+
+        return _of_linen(self, self.recipe, "dense", product, lhs, rhs)
+
+
+class ConvGeneralDilated(nn.Module, QuantizedProduct):
+    """A quantized `jax.lax.conv_general_dilated` within a layer.
+
+    Attributes:
+        recipe: How it is quantized.
+    """
+
+    recipe: Recipe
+
+    @nn.compact
+    def __call__(self, lhs: Any, rhs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return the product; the arguments are those of `jax.lax.conv_general_dilated`."""
+
+        def product(x: Any, weights: Any) -> Any:
+            return jax.lax.conv_general_dilated(x, weights, *args, **kwargs)
+
+        return _of_linen(self, self.recipe, "conv", product, lhs, rhs)
+
+
+def _of_linen(
+    module: nn.Module, recipe: Recipe, kind: str, product: Product, x: Any, weights: Any
+) -> Any:
+    path = "/".join(module.path[:-1]) or "kernel"  # A layer at the top is named by its parameter.
+    layer = of_layer(recipe, path, kind)
+    if layer is None:
+        return product(x, weights)
+    moves = module.is_mutable_collection(QUANT)
+    if layer.act_range == "dynamic":
+        return evaluate(layer, product, x, weights, None, moves=moves)[0]
+    if not (moves or module.has_variable(QUANT, "count")):
+        raise QuantizationError(
+            f"The variables hold no range for {path!r} (collection 'quant'). Initialize the module "
+            "with them, and train or run it once with mutable=['quant'], so that they see data."
+        )
+    state: dict[str, Any] = {
+        name: module.variable(QUANT, name, functools.partial(jnp.asarray, value))
+        for name, value in empty_range().items()
+    }
+    before: Range = {name: variable.value for name, variable in state.items()}
+    result, after = evaluate(layer, product, x, weights, before, moves=moves)
+    if moves and not module.is_initializing():
+        for name, variable in state.items():
+            variable.value = after[name]
+    return result
+
+
+def of_layer(recipe: Recipe, path: str, kind: str) -> Recipe | None:
+    """Return the recipe of one layer, without rules; None leaves it in float."""
+    settings = recipe.settings(path, kind)
+    if settings is None:
+        return None
+    fields = {name: getattr(settings, name) for name in SETTINGS}
+    return dataclasses.replace(recipe, rules=(), **fields)
+
+
+def evaluate(
+    recipe: Recipe, product: Product, x: Any, weights: Any, state: Range | None, *, moves: bool
+) -> tuple[Any, Range]:
+    """Return a quantized product of one layer, and the range of its input afterwards.
+
+    Args:
+        recipe: Of this layer.
+        product: The product, in float.
+        x: The activations.
+        weights: The weights.
+        state: The range of the activations; None if it is dynamic.
+        moves: Whether the range moves.
+    """
+
+    def layer(params: Any, x: Any) -> Any:
+        return product(x, params["layer"]["weights"])
+
+    model = QuantizedFunction(layer, recipe)
+    ranges = {} if state is None else state_collections({_KEY: state})
+    bound = model.bind({"params": {"layer": {"weights": weights}}, **ranges})
+    mode = Mode.TRAIN if moves else Mode.FROZEN
+    (result, _), evaluator = bound.evaluate((x,), mode)
+    return result, evaluator.new_ranges.get(_KEY, {})
+
+
+def checked_recipe(recipe: Recipe | str) -> Recipe:
+    """Return the recipe for single layers, or refuse one that needs the whole network."""
+    found = as_recipe(recipe)
+    every = (found, *(rule.over(found) for rule in found.rules))
+    if any(s.weight_range == "lsq" or s.act_range in LEARNED for s in every):
+        raise RecipeError(
+            "Injection into single layers takes no learned step sizes or bounds (weight_range or "
+            "act_range 'lsq', 'pact'): they start from a calibration of the whole network; use "
+            "jaxqat.quantize."
+        )
+    if found.first_last_bits is not None:
+        raise RecipeError(
+            "Injection into single layers takes no first_last_bits, since a layer does not know "
+            "its place in the network: give the first and the last layer a recipe of their own, or "
+            "use jaxqat.quantize."
+        )
+    return found
