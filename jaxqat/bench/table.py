@@ -13,8 +13,11 @@ def print_benchmark(result: Mapping[str, Any], console: Console) -> None:
     if result["what"] == "inference":
         for batch in result["batches"]:
             _print_inference(result, batch, console)
-            _print_notes([*_not_measured(batch), *batch["notes"]], console)
+            _print_notes([*_not_measured(batch["engines"]), *batch["notes"]], console)
         say(_inference_conditions(result), console)
+    elif result["what"] == "libraries":
+        _print_libraries(result, console)
+        _print_notes(_not_measured(result["libraries"]), console)
     else:
         _print_training(result, console)
         _print_notes(result["notes"], console)
@@ -92,9 +95,35 @@ def _temporary(row: Mapping[str, Any]) -> str:
     return "" if memory is None else f"{memory / 1e6:,.0f}"
 
 
-def _not_measured(batch: Mapping[str, Any]) -> list[str]:
-    rows = (row for row in batch["engines"] if "not_measured" in row)
-    return [f"{row['label']} is not measured: {row['not_measured']}" for row in rows]
+def _print_libraries(result: Mapping[str, Any], console: Console) -> None:
+    rows = [row for row in result["libraries"] if "median_s" in row]
+    columns = {
+        "library": _label,
+        "kernels\ntrained": lambda row: f"{row['kernels_trained']} of {row['kernels']}",
+        "integer\nproducts": lambda row: f"{row['integer_products']} of {row['products']}",
+        "compile\ns": lambda row: f"{row['compile_s']:.1f}",
+        "ms": _milliseconds,
+        "spread": _spread,
+        "x FP32": lambda row: _ratio(row["ratio_to_float"]),
+    }
+    if result["test_images"] is not None:
+        columns["accuracy"] = lambda row: f"{100 * row['accuracy']:.2f} %"
+    title = f"{result['network']['name']}, training step: batch {result['batch_size']}"
+    _print_columns(title, columns, rows, console)
+    if result["test_images"] is not None:
+        text = (
+            f"Accuracy on {result['test_images']:,} test images after {result['qat_epochs']} "
+            "epochs of QAT from the run's FP32 network."
+        )
+        say(text, console)
+
+
+def _not_measured(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    return [
+        f"{row['label']} is not measured: {row['not_measured']}"
+        for row in rows
+        if "not_measured" in row
+    ]
 
 
 def _print_notes(notes: list[str], console: Console) -> None:

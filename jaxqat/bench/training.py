@@ -1,6 +1,7 @@
 """Benchmark a training step: time and memory in FP32, TF32, bfloat16 and QAT."""
 
 import dataclasses
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,7 @@ from jaxqat.pipeline.training import (
     make_step,
 )
 from jaxqat.pipeline.training.step import make_dispatch
+from jaxqat.quant import QuantizedModule
 
 # As in training, a CPU runs one step per call. On an accelerator, such calls would leave it idle.
 STEPS_PER_CALL = {"cpu": 1}
@@ -96,7 +98,10 @@ def benchmark_training(
     rows, calls, first = [], {}, {}
     for variant in VARIANTS.get(device, VARIANTS["cpu"]):
         log(f"compiling {variant.label}")
-        trainer = Trainer(variant, experiment, dataset, batch, length)
+        settings = dataclasses.replace(experiment, precision=variant.precision)
+        with matmul_precision(settings):
+            networks = Networks.build(settings, dataset)
+            trainer = Trainer(networks, variant.stage, batch, length)
         first[variant.key] = trainer.first_update()
         check_update(variant.label, first[variant.key], first[FP32.key])
         rows.append({"key": variant.key, "label": variant.label, **trainer.memory()})
@@ -122,40 +127,45 @@ class Trainer:
     """A compiled training step and its state.
 
     Attributes:
-        networks: Networks of the experiment in the variant's precision.
+        networks: The networks, the experiment and the data.
+        compile_seconds: Time to trace and compile the training steps.
     """
 
-    def __init__(
-        self, variant: Variant, experiment: Experiment, dataset: Dataset, batch: int, length: int
-    ):
-        experiment = dataclasses.replace(experiment, precision=variant.precision)
-        self._stage, self._length = variant.stage, length
-        with matmul_precision(experiment):
-            self.networks = Networks.build(experiment, dataset)
-            config = experiment.fp32
-            # The same optimizer for both stages; without a warm-up, as its first update is zero.
-            settings = dataclasses.replace(config.optimizer, warmup_epochs=0.0)
-            optimizer = make_optimizer(
-                settings,
-                total_steps=10**6,
-                steps_per_epoch=STEPS_PER_EPOCH,
-            )
-            step = make_step(
-                forward=self.networks.forward(variant.stage),
-                prepare=self.networks.prepare,
-                optimizer=optimizer,
-                batch_size=batch,
-                steps_per_epoch=STEPS_PER_EPOCH,
-                label_smoothing=config.label_smoothing,
-            )
-            self._data = Data(*jax.device_put((dataset.train.images, dataset.train.labels)))
-            self._order = jnp.arange(len(dataset.train), dtype=jnp.int32)
-            # All variants see the same augmented images: their first updates are compared.
-            self._key = stage_key(experiment.seed, "fp32")
-            self._state = self._init(optimizer)
-            self._compiled = self._compile(step, length)
-            # First updates are compared, as rounding makes longer trainings diverge.
-            self._one_step = self._compiled if length == 1 else self._compile(step, 1)
+    def __init__(self, networks: Networks, stage: str, batch: int, length: int):
+        """Compile `length` training steps of a stage, with the settings of the FP32 stage.
+
+        Products have the precision that is set at this call (`matmul_precision`).
+        """
+        self.networks, self._stage = networks, stage
+        dataset, config = networks.dataset, networks.experiment.fp32
+        # The same optimizer for both stages; without a warm-up, as its first update is zero.
+        settings = dataclasses.replace(config.optimizer, warmup_epochs=0.0)
+        optimizer = make_optimizer(
+            settings, total_steps=10**6, steps_per_epoch=STEPS_PER_EPOCH
+        )
+        step = make_step(
+            forward=networks.forward(stage),
+            prepare=networks.prepare,
+            optimizer=optimizer,
+            batch_size=batch,
+            steps_per_epoch=STEPS_PER_EPOCH,
+            label_smoothing=config.label_smoothing,
+        )
+        self._data = Data(*jax.device_put((dataset.train.images, dataset.train.labels)))
+        self._order = jnp.arange(len(dataset.train), dtype=jnp.int32)
+        # All trainers see the same augmented images: their first updates are compared.
+        self._key = stage_key(networks.experiment.seed, "fp32")
+        self._state = self._init(optimizer)
+        start = time.perf_counter()
+        self._compiled = self._compile(step, length)
+        self.compile_seconds = time.perf_counter() - start
+        # First updates are compared, as rounding makes longer trainings diverge.
+        self._one_step = self._compiled if length == 1 else self._compile(step, 1)
+
+    @property
+    def params(self) -> Any:
+        """The parameters."""
+        return self._state.params
 
     def _compile(self, step: Any, length: int) -> Any:
         dispatch: Any = make_dispatch(step, length)
@@ -163,11 +173,12 @@ class Trainer:
 
     def _init(self, optimizer: Any) -> TrainState:
         params, collections = self.networks.init()
-        if self._stage == "qat":
+        module = self.networks.modules[self._stage]
+        if isinstance(module, QuantizedModule):
             variables = {"params": params, **collections}
             image = self.networks.one_image()
             # Uncalibrated ranges become those of the first batch.
-            collections = self.networks.quantized.init_quant(variables, image, train=False)
+            collections = module.init_quant(variables, image, train=False)
             del collections["params"]
         return jax.tree.map(jnp.array, init_state(params, collections, optimizer))
 

@@ -107,6 +107,35 @@ class StageRun:
         init = partial(init_state, optimizer=self._optimizer())
         return jax.eval_shape(init, *self.networks.shapes(self.name))
 
+    def plan(self) -> StagePlan:
+        """Return the work of the stage."""
+        config, dataset, seed = self.config, self.dataset, self.networks.experiment.seed
+        steps = {frozen: self._step(frozen) for frozen in (False, True)}
+        frozen_from = config.frozen_from if isinstance(config, QatConfig) else config.epochs + 1
+        # QAT continues the epoch count of FP32, so that its orders of the images are new.
+        offset = 0 if self.name == "fp32" else self.networks.experiment.fp32.epochs
+        limit = config.steps_per_dispatch
+        if limit is None:
+            limit = 1 if jax.default_backend() == "cpu" else MAX_STEPS_PER_DISPATCH
+        images, labels = jax.device_put((dataset.train.images, dataset.train.labels))
+        return StagePlan(
+            name=self.name,
+            epochs=config.epochs,
+            steps_per_epoch=self.steps_per_epoch,
+            batch_size=config.batch_size,
+            steps_per_dispatch=limit,
+            step=lambda epoch: (steps[epoch >= frozen_from], epoch >= frozen_from),
+            order=jax.jit(lambda epoch: epoch_permutation(seed, offset + epoch, len(labels))),
+            data=Data(images, labels),
+            key=stage_key(seed, self.name),
+            learning_rate=make_schedule(
+                config.optimizer,
+                total_steps=self.total_steps,
+                steps_per_epoch=self.steps_per_epoch,
+            ),
+            validate=self._validate if dataset.validation is not None else None,
+        )
+
     def train(
         self,
         start: Callable[[], Model],
@@ -167,7 +196,7 @@ class StageRun:
         with progress:
             reporter = FolderReporter(self, store, progress)
             return run_stage(
-                self._plan(), state, reporter=reporter, stop=stop, epoch_seconds=seconds
+                self.plan(), state, reporter=reporter, stop=stop, epoch_seconds=seconds
             )
 
     def _announce(self, console: Console, done: int) -> None:
@@ -190,34 +219,6 @@ class StageRun:
             self.config.optimizer,
             total_steps=self.total_steps,
             steps_per_epoch=self.steps_per_epoch,
-        )
-
-    def _plan(self) -> StagePlan:
-        config, dataset, seed = self.config, self.dataset, self.networks.experiment.seed
-        steps = {frozen: self._step(frozen) for frozen in (False, True)}
-        frozen_from = config.frozen_from if isinstance(config, QatConfig) else config.epochs + 1
-        # QAT continues the epoch count of FP32, so that its orders of the images are new.
-        offset = 0 if self.name == "fp32" else self.networks.experiment.fp32.epochs
-        limit = config.steps_per_dispatch
-        if limit is None:
-            limit = 1 if jax.default_backend() == "cpu" else MAX_STEPS_PER_DISPATCH
-        images, labels = jax.device_put((dataset.train.images, dataset.train.labels))
-        return StagePlan(
-            name=self.name,
-            epochs=config.epochs,
-            steps_per_epoch=self.steps_per_epoch,
-            batch_size=config.batch_size,
-            steps_per_dispatch=limit,
-            step=lambda epoch: (steps[epoch >= frozen_from], epoch >= frozen_from),
-            order=jax.jit(lambda epoch: epoch_permutation(seed, offset + epoch, len(labels))),
-            data=Data(images, labels),
-            key=stage_key(seed, self.name),
-            learning_rate=make_schedule(
-                config.optimizer,
-                total_steps=self.total_steps,
-                steps_per_epoch=self.steps_per_epoch,
-            ),
-            validate=self._validate if dataset.validation is not None else None,
         )
 
     def _step(self, frozen: bool) -> Callable:

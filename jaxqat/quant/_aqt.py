@@ -71,13 +71,20 @@ def from_aqt(configuration: Any) -> Recipe:
     if problems:
         raise _unmapped(problems)
     sides = raw.dg_quantizer.lhs, raw.dg_quantizer.rhs
-    if differences := list(_differences(*sides)):
+    differences = list(_differences(*sides))
+    if not (is_raw or _is_float(sides[1])) and not (
+        configuration.dlhs.rhs.use_fwd_quant and configuration.drhs.rhs.use_fwd_quant
+    ):
+        differences.append(
+            "gradients multiply by the quantized operands, not by the float ones (use_fwd_quant)"
+        )
+    if differences:
         text = "; ".join(differences)
         warnings.warn(f"Differences from the AQT configuration: {text}.", AqtWarning, stacklevel=2)
     return _recipe(*sides)
 
 
-def to_aqt(recipe: Recipe | str) -> Any:
+def to_aqt(recipe: Recipe | str, *, bound: float | None = None) -> Any:
     """Return the AQT configuration of a dense layer that quantizes as a recipe does.
 
     Inject it by AQT's own `AqtDotGeneral`, or pass it to `jax.lax.dot_general`'s callers:
@@ -86,29 +93,41 @@ def to_aqt(recipe: Recipe | str) -> Any:
         nn.Dense(10, dot_general_cls=lambda: AqtDotGeneral(configuration))
 
     Codes and sums are equal; AQT scales the sums twice, which rounds once more. Gradients are
-    float, as here.
+    float products of the quantized operands, as here.
+
+    A static range does not move in AQT: its calibrations with a state cannot be differentiated
+    under the versions of JAX that jaxqat takes. So a static recipe needs the bound that calibration
+    or training has found.
 
     Args:
         recipe: A `Recipe` or the name of a preset.
+        bound: Largest magnitude of the layer's input, of a recipe with symmetric activations and
+            any `act_range` but 'dynamic': max(-min, max) of its range.
 
     Returns:
-        AQT's `DotGeneral`. `from_aqt` returns the recipe again.
+        AQT's `DotGeneral`. Of a dynamic recipe, `from_aqt` returns the recipe again.
 
     Raises:
-        RecipeError: The recipe has fields without an equivalent; the message names them.
+        RecipeError: The recipe has fields without an equivalent, or the bound is missing, not
+            positive or not finite; the message names them.
     """
     found = Recipe.preset(recipe) if isinstance(recipe, str) else recipe
     if found.weight_bits is None:
         return aqt_config.default_unquantized_config()
-    if problems := _problems_of_recipe(found):
+    if problems := _problems_of_recipe(found, bound):
         raise RecipeError(
             f"The recipe has fields without an equivalent in AQT: {'; '.join(problems)}. "
             "`jaxqat.aqt.dot_general_cls` injects such a recipe into a layer."
         )
     configuration: Any = aqt_config.config_v4(dlhs_bits=None, drhs_bits=None)
+    configuration.dlhs.rhs.use_fwd_quant = configuration.drhs.rhs.use_fwd_quant = True
     quantizer = configuration.fwd.dg_quantizer
     quantizer.lhs.numerics = injection.symmetric(found.act_bits or 8)
     quantizer.rhs.numerics = injection.symmetric(found.weight_bits)
+    if bound is not None:
+        quantizer.lhs.calibration = functools.partial(
+            cast("Any", aqt_calibration.ConstantCalibration), bound=float(bound)
+        )
     if found.weight_granularity == "per_tensor":
         quantizer.rhs.calib_shared_axes = "per_tensor"
     if found.weight_range == "snr":
@@ -119,13 +138,16 @@ def to_aqt(recipe: Recipe | str) -> Any:
     return configuration
 
 
-def _problems_of_recipe(recipe: Recipe) -> list[str]:
+def _problems_of_recipe(recipe: Recipe, bound: float | None) -> list[str]:
     problems: list[str] = []
-    if recipe.act_range != "dynamic" or recipe.activations != "symmetric":
-        problems.append(
-            f"activations {recipe.activations!r} with act_range {recipe.act_range!r} (AQT's are "
-            "symmetric and dynamic)"
-        )
+    if recipe.activations != "symmetric":
+        problems.append(f"activations {recipe.activations!r} (AQT's are symmetric)")
+    elif recipe.act_range == "dynamic" and bound is not None:
+        problems.append(f"act_range 'dynamic' with a bound, {bound!r}")
+    elif recipe.act_range != "dynamic" and bound is None:
+        problems.append(f"act_range {recipe.act_range!r} without a bound (pass `bound`)")
+    if bound is not None and not (np.isfinite(bound) and bound > 0):
+        problems.append(f"bound {bound!r} (it must be positive and finite)")
     if recipe.weight_granularity == "per_group":
         problems.append("weight_granularity 'per_group'")
     if recipe.weight_range not in ("absmax", "snr"):

@@ -7,6 +7,7 @@ import tiny_run
 from jaxqat.bench import training
 from jaxqat.bench.checks import BenchmarkError
 from jaxqat.bench.training import FP32, QAT, Trainer, check_update, random_dataset
+from jaxqat.pipeline.networks import Networks
 
 pytestmark = pytest.mark.slow
 
@@ -17,7 +18,8 @@ SHAPE, CLASSES, BATCH = (8, 8, 1), 10, 16
 
 def trainer(variant=FP32, length=1):
     dataset = random_dataset(SHAPE, CLASSES, BATCH * training.STEPS_PER_EPOCH)
-    return Trainer(variant, tiny_run.tiny(), dataset, BATCH, length)
+    networks = Networks.build(tiny_run.tiny(), dataset)
+    return Trainer(networks, variant.stage, BATCH, length)
 
 
 def measure(rounds=2):

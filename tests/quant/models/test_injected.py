@@ -182,13 +182,48 @@ def test_a_dynamic_recipe_becomes_a_configuration_and_a_recipe_again(changes):
 def test_fields_without_an_equivalent_in_aqt_are_named():
     dynamic = jaxqat.Recipe.preset("int8_dynamic")
     for recipe, named in (
-        (jaxqat.Recipe(), "activations 'affine' with act_range 'ema'"),
+        (jaxqat.Recipe(), r"activations 'affine' \(AQT's are symmetric\)"),
+        (jaxqat.Recipe(activations="symmetric"), "act_range 'ema' without a bound"),
         (dataclasses.replace(dynamic, weight_range="mse"), "weight_range 'mse'"),
         (dataclasses.replace(dynamic, weight_granularity="per_group"), "'per_group'"),
         (dataclasses.replace(dynamic, first_last_bits=8), "rules or first_last_bits"),
     ):
         with pytest.raises(jaxqat.RecipeError, match=named):
             to_aqt(recipe)
+
+
+@pytest.mark.parametrize("bound", [0.0, -1.0, np.inf, np.nan])
+def test_a_bound_that_is_none_is_refused(bound):
+    with pytest.raises(jaxqat.RecipeError, match="it must be positive and finite"):
+        to_aqt("int8_symmetric", bound=bound)
+    with pytest.raises(jaxqat.RecipeError, match="act_range 'dynamic' with a bound, 2.0"):
+        to_aqt("int8_dynamic", bound=2.0)
+
+
+def test_a_static_recipe_becomes_a_configuration_with_its_calibrated_bound():
+    float_layer: Any = nn.Dense(7, use_bias=False)
+    variables = float_layer.init(jax.random.key(0), ROWS)
+    # Calibrated on other rows: values of ROWS are clipped.
+    quantized = jaxqat.quantize(float_layer, "int8_symmetric")
+    model = jaxqat.calibrate(quantized, variables, batches=[ROWS / 2])
+    (layer,) = model.variables["quant"].values()
+    bound = float(max(-layer["input"]["min"], layer["input"]["max"]))
+    product = functools.partial(aqt_flax.AqtDotGeneral, to_aqt("int8_symmetric", bound=bound))
+    injected: Any = nn.Dense(7, use_bias=False, dot_general_cls=product)
+    found = injected.apply(variables, ROWS, rngs={"params": jax.random.key(1)})
+    assert np.abs(found - float_layer.apply(variables, ROWS)).max() > 0.1
+    # Codes and sums are ours; the scales are two float32 products, each rounded once more or less.
+    np.testing.assert_allclose(found, model(ROWS), rtol=2**-21, atol=0)
+
+    def loss(variables):
+        return jnp.sum(injected.apply(variables, ROWS, rngs={"params": jax.random.key(1)}) ** 2)
+
+    def loss_here(variables):
+        return jnp.sum(quantized.apply({**model.variables, **variables}, ROWS) ** 2)
+
+    gradient, wanted = (jax.grad(f)(variables)["params"]["kernel"] for f in (loss, loss_here))
+    assert np.abs(gradient).max() > 0
+    np.testing.assert_allclose(gradient, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
 
 
 def test_aqt_trains_converts_and_serves_with_the_configuration_of_a_recipe():
