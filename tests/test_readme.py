@@ -119,6 +119,30 @@ def test_the_table_of_speeds_is_that_of_the_benchmark():
     assert f"medians of {result['rounds']} rounds" in README
 
 
+def test_the_table_of_libraries_is_that_of_the_benchmarks():
+    paths = [
+        ROOT / f"configs/results/{name}.json"
+        for name in ("quickstart_libraries", "resnet18_libraries_cpu")
+    ]
+    trained, timed = (json.loads(path.read_text()) for path in paths)
+    for score, row in zip(trained["libraries"], timed["libraries"], strict=True):
+        assert score["label"] == row["label"]
+        cells = [
+            row["label"],
+            f"{row['kernels_trained']} of {row['kernels']}",
+            f"{row['integer_products']} of {row['products']}",
+            f"{row['compile_s']:.0f} s",
+            f"{row['median_s']:.2f} s ({row['ratio_to_float']:.2f}×)",
+            f"{100 * score['accuracy']:.2f} %",
+        ]
+        assert f"| {' | '.join(cells)} |" in README
+    for result in (trained, timed):
+        assert f"`{result['command']}`" in README
+    assert timed["batch_size"] == 128
+    assert timed["rounds"] == 10
+    assert (trained["test_images"], trained["qat_epochs"]) == (359, 5)
+
+
 def test_every_config_is_in_the_readme():
     files = {path.name for path in (ROOT / "configs").glob("*.yaml")}
     assert {name for name in files if f"`configs/{name}`" in README} == files

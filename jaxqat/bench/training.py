@@ -140,9 +140,7 @@ class Trainer:
         dataset, config = networks.dataset, networks.experiment.fp32
         # The same optimizer for both stages; without a warm-up, as its first update is zero.
         settings = dataclasses.replace(config.optimizer, warmup_epochs=0.0)
-        optimizer = make_optimizer(
-            settings, total_steps=10**6, steps_per_epoch=STEPS_PER_EPOCH
-        )
+        optimizer = make_optimizer(settings, total_steps=10**6, steps_per_epoch=STEPS_PER_EPOCH)
         step = make_step(
             forward=networks.forward(stage),
             prepare=networks.prepare,

@@ -196,7 +196,7 @@ def test_fields_without_an_equivalent_in_aqt_are_named():
 def test_a_bound_that_is_none_is_refused(bound):
     with pytest.raises(jaxqat.RecipeError, match="it must be positive and finite"):
         to_aqt("int8_symmetric", bound=bound)
-    with pytest.raises(jaxqat.RecipeError, match="act_range 'dynamic' with a bound, 2.0"):
+    with pytest.raises(jaxqat.RecipeError, match=r"act_range 'dynamic' with a bound, 2\.0"):
         to_aqt("int8_dynamic", bound=2.0)
 
 
