@@ -55,7 +55,8 @@ SHARED = ("hashing", "results", "measurements")
 INDEPENDENT = ("data", "models", "metrics", "training", "checkpoint", "report")
 # Third-party packages that only the named parts import.
 OWNERS = {
-    "aqt": {"quant"},
+    "aqt": {"quant", "bench"},
+    "qwix": {"bench"},
     "optax": {"pipeline.training"},
     "orbax": {"pipeline.checkpoint"},
     "tensorflow_datasets": {"pipeline.data"},

@@ -161,6 +161,11 @@ def _libraries(run: Path | None, batch_sizes, rounds: int, width: int, log) -> d
         dataset = random_dataset(IMAGE_SHAPE, CLASSES, count)
     else:
         experiment = folder.load_config()
+        if not folder.has_checkpoints("fp32"):
+            raise RunFolderError(
+                f"{folder.checkpoints('fp32')}: there are no checkpoints of fp32, from which "
+                "'libraries' trains. Train the run first, with `jaxqat train`."
+            )
         dataset = load_dataset(experiment.data)
     networks = Networks.build(experiment, dataset)
     return benchmark_libraries(networks, folder=folder, batch_size=batch, rounds=rounds, log=log)

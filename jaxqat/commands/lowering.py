@@ -62,13 +62,15 @@ def lowering(
     for option, value in (("batch_size", batch_size), ("width", width)):
         if value is not None and value < 1:
             raise LoweringError(f"{option} must be 1 or more, got {value!r}.")
+    console = console or Console()
+    console.print(f"compiling for {target}; this takes minutes", style="dim", highlight=False)
     graph = _network(run, width)
     runner = make_executor(graph, platform=name)
     images = jax.ShapeDtypeStruct((batch_size, *graph.input_shape), jnp.uint8)
     compiled = compile_for(
         target, runner.apply, runner.parameters, images, compiler_options=runner.compiler_options
     )
-    print_lowering(compiled, console or Console())
+    print_lowering(compiled, console)
     return compiled
 
 

@@ -44,7 +44,10 @@ def print_analysis(title: str, analysis: Analysis, console: Console) -> None:
     """Print which layers cost accuracy."""
     (first, *numbers), *layers = analysis.rows()
     header = (first, *(name.replace(" ", "\n") for name in numbers))
-    caption = "The most sensitive layer first; dB: SQNR, higher is better."
+    caption = (
+        "The most sensitive layer first. dB: SQNR, higher is better; alone: with this layer "
+        "quantized and no other; without: with all layers but this one; top-1: accuracy in %."
+    )
     print_table(title, header, layers, console, caption=caption, dense=True)
     say(analysis.summary(), console)
 

@@ -393,7 +393,7 @@ def read(path: Path, of: type[Measurement], *, error: type[JaxqatError]) -> Meas
     except (OSError, UnicodeDecodeError) as problem:
         raise error(f"{path} cannot be read: {problem}.") from problem
     except ValueError as problem:
-        raise error(f"{path} is not JSON: {problem}.") from problem
+        raise error(f"{path} is not JSON ({problem}); `{of.WRITTEN_BY}` writes it.") from problem
     try:
         return _JSON.decode(content, of)
     except ValueError as problem:

@@ -22,6 +22,7 @@ from aqt.jax.v2.numerics import int_numerics, no_numerics
 from jaxqat.errors import RecipeError
 from jaxqat.quant._numerics import injection
 from jaxqat.quant._numerics.estimators import FRACTIONS
+from jaxqat.quant._plan.plan import LEARNED
 from jaxqat.quant.recipe import Granularity, Recipe, WeightRange
 
 # AQT builds its dataclasses with a decorator of its own, which type checkers do not see through.
@@ -76,7 +77,8 @@ def from_aqt(configuration: Any) -> Recipe:
         configuration.dlhs.rhs.use_fwd_quant and configuration.drhs.rhs.use_fwd_quant
     ):
         differences.append(
-            "gradients multiply by the quantized operands, not by the float ones (use_fwd_quant)"
+            "gradients multiply by quantized operands, where AQT takes the float ones "
+            "(use_fwd_quant=False)"
         )
     if differences:
         text = "; ".join(differences)
@@ -92,8 +94,10 @@ def to_aqt(recipe: Recipe | str, *, bound: float | None = None) -> Any:
         configuration = jaxqat.aqt.to_aqt("int8_dynamic")
         nn.Dense(10, dot_general_cls=lambda: AqtDotGeneral(configuration))
 
-    Codes and sums are equal; AQT scales the sums twice, which rounds once more. Gradients are
-    float products of the quantized operands, as here.
+    In float32, codes and sums are equal; AQT scales the sums twice, which rounds once more.
+    Gradients are float products of the quantized operands, as here. Where values are clipped, they
+    differ: AQT's end at the last code's value, not half a step beyond it, and reach every weight,
+    also those that weight_range 'snr' clips.
 
     A static range does not move in AQT: its calibrations with a state cannot be differentiated
     under the versions of JAX that jaxqat takes. So a static recipe needs the bound that calibration
@@ -111,20 +115,31 @@ def to_aqt(recipe: Recipe | str, *, bound: float | None = None) -> Any:
         RecipeError: The recipe has fields without an equivalent, or the bound is missing, not
             positive or not finite; the message names them.
     """
-    found = Recipe.preset(recipe) if isinstance(recipe, str) else recipe
-    if found.weight_bits is None:
-        return aqt_config.default_unquantized_config()
-    if problems := _problems_of_recipe(found, bound):
+    found: Any = Recipe.preset(recipe) if isinstance(recipe, str) else recipe
+    if not isinstance(found, Recipe):
+        raise RecipeError(
+            "to_aqt takes a jaxqat.Recipe or the name of a preset such as 'int8_dynamic', got "
+            f"{type(found).__name__}."
+        )
+    problems = _problems_of_bound(bound)
+    if found.weight_bits is not None:
+        problems += _problems_of_recipe(found, bound)
+    elif found.rules:
+        problems.append(_RULES)
+    if problems:
         raise RecipeError(
             f"The recipe has fields without an equivalent in AQT: {'; '.join(problems)}. "
             "`jaxqat.aqt.dot_general_cls` injects such a recipe into a layer."
         )
+    if found.weight_bits is None:
+        return aqt_config.default_unquantized_config()
     configuration: Any = aqt_config.config_v4(dlhs_bits=None, drhs_bits=None)
     configuration.dlhs.rhs.use_fwd_quant = configuration.drhs.rhs.use_fwd_quant = True
     quantizer = configuration.fwd.dg_quantizer
     quantizer.lhs.numerics = injection.symmetric(found.act_bits or 8)
     quantizer.rhs.numerics = injection.symmetric(found.weight_bits)
     if bound is not None:
+        quantizer.lhs.numerics.clip_gradient = True
         quantizer.lhs.calibration = functools.partial(
             cast("Any", aqt_calibration.ConstantCalibration), bound=float(bound)
         )
@@ -138,22 +153,38 @@ def to_aqt(recipe: Recipe | str, *, bound: float | None = None) -> Any:
     return configuration
 
 
+_RULES = "rules or first_last_bits (a configuration is that of one layer)"
+
+
+def _problems_of_bound(bound: object) -> list[str]:
+    if bound is None:
+        return []
+    limits = np.finfo(np.float32)
+    low, high = 256 * float(limits.tiny), float(limits.max)
+    number = isinstance(bound, float | int | np.floating) and not isinstance(bound, bool)
+    if number and low <= float(cast("float", bound)) <= high:
+        return []
+    return [f"bound {bound!r} (a positive number that float32 can hold)"]
+
+
 def _problems_of_recipe(recipe: Recipe, bound: float | None) -> list[str]:
     problems: list[str] = []
     if recipe.activations != "symmetric":
         problems.append(f"activations {recipe.activations!r} (AQT's are symmetric)")
+    elif recipe.act_range in LEARNED:
+        problems.append(f"act_range {recipe.act_range!r} (learned)")
     elif recipe.act_range == "dynamic" and bound is not None:
         problems.append(f"act_range 'dynamic' with a bound, {bound!r}")
     elif recipe.act_range != "dynamic" and bound is None:
         problems.append(f"act_range {recipe.act_range!r} without a bound (pass `bound`)")
-    if bound is not None and not (np.isfinite(bound) and bound > 0):
-        problems.append(f"bound {bound!r} (it must be positive and finite)")
     if recipe.weight_granularity == "per_group":
         problems.append("weight_granularity 'per_group'")
     if recipe.weight_range not in ("absmax", "snr"):
         problems.append(f"weight_range {recipe.weight_range!r}")
+    if recipe.rounding != "nearest":
+        problems.append(f"rounding {recipe.rounding!r}")
     if recipe.rules or recipe.first_last_bits is not None:
-        problems.append("rules or first_last_bits (a configuration is that of one layer)")
+        problems.append(_RULES)
     return problems
 
 

@@ -108,7 +108,9 @@ def _draw_curve(
     frozen = [record["epoch"] for record in epochs if record.get("frozen")]
     if frozen:
         span = (min(frozen) - 0.5, max(frozen) + 0.5)
-        axes.axvspan(*span, color=theme.grid, alpha=0.8, linewidth=0, label="ranges frozen")
+        axes.axvspan(
+            *span, color=theme.grid, alpha=0.8, linewidth=0, label="ranges, batch norm frozen"
+        )
 
 
 def draw_confusion(

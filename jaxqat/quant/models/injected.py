@@ -4,7 +4,9 @@
 A layer with `dot_general_cls` or `conv_general_dilated_cls` multiplies by what is injected there,
 as with AQT's own `AqtDotGeneral`. Ranges have the names that `jaxqat.quantize` gives them, so a
 checkpoint goes from one way to the other. What stands between layers stays in float: residual
-additions, batch norm and pooling become integer only by `jaxqat.quantize`.
+additions, batch norm and pooling become integer only by `jaxqat.quantize`, where they have ranges
+of their own. A checkpoint of a model with such operations has none: calibrate the transformed model
+with its parameters.
 """
 
 import dataclasses
@@ -15,6 +17,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from jaxqat.errors import QuantizationError, RecipeError
 from jaxqat.quant._interpret import Mode
@@ -25,8 +29,6 @@ from jaxqat.quant.models.quantize import as_recipe
 from jaxqat.quant.models.state import QUANT, state_collections
 from jaxqat.quant.models.stateless import QuantizedFunction
 from jaxqat.quant.recipe import SETTINGS, Recipe
-
-_KEY = ("layer", "input")
 
 Product = Callable[[Any, Any], Any]
 
@@ -40,6 +42,8 @@ def dot_general_cls(recipe: Recipe | str = "int8") -> Callable[[], nn.Module]:
     and move while it is mutable, as in a module of `jaxqat.quantize`:
 
         logits, updates = module.apply(variables, x, mutable=["quant"])
+
+    A layer that is called several times has one range for all calls.
 
     Args:
         recipe: A `Recipe` or the name of a preset; its rules match the layer's path.
@@ -106,18 +110,21 @@ def _of_linen(
         return product(x, weights)
     moves = module.is_mutable_collection(QUANT)
     if layer.act_range == "dynamic":
-        return evaluate(layer, product, x, weights, None, moves=moves)[0]
+        return evaluate(layer, product, x, weights, None, moves=moves, path=path)[0]
     if not (moves or module.has_variable(QUANT, "count")):
         raise QuantizationError(
             f"The variables hold no range for {path!r} (collection 'quant'). Initialize the module "
-            "with them, and train or run it once with mutable=['quant'], so that they see data."
+            "with them, and train or run it once with mutable=['quant'], so that they see data. "
+            "Within nn.scan and nn.vmap, add 'quant' to variable_axes."
         )
     state: dict[str, Any] = {
         name: module.variable(QUANT, name, functools.partial(jnp.asarray, value))
         for name, value in empty_range().items()
     }
     before: Range = {name: variable.value for name, variable in state.items()}
-    result, after = evaluate(layer, product, x, weights, before, moves=moves)
+    if not moves:
+        check_seen(before, path)
+    result, after = evaluate(layer, product, x, weights, before, moves=moves, path=path)
     if moves and not module.is_initializing():
         for name, variable in state.items():
             variable.value = after[name]
@@ -133,8 +140,29 @@ def of_layer(recipe: Recipe, path: str, kind: str) -> Recipe | None:
     return dataclasses.replace(recipe, rules=(), **fields)
 
 
+def check_seen(state: Range, path: str) -> None:
+    """Refuse a range that has seen no data; inside of `jax.jit` it cannot be looked at.
+
+    Raises:
+        QuantizationError: It names the layer.
+    """
+    count = state["count"]
+    if not isinstance(count, Tracer) and not np.asarray(count).any():
+        raise QuantizationError(
+            f"The range of {path!r} has seen no data, so its codes mean nothing. Train the module "
+            "or run it once while ranges move (Linen: mutable=['quant']; NNX: before eval())."
+        )
+
+
 def evaluate(
-    recipe: Recipe, product: Product, x: Any, weights: Any, state: Range | None, *, moves: bool
+    recipe: Recipe,
+    product: Product,
+    x: Any,
+    weights: Any,
+    state: Range | None,
+    *,
+    moves: bool,
+    path: str,
 ) -> tuple[Any, Range]:
     """Return a quantized product of one layer, and the range of its input afterwards.
 
@@ -145,17 +173,19 @@ def evaluate(
         weights: The weights.
         state: The range of the activations; None if it is dynamic.
         moves: Whether the range moves.
+        path: The layer, which seeds stochastic rounding.
     """
 
     def layer(params: Any, x: Any) -> Any:
-        return product(x, params["layer"]["weights"])
+        return product(x, params[path]["weights"])
 
+    key = (path, "input")
     model = QuantizedFunction(layer, recipe)
-    ranges = {} if state is None else state_collections({_KEY: state})
-    bound = model.bind({"params": {"layer": {"weights": weights}}, **ranges})
+    ranges = {} if state is None else state_collections({key: state})
+    bound = model.bind({"params": {path: {"weights": weights}}, **ranges})
     mode = Mode.TRAIN if moves else Mode.FROZEN
     (result, _), evaluator = bound.evaluate((x,), mode)
-    return result, evaluator.new_ranges.get(_KEY, {})
+    return result, evaluator.new_ranges.get(key, {})
 
 
 def checked_recipe(recipe: Recipe | str) -> Recipe:

@@ -9,7 +9,13 @@ from flax import nnx
 from jaxqat.errors import RecipeError
 from jaxqat.quant._numerics.ranges import empty_range
 from jaxqat.quant.models.aqt_calls import QuantizedProduct
-from jaxqat.quant.models.injected import Product, checked_recipe, evaluate, of_layer
+from jaxqat.quant.models.injected import (
+    Product,
+    check_seen,
+    checked_recipe,
+    evaluate,
+    of_layer,
+)
 from jaxqat.quant.models.nnx import QuantState
 from jaxqat.quant.recipe import Recipe
 
@@ -31,6 +37,11 @@ class _Injected(nnx.Module, QuantizedProduct):
                 "each layer a recipe of its own, or use jaxqat.quantize."
             )
         self.recipe = of_layer(checked, "", kind)
+        if self.recipe is not None and self.recipe.rounding != "nearest":
+            raise RecipeError(
+                "A product within an NNX layer does not know its path, which seeds rounding "
+                f"{self.recipe.rounding!r}: set rounding to 'nearest', or use jaxqat.quantize."
+            )
         self.quant = QuantState(empty_range())
         self.use_running_average = False
 
@@ -39,7 +50,9 @@ class _Injected(nnx.Module, QuantizedProduct):
             return product(x, weights)
         moves = not self.use_running_average
         state = None if self.recipe.act_range == "dynamic" else self.quant.get_value()
-        result, after = evaluate(self.recipe, product, x, weights, state, moves=moves)
+        if state is not None and not moves:
+            check_seen(state, "layer")
+        result, after = evaluate(self.recipe, product, x, weights, state, moves=moves, path="layer")
         if moves and state is not None:
             self.quant.set_value(after)
         return result
@@ -50,8 +63,12 @@ class NNXDotGeneral(_Injected):
 
         nnx.Linear(8, 4, dot_general=jaxqat.aqt.NNXDotGeneral("int8"), rngs=rngs)
 
-    Each layer needs one of its own. It holds the range of the layer's input, which moves after
-    `train()` and not after `eval()`, as in a module of `jaxqat.quantize`.
+    Each layer needs one of its own: those that share one, as the projections of
+    `nnx.MultiHeadAttention` do, share a range. It holds the range of the layer's input, which moves
+    after `train()` and not after `eval()`, as in a module of `jaxqat.quantize`. Its state is
+    `layer.dot_general.quant`, that of the transformed module `quantized.quant`, by layer:
+
+        quantized.quant.set_value({"head": {"input": layer.dot_general.quant.get_value()}})
 
     Args:
         recipe: A `Recipe` without rules, or the name of a preset.

@@ -86,6 +86,37 @@ def test_ranges_move_only_while_they_are_mutable():
         Network("int8").apply({"params": variables["params"]}, IMAGES)
 
 
+def test_a_frozen_range_without_data_is_refused():
+    variables = Network("int8").init(jax.random.key(0), IMAGES)
+    with pytest.raises(jaxqat.QuantizationError, match="range of 'conv1' has seen no data"):
+        Network("int8").apply(variables, IMAGES)
+    module = NNXNetwork("int8")
+    module.eval()
+    with pytest.raises(jaxqat.QuantizationError, match="has seen no data"):
+        module(ROWS)
+
+
+def test_stochastic_rounding_differs_between_layers():
+    class Twins(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            cls = dot_general_cls(jaxqat.Recipe(rounding="stochastic"))
+            ones = nn.initializers.constant(0.3)
+            return [
+                nn.Dense(7, kernel_init=ones, name=name, dot_general_cls=cls)(x) for name in "ab"
+            ]
+
+    # A constant kernel of 7 outputs has the largest code alone, which is exact: add one weight.
+    variables: Any = Twins().init(jax.random.key(0), ROWS)
+    for name in "ab":
+        kernel = variables["params"][name]["kernel"]
+        variables["params"][name]["kernel"] = kernel.at[0].set(1.0)
+    (a, b), _ = Twins().apply(variables, ROWS, mutable=["quant"])
+    assert np.abs(a - b).max() > 0
+    with pytest.raises(jaxqat.RecipeError, match="does not know its path, which seeds rounding"):
+        jaxqat.aqt.NNXDotGeneral(jaxqat.Recipe(rounding="stochastic"))
+
+
 def test_rules_match_the_layers_path():
     rules = (
         jaxqat.Rule(path="conv.", weight_bits=None, act_bits=None),
@@ -187,17 +218,30 @@ def test_fields_without_an_equivalent_in_aqt_are_named():
         (dataclasses.replace(dynamic, weight_range="mse"), "weight_range 'mse'"),
         (dataclasses.replace(dynamic, weight_granularity="per_group"), "'per_group'"),
         (dataclasses.replace(dynamic, first_last_bits=8), "rules or first_last_bits"),
+        (jaxqat.Recipe(activations="symmetric", rounding="stochastic"), "rounding 'stochastic'"),
+        (jaxqat.Recipe(activations="symmetric", act_range="lsq"), r"act_range 'lsq' \(learned\)"),
+        (
+            jaxqat.Recipe(weight_bits=None, act_bits=None, rules=(jaxqat.Rule(path="a"),)),
+            "rules or first_last_bits",
+        ),
     ):
         with pytest.raises(jaxqat.RecipeError, match=named):
             to_aqt(recipe)
 
 
-@pytest.mark.parametrize("bound", [0.0, -1.0, np.inf, np.nan])
+@pytest.mark.parametrize(
+    "bound", [0.0, -1.0, np.inf, np.nan, 1e39, 1e-42, True, "2.0", [1.0, 2.0]], ids=str
+)
 def test_a_bound_that_is_none_is_refused(bound):
-    with pytest.raises(jaxqat.RecipeError, match="it must be positive and finite"):
+    with pytest.raises(jaxqat.RecipeError, match="a positive number that float32 can hold"):
         to_aqt("int8_symmetric", bound=bound)
+
+
+def test_a_dynamic_recipe_takes_no_bound():
     with pytest.raises(jaxqat.RecipeError, match=r"act_range 'dynamic' with a bound, 2\.0"):
         to_aqt("int8_dynamic", bound=2.0)
+    with pytest.raises(jaxqat.RecipeError, match=r"name of a preset .* got NoneType"):
+        to_aqt(None)  # pyright: ignore[reportArgumentType]
 
 
 def test_a_static_recipe_becomes_a_configuration_with_its_calibrated_bound():
@@ -215,15 +259,19 @@ def test_a_static_recipe_becomes_a_configuration_with_its_calibrated_bound():
     # Codes and sums are ours; the scales are two float32 products, each rounded once more or less.
     np.testing.assert_allclose(found, model(ROWS), rtol=2**-21, atol=0)
 
-    def loss(variables):
-        return jnp.sum(injected.apply(variables, ROWS, rngs={"params": jax.random.key(1)}) ** 2)
+    def loss(variables, rows):
+        return jnp.sum(injected.apply(variables, rows, rngs={"params": jax.random.key(1)}) ** 2)
 
-    def loss_here(variables):
-        return jnp.sum(quantized.apply({**model.variables, **variables}, ROWS) ** 2)
+    def loss_here(variables, rows):
+        return jnp.sum(quantized.apply({**model.variables, **variables}, rows) ** 2)
 
-    gradient, wanted = (jax.grad(f)(variables)["params"]["kernel"] for f in (loss, loss_here))
-    assert np.abs(gradient).max() > 0
-    np.testing.assert_allclose(gradient, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
+    found, wanted = (jax.grad(f, (0, 1))(variables, ROWS) for f in (loss, loss_here))
+    clipped = np.abs(ROWS) > bound
+    np.testing.assert_array_equal(found[1][clipped], 0)
+    for gradient, expected in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        size = np.abs(expected).max()
+        assert size > 0
+        np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-5 * size)
 
 
 def test_aqt_trains_converts_and_serves_with_the_configuration_of_a_recipe():
