@@ -6,6 +6,7 @@ jsonargparse. The hash of its canonical JSON identifies it: a run folder belongs
 
 import dataclasses
 import difflib
+import functools
 import hashlib
 import json
 import typing
@@ -171,13 +172,23 @@ def from_dict(values: Mapping[str, Any]) -> Experiment:
         ConfigError: If a key is unknown, or a value has a wrong type or is out of range.
     """
     check_keys(Experiment, values)
-    parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(Experiment)
     try:
-        typed = parser.parse_object(dict(values))
+        typed = _parser().parse_object(dict(values))
     except jsonargparse.ArgumentError as error:
         raise ConfigError(" ".join(str(error).split())) from None
     return build(typed)
+
+
+@functools.cache
+def _parser() -> jsonargparse.ArgumentParser:
+    """Return the parser of nested settings.
+
+    It is made once: jsonargparse reads the source of the dataclasses through `linecache`, which is
+    not safe beside threads that print tracebacks, and silently drops a section that it cannot read.
+    """
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Experiment)
+    return parser
 
 
 def build(typed: jsonargparse.Namespace) -> Experiment:
