@@ -188,7 +188,8 @@ def _parser() -> jsonargparse.ArgumentParser:
     """
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Experiment)
-    if "data" not in parser.groups:
+    groups: Any = parser.groups
+    if "data" not in groups:
         raise RuntimeError("jsonargparse could not read the settings of Experiment; try again.")
     return parser
 
