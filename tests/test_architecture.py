@@ -55,7 +55,7 @@ SHARED = ("hashing", "results", "measurements")
 INDEPENDENT = ("data", "models", "metrics", "training", "checkpoint", "report")
 # Third-party packages that only the named parts import.
 OWNERS = {
-    "aqt": {"quant", "bench"},
+    "aqt": {"quant"},
     "qwix": {"bench"},
     "optax": {"pipeline.training"},
     "orbax": {"pipeline.checkpoint"},

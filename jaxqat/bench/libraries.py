@@ -25,9 +25,16 @@ from jaxqat.pipeline.post_training import calibrated
 from jaxqat.pipeline.run.folder import RunFolder
 from jaxqat.pipeline.run.snapshots import restore_model
 from jaxqat.pipeline.stages import StageRun
-from jaxqat.pipeline.training import StopRequest, TrainState, init_state, make_optimizer, run_stage
+from jaxqat.pipeline.training import (
+    Reporter,
+    StopRequest,
+    init_state,
+    make_optimizer,
+    run_stage,
+)
 from jaxqat.quant import QuantizedModule, Recipe, quantize
 from jaxqat.quant.aqt import AqtWarning
+from jaxqat.quant.models.aqt_alone import AqtAlone, dense_configuration
 
 Log = Callable[[str], None]
 
@@ -55,58 +62,11 @@ class Library:
     make: Callable[[nn.Module, Recipe], Any]
 
 
-class Injected:
-    """A Linen module whose convolutions and dense layers multiply by AQT.
-
-    AQT is injected through the fields of the layers, `conv_general_dilated_cls` and
-    `dot_general_cls`, while they are called; a model of one's own would pass them.
-    """
-
-    def __init__(self, module: nn.Module):
-        from aqt.jax.v2 import config
-        from aqt.jax.v2.flax import aqt_flax
-
-        dense: Any = config.config_v4(fwd_bits=8, dlhs_bits=None, drhs_bits=None)
-        convolution: Any = dataclasses.replace(
-            dense, fwd=config.conv_general_dilated_make(2, lhs_bits=8, rhs_bits=8)
-        )
-        self._module = module
-        # The configurations round to the nearest code, so no random key is needed.
-        self._fields = {
-            nn.Conv: (
-                "conv_general_dilated_cls",
-                functools.partial(aqt_flax.AqtConvGeneralDilated, convolution, prng_name=None),
-            ),
-            nn.Dense: (
-                "dot_general_cls",
-                functools.partial(aqt_flax.AqtDotGeneral, dense, prng_name=None),
-            ),
-        }
-
-    def init(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the initial variables, as `nn.Module.init`."""
-        with nn.intercept_methods(self._inject):
-            return self._module.init(*args, **kwargs)
-
-    def apply(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the module, as `nn.Module.apply`."""
-        with nn.intercept_methods(self._inject):
-            return self._module.apply(*args, **kwargs)
-
-    def _inject(self, call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        for kind, (field, value) in self._fields.items():
-            if isinstance(context.module, kind):
-                object.__setattr__(context.module, field, value)  # Linen's modules are frozen.
-        return call(*args, **kwargs)
-
-
 def _by_configuration(module: nn.Module, recipe: Recipe) -> Any:
-    from aqt.jax.v2 import config
-
     del recipe
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", AqtWarning)  # That is the difference to show.
-        return quantize(module, config.config_v4(fwd_bits=8, dlhs_bits=None, drhs_bits=None))
+        return quantize(module, dense_configuration())
 
 
 def _by_qwix(module: nn.Module, recipe: Recipe) -> Any:
@@ -119,7 +79,7 @@ def _by_qwix(module: nn.Module, recipe: Recipe) -> Any:
 FLOAT = Library("float", "Flax FP32", "flax", lambda module, recipe: module)
 LIBRARIES = (
     FLOAT,
-    Library("aqt", "AQT", "aqt", lambda module, recipe: Injected(module)),
+    Library("aqt", "AQT", "aqt", lambda module, recipe: AqtAlone(module)),
     Library("jaxqat_aqt", "AQT by jaxqat", "jaxqat", _by_configuration),
     Library("jaxqat", "jaxqat", "jaxqat", quantize),
     Library("qwix", "Qwix", "qwix", _by_qwix),
@@ -220,26 +180,6 @@ def count_products(networks: Networks) -> dict[str, int]:
     return {"products": len(operands), "integer_products": len(integer)}
 
 
-class _Silent:
-    """A reporter of training that keeps nothing."""
-
-    def advance(self, steps: int) -> None:
-        """Ignore progress."""
-
-    def epoch(self, record: dict[str, Any]) -> None:
-        """Ignore an epoch's figures."""
-
-    def save(
-        self,
-        state: TrainState,
-        record: dict[str, Any] | None,
-        *,
-        epoch_seconds: float,
-        stopping: bool,
-    ) -> None:
-        """Write no checkpoint."""
-
-
 def _accuracy(networks: Networks, folder: RunFolder) -> float:
     """Train the QAT stage from the run's FP32 network; return the accuracy on the test split."""
     run = StageRun.of("qat", networks, folder)
@@ -252,7 +192,7 @@ def _accuracy(networks: Networks, folder: RunFolder) -> float:
     state = jax.jit(functools.partial(init_state, optimizer=optimizer))(
         model.params, model.collections
     )
-    state = run_stage(run.plan(), state, reporter=_Silent(), stop=StopRequest())
+    state = run_stage(run.plan(), state, reporter=Reporter(), stop=StopRequest())
     variables = {"params": state.params, **state.collections}
     dataset = networks.dataset
     measured = measure(

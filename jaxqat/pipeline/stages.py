@@ -31,6 +31,7 @@ from jaxqat.pipeline.training import (
     Data,
     DivergedError,
     QatConfig,
+    Reporter,
     StageConfig,
     StagePlan,
     StopRequest,
@@ -266,7 +267,7 @@ def check_finished(run: StageRun) -> int:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class FolderReporter:
+class FolderReporter(Reporter):
     """Writes metrics and checkpoints to the run folder, and prints progress."""
 
     run: StageRun

@@ -12,10 +12,11 @@ from rich.console import Console
 from tiny_run import run_command
 
 from jaxqat.bench import libraries
-from jaxqat.bench.libraries import FLOAT, LIBRARIES, Injected, benchmark_libraries, count_products
+from jaxqat.bench.libraries import FLOAT, LIBRARIES, benchmark_libraries, count_products
 from jaxqat.bench.table import print_benchmark
 from jaxqat.bench.training import random_dataset
 from jaxqat.pipeline.networks import Networks
+from jaxqat.quant.models.aqt_alone import AqtAlone
 
 pytestmark = pytest.mark.slow
 
@@ -81,7 +82,7 @@ def test_aqt_is_injected_into_convolutions_and_dense_layers(networks):
     x = jax.random.normal(jax.random.key(0), (4, 8, 8, 1))
     variables = module.init(jax.random.key(1), x, train=False)
     wanted = module.apply(variables, x, train=False)
-    found = Injected(module).apply(variables, x, train=False)
+    found = AqtAlone(module).apply(variables, x, train=False)
     # The signal is at least 30 times the noise of three layers of 8 bits.
     noise = float(jnp.sqrt(jnp.mean((found - wanted) ** 2) / jnp.mean(wanted**2)))
     assert 1e-4 < noise < 1 / 30

@@ -9,7 +9,7 @@ import dataclasses
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
@@ -31,16 +31,14 @@ class DivergedError(RunError):
     """The loss or the state is not finite; earlier checkpoints are good."""
 
 
-class Reporter(Protocol):
-    """Receives progress and states from the loop."""
+class Reporter:
+    """Receives progress and states from the loop; this one keeps nothing."""
 
     def advance(self, steps: int) -> None:
         """Count `steps` more training steps as done."""
-        ...
 
     def epoch(self, record: Record) -> None:
         """Report the end of an epoch."""
-        ...
 
     def save(
         self, state: TrainState, record: Record | None, *, epoch_seconds: float, stopping: bool
@@ -49,7 +47,6 @@ class Reporter(Protocol):
 
         Without a record, the state is within an epoch, which took `epoch_seconds` so far.
         """
-        ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

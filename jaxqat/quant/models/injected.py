@@ -12,7 +12,7 @@ with its parameters.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -63,8 +63,8 @@ def conv_general_dilated_cls(recipe: Recipe | str = "int8") -> Callable[[], nn.M
     return functools.partial(ConvGeneralDilated, recipe=checked_recipe(recipe), name="input")
 
 
-class DotGeneral(nn.Module, QuantizedProduct):
-    """A quantized `jax.lax.dot_general` within a layer.
+class _Injected(nn.Module, QuantizedProduct):
+    """A quantized product within a layer; a subclass names JAX's operation and the kind of layer.
 
     Attributes:
         recipe: How it is quantized.
@@ -72,33 +72,28 @@ class DotGeneral(nn.Module, QuantizedProduct):
 
     recipe: Recipe
 
-    @nn.compact
-    def __call__(self, lhs: Any, rhs: Any, *args: Any, **kwargs: Any) -> Any:
-        """Return the product; the arguments are those of `jax.lax.dot_general`."""
-
-        def product(x: Any, weights: Any) -> Any:
-            return jax.lax.dot_general(x, weights, *args, **kwargs)
-
-        return _of_linen(self, self.recipe, "dense", product, lhs, rhs)
-
-
-class ConvGeneralDilated(nn.Module, QuantizedProduct):
-    """A quantized `jax.lax.conv_general_dilated` within a layer.
-
-    Attributes:
-        recipe: How it is quantized.
-    """
-
-    recipe: Recipe
+    operation: ClassVar[str] = "dot_general"
+    kind: ClassVar[str] = "dense"
 
     @nn.compact
     def __call__(self, lhs: Any, rhs: Any, *args: Any, **kwargs: Any) -> Any:
-        """Return the product; the arguments are those of `jax.lax.conv_general_dilated`."""
+        """Return the product; the arguments are those of the operation."""
 
         def product(x: Any, weights: Any) -> Any:
-            return jax.lax.conv_general_dilated(x, weights, *args, **kwargs)
+            return getattr(jax.lax, self.operation)(x, weights, *args, **kwargs)
 
-        return _of_linen(self, self.recipe, "conv", product, lhs, rhs)
+        return _of_linen(self, self.recipe, self.kind, product, lhs, rhs)
+
+
+class DotGeneral(_Injected):
+    """A quantized `jax.lax.dot_general` within a layer."""
+
+
+class ConvGeneralDilated(_Injected):
+    """A quantized `jax.lax.conv_general_dilated` within a layer."""
+
+    operation: ClassVar[str] = "conv_general_dilated"
+    kind: ClassVar[str] = "conv"
 
 
 def _of_linen(
