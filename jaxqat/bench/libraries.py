@@ -5,7 +5,6 @@ take the same training step, on the same images.
 """
 
 import dataclasses
-import functools
 import importlib
 import re
 import warnings
@@ -25,13 +24,7 @@ from jaxqat.pipeline.post_training import calibrated
 from jaxqat.pipeline.run.folder import RunFolder
 from jaxqat.pipeline.run.snapshots import restore_model
 from jaxqat.pipeline.stages import StageRun
-from jaxqat.pipeline.training import (
-    Reporter,
-    StopRequest,
-    init_state,
-    make_optimizer,
-    run_stage,
-)
+from jaxqat.pipeline.training import Reporter, StopRequest, run_stage
 from jaxqat.quant import QuantizedModule, Recipe, quantize
 from jaxqat.quant.aqt import AqtWarning
 from jaxqat.quant.models.aqt_alone import AqtAlone, dense_configuration
@@ -186,12 +179,7 @@ def _accuracy(networks: Networks, folder: RunFolder) -> float:
     model = restore_model(networks, folder, "fp32")
     if isinstance(networks.modules["qat"], QuantizedModule):
         model = calibrated(networks, model)
-    optimizer = make_optimizer(
-        run.config.optimizer, total_steps=run.total_steps, steps_per_epoch=run.steps_per_epoch
-    )
-    state = jax.jit(functools.partial(init_state, optimizer=optimizer))(
-        model.params, model.collections
-    )
+    state = run.first_state(model)
     state = run_stage(run.plan(), state, reporter=Reporter(), stop=StopRequest())
     variables = {"params": state.params, **state.collections}
     dataset = networks.dataset

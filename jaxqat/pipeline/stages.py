@@ -108,6 +108,11 @@ class StageRun:
         init = partial(init_state, optimizer=self._optimizer())
         return jax.eval_shape(init, *self.networks.shapes(self.name))
 
+    def first_state(self, model: Model) -> TrainState:
+        """Return the training state before the first step, for the network to start from."""
+        init = partial(init_state, optimizer=self._optimizer())
+        return jax.jit(init)(model.params, model.collections)
+
     def plan(self) -> StagePlan:
         """Return the work of the stage."""
         config, dataset, seed = self.config, self.dataset, self.networks.experiment.seed
@@ -157,9 +162,7 @@ class StageRun:
         with self.open_store() as store:
             restored = store.restore_newest_good(split_state(self.state_shapes()))
             if restored is None:
-                model, seconds = start(), 0.0
-                init = partial(init_state, optimizer=self._optimizer())
-                state = jax.jit(init)(model.params, model.collections)
+                state, seconds = self.first_state(start()), 0.0
             else:
                 check_data(restored, self.dataset.fingerprint)
                 state, seconds = join_state(restored), restored.info["epoch_seconds"]
