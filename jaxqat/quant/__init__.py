@@ -13,6 +13,7 @@ from jaxqat.quant.models.calibration import calibrate
 from jaxqat.quant.models.linen import QuantizedModule
 from jaxqat.quant.models.quantize import quantize
 from jaxqat.quant.models.stateless import QuantizedEquinox, QuantizedFunction
+from jaxqat.quant.models.training_step import StepWarning, jit_step
 from jaxqat.quant.recipe import Recipe, Rule, Settings
 
 __all__ = [
@@ -27,8 +28,10 @@ __all__ = [
     "Recipe",
     "Rule",
     "Settings",
+    "StepWarning",
     "calibrate",
     "estimate_batch_norm",
+    "jit_step",
     "quantize",
     "reestimate_batch_norm",
 ]

@@ -104,18 +104,18 @@ def _windows(node: g.Product, padded: Array) -> Iterator[tuple[tuple[int, ...], 
 
 
 def in_chunks(function: Any, images: Array, chunk: int = CHUNK) -> Any:
-    """Evaluate a function of a batch in chunks and concatenate the results."""
+    """Evaluate a function of a batch in chunks and concatenate the results.
+
+    The last chunk is filled up with zeros: a smaller one would be a second program to compile.
+    """
     batch = images.shape[0]
     # A symbolic batch (jax.export) cannot be split.
     if not isinstance(batch, int) or batch <= chunk:
         return function(images)
-    whole = batch // chunk * chunk
-    parts = lax.map(function, images[:whole].reshape(-1, chunk, *images.shape[1:]))
-    parts = jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), parts)
-    if whole == batch:
-        return parts
-    rest = function(images[whole:])
-    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), parts, rest)
+    missing = -batch % chunk
+    filled = jnp.pad(images, [(0, missing)] + [(0, 0)] * (images.ndim - 1))
+    parts = lax.map(function, filled.reshape(-1, chunk, *images.shape[1:]))
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:batch], parts)
 
 
 _mixed_dot = Primitive("mixed_dot")

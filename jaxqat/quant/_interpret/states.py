@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jaxqat.errors import QuantizationError
 from jaxqat.quant._interpret.mapped import observed_axes
 from jaxqat.quant._interpret.modes import Mode
+from jaxqat.quant._numerics import cpu, grids, ranges
 from jaxqat.quant._numerics import estimators as estimate
-from jaxqat.quant._numerics import grids, ranges
 from jaxqat.quant._plan.plan import Layer, Lookup, Plan, QuantizedTensor
 from jaxqat.quant._trace.arguments import Key
 from jaxqat.quant.recipe import Recipe
@@ -70,7 +70,7 @@ class States:
             if tensor.leaf:
                 learned = _old_or(state, learned, seen.start)
         grid = tensor.grid(*self._useful(tensor, low, high), learned)
-        return grid if tensor.factor == 1.0 else grids.stretched(grid, tensor.factor)
+        return cpu.store(grid if tensor.factor == 1.0 else grids.stretched(grid, tensor.factor))
 
     def _useful(self, tensor: QuantizedTensor, low: Any, high: Any) -> tuple[Any, Any]:
         """Return the range of a term of a sum, cut to what can change the sum's code.

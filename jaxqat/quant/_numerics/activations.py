@@ -14,7 +14,7 @@ from aqt.jax.v2 import utils as aqt_utils
 from aqt.jax.v2.numerics import numerics as aqt_numerics
 from jaxtyping import Array, Float, Int8
 
-from jaxqat.quant._numerics import injection
+from jaxqat.quant._numerics import cpu, injection
 from jaxqat.quant._numerics.first_order import first_order
 from jaxqat.quant._numerics.grids import Grid, GridCalibration
 from jaxqat.quant._numerics.promotion import default_promotion
@@ -116,6 +116,7 @@ def _straight_through(learned, real, x, units, grid, scale):
 def _straight_through_forward(learned, real, x, units, grid, scale):
     del scale  # It is the grid's.
     codes, kept = _numerics(grid).vjp_fwd(units, injection.CONTEXT)
+    codes, kept = cpu.store((codes, kept))
     if real:
         kept &= ~jnp.isnan(x.astype(jnp.float32) * grid.inverse)
     x = first_order(x)

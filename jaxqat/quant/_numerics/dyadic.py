@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxqat.quant._numerics import cpu
+
 # 255 (2**16 + 1) < 2**24: float32 holds sums of codes times factors below 2**16, and a rounding.
 _BITS = 16
 LARGEST_SHIFT = _BITS - 1
@@ -38,7 +40,7 @@ class Dyadic(NamedTuple):
     def multipliers(self) -> tuple[Float[Array, ""], ...]:
         """The multipliers as float32, which is exact."""
         unit = _power_of_two(-self.shift)
-        return tuple(factor.astype(jnp.float32) * unit for factor in self.factors)
+        return cpu.store(tuple(factor.astype(jnp.float32) * unit for factor in self.factors))
 
 
 def dyadic(ratios: Sequence[Float[Array, ""]]) -> Dyadic:

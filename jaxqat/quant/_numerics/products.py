@@ -24,9 +24,10 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Int, Int8
 
-from jaxqat.quant._numerics import cudnn, injection, windows
+from jaxqat.quant._numerics import cpu, cudnn, injection, windows
 from jaxqat.quant._numerics.injection import Sums, Weights
 
+SHIFTS = 64  # The most taps of a depthwise convolution that is a sum of shifted tensors on a CPU.
 LARGEST = 128 * 128  # The largest magnitude of a product of two int8 codes.
 
 
@@ -125,8 +126,9 @@ class Convolution:
 
     def accumulate(self, codes, weights, largest=LARGEST):
         by_cudnn = functools.partial(self.on_cuda, largest=largest)
+        on_cpu = functools.partial(self._on_cpu, largest=largest)
         return lax.platform_dependent(
-            codes, weights, cpu=self._widened, cuda=by_cudnn, default=self._integer
+            codes, weights, cpu=on_cpu, cuda=by_cudnn, default=self._integer
         )
 
     def inject(self, codes, weights, largest=LARGEST):
@@ -144,21 +146,72 @@ class Convolution:
 
     def on_cuda(self, codes, weights, largest):
         """Return the sums by the rule of `cudnn`, with bounds for all codes of this width."""
-        numbers, groups = self.params["dimension_numbers"], self.params["feature_group_count"]
-        outputs, inputs = (weights.shape[axis] for axis in numbers.rhs_spec[:2])
-        if groups > 1 and inputs == 1:
+        if self.is_depthwise(weights):
             return self._over_windows(codes, weights, windows.depthwise)
-        taps = math.prod(weights.shape) // (inputs * outputs)
-        parts = cudnn.exact_parts(np.full((inputs, outputs), taps * largest), groups)
+        groups = self.params["feature_group_count"]
+        parts = self._exact_parts(weights, largest)
         if parts is None:
             dots = functools.partial(windows.dot_over_windows, groups=groups)
             return self._over_windows(codes, weights, dots)
+        return self._by_parts(parts, codes, weights, functools.partial(self._integer, groups=1))
+
+    def _exact_parts(self, weights, largest):
+        """Return the parts of the convolution whose sums float32 holds exactly, if there are."""
+        numbers, groups = self.params["dimension_numbers"], self.params["feature_group_count"]
+        outputs, inputs = (weights.shape[axis] for axis in numbers.rhs_spec[:2])
+        bounds = np.full((inputs, outputs), self.taps(weights) * largest)
+        return cudnn.exact_parts(bounds, groups)
+
+    def taps(self, weights):
+        """Return the number of positions of the window."""
+        spec = self.params["dimension_numbers"].rhs_spec
+        return math.prod(weights.shape[axis] for axis in spec[2:])
+
+    def _by_parts(self, parts, codes, weights, product):
+        numbers = self.params["dimension_numbers"]
         return cudnn.convolve(
             [(p, weights[_at(numbers.rhs_spec, p.outputs, p.in_group)]) for p in parts],
             codes,
-            functools.partial(self._integer, groups=1),
+            product,
             axes=(numbers.lhs_spec[1], numbers.out_spec[1]),
         )
+
+    def is_depthwise(self, weights):
+        """Return whether each input channel has its own filters."""
+        inputs = weights.shape[self.params["dimension_numbers"].rhs_spec[1]]
+        return self.params["feature_group_count"] > 1 and inputs == 1
+
+    def shifted(self, weights):
+        """Return the function of x, in float, as a sum of shifted tensors; None if it is none.
+
+        XLA's CPU backend takes some 30 times as long for the input gradient of a depthwise
+        convolution.
+        """
+        if not self.is_depthwise(weights) or self.taps(weights) > SHIFTS:
+            return None
+        product = functools.partial(windows.depthwise, element_type=weights.dtype)
+        return lambda x: self._over_windows(x, weights, product)
+
+    def _on_cpu(self, codes, weights, largest):
+        """Return the sums by the fastest way that XLA's CPU backend has for them."""
+        if self.is_depthwise(weights) and self.taps(weights) <= SHIFTS:
+            return self._over_windows(codes, weights, windows.depthwise)
+        parts = self._exact_parts(weights, largest) if cpu.is_active() else None
+        return (
+            self._widened(codes, weights)
+            if parts is None
+            else self._in_float(codes, weights, parts)
+        )
+
+    def _in_float(self, codes, weights, parts):
+        """Return the sums, computed in float32 (see `cpu`)."""
+        groups = self.params["feature_group_count"]
+        product = functools.partial(self._convolve, element_type=jnp.float32)
+        if len(parts) > groups:
+            product = functools.partial(product, groups=1)
+            return self._by_parts(parts, codes, weights, product)
+        everything = cudnn.Part(slice(None), slice(None), slice(None))
+        return self._by_parts([everything], codes, weights, product)
 
     def _over_windows(self, codes, weights, product):
         """Return the sums of a product of padded tensors, channels last (see `windows`)."""
@@ -172,17 +225,22 @@ class Convolution:
         return jnp.moveaxis(sums, range(sums.ndim), (out[0], *out[2:], out[1]))
 
     def _integer(self, codes, weights, groups=None):
+        return self._convolve(codes, weights, groups)
+
+    def _convolve(self, codes, weights, groups=None, element_type=jnp.int8):
+        """Return the convolution of s8 or float32 codes; the sums of s8 ones are s32."""
+        integer = element_type == jnp.int8
         return lax.conv_general_dilated(
-            codes,
-            weights,
+            codes.astype(element_type),
+            weights.astype(element_type),
             self.params["window_strides"],
             self.params["padding"],
             lhs_dilation=self.params["lhs_dilation"],
             rhs_dilation=self.params["rhs_dilation"],
             dimension_numbers=self.params["dimension_numbers"],
             feature_group_count=groups or self.params["feature_group_count"],
-            precision=lax.Precision.DEFAULT,
-            preferred_element_type=jnp.int32,
+            precision=lax.Precision.DEFAULT if integer else lax.Precision.HIGHEST,
+            preferred_element_type=jnp.int32 if integer else None,
         )
 
     def _widened(self, codes, weights):
@@ -299,4 +357,11 @@ def _pad_end(x: Array, more: dict[int, int]) -> Array:
 def backward(product: Product, x: Array, weights: Array, gradient: Array) -> tuple[Array, Array]:
     """Return the gradients of the float product at (x, weights) for that of its output."""
     output, pullback = jax.vjp(product.real, x, weights)
-    return pullback(gradient.astype(output.dtype))
+    gradient = gradient.astype(output.dtype)
+    if cpu.is_active() and isinstance(product, Convolution):
+        shifted = product.shifted(weights)
+        if shifted is not None:
+            _, weights_pullback = jax.vjp(lambda w: product.real(x, w), weights)
+            _, x_pullback = jax.vjp(lambda x: shifted(x).astype(output.dtype), x)
+            return x_pullback(gradient)[0], weights_pullback(gradient)[0]
+    return pullback(gradient)

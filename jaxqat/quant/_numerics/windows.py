@@ -1,7 +1,7 @@
 """Convolutions of codes over gathered windows, for devices without an exact s8 convolution.
 
 Tensors are (batch, spatial..., channels) and padded; weights are (*window, inputs of a group,
-outputs). All results are int32.
+outputs). Results of codes are int32.
 """
 
 from collections.abc import Iterator
@@ -43,11 +43,14 @@ def windows(
 
 def depthwise(
     padded: Array,
-    weights: Int8[Array, "..."],
+    weights: Array,
     strides: tuple[int, ...],
     dilation: tuple[int, ...],
-) -> Int[Array, "..."]:
+    element_type: Any = jnp.int32,
+) -> Array:
     """Return a depthwise convolution as an elementwise sum of shifted tensors times taps.
+
+    It is computed and returned in `element_type`: a float type for the float convolution.
 
     Matrix units do not help without a reduction over channels, XLA's CPU backend has no fast s8
     kernel for it, and on CUDA the grouped s8 convolution has given wrong sums.
@@ -55,10 +58,10 @@ def depthwise(
     multiple = weights.shape[-1] // padded.shape[-1]
     total: Any = 0
     for tap, window in windows(padded, weights.shape[:-2], strides, dilation):
-        window = window.astype(jnp.int32)
+        window = window.astype(element_type)
         if multiple > 1:
             window = jnp.repeat(window, multiple, axis=-1)
-        total = total + window * weights[tap].astype(jnp.int32).reshape(-1)
+        total = total + window * weights[tap].astype(element_type).reshape(-1)
     return total
 
 

@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 from flax.core import DenyList, unfreeze  # pyright: ignore[reportUnknownVariableType]
 
+from jaxqat.quant._numerics import cpu
 from jaxqat.quant._plan.plan import LayerInfo
 from jaxqat.quant._trace.arguments import split_arrays
 from jaxqat.quant.models.aqt_calls import linen_products
@@ -115,7 +116,7 @@ class QuantizedModule(StatelessModel):
             params: Any, others: Mapping[str, Any], args: Any, kwargs: Any
         ) -> tuple[Any, Any]:
             variables = {"params": params, **others}
-            with linen_products():
+            with linen_products(), cpu.form(active=False):
                 result = self.module.apply(variables, *args, mutable=mutable, **kwargs)
             # Linen returns a pair for every `mutable` but False.
             return (result, {}) if mutable is False else result
