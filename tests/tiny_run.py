@@ -30,6 +30,7 @@ from jaxqat.pipeline.training.progress import StageProgress
 # 6 steps per epoch; 4 images fill no batch.
 SETTINGS: dict[str, Any] = {
     "name": "tiny",
+    "compilation": "default",
     "evaluation_batch_size": 32,
     "data": {"name": "digits", "train_limit": 100, "test_limit": 40},
     "augment": {"crop_padding": 1, "flip": False},

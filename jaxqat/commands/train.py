@@ -14,6 +14,7 @@ from rich.console import Console
 from jaxqat.errors import ConversionError
 from jaxqat.integer._store.files import write_atomically
 from jaxqat.integer._store.folder import save
+from jaxqat.pipeline.compilation_choice import find_compilation
 from jaxqat.pipeline.config import Experiment, to_yaml
 from jaxqat.pipeline.data import DataError, Dataset, load_dataset
 from jaxqat.pipeline.display import print_results, warn
@@ -132,7 +133,8 @@ def _float_stage(
 def _run(
     networks: Networks, folder: RunFolder, stop: StopRequest, console: Console, command: str | None
 ) -> Results:
-    runs = {name: StageRun.of(name, networks, folder) for name in TRAINED_STAGES}
+    compilation = find_compilation(networks, folder, console)
+    runs = {name: StageRun.of(name, networks, folder, compilation) for name in TRAINED_STAGES}
     fp32 = runs["fp32"].train(lambda: Model(*networks.init()), stop=stop, console=console)
     stop.raise_if_set()
 

@@ -21,7 +21,7 @@ from jaxqat.errors import InputError
 from jaxqat.pipeline.checkpoint import CheckpointConfig
 from jaxqat.pipeline.data import AugmentConfig, DataConfig
 from jaxqat.pipeline.models import ModelConfig
-from jaxqat.pipeline.training import QatConfig, StageConfig
+from jaxqat.pipeline.training import COMPILATIONS, QatConfig, StageConfig
 from jaxqat.quant import Recipe
 
 PRECISIONS = ("float32", "tf32", "bfloat16")
@@ -44,6 +44,11 @@ class Experiment:
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"
     """Precision of products in float: float32; tf32, on devices that have it; or bfloat16 for
     activations, with float32 parameters."""
+
+    compilation: Literal["auto", "default", "fast"] = "auto"
+    """How training steps are compiled on a CPU: 'default' is XLA's way; 'fast' is that of
+    `jaxqat.jit_step`, in which convolutions train several times as fast on many processors; 'auto'
+    chooses by a measurement of some seconds, which the run folder keeps."""
 
     evaluation_batch_size: int = 500
     """Images per batch in evaluation."""
@@ -79,6 +84,11 @@ class Experiment:
         if self.precision not in PRECISIONS:
             raise ValueError(
                 f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}."
+            )
+        if self.compilation not in ("auto", *COMPILATIONS):
+            raise ValueError(
+                f"compilation must be one of auto, {', '.join(COMPILATIONS)}, "
+                f"got {self.compilation!r}."
             )
         if self.evaluation_batch_size < 1:
             raise ValueError(

@@ -5,6 +5,7 @@ RUN/integer holds that of QAT, RUN/ptq that of post-training quantization.
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,9 @@ from jaxqat.pipeline.networks import Networks
 from jaxqat.pipeline.run.folder import RunFolder, RunFolderError
 from jaxqat.pipeline.run.snapshots import Model, check_same_data
 
-# Each image needs a few MB, for the codes and float values of all tensors.
-VERIFY_BATCH_SIZE = 100
+# Pixels of a batch that is verified: of 100 images of 32x32 pixels, each of which needs a few MB
+# for the codes and float values of all tensors.
+VERIFY_PIXELS = 100 * 32 * 32
 
 
 def make_network(networks: Networks, folder: RunFolder, model: Model) -> IntegerGraph:
@@ -125,8 +127,9 @@ def verify_network(
 
 def in_batches(split: Split) -> Iterator[np.ndarray]:
     """Yield the images of a split in batches, without padding."""
-    for start in range(0, len(split), VERIFY_BATCH_SIZE):
-        yield split.images[start : start + VERIFY_BATCH_SIZE]
+    size = max(1, VERIFY_PIXELS // math.prod(split.images.shape[1:3]))
+    for start in range(0, len(split), size):
+        yield split.images[start : start + size]
 
 
 def network_folder(folder: RunFolder, stage: str) -> Path:

@@ -28,6 +28,8 @@ from jaxqat.pipeline.run.snapshots import (
     split_state,
 )
 from jaxqat.pipeline.training import (
+    DEFAULT,
+    Compilation,
     Data,
     DivergedError,
     QatConfig,
@@ -58,17 +60,25 @@ class StageRun:
         networks: The networks, the experiment and the data.
         folder: Run folder, for checkpoints and metrics.
         predictor: Computes the logits of this stage's network.
+        compilation: How training steps are compiled.
     """
 
     name: str
     networks: Networks
     folder: RunFolder
     predictor: Predictor
+    compilation: Compilation = DEFAULT
 
     @classmethod
-    def of(cls, name: str, networks: Networks, folder: RunFolder) -> "StageRun":
+    def of(
+        cls,
+        name: str,
+        networks: Networks,
+        folder: RunFolder,
+        compilation: Compilation = DEFAULT,
+    ) -> "StageRun":
         """Return a stage of an experiment in its run folder."""
-        return cls(name, networks, folder, Predictor.of_stage(networks, name))
+        return cls(name, networks, folder, Predictor.of_stage(networks, name), compilation)
 
     @property
     def config(self) -> StageConfig:
@@ -140,6 +150,7 @@ class StageRun:
                 steps_per_epoch=self.steps_per_epoch,
             ),
             validate=self._validate if dataset.validation is not None else None,
+            compilation=self.compilation,
         )
 
     def train(

@@ -17,8 +17,9 @@ from jaxqat.pipeline.run.folder import RunFolder, RunFolderError
 from jaxqat.pipeline.run.snapshots import check_data, split_state
 from jaxqat.pipeline.stages import StageRun, check_finished
 
-# Settings without influence on the float network, by the first part of their keys.
-IRRELEVANT = ("name", "quant", "qat", "evaluation_batch_size", "checkpoint")
+# Settings without influence on the float network, by the first part of their keys; 'compilation'
+# changes no more than the order of sums.
+IRRELEVANT = ("name", "quant", "qat", "evaluation_batch_size", "checkpoint", "compilation")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ from tiny_run import STEPS, STEPS_PER_EPOCH, files, signal_at, tiny
 
 from jaxqat.commands import evaluate, report, train
 from jaxqat.errors import RecipeError
+from jaxqat.pipeline import compilation_choice
 from jaxqat.pipeline.checkpoint import CheckpointError
 from jaxqat.pipeline.config import config_hash
 from jaxqat.pipeline.data import DataError, load_dataset
@@ -138,6 +139,37 @@ def test_a_run_stopped_within_an_epoch_and_resumed_ends_with_the_same_bits(
     assert ours["integer"] == theirs["integer"]
     assert network(run) == network(finished)
     assert ours["layers"] == theirs["layers"]
+
+
+def test_a_resumed_run_has_the_same_bits_in_the_fast_form(
+    tmp_path, monkeypatch, no_report, small_network, console
+):
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    expected = train.train(tiny(compilation="fast"), whole, console=console)
+    signal_at(monkeypatch, STEPS + 2)
+    with pytest.raises(Stopped):
+        train.train(tiny(compilation="fast"), run, console=console)
+    found = train.train(tiny(compilation="fast"), run, console=console)
+    assert arrays(run) == arrays(whole)
+    assert network(run) == network(whole)
+    # What is trained is what is deployed, too.
+    assert found.verify is not None and found.verify == expected.verify
+    assert (found.verify.differing, found.verify.logits_only) == (0, False)
+
+
+def test_a_run_keeps_how_it_was_compiled(tmp_path, monkeypatch, no_report, small_network, console):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    seconds = {"default": 2.0, "fast": 1.0}
+    monkeypatch.setattr(compilation_choice, "measure", lambda networks: seconds)
+    monkeypatch.setattr(compilation_choice, "LEAST_VALUES", 0)
+    run, named = tmp_path / "run", tmp_path / "named"
+    signal_at(monkeypatch, 3)
+    with pytest.raises(Stopped):
+        train.train(tiny(compilation="auto"), run, console=console)
+    seconds["default"] = 0.1  # As on another machine.
+    train.train(tiny(compilation="auto"), run, console=console)
+    train.train(tiny(compilation="fast"), named, console=console)
+    assert arrays(run) == arrays(named)
 
 
 # Orbax closes its event loop when a read fails; reads still in progress then warn.

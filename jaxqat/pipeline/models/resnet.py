@@ -7,6 +7,7 @@ stride 2, unlike the PyTorch networks whose accuracy and weights this one is com
 """
 
 import dataclasses
+import math
 from functools import partial
 from typing import Any
 
@@ -199,3 +200,15 @@ def build_model(config: ModelConfig, num_classes: int, dtype: Any = jnp.float32)
         stem=config.stem,
         dtype=dtype,
     )
+
+
+def probe_block(
+    config: ModelConfig, image_shape: tuple[int, ...], dtype: Any = jnp.float32
+) -> tuple[BasicBlock, tuple[int, int, int]]:
+    """Return a block as wide as the first stage, and the shape of an image's activations there.
+
+    It stands for the network in measurements of speed.
+    """
+    stride = 1 if config.stem == "cifar" else 4
+    rows, columns = (math.ceil(size / stride) for size in image_shape[:2])
+    return BasicBlock(config.width, 1, dtype), (rows, columns, config.width)

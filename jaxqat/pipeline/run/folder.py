@@ -1,7 +1,7 @@
 """The run folder: its files and the lock on them.
 
-    config.yaml, checkpoints/{fp32,qat}/STEP/, integer/, ptq/, metrics.jsonl, results.json,
-    report_data.npz, report.html, figures/, analysis.json, analysis.html, evaluations/
+    config.yaml, compilation.json, checkpoints/{fp32,qat}/STEP/, integer/, ptq/, metrics.jsonl,
+    results.json, report_data.npz, report.html, figures/, analysis.json, analysis.html, evaluations/
 
 One process trains in a folder at a time, and a folder belongs to one experiment.
 """
@@ -22,6 +22,7 @@ from jaxqat.pipeline import results
 from jaxqat.pipeline.config import Experiment
 from jaxqat.pipeline.measurements import Comparison, Evaluation, RunAnalysis
 from jaxqat.pipeline.results import Results
+from jaxqat.pipeline.training import COMPILATIONS
 
 
 class RunFolderError(InputError):
@@ -38,6 +39,27 @@ class RunFolder:
     def config(self) -> Path:
         """The resolved config."""
         return self.path / "config.yaml"
+
+    @property
+    def compilation(self) -> Path:
+        """How training steps are compiled on a CPU, and the times that decided it."""
+        return self.path / "compilation.json"
+
+    def read_compilation(self) -> str | None:
+        """Return the name of the compilation that was chosen; None if there is none.
+
+        Raises:
+            RunFolderError: If it cannot be read.
+        """
+        if not self.compilation.exists():
+            return None
+        name = _read_json(self.compilation).get("compilation")
+        if name not in COMPILATIONS:
+            raise RunFolderError(
+                f"{self.compilation}: compilation must be one of {', '.join(COMPILATIONS)}, got "
+                f"{name!r}."
+            )
+        return name
 
     @property
     def metrics(self) -> Path:

@@ -1,5 +1,6 @@
 """Training of a stage: optimizer, training step, and a loop that can stop and resume."""
 
+from jaxqat.pipeline.training.compilation import COMPILATIONS, DEFAULT, FAST, Compilation
 from jaxqat.pipeline.training.config import QatConfig, StageConfig
 from jaxqat.pipeline.training.loop import DivergedError, Record, Reporter, StagePlan, run_stage
 from jaxqat.pipeline.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
@@ -15,7 +16,11 @@ from jaxqat.pipeline.training.step import (
 from jaxqat.pipeline.training.stop import Stopped, StopRequest, stop_on_signals
 
 __all__ = [
+    "COMPILATIONS",
+    "DEFAULT",
+    "FAST",
     "Collections",
+    "Compilation",
     "Data",
     "DivergedError",
     "Forward",

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxqat.errors import RunError
+from jaxqat.pipeline.training.compilation import DEFAULT, Compilation
 from jaxqat.pipeline.training.step import Data, TrainState, dispatch_length, make_dispatch
 from jaxqat.pipeline.training.stop import StopRequest
 
@@ -67,6 +68,7 @@ class StagePlan:
         key: The stage's random key.
         learning_rate: The schedule, for the record only.
         validate: Returns 'validation_loss' and 'validation_accuracy'; None without that split.
+        compilation: How training steps are compiled.
     """
 
     name: str
@@ -80,6 +82,7 @@ class StagePlan:
     key: Array
     learning_rate: Callable[[int], Any]
     validate: Callable[[TrainState], dict[str, float]] | None
+    compilation: Compilation = DEFAULT
 
 
 class _Dispatcher:
@@ -98,10 +101,9 @@ class _Dispatcher:
     def get(self, step: Callable, length: int, state: TrainState, order: Array) -> Callable:
         """Return the call, compiled ahead of time: an epoch's time must not include compilation."""
         if (step, length) not in self.compiled:
-            lowered = make_dispatch(step, length).lower(
-                state, self.stage.data, order, self.stage.key
+            self.compiled[step, length] = self.stage.compilation.compile(
+                make_dispatch(step, length), state, self.stage.data, order, self.stage.key
             )
-            self.compiled[step, length] = lowered.compile()
         return self.compiled[step, length]
 
 

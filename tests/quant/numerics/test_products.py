@@ -10,7 +10,9 @@ import pytest
 from jax import lax
 from references import integers as reference
 
-from jaxqat.quant._numerics.products import LARGEST, Convolution, Dot
+from jaxqat.pipeline.training import COMPILATIONS
+from jaxqat.quant._numerics import cpu
+from jaxqat.quant._numerics.products import LARGEST, Convolution, Dot, backward
 
 
 def convolution(x, w, **params):
@@ -34,9 +36,12 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize("compilation", COMPILATIONS)
 @pytest.mark.parametrize("channels", [(6, 12), (3, 21), (24, 18)], ids=str)
 @pytest.mark.parametrize("case", CASES)
-def test_a_convolution_of_codes_with_a_zero_point_is_that_of_the_shifted_codes(case, channels):
+def test_a_convolution_of_codes_with_a_zero_point_is_that_of_the_shifted_codes(
+    case, channels, compilation
+):
     options = dict(CASES[case])
     groups, dilation = options.get("groups", 1), options.get("dilation", (1, 1))
     rng = np.random.default_rng(0)
@@ -57,8 +62,10 @@ def test_a_convolution_of_codes_with_a_zero_point_is_that_of_the_shifted_codes(c
         x = codes.astype(np.int64)
     zero_point = -37
     expected = reference.conv2d(x - zero_point, weights.astype(np.int64), **options)
-    total = jax.jit(product.accumulate)(codes, weights)
-    zeros = jax.jit(product.zero_sums, static_argnums=0)(codes.shape, weights)
+    compiled = COMPILATIONS[compilation].compile
+    total = compiled(jax.jit(product.accumulate), codes, weights)(codes, weights)
+    zero_sums = functools.partial(product.zero_sums, codes.shape)
+    zeros = compiled(jax.jit(zero_sums), weights)(weights)
     assert zeros.dtype == jnp.int32 and np.ndim(zeros) == 4
     actual = np.asarray(total, np.int64) - zero_point * np.asarray(zeros, np.int64)
     np.testing.assert_array_equal(actual, expected)
@@ -93,8 +100,8 @@ WIDE = {  # Data, weights and options of convolutions whose sums pass 2**24.
 }
 
 
-@pytest.mark.parametrize("case", WIDE)
-def test_the_convolution_on_cuda_is_exact_beyond_float32(case):
+def wide(case):
+    """Return product, codes, weights and exact sums of a case."""
     data_shape, weight_shape, given = WIDE[case]
     options = {"stride": (1, 1), "padding": ((0, 0), (0, 0)), "dilation": (1, 1), **given}
     rng = np.random.default_rng(0)
@@ -120,8 +127,36 @@ def test_the_convolution_on_cuda_is_exact_beyond_float32(case):
         cropped, weights.astype(np.int64), **{**options, "padding": tuple(padding)}
     )
     assert case == "window" or np.abs(expected).max() > 2**24
+    return product, codes, weights, expected
+
+
+@pytest.mark.parametrize("case", WIDE)
+def test_the_convolution_on_cuda_is_exact_beyond_float32(case):
+    product, codes, weights, expected = wide(case)
     total = jax.jit(functools.partial(product.on_cuda, largest=LARGEST))(codes, weights)
     np.testing.assert_array_equal(total, expected)
+
+
+@pytest.mark.parametrize("name", COMPILATIONS)
+@pytest.mark.parametrize("case", WIDE)
+def test_the_convolution_on_a_cpu_is_exact_beyond_float32_however_it_is_compiled(case, name):
+    product, codes, weights, expected = wide(case)
+    program = COMPILATIONS[name].compile(jax.jit(product.accumulate), codes, weights)
+    np.testing.assert_array_equal(program(codes, weights), expected)
+
+
+@pytest.mark.parametrize("case", ["inputs", "borders"])
+def test_in_float_a_convolution_of_codes_has_no_integer_product(case):
+    product, codes, weights, _ = wide(case)
+
+    def operands():
+        text = jax.jit(lambda a, b: product.accumulate(a, b)).lower(codes, weights).as_text()
+        return set(re.findall(r"convolution\(.*: \(tensor<[^>]*x(\w+)>, tensor<[^>]*x\w+>", text))
+
+    assert operands() == {"i8"}
+    with cpu.form():
+        assert operands() == {"f32"}
+    assert operands() == {"i8"}
 
 
 def test_the_convolution_on_cuda_keeps_layout_and_input_dilation():
@@ -234,3 +269,45 @@ def test_macs_count_every_multiplication_once():
         feature_group_count=3,
     )
     assert product.macs((3, 3, 2, 12), (2, 4, 4, 12)) == 2 * 4 * 4 * 12 * 3 * 3 * 2
+
+
+@pytest.mark.parametrize("options", [{}, dict(stride=(2, 2)), dict(dilation=(2, 1))], ids=str)
+def test_gradients_of_a_depthwise_convolution_in_the_fast_form_are_those_of_the_usual_one(options):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(4, 9, 8, 6)).astype(np.float32)
+    weights = rng.normal(size=(3, 3, 1, 12)).astype(np.float32)
+    product = convolution(
+        x,
+        weights,
+        window_strides=options.get("stride", (1, 1)),
+        rhs_dilation=options.get("dilation", (1, 1)),
+        padding=((1, 2), (0, 1)),
+        feature_group_count=6,
+        precision=lax.Precision.HIGHEST,
+    )
+    gradient = rng.normal(size=product.real(x, weights).shape).astype(np.float32)
+
+    def gradients(x, weights, gradient):
+        return backward(product, x, weights, gradient)
+
+    usual, fast = (
+        each.compile(jax.jit(gradients), x, weights, gradient)(x, weights, gradient)
+        for each in COMPILATIONS.values()
+    )
+    # Each input meets 9 taps of 2 outputs: sums of 18 products, each rounded once, and the sum of
+    # magnitudes is below 18 * 4 * 4. Kernel gradients are sums of at most 4 * 72 products.
+    np.testing.assert_allclose(fast[0], usual[0], rtol=0, atol=18 * 18 * 16 * 2**-24)
+    np.testing.assert_allclose(fast[1], usual[1], rtol=0, atol=288 * 288 * 16 * 2**-24)
+    assert np.abs(np.asarray(usual[0])).max() > 1
+
+
+def test_a_depthwise_convolution_is_a_sum_of_shifted_tensors_on_a_cpu():
+    codes, weights = np.ones((1, 8, 8, 6), np.int8), np.ones((3, 3, 1, 6), np.int8)
+    params = dict(window_strides=(1, 1), padding=((1, 1), (1, 1)), feature_group_count=6)
+    product = convolution(jnp.zeros(codes.shape), jnp.zeros(weights.shape), **params)
+    text = jax.jit(product.accumulate).lower(codes, weights).as_text()
+    assert "stablehlo.convolution" not in text
+    weights = np.ones((33, 3, 1, 6), np.int8)  # Too many taps to write out.
+    product = convolution(jnp.zeros((1, 40, 8, 6)), jnp.zeros(weights.shape), **params)
+    codes = np.ones((1, 40, 8, 6), np.int8)
+    assert "stablehlo.convolution" in jax.jit(product.accumulate).lower(codes, weights).as_text()
