@@ -143,6 +143,22 @@ def test_the_table_of_libraries_is_that_of_the_benchmarks():
     assert (trained["test_images"], trained["qat_epochs"]) == (359, 5)
 
 
+def test_the_table_of_training_steps_is_that_of_the_benchmarks():
+    paths = sorted((ROOT / "configs/results").glob("resnet18_training_cpu_*.json"))
+    results = [json.loads(path.read_text()) for path in paths]
+    heads = [f"width {r['network']['width']}, batch {r['batch_size']}" for r in results]
+    assert f"| training step | {' | '.join(heads)} |" in README
+    for rows in zip(*(result["precisions"] for result in results), strict=True):
+        (label,) = {row["label"] for row in rows}
+        name = label if label.startswith("PyTorch") else f"JAX {label}"
+        cells = [f"{row['images_per_s']:,.0f} ({row['ratio_to_fp32']:.2f}×)" for row in rows]
+        assert f"| {name} | {' | '.join(cells)} |" in README
+    for result in results:
+        assert f"`{result['command']}`" in README
+    assert f"medians of {' and '.join(str(r['rounds']) for r in results)} rounds" in README
+    assert len(results) == 2
+
+
 def test_every_config_is_in_the_readme():
     files = {path.name for path in (ROOT / "configs").glob("*.yaml")}
     assert {name for name in files if f"`configs/{name}`" in README} == files

@@ -84,10 +84,15 @@ def _print_training(result: Mapping[str, Any], console: Console) -> None:
     columns |= {
         "x FP32": lambda row: _ratio(row["ratio_to_fp32"]),
         "temporary\nMB": _temporary,
-        "cosine\nto FP32": lambda row: f"{row['cosine_to_fp32']:.3f}",
+        "cosine\nto FP32": _cosine,
     }
     title = f"{result['network']['name']}, training step: batch {result['batch_size']}"
     _print_columns(title, columns, result["precisions"], console)
+
+
+def _cosine(row: Mapping[str, Any]) -> str:
+    found = row["cosine_to_fp32"]
+    return "" if found is None else f"{found:.3f}"
 
 
 def _temporary(row: Mapping[str, Any]) -> str:

@@ -10,12 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxqat.bench.checks import BenchmarkError
-from jaxqat.bench.engines import platform
+from jaxqat.bench.engines import is_installed, platform
 from jaxqat.bench.timing import Call, add_ratios, alternate, summarize
+from jaxqat.bench.torch_training import torch_has, torch_steps
 from jaxqat.pipeline.config import Experiment
-from jaxqat.pipeline.data import Dataset, Split
+from jaxqat.pipeline.data import Dataset, Split, normalize
 from jaxqat.pipeline.networks import Networks, matmul_precision, stage_key
 from jaxqat.pipeline.training import (
+    DEFAULT,
+    FAST,
+    Compilation,
     Data,
     TrainState,
     init_state,
@@ -24,6 +28,7 @@ from jaxqat.pipeline.training import (
 )
 from jaxqat.pipeline.training.step import make_dispatch
 from jaxqat.quant import QuantizedModule
+from jaxqat.quant.models.training_step import is_supported
 
 # As in training, a CPU runs one step per call. On an accelerator, such calls would leave it idle.
 STEPS_PER_CALL = {"cpu": 1}
@@ -44,12 +49,14 @@ class Variant:
         label: Displayed name.
         stage: 'fp32' or 'qat'.
         precision: `Experiment.precision`.
+        compilation: How the step is compiled.
     """
 
     key: str
     label: str
     stage: str
     precision: str
+    compilation: Compilation = DEFAULT
 
 
 FP32 = Variant("fp32", "FP32", "fp32", "float32")
@@ -59,8 +66,15 @@ QAT = Variant("qat", "QAT", "qat", "float32")
 QAT_TF32 = Variant("qat_tf32", "QAT, else TF32", "qat", "tf32")
 QAT_BF16 = Variant("qat_bf16", "QAT, else bf16", "qat", "bfloat16")
 
+
+def _fast(variant: Variant) -> Variant:
+    """Return a variant in the form that is fast on a CPU."""
+    key, label = f"{variant.key}_{FAST.name}", f"{variant.label}, {FAST.name}"
+    return dataclasses.replace(variant, key=key, label=label, compilation=FAST)
+
+
 VARIANTS = {
-    "cpu": (FP32, BF16, QAT),
+    "cpu": (FP32, _fast(FP32), BF16, _fast(BF16), QAT, _fast(QAT)),
     "cuda": (FP32, TF32, BF16, QAT, QAT_TF32, QAT_BF16),
     "tpu": (FP32, BF16, QAT, QAT_BF16),
 }
@@ -95,22 +109,29 @@ def benchmark_training(
     batch = batch_size or experiment.fp32.batch_size
     length = STEPS_PER_CALL.get(device, ACCELERATOR_STEPS_PER_CALL)
     dataset = random_dataset(image_shape, classes, batch * STEPS_PER_EPOCH)
-    rows, calls, first = [], {}, {}
-    for variant in VARIANTS.get(device, VARIANTS["cpu"]):
+    rows, calls, steps, first = [], {}, {}, {}
+    variants = VARIANTS.get(device, VARIANTS["cpu"])
+    for variant in (v for v in variants if is_supported() or v.compilation is DEFAULT):
         log(f"compiling {variant.label}")
         settings = dataclasses.replace(experiment, precision=variant.precision)
         with matmul_precision(settings):
             networks = Networks.build(settings, dataset)
-            trainer = Trainer(networks, variant.stage, batch, length)
+            trainer = Trainer(networks, variant.stage, batch, length, variant.compilation)
         first[variant.key] = trainer.first_update()
         check_update(variant.label, first[variant.key], first[FP32.key])
         rows.append({"key": variant.key, "label": variant.label, **trainer.memory()})
         rows[-1]["cosine_to_fp32"] = cosine(first[variant.key], first[FP32.key])
         calls[variant.key] = trainer.call()
+        steps[variant.key] = length
+    if device == "cpu":
+        for key, (label, call) in _by_torch(experiment, dataset, batch, log).items():
+            rows.append({"key": key, "label": label, "temporary_bytes": None})
+            rows[-1] |= {"argument_bytes": None, "cosine_to_fp32": None}
+            calls[key], steps[key] = call, 1
     log(f"{rounds} rounds of {len(calls)} steps")
     seconds = alternate(calls, rounds=rounds)
     for row in rows:
-        row |= summarize([s / length for s in seconds[row["key"]]], batch)
+        row |= summarize([s / steps[row["key"]] for s in seconds[row["key"]]], batch)
     add_ratios(rows, {"ratio_to_fp32": FP32.key})
     return {
         "network": {"name": experiment.name, **dataclasses.asdict(experiment.model)},
@@ -123,6 +144,19 @@ def benchmark_training(
     }
 
 
+def _by_torch(
+    experiment: Experiment, dataset: Dataset, batch: int, log: Callable[[str], None]
+) -> dict[str, tuple[str, Call]]:
+    """Return PyTorch's training steps of the same network, if it is installed and has them."""
+    if not is_installed("torch") or not torch_has(experiment.model):
+        return {}
+    log("building PyTorch")
+    images = np.asarray(
+        normalize(jnp.asarray(dataset.train.images[:batch]), dataset.mean, dataset.std)
+    )
+    return torch_steps(experiment.model, dataset.num_classes, images, dataset.train.labels[:batch])
+
+
 class Trainer:
     """A compiled training step and its state.
 
@@ -131,12 +165,19 @@ class Trainer:
         compile_seconds: Time to trace and compile the training steps.
     """
 
-    def __init__(self, networks: Networks, stage: str, batch: int, length: int):
+    def __init__(
+        self,
+        networks: Networks,
+        stage: str,
+        batch: int,
+        length: int,
+        compilation: Compilation = DEFAULT,
+    ):
         """Compile `length` training steps of a stage, with the settings of the FP32 stage.
 
         Products have the precision that is set at this call (`matmul_precision`).
         """
-        self.networks, self._stage = networks, stage
+        self.networks, self._stage, self._compilation = networks, stage, compilation
         dataset, config = networks.dataset, networks.experiment.fp32
         # The same optimizer for both stages; without a warm-up, as its first update is zero.
         settings = dataclasses.replace(config.optimizer, warmup_epochs=0.0)
@@ -166,8 +207,8 @@ class Trainer:
         return self._state.params
 
     def _compile(self, step: Any, length: int) -> Any:
-        dispatch: Any = make_dispatch(step, length)
-        return dispatch.lower(self._state, self._data, self._order, self._key).compile()
+        arguments = (self._state, self._data, self._order, self._key)
+        return self._compilation.compile(make_dispatch(step, length), *arguments)
 
     def _init(self, optimizer: Any) -> TrainState:
         params, collections = self.networks.init()
@@ -250,10 +291,13 @@ def cosine(first: list[np.ndarray], second: list[np.ndarray]) -> float:
 
 
 def notes(rows: list[dict[str, Any]]) -> list[str]:
-    """Return a sentence for each float variant that is faster than a QAT variant."""
+    """Return a sentence for each float variant, compiled alike, that is faster than a QAT one."""
     found = []
     for row in (row for row in rows if row["key"].startswith("qat")):
-        for other in (other for other in rows if not other["key"].startswith("qat")):
+        for other in rows:
+            kind = other["key"].partition("_")[0]
+            if kind in ("qat", "torch") or _is_fast(other["key"]) != _is_fast(row["key"]):
+                continue
             ratio = other["median_s"] / row["median_s"]
             if ratio < 1:
                 found.append(
@@ -261,3 +305,7 @@ def notes(rows: list[dict[str, Any]]) -> list[str]:
                     f"{ratio:.2f} times its speed."
                 )
     return found
+
+
+def _is_fast(key: str) -> bool:
+    return key.endswith(f"_{FAST.name}")

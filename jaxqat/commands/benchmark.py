@@ -197,7 +197,8 @@ def _packages(what: str) -> list[str]:
     """Return the packages that a measurement depends on."""
     if what == "inference":
         return list(dict.fromkeys(engine.packages[0] for engine in engines_of(platform())))
-    return ["jax", *(library.package for library in LIBRARIES)] if what == "libraries" else []
+    libraries = [library.package for library in LIBRARIES] if what == "libraries" else ["torch"]
+    return ["jax", *libraries]
 
 
 def _version(package: str) -> str:

@@ -31,18 +31,21 @@ def measure(rounds=2):
 def test_every_precision_of_the_device_is_measured(small_network):
     result = measure()
     rows = {row["key"]: row for row in result["precisions"]}
-    assert list(rows) == ["fp32", "bf16", "qat"]
+    of_jax = [f"{kind}{way}" for kind in ("fp32", "bf16", "qat") for way in ("", "_fast")]
+    assert [key for key in rows if not key.startswith("torch")] == of_jax
     assert result["batch_size"] == BATCH
     assert result["steps_per_call"] == 1
     for row in rows.values():
         assert len(row["seconds"]) == 2
         assert row["images_per_s"] == BATCH / np.median(row["seconds"])
         assert row["ratio_to_fp32"] == rows["fp32"]["median_s"] / row["median_s"]
-        assert row["temporary_bytes"] > 0
+        assert row["key"].startswith("torch") or row["temporary_bytes"] > 0
     np.testing.assert_allclose(rows["fp32"]["cosine_to_fp32"], 1, rtol=2**-50)
     # With operands of 8 bits the cosine falls by a few per cent; other images would give about 0.2.
-    assert 0.9 < rows["bf16"]["cosine_to_fp32"] < 1
-    assert 0.9 < rows["qat"]["cosine_to_fp32"] < 1
+    for key in of_jax[2:]:
+        assert 0.9 < rows[key]["cosine_to_fp32"] < 1
+    # Another order of sums only.
+    assert rows["fp32_fast"]["cosine_to_fp32"] > 1 - 1e-6
 
 
 def test_times_are_per_step_if_a_call_has_several(small_network, monkeypatch):
@@ -112,6 +115,9 @@ def test_notes_name_float_variants_faster_than_qat():
         {"key": "fp32", "label": "FP32", "median_s": 1.0},
         {"key": "bf16", "label": "bf16", "median_s": 4.0},
         {"key": "qat", "label": "QAT", "median_s": 2.0},
+        {"key": "fp32_fast", "label": "FP32, fast", "median_s": 0.5},
+        {"key": "qat_fast", "label": "QAT, fast", "median_s": 0.4},
+        {"key": "torch_fp32", "label": "PyTorch FP32", "median_s": 0.1},
     ]
     assert training.notes(rows) == [
         "A step of QAT is slower than one of FP32 here: 0.50 times its speed."
