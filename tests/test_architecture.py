@@ -46,7 +46,8 @@ INSIDE = {
     "pipeline": (
         *("hashing", "terminal", "results", "measurements", "data", "models", "metrics"),
         *("training", "checkpoint", "report"),
-        *("config", "networks", "evaluation", "run", "stages", "display", "integer_networks"),
+        *("config", "networks", "evaluation", "run", "compilation_choice", "stages", "display"),
+        "integer_networks",
         *("post_training", "takeover"),
     ),
 }
