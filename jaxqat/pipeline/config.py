@@ -47,8 +47,8 @@ class Experiment:
 
     compilation: Literal["auto", "default", "fast"] = "auto"
     """How training steps are compiled on a CPU: 'default' is XLA's way; 'fast' is that of
-    `jaxqat.jit_step`, in which convolutions train several times as fast on many processors; 'auto'
-    chooses by a measurement of some seconds, which the run folder keeps."""
+    `jaxqat.jit_step`, in which convolutions usually train faster; 'auto' chooses by a measurement
+    of some seconds, which the run folder keeps."""
 
     evaluation_batch_size: int = 500
     """Images per batch in evaluation."""

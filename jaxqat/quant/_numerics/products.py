@@ -197,11 +197,9 @@ class Convolution:
         if self.is_depthwise(weights) and self.taps(weights) <= SHIFTS:
             return self._over_windows(codes, weights, windows.depthwise)
         parts = self._exact_parts(weights, largest) if cpu.is_active() else None
-        return (
-            self._widened(codes, weights)
-            if parts is None
-            else self._in_float(codes, weights, parts)
-        )
+        if parts is None:
+            return self._widened(codes, weights)
+        return self._in_float(codes, weights, parts)
 
     def _in_float(self, codes, weights, parts):
         """Return the sums, computed in float32 (see `cpu`)."""
@@ -358,10 +356,9 @@ def backward(product: Product, x: Array, weights: Array, gradient: Array) -> tup
     """Return the gradients of the float product at (x, weights) for that of its output."""
     output, pullback = jax.vjp(product.real, x, weights)
     gradient = gradient.astype(output.dtype)
-    if cpu.is_active() and isinstance(product, Convolution):
-        shifted = product.shifted(weights)
-        if shifted is not None:
-            _, weights_pullback = jax.vjp(lambda w: product.real(x, w), weights)
-            _, x_pullback = jax.vjp(lambda x: shifted(x).astype(output.dtype), x)
-            return x_pullback(gradient)[0], weights_pullback(gradient)[0]
-    return pullback(gradient)
+    gradient_x, gradient_weights = pullback(gradient)
+    shifted = product.shifted(weights) if isinstance(product, Convolution) else None
+    if shifted is not None and cpu.is_active():
+        _, pullback = jax.vjp(lambda x: shifted(x).astype(output.dtype), x)
+        (gradient_x,) = pullback(gradient)
+    return gradient_x, gradient_weights
