@@ -54,6 +54,10 @@ class Parser(jsonargparse.ArgumentParser):
     def __init__(self, **options: Any):
         super().__init__(allow_abbrev=False, **options)
 
+    def format_help(self) -> str:
+        """Return the help; jsonargparse writes `<class 'Path'>` where `Path` is meant."""
+        return re.sub(r"<class\s+'(\w+)'>", r"\1", super().format_help())
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message and exit."""
         del ex

@@ -321,6 +321,7 @@ def test_help_of_a_command_describes_every_parameter_as_its_docstring_does(name,
         (["analyze"], "(type: int, default: 1000)"),
         (["lowering"], "--target {cpu,sm_75,sm_80,sm_90,tpu_v5e,tpu_v6e}"),
         (["benchmark"], "[run]"),
+        (["verify"], "Run folder. (required, type: Path)"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )

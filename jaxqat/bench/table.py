@@ -21,12 +21,12 @@ def print_benchmark(result: Mapping[str, Any], console: Console) -> None:
     else:
         _print_training(result, console)
         _print_notes(result["notes"], console)
-    say(_conditions(result), console)
+    say(conditions(result), console)
 
 
 def _print_inference(result: Mapping[str, Any], batch: Mapping[str, Any], console: Console) -> None:
     rows = [row for row in batch["engines"] if "median_s" in row]
-    columns = {"engine": _label, "images/s": _rate, "ms": _milliseconds, "spread": _spread}
+    columns = {"engine": _label, "images/s": _rate, "ms": _milliseconds, "spread": spread}
     columns |= {"error": _error, "x JAX\nFP32": lambda row: _ratio(row["ratio_to_jax_fp32"])}
     if any(row["ratio_to_ort_fp32"] is not None for row in rows):
         columns |= {"x ORT\nFP32": lambda row: _ratio(row["ratio_to_ort_fp32"])}
@@ -58,8 +58,11 @@ def _milliseconds(row: Mapping[str, Any]) -> str:
     return f"{1000 * row['median_s']:.2f}"
 
 
-def _spread(row: Mapping[str, Any]) -> str:
+def spread(row: Mapping[str, Any]) -> str:
+    """Return the distance of the quartiles in percent of the median."""
     low, high = row["quartiles_s"]
+    if low == high:  # Of one round.
+        return ""
     return f"{100 * (high - low) / row['median_s']:.0f} %"
 
 
@@ -80,7 +83,7 @@ def _share(row: Mapping[str, Any]) -> str:
 
 
 def _print_training(result: Mapping[str, Any], console: Console) -> None:
-    columns = {"precision": _label, "images/s": _rate, "ms": _milliseconds, "spread": _spread}
+    columns = {"precision": _label, "images/s": _rate, "ms": _milliseconds, "spread": spread}
     columns |= {
         "x FP32": lambda row: _ratio(row["ratio_to_fp32"]),
         "temporary\nMB": _temporary,
@@ -108,7 +111,7 @@ def _print_libraries(result: Mapping[str, Any], console: Console) -> None:
         "integer\nproducts": lambda row: f"{row['integer_products']} of {row['products']}",
         "compile\ns": lambda row: f"{row['compile_s']:.1f}",
         "ms": _milliseconds,
-        "spread": _spread,
+        "spread": spread,
         "x FP32": lambda row: _ratio(row["ratio_to_float"]),
     }
     if result["test_images"] is not None:
@@ -160,11 +163,15 @@ def _references(result: Mapping[str, Any]) -> str:
     return f"{text}."
 
 
-def _conditions(result: Mapping[str, Any]) -> str:
+def conditions(result: Mapping[str, Any]) -> str:
+    """Return where and how often was measured."""
     environment, load = result["environment"], result["load_average"]
     on_cpu = environment["platform"] == "cpu"
     where = environment["processor"] if on_cpu else environment["device"]
-    text = f"{where}; medians of {result['rounds']} rounds in alternation, spread between quartiles"
+    rounds = result["rounds"]
+    text = f"{where}; medians of {rounds} rounds in alternation, spread between quartiles"
+    if rounds == 1:
+        text = f"{where}; one round, so no spread"
     if on_cpu:
         text += f"; each engine uses {result['threads']} threads"
     if load is not None:

@@ -58,7 +58,7 @@ def analyze(
         ReportError: The page cannot be written.
     """
     if images < 1:
-        raise InputError(f"images must be 1 or more, got {images!r}.")
+        raise InputError(f"--images must be 1 or more, got {images!r}.")
     console = console or Console()
     folder = RunFolder(Path(run))
     experiment = folder.load_config()
@@ -68,6 +68,7 @@ def analyze(
     # Batches of nearly one size, because every size is compiled.
     batches = np.array_split(np.arange(len(chosen)), -(-len(chosen) // ANALYSIS_BATCH_SIZE))
     with matmul_precision(experiment):
+        say(f"analyzes {len(chosen):,} images, layer by layer", console)
         networks, model = restore_quantized(folder, experiment, dataset, stage)
         analysis = analyze_layers(
             networks.quantized,

@@ -25,6 +25,7 @@ from jaxqat.pipeline.run.folder import RunFolder, claim
 from jaxqat.pipeline.run.results import float_results, verification_result, write_test_samples
 from jaxqat.pipeline.run.snapshots import Model, restore_model
 from jaxqat.pipeline.stages import StageRun, check_finished
+from jaxqat.pipeline.terminal import say
 from jaxqat.pipeline.training import stop_on_signals
 from jaxqat.quant import Recipe
 
@@ -76,9 +77,11 @@ def quantize(
         networks = Networks.build(with_quantization(experiment, quant, batches), dataset)
         check_finished(StageRun.of("fp32", networks, folder))
         fp32 = restore_model(networks, folder, "fp32")
+        say(f"ptq: calibrates on {batches} batches, converts and tests", console)
         warn_unconverged(networks, fp32, console)
         model = calibrated(networks, fp32)
         graph, ptq, speed = convert_and_test(networks, model, stop, preset=recipe)
+        say("ptq: verifies every code on the test split", console)
         verification = verification_result(check_network(networks, model, graph, console))
         ptq = dataclasses.replace(ptq, verify=verification)
         results = folder.find_results()
@@ -100,8 +103,9 @@ def _check_batches(experiment: Experiment, dataset: Dataset, batches: int | None
         return min(experiment.qat.calibration_batches, available)
     if not 1 <= batches <= available:
         raise DataError(
-            f"batches must be in 1..{available}, the whole batches of {experiment.qat.batch_size} "
-            f"(qat.batch_size) in {len(dataset.train)} training images, got {batches}."
+            f"--batches must be in 1..{available}, the whole batches of "
+            f"{experiment.qat.batch_size} (qat.batch_size) in {len(dataset.train)} training "
+            f"images, got {batches}."
         )
     return batches
 

@@ -40,6 +40,7 @@ from jaxqat.pipeline.run.results import (
 from jaxqat.pipeline.run.snapshots import Model
 from jaxqat.pipeline.stages import StageRun
 from jaxqat.pipeline.takeover import FloatStage, find_float_stage
+from jaxqat.pipeline.terminal import say
 from jaxqat.pipeline.training import StopRequest, stop_on_signals
 
 
@@ -145,6 +146,7 @@ def _run(
 
     qat = runs["qat"].train(start, stop=stop, console=console)
     stop.raise_if_set()
+    say("tests both networks on the test split", console)
     measured = {
         stage: _measure(runs[stage], model) for stage, model in (("fp32", fp32), ("qat", qat))
     }
@@ -172,6 +174,7 @@ def _add_integer(
     console: Console,
 ) -> Results:
     """Convert the network of QAT, test and verify it, and add it to the results."""
+    say("qat: converts, tests and verifies the integer network", console)
     try:
         graph = make_network(networks, folder, qat)
     except ConversionError as error:
@@ -209,6 +212,7 @@ def _add_ptq(
         return results.with_network("ptq", before.ptq, before.speed["ptq"])
     if not networks.experiment.qat.test_calibrated:
         return results
+    say("ptq: converts and tests the calibrated FP32 network", console)
     try:
         graph, ptq, speed = convert_and_test(networks, start(), stop)
     except ConversionError as error:

@@ -23,6 +23,7 @@ from jaxqat.pipeline.networks import matmul_precision
 from jaxqat.pipeline.post_training import restore_quantized
 from jaxqat.pipeline.run.folder import RunFolder
 from jaxqat.pipeline.run.results import describe_run, verification_result
+from jaxqat.pipeline.terminal import say
 
 # The reference for each value of the option `format`.
 REFERENCES = {None: "the training graph", "onnx": "ONNX Runtime", "openvino": "OpenVINO"}
@@ -64,12 +65,14 @@ def verify(
         ExportError: If ONNX cannot express the network.
         ImportError: If a package is not installed.
     """
+    console = console or Console()
     folder = RunFolder(Path(run))
     experiment = folder.load_config()
     graph = load_network(folder, stage)
     dataset = load_dataset(experiment.data)
     images = find_split(dataset, split)
     check_network_data(folder, graph, dataset)
+    say(f"compares every code on {len(images):,} images of the {split} split", console)
     if format is not None:
         verification = _against_export(graph, images, format)
     else:
@@ -79,7 +82,7 @@ def verify(
     compared = "the integer network" + ("" if stage == "qat" else " of post-training quantization")
     networks_compared = f"{compared} and {REFERENCES[format]}, {split} split"
     counted = verification_result(verification)
-    print_verification(f"{experiment.name}: {networks_compared}", counted, console or Console())
+    print_verification(f"{experiment.name}: {networks_compared}", counted, console)
     info = describe_run(experiment, dataset, None)
     result = Comparison(**vars(info), **vars(counted), of=networks_compared)
     parts = ("verify", None if stage == "qat" else stage, format, split)

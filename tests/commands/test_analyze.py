@@ -54,6 +54,7 @@ def test_the_command_writes_data_and_page_and_nothing_else(
     assert [layer["path"] for layer in found["layers"]] == LAYERS
     assert (found["stage"], found["split"], found["step"]) == ("qat", "test", STEPS)
     shown = console.file.getvalue()
+    assert shown.startswith("analyzes 40 images, layer by layer\n")
     assert all(name in shown for name in (*LAYERS, "analysis.html"))
     assert (run / "analysis.html").read_text().count("<img") == 3
     # What was analyzed is the trained network, on the test images.
@@ -128,7 +129,7 @@ def test_a_run_that_was_never_quantized_is_named(run, small_network, console):
 
 
 def test_a_number_of_images_below_one_is_refused(run, console):
-    with pytest.raises(InputError, match="images must be 1 or more, got 0"):
+    with pytest.raises(InputError, match="--images must be 1 or more, got 0"):
         diagnosis.analyze(run, images=0, console=console)
 
 

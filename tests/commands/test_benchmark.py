@@ -12,7 +12,7 @@ import tiny_run
 from references import integer_graph
 from tiny_run import run_command
 
-from jaxqat.bench import BenchmarkError
+from jaxqat.bench import BenchmarkError, table
 from jaxqat.bench.networks import make_images, random_network
 from jaxqat.bench.table import print_benchmark
 from jaxqat.commands import benchmark as module
@@ -210,6 +210,18 @@ def test_shares_of_the_roofline_and_reasons_are_printed(console):
     assert "JAX integer (x) is not measured: no [kernel] for sm_75" in text
     assert "int8 loses" in text
     assert "ORT" not in text
+
+
+def test_one_round_has_no_spread():
+    several, one = {"median_s": 0.5, "quartiles_s": [0.4, 0.6]}, {"median_s": 0.5}
+    assert table.spread(several) == "40 %"
+    assert table.spread(one | {"quartiles_s": [0.5, 0.5]}) == ""
+    result = {
+        "environment": {"platform": "gpu", "device": "a GPU", "cpu_count": 1},
+        "load_average": None,
+    }  # fmt: skip
+    assert "medians of 3 rounds" in table.conditions(result | {"rounds": 3})
+    assert table.conditions(result | {"rounds": 1}) == "a GPU; one round, so no spread."
 
 
 def test_a_regular_file_and_no_temporary_one_is_left(measured):

@@ -98,7 +98,10 @@ def test_the_command_needs_only_fp32_and_train_continues_from_there(
 ):
     checkpoints = files(float_run / "checkpoints")
     assert run_command("quantize", float_run) == 0
-    assert "PTQ W8A8, integer" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    calibrates, verifies = "ptq: calibrates on 2 batches", "ptq: verifies every code"
+    assert 0 == shown.index(calibrates) < shown.index(verifies) < shown.index("PTQ W8A8, integer")
+    assert "PTQ W8A8, integer" in shown
     assert_ptq_is(float_run, *recomputed(float_run))
     found, whole = results_of(float_run), results_of(finished)
     assert "qat" not in found and "integer" not in found
@@ -168,7 +171,7 @@ def test_the_same_command_gives_the_same_network_and_scores(run, small_network, 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--batches", "7"), "batches must be in 1..6, the whole batches of 16"),
+        (("--batches", "7"), "--batches must be in 1..6, the whole batches of 16"),
         (("--recipe", "int9"), "Recipe must be one of int8,"),
     ],
 )

@@ -6,6 +6,7 @@ from typing import Any
 
 from jaxqat.pipeline import config as configs
 from jaxqat.pipeline.checkpoint import CheckpointStore, Restored
+from jaxqat.pipeline.checkpoint.manifest import DamagedCheckpointError
 from jaxqat.pipeline.checkpoint.store import MODEL, OPTIMIZER
 from jaxqat.pipeline.networks import Networks
 from jaxqat.pipeline.run.folder import RunFolder, RunFolderError
@@ -86,7 +87,13 @@ def restore_model(networks: Networks, folder: RunFolder, stage: str) -> Model:
     if not folder.checkpoints(stage).is_dir():
         raise RunFolderError(f"{folder.checkpoints(stage)}: there are no checkpoints of {stage}.")
     with open_store(networks.experiment, folder, stage, read_only=True) as store:
-        return Model.of(restore_selected(store, networks, stage))
+        try:
+            return Model.of(restore_selected(store, networks, stage))
+        except DamagedCheckpointError as error:
+            raise DamagedCheckpointError(
+                f"{error} To train from the last good checkpoint on, delete "
+                f"{folder.path / 'results.json'} and run the same `jaxqat train` again."
+            ) from error
 
 
 def check_data(restored: Restored, fingerprint: dict[str, Any]) -> None:
