@@ -146,17 +146,29 @@ def test_the_table_of_libraries_is_that_of_the_benchmarks():
 def test_the_table_of_training_steps_is_that_of_the_benchmarks():
     paths = sorted((ROOT / "configs/results").glob("resnet18_training_cpu_*.json"))
     results = [json.loads(path.read_text()) for path in paths]
-    heads = [f"width {r['network']['width']}, batch {r['batch_size']}" for r in results]
+    makers = [r["environment"]["processor"].split()[0].removesuffix("(R)") for r in results]
+    heads = [
+        f"{maker}, width {r['network']['width']}, batch {r['batch_size']}"
+        for maker, r in zip(makers, results, strict=True)
+    ]
     assert f"| training step | {' | '.join(heads)} |" in README
-    for rows in zip(*(result["precisions"] for result in results), strict=True):
-        (label,) = {row["label"] for row in rows}
+    rows = [{row["label"]: row for row in result["precisions"]} for result in results]
+    for label in set().union(*rows):
         name = label if label.startswith("PyTorch") else f"JAX {label}"
-        cells = [f"{row['images_per_s']:,.0f} ({row['ratio_to_fp32']:.2f}×)" for row in rows]
+        found = [by_label.get(label) for by_label in rows]
+        cells = [
+            "–" if row is None else f"{row['images_per_s']:,.0f} ({row['ratio_to_fp32']:.2f}×)"
+            for row in found
+        ]
         assert f"| {name} | {' | '.join(cells)} |" in README
     for result in results:
-        assert f"`{result['command']}`" in README
-    assert f"medians of {' and '.join(str(r['rounds']) for r in results)} rounds" in README
-    assert len(results) == 2
+        assert f"\n{result['command']}\n" in README
+        rounds, width = result["rounds"], result["network"]["width"]
+        assert f"{rounds} rounds (width {width})" in README
+    ratios = [f"{r['QAT, fast']['median_s'] / r['FP32, fast']['median_s']:.2f}" for r in rows]
+    assert f"takes {' and '.join(ratios[:2])} times as long" in README
+    assert f"{' and '.join(ratios[2:])} times on the Intel" in README
+    assert makers == ["AMD", "AMD", "Intel", "Intel"]
 
 
 def test_every_config_is_in_the_readme():
