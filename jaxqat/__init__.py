@@ -16,10 +16,11 @@ from jaxqat.errors import (
     QuantizationError,
     RecipeError,
 )
+from jaxqat.integer._compare import Verification
 from jaxqat.integer._convert.convert import convert
 from jaxqat.integer._execute.executor import Executor, make_executor
 from jaxqat.integer._store.folder import load, save
-from jaxqat.integer._verify import Verification, verify
+from jaxqat.integer._verify import verify
 from jaxqat.integer.graph import IntegerGraph
 from jaxqat.quant import (
     BatchNormWarning,

@@ -40,8 +40,8 @@ INSIDE = {
         "aqt",
     ),
     "integer": (
-        *("_packing", "_nodes", "graph", "_visitor", "_float_visitor"),
-        *("_convert", "_execute", "_store", "_verify"),
+        *("_packing", "_nodes", "_islands", "graph", "_visitor", "_float_visitor"),
+        *("_convert", "_execute", "_store", "_compare", "_verify"),
     ),
     "pipeline": (
         *("hashing", "terminal", "results", "measurements", "data", "models", "metrics"),

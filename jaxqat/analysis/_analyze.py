@@ -10,7 +10,7 @@ import numpy as np
 from jaxqat.analysis._measure import Measured, Score, Sums, measure
 from jaxqat.analysis.result import Analysis, LayerAnalysis, Sensitivity, TensorAnalysis
 from jaxqat.errors import QuantizationError
-from jaxqat.integer._verify import in_decibels
+from jaxqat.integer._compare import in_decibels
 from jaxqat.quant import LayerInfo
 from jaxqat.quant.models.batches import as_arguments, each_batch
 from jaxqat.quant.models.bound import BoundModel, QuantizedModel

@@ -1,5 +1,5 @@
 # pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
-"""`describe`: list a model's products, their quantization, and obstacles to conversion."""
+"""`describe`: list a model's products, their quantization, and what stays in float."""
 
 import dataclasses
 import math
@@ -34,12 +34,12 @@ class LayerDescription:
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """A model's products and obstacles to conversion; `str` gives a table.
+    """A model's products, and what has no integer form; `str` gives a table.
 
     Attributes:
         layers: Products, in the order of computation.
-        obstacles: Reasons why the model cannot be converted to an integer network, a line each;
-            empty if it can.
+        obstacles: Further parts without an integer form, with the reasons, a line each. `convert`
+            computes them in float, and refuses them with `strict=True`.
     """
 
     layers: tuple[LayerDescription, ...]
@@ -50,8 +50,11 @@ class Description:
         rows += [_cells(layer) for layer in self.layers]
         macs = sum(row.layer.macs for row in self.layers)
         size = sum(row.weight_bytes for row in self.layers)
+        in_integers = sum(row.layer.macs for row in self.layers if row.layer.float_reason is None)
         rows.append(("total", "", "", "", "", "", f"{macs:,}", f"{size:,}"))
         lines = list(aligned(rows, texts=6))
+        if macs:
+            lines.append(f"{100 * in_integers / macs:.1f} % of the MACs multiply integers")
         for row in self.layers:
             if row.layer.float_reason is not None:
                 lines.append(f"in float: {row.layer.path}: {row.layer.float_reason}")

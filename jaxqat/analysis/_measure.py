@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxqat.analysis.result import Effect
 from jaxqat.errors import QuantizationError
-from jaxqat.integer._verify import in_decibels
+from jaxqat.integer._compare import in_decibels
 from jaxqat.quant._interpret import EvaluatedLayer, Evaluator
 from jaxqat.quant._numerics.activations import dequantize, in_units
 from jaxqat.quant._numerics.grids import Grid

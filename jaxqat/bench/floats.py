@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxqat.bench.checks import BenchmarkError
 from jaxqat.integer import graph as g
+from jaxqat.integer._execute.float_ops import evaluate
 from jaxqat.integer._float_visitor import FloatVisitor
 
 Arrays = dict[str, tuple[Any, Any]]
@@ -88,6 +90,7 @@ class JaxNetwork(FloatNetwork):
         super().__init__(graph)
         self.precision, self.outputs_first = precision, outputs_first
         self.dtype = jnp.bfloat16 if precision == "bf16" else jnp.float32
+        self._batch: Any = None
 
     def arrays(self) -> Arrays:
         """Return weights and biases on the device, in the network's precision and layout."""
@@ -101,6 +104,7 @@ class JaxNetwork(FloatNetwork):
 
     def apply(self, arrays: Arrays, images: jax.Array) -> jax.Array:
         """Return the float32 logits of float32 images."""
+        self._batch = images.shape[0]
         with jax.default_matmul_precision(_PRECISIONS[self.precision]):
             return self.run(arrays, images.astype(self.dtype)).astype(jnp.float32)
 
@@ -137,6 +141,11 @@ class JaxNetwork(FloatNetwork):
     def concat(self, node: g.Concat, inputs: list[Any]) -> Any:
         """Concatenate tensors."""
         return jnp.concatenate(inputs, node.axis)
+
+    def float_op(self, node: g.FloatOp, inputs: list[Any]) -> Any:
+        """Return the same operation, in float32."""
+        real = [x.astype(jnp.float32) if x.dtype == self.dtype else x for x in inputs]
+        return evaluate(node, real, self._batch)
 
     def pad(self, x: Any, padding: tuple[tuple[int, int], ...]) -> Any:
         """Add zeros before and after each axis."""
@@ -207,6 +216,10 @@ class TorchNetwork(FloatNetwork):
     def concat(self, node: g.Concat, inputs: list[Any]) -> Any:
         """Concatenate tensors."""
         return self.torch.cat(inputs, node.axis)
+
+    def float_op(self, node: g.FloatOp, inputs: list[Any]) -> Any:
+        """Refuse: only JAX runs float islands."""
+        raise BenchmarkError(f"node {node.name!r}: PyTorch is not measured with float islands.")
 
     def pad(self, x: Any, padding: tuple[tuple[int, int], ...]) -> Any:
         """Add zeros before and after each axis."""

@@ -64,9 +64,7 @@ def run_pixels(workdir: Path) -> UInt8[np.ndarray, "n h w c"] | None:
 
 def are_usable(graph: IntegerGraph, pixels: UInt8[np.ndarray, "..."]) -> bool:
     """Return whether a network has a table for pixels and these have the shape of its input."""
-    return len(pixels) > 0 and (
-        graph.quantize.table is not None and pixels.shape[1:] == graph.input_shape
-    )
+    return len(pixels) > 0 and (graph.takes_uint8 and pixels.shape[1:] == graph.input_shape)
 
 
 def make_images(

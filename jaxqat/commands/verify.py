@@ -6,8 +6,9 @@ from typing import Any, Literal
 import numpy as np
 from rich.console import Console
 
+from jaxqat.integer._compare import Network, Observation, Verification, compare
 from jaxqat.integer._execute.executor import make_executor
-from jaxqat.integer._verify import Network, Observation, Verification, compare, integer_network
+from jaxqat.integer._verify import integer_network
 from jaxqat.integer.graph import IntegerGraph
 from jaxqat.pipeline.data import Split, load_dataset
 from jaxqat.pipeline.display import print_verification

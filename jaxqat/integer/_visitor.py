@@ -9,8 +9,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Generic, TypeVar
 
 from jaxqat.integer.graph import (
+    INPUT,
     Add,
     Concat,
+    FloatOp,
     IntegerGraph,
     MaxPool,
     Move,
@@ -42,9 +44,10 @@ class GraphVisitor(ABC, Generic[Value]):
             parameters: Arrays of each product by the node's name, for visitors that take them
                 as arguments.
         """
-        values: dict[str, Value] = {}
+        values: dict[str, Value] = {INPUT: images}
         for node in self.visited_nodes():
             values[node.output] = self.node(node, values, images, parameters or {})
+        del values[INPUT]
         return values
 
     def visited_nodes(self) -> Iterable[Node]:
@@ -62,7 +65,7 @@ class GraphVisitor(ABC, Generic[Value]):
         inputs = [values[name] for name in node.inputs]
         match node:
             case Quantize():
-                return self.quantize(node, images)
+                return self.quantize(node, inputs[0] if inputs else images)
             case Product():
                 return self.product(node, parameters.get(node.name), inputs[0])
             case Add():
@@ -77,11 +80,13 @@ class GraphVisitor(ABC, Generic[Value]):
                 return self.move(node, inputs[0])
             case Concat():
                 return self.concat(node, inputs)
+            case FloatOp():
+                return self.float_op(node, inputs)
         raise TypeError(f"node {node.name!r}: {type(node).__name__} is not a known node kind.")
 
     @abstractmethod
     def quantize(self, node: Quantize, images: Value) -> Value:
-        """Visit the quantization of the network's input."""
+        """Visit the quantization of the network's input, or of a real tensor."""
 
     @abstractmethod
     def product(self, node: Product, arrays: Any, x: Value) -> Value:
@@ -110,3 +115,7 @@ class GraphVisitor(ABC, Generic[Value]):
     @abstractmethod
     def concat(self, node: Concat, inputs: list[Value]) -> Value:
         """Visit a concatenation."""
+
+    @abstractmethod
+    def float_op(self, node: FloatOp, inputs: list[Value]) -> Value:
+        """Visit an operation on real numbers; codes among the inputs are not dequantized yet."""

@@ -21,9 +21,11 @@ from collections.abc import Iterator
 from typing import Literal
 
 from jaxqat.errors import GraphError
+from jaxqat.integer._islands import Island, find_islands
 from jaxqat.integer._nodes.add import Add
 from jaxqat.integer._nodes.base import CODE_MAX, CODE_MIN, Node, Tensor
 from jaxqat.integer._nodes.concat import Concat
+from jaxqat.integer._nodes.float_op import FloatOp
 from jaxqat.integer._nodes.max_pool import MaxPool
 from jaxqat.integer._nodes.move import Move
 from jaxqat.integer._nodes.product import Product
@@ -35,10 +37,14 @@ from jaxqat.integer._packing import packed_size
 __all__ = [
     "CODE_MAX",
     "CODE_MIN",
+    "INPUT",
     "NODE_KINDS",
     "Add",
     "Concat",
+    "FloatOp",
+    "InputType",
     "IntegerGraph",
+    "Island",
     "MaxPool",
     "Move",
     "Node",
@@ -51,10 +57,14 @@ __all__ = [
 ]
 
 Requantization = Literal["float", "fixed_point"]
+InputType = Literal["float32", "int32", "uint8"]
+
+INPUT = "<input>"
+"""By this name a `FloatOp` reads the network's input."""
 
 NODE_KINDS: tuple[type[Node], ...] = (
     *(Quantize, Product, Add, Requantize),
-    *(MaxPool, SumPool, Move, Concat),
+    *(MaxPool, SumPool, Move, Concat, FloatOp),
 )
 """Every kind of node that a graph can have."""
 
@@ -63,6 +73,10 @@ NODE_KINDS: tuple[type[Node], ...] = (
 class IntegerGraph:
     """An integer network.
 
+    What has no integer form is computed by `FloatOp` nodes, on real tensors: results of such nodes,
+    of products and of average pools that are not in `tensors`. Only `FloatOp` and `Quantize` nodes
+    read real tensors.
+
     The constructor checks these invariants: each node reads only tensors of earlier nodes; each
     tensor is the output of exactly one node and has its output shape; moves and max pools keep
     zero point and bounds; arrays have the declared dtypes and shapes; codes fit int8; scales and
@@ -70,15 +84,16 @@ class IntegerGraph:
 
     Attributes:
         input_shape: Shape of one input, without the batch. The input is float32, or also uint8 if
-            the `Quantize` node has a table.
+            the `Quantize` node has a table, unless `input_type` says otherwise.
         tensors: Tensors by name.
         nodes: Nodes in order of execution.
         output: Name of the network's result: a tensor of `tensors`, whose real values are the
-            result, or otherwise the real output of a product or an average pool.
+            result, or otherwise a real tensor.
         output_shape: Shape of one result, without the batch.
         requantization: 'float' (one float32 multiplication and a rounding) or 'fixed_point'
             (int32 multiplier and rounding shift).
         metadata: Free-form description, such as 'labels' (class names) and the origin.
+        input_type: Type of the model's own input; that of tokens is int32.
 
     Raises:
         GraphError: If an invariant is broken; names the node or tensor.
@@ -91,67 +106,116 @@ class IntegerGraph:
     output_shape: tuple[int, ...]
     requantization: Requantization = "float"
     metadata: dict[str, object] = dataclasses.field(default_factory=dict[str, object])
+    input_type: InputType = "float32"
 
     def __post_init__(self):
-        available: set[str] = set()
+        available: set[str] = {INPUT}
+        real: dict[str, tuple[int, ...]] = {INPUT: self.input_shape}
         for tensor in self.tensors.values():
             tensor.check()
+        # Only these nodes read real tensors.
+        real_readers = (node for node in self.nodes if isinstance(node, Quantize | FloatOp))
+        read = {name for node in real_readers for name in node.inputs}
         for node in self.nodes:
-            self._check_order(node, available)
-            inputs = [self.tensors[name] for name in node.inputs]
+            self._check_order(node, available, read)
+            inputs = [self.tensors[name] for name in node.inputs if name in self.tensors]
             node.check(inputs, self.tensors.get(node.output))
-            self._check_shape(node)
+            self._check_shape(node, real)
             available.add(node.output)
         missing = [name for name in (*self.tensors, self.output) if name not in available]
         if missing:
             raise GraphError(f"no node makes {missing[0]!r}.")
-        if sum(isinstance(node, Quantize) for node in self.nodes) != 1:
-            raise GraphError("a graph must have exactly one Quantize node.")
+        inputs = sum(isinstance(node, Quantize) and not node.inputs for node in self.nodes)
+        read = inputs + sum(INPUT in node.inputs for node in self.nodes)
+        if inputs > 1 or not read:
+            raise GraphError(
+                f"exactly one Quantize node must quantize the input, or FloatOp nodes read it: got "
+                f"{inputs} and {read - inputs}."
+            )
 
     def __repr__(self) -> str:
+        islands = f", {count} float islands" if (count := len(self.islands)) else ""
         return (
             f"IntegerGraph({self.input_shape} -> {self.output_shape}, {len(self.nodes)} nodes, "
-            f"{self.size_bytes():,} bytes of weights)"
+            f"{self.size_bytes():,} bytes of weights{islands})"
         )
 
     @property
     def quantize(self) -> Quantize:
-        """The node that quantizes the input."""
-        return next(node for node in self.nodes if isinstance(node, Quantize))
+        """The node that quantizes the input.
+
+        Raises:
+            GraphError: If there is none: float operations read the input.
+        """
+        for node in self.nodes:
+            if isinstance(node, Quantize) and not node.inputs:
+                return node
+        raise GraphError("no Quantize node reads the input: float operations do.")
+
+    @property
+    def takes_uint8(self) -> bool:
+        """Whether the input may be uint8 images, for which a node has a table."""
+        return any(isinstance(node, Quantize) and node.table is not None for node in self.nodes)
+
+    @property
+    def entries(self) -> tuple[str, ...]:
+        """Names of the tensors that are quantized from real ones: of float islands' results."""
+        return tuple(n.output for n in self.nodes if isinstance(n, Quantize) and n.inputs)
+
+    @property
+    def islands(self) -> tuple[Island, ...]:
+        """The parts that are computed in float: connected operations without an integer form."""
+        return find_islands(self.nodes, self.output)
+
+    @property
+    def float_ops(self) -> tuple[FloatOp, ...]:
+        """The operations without an integer form, in order."""
+        return tuple(node for node in self.nodes if isinstance(node, FloatOp))
 
     def products(self) -> Iterator[Product]:
         """Yield convolutions and dense layers, in order."""
         return (node for node in self.nodes if isinstance(node, Product))
+
+    def _is_quantized(self, name: str) -> bool:
+        return any(isinstance(node, Quantize) for node in self.readers(name))
 
     def readers(self, tensor: str) -> list[Node]:
         """Return the nodes that read the tensor of this name."""
         return [node for node in self.nodes if tensor in node.inputs]
 
     def size_bytes(self) -> int:
-        """Return the bytes of the packed weights, int32 biases and float32 multipliers."""
-        return sum(
+        """Return the bytes of weights, biases and multipliers, packed, and of float constants."""
+        constants = (c.nbytes for node in self.float_ops for c in node.constants if c is not None)
+        return sum(constants) + sum(
             packed_size(p.weights.size, p.weight_bits) + p.bias.nbytes + p.multiplier.nbytes
             for p in self.products()
         )
 
-    def _check_order(self, node: Node, available: set[str]) -> None:
+    def _check_order(self, node: Node, available: set[str], read: set[str]) -> None:
         missing = [name for name in node.inputs if name not in available]
-        # A real result is not in `tensors`, so no node can read it.
-        missing += [name for name in node.inputs if name not in self.tensors]
+        if not isinstance(node, Quantize | FloatOp):  # These alone read real tensors.
+            missing += [name for name in node.inputs if name not in self.tensors]
         if missing:
             raise node.error(f"reads {missing[0]!r}, which no node before it makes.")
         if node.output in available:
             raise node.error(f"makes {node.output!r}, which an earlier node makes already.")
-        real = node.may_be_real and node.output == self.output
+        real = node.may_be_real and (node.output == self.output or node.output in read)
         if node.output not in self.tensors and not real:
             raise node.error(f"makes {node.output!r}, which is not a tensor of the graph.")
 
-    def _check_shape(self, node: Node) -> None:
-        if isinstance(node, Quantize):
-            shapes = [self.input_shape]
+    def _check_shape(self, node: Node, real: dict[str, tuple[int, ...]]) -> None:
+        """Check the shape that a node makes; note that of a real tensor in `real`."""
+        if isinstance(node, FloatOp):
+            if node.output != self.output and not self._is_quantized(node.output):
+                return  # Its batch may be anywhere.
+            shapes = list[tuple[int, ...]]()
+        elif isinstance(node, Quantize):
+            shapes = [real.get(name, ()) for name in node.inputs or (INPUT,)]
         else:
             shapes = [self.tensors[name].shape for name in node.inputs]
         shape = node.output_shape(shapes)
+        if node.output not in self.tensors:
+            real[node.output] = shape
         declared: list[tuple[int, ...]] = []
         if node.output in self.tensors:
             declared.append(self.tensors[node.output].shape)

@@ -16,9 +16,10 @@ from rich.console import Console
 
 import jaxqat
 from jaxqat.errors import ArtifactError
+from jaxqat.integer._compare import Verification
 from jaxqat.integer._convert.convert import convert
 from jaxqat.integer._store.folder import load, save
-from jaxqat.integer._verify import Verification, verify
+from jaxqat.integer._verify import verify
 from jaxqat.integer.graph import IntegerGraph
 from jaxqat.pipeline import config as configs
 from jaxqat.pipeline.data import Dataset, Split
@@ -66,6 +67,7 @@ def convert_network(networks: Networks, model: Model, *, stage: str, **more: Any
         networks.one_image(),
         preprocess=networks.normalize,
         metadata={**_metadata(networks, model.step), "stage": stage, **more},
+        strict=True,
         train=False,
     )
 

@@ -60,6 +60,7 @@ class Maker:
         self.symmetric, self.bits = symmetric, bits
         self.requantization: g.Requantization = requantization
         self.shape, self.tensors, self.nodes, self.codes = shape, {}, [], {}
+        self.reals: dict[str, np.ndarray] = {}
         self.images = pixels(self, batch, seed + 1000)
 
     @property
@@ -100,7 +101,22 @@ class Maker:
         return node.output
 
     def _run(self, node, tensors) -> np.ndarray:
-        return integer_graph.step(node, tensors, self.codes, self.images, self.requantization)
+        return integer_graph.step(
+            node, tensors, self.codes, self.images, self.requantization, self.reals
+        )
+
+    def run_real(self, node) -> np.ndarray:
+        return self._run(node, self.tensors).astype(F)
+
+    def float_op(self, name, operation, inputs, shape, attributes=None):
+        """Add an operation on real numbers; shapes hold {'batch': k}."""
+        node = g.FloatOp(
+            name=name, inputs=tuple(inputs), output=name, operation=operation, dtype="float32",
+            attributes=attributes or {}, constants=(None,) * len(inputs), shape=shape,
+        )  # fmt: skip
+        self.nodes.append(node)
+        self.reals[name] = self.run_real(node)
+        return name
 
     def quantize(self):
         images = normalized(self.images)

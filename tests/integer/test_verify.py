@@ -11,8 +11,8 @@ from integer.models import MODELS, inputs, trained
 from references import integer_graph
 
 import jaxqat
+from jaxqat.integer._compare import Observation, TensorCheck, Verification, compare
 from jaxqat.integer._execute.executor import make_executor
-from jaxqat.integer._verify import Observation, TensorCheck, Verification, compare
 
 IMAGES = inputs(12, seed=1)
 

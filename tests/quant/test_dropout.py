@@ -343,7 +343,8 @@ def test_a_network_that_trained_with_dropout_is_converted_without_a_differing_co
     assert jaxqat.verify(network, graph=graph, batches=[ROWS]).differing == 0
 
 
-def test_a_network_in_training_mode_is_not_converted():
-    network, inputs = KINDS["linen"](True)
-    with pytest.raises(jaxqat.ConversionError, match="'select_n'"):
+@pytest.mark.parametrize("kind", ["linen", "nnx", "equinox"])
+def test_a_network_in_training_mode_is_not_converted_and_told_why(kind):
+    network, inputs = KINDS[kind](True)
+    with pytest.raises(jaxqat.ConversionError, match=r"drops elements at random: convert it as in"):
         jaxqat.convert(network.calibrate(*inputs), ROWS[:1])

@@ -8,8 +8,10 @@ import itertools
 import math
 
 import numpy as np
+from references import float_ops
 
 from jaxqat.integer import graph as g
+from jaxqat.integer._nodes.float_op import at_batch
 
 
 def run(graph, images):
@@ -19,17 +21,23 @@ def run(graph, images):
         graph: An `IntegerGraph`.
         images: (batch, *graph.input_shape): float32, or uint8 if the graph has a table.
     """
-    codes, result = {}, np.empty(0)
+    codes, reals = {}, {g.INPUT: images}
     for node in graph.nodes:
-        steps = step(node, graph.tensors, codes, images, graph.requantization)
+        steps = step(node, graph.tensors, codes, images, graph.requantization, reals)
         if node.output not in graph.tensors:
-            result = steps
+            reals[node.output] = steps
             continue
         codes[node.output] = stored(graph.tensors[node.output], steps)
-    if graph.output in graph.tensors:
-        tensor = graph.tensors[graph.output]
-        result = (codes[graph.output].astype(np.float32) - tensor.zero_point) * tensor.scale
-    return codes, result.astype(np.float32)
+    return codes, real(graph.output, graph.tensors, codes, reals).astype(np.float32)
+
+
+def real(name, tensors, codes, reals):
+    """Real numbers: of a tensor of codes, or what a node made."""
+    if name not in tensors:
+        assert reals is not None
+        return reals[name]
+    tensor = tensors[name]
+    return (codes[name].astype(np.float32) - tensor.zero_point) * tensor.scale
 
 
 def stored(tensor, steps):
@@ -38,13 +46,18 @@ def stored(tensor, steps):
     return np.clip(steps + tensor.zero_point, tensor.low, tensor.high).astype(np.int8)
 
 
-def step(node, tensors, codes, images=None, requantization="float") -> np.ndarray:
+def step(node, tensors, codes, images=None, requantization="float", reals=None) -> np.ndarray:
     """What a node makes, in steps of its output's grid (int64), or its real result (float32)."""
+    if isinstance(node, g.FloatOp):
+        return float_op(node, [real(name, tensors, codes, reals) for name in node.inputs], images)
+    if isinstance(node, g.Quantize) and node.inputs:
+        assert reals is not None
+        return quantized(node, reals[node.inputs[0]], tensors[node.output].zero_point)
     inputs = [codes[name].astype(np.int64) - tensors[name].zero_point for name in node.inputs]
-    real = node.output not in tensors
+    is_real = node.output not in tensors
 
     def rescaled(total, multiplier):
-        if real:
+        if is_real:
             return total.astype(np.float32) * multiplier
         return rounded(total, multiplier, requantization)
 
@@ -68,7 +81,19 @@ def step(node, tensors, codes, images=None, requantization="float") -> np.ndarra
             return moved(node, inputs[0])
         case g.Concat():
             return np.concatenate(inputs, node.axis)
+        case g.FloatOp():
+            raise AssertionError("made above")
     raise TypeError(f"no such node: {type(node).__name__}")
+
+
+def float_op(node, inputs, images):
+    """An operation on real numbers, in float64 and rounded to float32."""
+    waiting = iter(inputs)
+    operands = [next(waiting) if c is None else c for c in node.constants]
+    operands = [x.astype(np.float64) if x.dtype == np.float32 else x for x in operands]
+    attributes = {key: at_batch(value, len(images)) for key, value in node.attributes.items()}
+    found = np.asarray(float_ops.evaluate(node.operation, attributes, operands))
+    return found.astype(node.dtype)
 
 
 def quantized(node, images, zero_point):

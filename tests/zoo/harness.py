@@ -81,9 +81,9 @@ class Quantized:
         model, before = self.in_inference()
         return jaxqat.describe(model, *before, self.inputs[:1], **self.kwargs)
 
-    def convert(self) -> jaxqat.IntegerGraph:
+    def convert(self, *, strict: bool = False) -> jaxqat.IntegerGraph:
         model, before = self.in_inference()
-        return jaxqat.convert(model, *before, self.inputs[:1], **self.kwargs)
+        return jaxqat.convert(model, *before, self.inputs[:1], strict=strict, **self.kwargs)
 
     def verify(self, graph: jaxqat.IntegerGraph) -> jaxqat.Verification:
         model, before = self.in_inference()

@@ -330,10 +330,10 @@ def test_every_sum_is_an_integer_kernel_of_onnx_runtime(name, tmp_path):
 
 @pytest.mark.filterwarnings("error:Explicitly requested dtype")  # Tokens are int64.
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_an_integer_network_is_refused_by_module_and_operation(name):
+def test_a_strict_conversion_names_every_part_without_an_integer_form(name):
     quantized = trained(name).quantized
     with pytest.raises(jaxqat.ConversionError) as error:
-        quantized.convert()
+        quantized.convert(strict=True)
     description = quantized.describe()
     in_float = [r.layer for r in description.layers if r.layer.float_reason is not None]
     told = [f"{row.path} ({row.kind}): {row.float_reason}" for row in in_float]
@@ -342,6 +342,29 @@ def test_what_cannot_be_an_integer_network_is_refused_by_module_and_operation(na
         assert any(re.match(f"(\\w+/)?{pattern}", reason) for reason in error.value.reasons), (
             pattern
         )
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_model_with_such_parts_becomes_a_network_with_float_islands(name, tmp_path):
+    quantized = trained(name).quantized
+    graph = jaxqat.load(jaxqat.save(quantized.convert(), tmp_path / "network"))
+    assert graph.islands
+    check = quantized.verify(graph)
+    assert (check.differing, check.failures) == (0, ())
+    assert check.codes + check.island_codes > 20 * 12
+    pytest.importorskip("onnxruntime")
+    from jaxqat.export._onnx.model import onnx_model
+    from jaxqat.export._onnx.runtime import make_runner
+
+    run = make_runner(onnx_model(graph, by_segment=True).SerializeToString(), expose=True)
+    executor = jaxqat.make_executor(graph)
+    for count in (1, 3, 20):
+        inputs = quantized.inputs[:count].astype(graph.input_type)
+        codes = executor.codes(inputs)
+        result, found = run(inputs, codes)
+        for tensor, wanted in codes.items():
+            np.testing.assert_array_equal(found[tensor], wanted, err_msg=tensor)
+        np.testing.assert_allclose(result, executor(inputs), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["vit", "encoder"])
@@ -403,4 +426,4 @@ def test_a_cnn_of_learned_low_bits_becomes_its_integer_network():
 
 def test_dynamic_ranges_keep_the_cnn_from_being_converted_and_say_so():
     with pytest.raises(jaxqat.ConversionError, match="the dynamic range of the input of Dense_1"):
-        trained("cnn", "int8_dynamic").quantized.convert()
+        trained("cnn", "int8_dynamic").quantized.convert(strict=True)

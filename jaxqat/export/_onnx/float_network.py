@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxqat.errors import ExportError
 from jaxqat.export._onnx import moves as onnx_moves
 from jaxqat.export._onnx.builder import OPSET, Builder, channels_first, channels_last
 from jaxqat.export._onnx.nodes import geometry, oriented_weights
@@ -14,6 +15,7 @@ from jaxqat.integer._float_visitor import FloatVisitor
 from jaxqat.integer.graph import (
     Add,
     Concat,
+    FloatOp,
     IntegerGraph,
     MaxPool,
     Move,
@@ -116,6 +118,10 @@ class OnnxFloatWriter(FloatVisitor[str]):
     def concat(self, node: Concat, inputs: list[str]) -> str:
         """Write a Concat."""
         return onnx_moves.concat(self.builder, node, inputs, self._rank(node))
+
+    def float_op(self, node: FloatOp, inputs: list[str]) -> str:
+        """Refuse: this baseline is of networks that are integer throughout."""
+        raise ExportError(f"node {node.name!r}: a float network with islands is not written.")
 
     def _rank(self, node: Node) -> int:
         return 1 + len(self.graph.tensors[node.inputs[0]].shape)

@@ -21,7 +21,7 @@ import numpy as np
 
 from jaxqat.errors import ExportError
 from jaxqat.export._files import check_target
-from jaxqat.export._onnx.builder import OPSET, library
+from jaxqat.export._onnx.builder import OPSET, channels_first, library
 from jaxqat.export._onnx.nodes import OnnxWriter
 from jaxqat.integer._store.files import write_atomically
 from jaxqat.integer.graph import IntegerGraph
@@ -31,14 +31,22 @@ Input = Literal["float", "uint8"]
 INPUT, OUTPUT = "images", "logits"
 
 
-def onnx_model(graph: IntegerGraph, *, input: Input = "float", opset: int = OPSET) -> Any:
+def onnx_model(
+    graph: IntegerGraph,
+    *,
+    input: Input = "float",
+    opset: int = OPSET,
+    by_segment: bool = False,
+) -> Any:
     """Return an integer network as an `onnx.ModelProto`.
 
     Args:
         graph: Network with requantization 'float'.
-        input: 'float' for the network's float32 input; 'uint8' for images of 0..255, if the
-            network has a table of pixel codes.
+        input: 'float' for the model's own input, float32 or integers; 'uint8' for images of 0..255,
+            if the network has a table of pixel codes.
         opset: Version of ONNX's operator set, 13 or later.
+        by_segment: Whether the tensors that float islands make are further inputs, uint8 and
+            channels first, so that each integer part is computed by itself.
 
     Raises:
         ExportError: If ONNX cannot represent the network exactly, or an argument is invalid.
@@ -51,11 +59,17 @@ def onnx_model(graph: IntegerGraph, *, input: Input = "float", opset: int = OPSE
             f"The network's requantization is {graph.requantization!r}, a rounding shift of 64-bit "
             "products, for which ONNX has no operation; convert with requantization='float'."
         )
-    writer = OnnxWriter(graph, INPUT, OUTPUT, uint8=input == "uint8")
+    uint8 = input == "uint8"
+    writer = OnnxWriter(graph, INPUT, OUTPUT, uint8=uint8, opset=opset, by_segment=by_segment)
     writer.write()
+    inputs = [(INPUT, np.uint8 if uint8 else np.dtype(graph.input_type), graph.input_shape)]
+    for name, entry in writer.entries.items():
+        shape = graph.tensors[name].shape
+        _, *order = channels_first(1 + len(shape))
+        inputs.append((entry, np.uint8, tuple(shape[axis - 1] for axis in order)))
     return writer.builder.model(
-        [(INPUT, np.uint8 if input == "uint8" else np.float32, graph.input_shape)],
-        [(OUTPUT, np.float32, graph.output_shape)],
+        inputs,
+        [(OUTPUT, _result_type(graph), graph.output_shape)],
         opset=opset,
         properties=_properties(graph, input, writer),
     )
@@ -93,6 +107,11 @@ def export_onnx(
     return path
 
 
+def _result_type(graph: IntegerGraph) -> np.dtype[Any]:
+    made = {node.output: node.dtype for node in graph.float_ops}
+    return np.dtype(made.get(graph.output, "float32"))
+
+
 def _properties(graph: IntegerGraph, input: Input, writer: OnnxWriter) -> dict[str, str]:
     """Return the file's metadata: JSON text by key."""
     input_description = {
@@ -100,7 +119,11 @@ def _properties(graph: IntegerGraph, input: Input, writer: OnnxWriter) -> dict[s
         "values": "0..255, normalized inside" if input == "uint8" else "normalized as in training",
     }
     codes = {
-        name: {"output": writer.codes[name], "offset": writer.offsets[name]}
+        name: {
+            "output": writer.codes[name],
+            "offset": writer.offsets[name],
+            **({"entry": writer.entries[name]} if name in writer.entries else {}),
+        }
         for name in graph.tensors
     }
     metadata = {key: value for key, value in graph.metadata.items() if key != "labels"}

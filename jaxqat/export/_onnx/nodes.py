@@ -17,11 +17,14 @@ import numpy as np
 from jaxqat.errors import ExportError
 from jaxqat.export._onnx import moves as onnx_moves
 from jaxqat.export._onnx.builder import Builder, channels_first, channels_last
+from jaxqat.export._onnx.float_ops import FloatOpWriter
 from jaxqat.export._onnx.grids import UINT8_MAX, offsets, pool_scale, sum_scales, weight_scales
 from jaxqat.integer._visitor import GraphVisitor
 from jaxqat.integer.graph import (
+    INPUT,
     Add,
     Concat,
+    FloatOp,
     IntegerGraph,
     MaxPool,
     Move,
@@ -34,6 +37,7 @@ from jaxqat.integer.graph import (
 )
 
 _ONE = np.float32(1)
+BATCH = {"batch": 1}
 FLOAT, INT32 = 1, 6  # ONNX's element types.
 
 
@@ -72,17 +76,42 @@ def geometry(node: Product, spatial: int) -> dict[str, object]:
 class OnnxWriter(GraphVisitor[str]):
     """Write each node in ONNX's quantized form; values are names of ONNX tensors.
 
-    An ONNX tensor holds uint8 codes, channels first, or the network's real result, in JAX's layout.
+    An ONNX tensor holds uint8 codes, channels first, or real numbers, in JAX's layout.
 
     Attributes:
         builder: The ONNX graph so far.
         offsets: For each tensor, its uint8 codes minus its int8 codes.
         codes: For each tensor, the name of the ONNX tensor of its uint8 codes.
+        entries: Name in ONNX of each tensor that is an input of the file, if `by_segment`.
     """
 
-    def __init__(self, graph: IntegerGraph, image: str, result: str, *, uint8: bool):
+    def __init__(
+        self,
+        graph: IntegerGraph,
+        image: str,
+        result: str,
+        *,
+        uint8: bool,
+        opset: int,
+        by_segment: bool = False,
+    ):
+        """Start to write.
+
+        Args:
+            graph: The network.
+            image: Name of its input.
+            result: Name of its result.
+            uint8: Whether the input is uint8 images, looked up in the table.
+            opset: Version of ONNX's operators.
+            by_segment: Whether the tensors that float islands make are inputs of the file, so that
+                each integer part is computed by itself.
+        """
         super().__init__(graph)
         self.builder = Builder()
+        self.entries: dict[str, str] = {}
+        self._by_segment = by_segment
+        self._float_ops = FloatOpWriter(self.builder, image, opset)
+        self._shapes: dict[str, list[Any]] = {INPUT: [BATCH, *graph.input_shape]}
         self.offsets = offsets(graph)
         self.codes: dict[str, str] = {}
         self._real: dict[tuple[str, float], str] = {}
@@ -91,13 +120,16 @@ class OnnxWriter(GraphVisitor[str]):
 
     def write(self) -> None:
         """Write all nodes, and give the network's real result its name."""
-        result = self.visit(self._image)[self.graph.output]
-        tensor = self.graph.tensors.get(self.graph.output)
-        if tensor is not None:
-            real = self.real(tensor.name, tensor.scale)
-            axes = channels_last(1 + len(tensor.shape))
-            result = self.builder.transpose(real, axes, "channels_last")
-        self.builder.rename(result, self._result)
+        values = self.visit(self._image)
+        self.builder.rename(self._in_jax(self.graph.output, values), self._result)
+
+    def _in_jax(self, name: str, values: Mapping[str, str]) -> str:
+        """Return real numbers in JAX's layout; a tensor of codes is dequantized."""
+        tensor = self.graph.tensors.get(name)
+        if tensor is None:
+            return values[name]
+        real, axes = self.real(name, tensor.scale), channels_last(1 + len(tensor.shape))
+        return self.builder.transpose(real, axes, f"{name}/channels_last")
 
     def node(
         self,
@@ -108,9 +140,22 @@ class OnnxWriter(GraphVisitor[str]):
     ) -> str:
         """Write one node, and store the name of its output's codes."""
         output = super().node(node, values, images, parameters)
-        if node.output in self.graph.tensors:
+        tensor = self.graph.tensors.get(node.output)
+        if tensor is not None:
             self.codes[node.output] = output
+            self._shapes[node.output] = [BATCH, *tensor.shape]
+        elif isinstance(node, FloatOp):
+            self._shapes[node.output] = node.shape
+        else:
+            shapes = [self.graph.tensors[name].shape for name in node.inputs]
+            self._shapes[node.output] = [BATCH, *node.output_shape(shapes)]
         return output
+
+    def float_op(self, node: FloatOp, inputs: list[str]) -> str:
+        """Write an operation on real numbers, in JAX's layout."""
+        values = dict(zip(node.inputs, inputs, strict=True))
+        real = [self._in_jax(name, values) for name in node.inputs]
+        return self._float_ops.write(node, real, [self._shapes[name] for name in node.inputs])
 
     def real(self, name: str, scale: np.float32) -> str:
         """Return the output of a DequantizeLinear of a tensor with this scale, writing it once."""
@@ -154,10 +199,14 @@ class OnnxWriter(GraphVisitor[str]):
         return self.builder.add("Clip", inputs, f"{tensor.name}/codes")
 
     def quantize(self, node: Quantize, images: str) -> str:
-        """Write the codes of the input: a rounding, or a lookup of pixels in the table."""
+        """Write the codes of real numbers: a rounding, or a lookup of pixels in the table."""
         out = self.graph.tensors[node.output]
         builder, rank = self.builder, 1 + len(out.shape)
-        if self._uint8:
+        if self._by_segment and node.inputs:
+            self.entries[out.name] = builder.name(f"{out.name}/entry")
+            # A copy, because the codes are an output too.
+            return builder.add("Identity", [self.entries[out.name]], f"{out.name}/codes")
+        if self._uint8 and not node.inputs:
             codes = self._looked_up(node, images)
         else:
             # The float32 product of training first, then the rounding as a separate node.

@@ -2,16 +2,17 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxqat.errors import ExportError
-from jaxqat.export._onnx.builder import channels_last, digest, library
+from jaxqat.export._onnx.builder import channels_first, channels_last, digest, library
 
-Runner = Callable[[np.ndarray], tuple[np.ndarray, dict[str, np.ndarray]]]
+# From a batch, and codes of the entries of a file by segment, to the result and codes.
+Runner = Callable[..., tuple[np.ndarray, dict[str, np.ndarray]]]
 
 
 def load_onnx(source: str | os.PathLike | bytes) -> Any:
@@ -95,7 +96,8 @@ def make_runner(source: str | os.PathLike | bytes, *, expose: bool = False) -> R
         expose: Whether to return the codes of all tensors too.
 
     Returns:
-        A function from images (n, *input_shape), float32 or uint8 as the file declares, to the
+        A function from images (n, *input_shape) of the type that the file declares, and int8 codes
+        by tensor if it was written by segment, to the
         results, float32 (n, *output_shape), and the codes by name of the graph's tensor, int8 in
         JAX's layout (empty without `expose`). It raises `ExportError` for other images.
 
@@ -105,14 +107,21 @@ def make_runner(source: str | os.PathLike | bytes, *, expose: bool = False) -> R
     """
     model = load_onnx(source)
     session = make_session(with_codes(model) if expose else model)
-    (declared,) = session.get_inputs()
-    entries = json.loads(_described(model, "codes")) if expose else {}
+    declared, *given_codes = session.get_inputs()
+    described = json.loads(_described(model, "codes")) if expose or given_codes else {}
+    entries = described if expose else {}
     result = model.graph.output[0].name
     names = [result, *{entry["output"] for entry in entries.values()}]
 
-    def run(images: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    def run(
+        images: np.ndarray, given: Mapping[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         _check_images(images, declared)
-        values = dict(zip(names, session.run(names, {declared.name: images}), strict=True))
+        feed = {declared.name: images}
+        for name, entry in described.items():
+            if "entry" in entry:
+                feed[entry["entry"]] = _as_numbers(np.asarray((given or {})[name]), entry["offset"])
+        values = dict(zip(names, session.run(names, feed), strict=True))
         codes = {
             tensor: _as_codes(values[entry["output"]], entry["offset"])
             for tensor, entry in entries.items()
@@ -154,8 +163,14 @@ def _as_codes(numbers: np.ndarray, offset: int) -> np.ndarray:
     return codes.transpose(channels_last(codes.ndim))
 
 
+def _as_numbers(codes: np.ndarray, offset: int) -> np.ndarray:
+    """Convert the graph's int8 codes to ONNX's uint8 codes, channels first."""
+    numbers = (codes.astype(np.int16) + offset).astype(np.uint8)
+    return numbers.transpose(channels_first(codes.ndim))
+
+
 def _check_images(images: np.ndarray, declared: Any) -> None:
-    dtype = {"tensor(float)": "float32", "tensor(uint8)": "uint8"}[declared.type]
+    dtype = {"float": "float32"}.get(name := declared.type[len("tensor(") : -1], name)
     shape = tuple(declared.shape[1:])
     if images.dtype.name != dtype or images.shape[1:] != shape or not len(images):
         raise ExportError(

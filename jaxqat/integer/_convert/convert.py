@@ -6,7 +6,6 @@ the program evaluates, and the program itself computes every scale, code, bias a
 number is computed by other code than in training, so none can differ.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, cast
@@ -17,8 +16,11 @@ import numpy as np
 
 from jaxqat.errors import ConversionError
 from jaxqat.integer import graph as g
-from jaxqat.integer._convert.emit import OUTPUT, Deferred, Emitter
+from jaxqat.integer._convert.batch_sizes import batch_sizes, unlike
+from jaxqat.integer._convert.emit import OUTPUT, Emitter
+from jaxqat.integer._convert.fields import Deferred
 from jaxqat.integer._convert.geometry import UnconvertibleError
+from jaxqat.integer._convert.table import with_table
 from jaxqat.quant import _forms as forms
 from jaxqat.quant._interpret import Evaluator
 from jaxqat.quant._numerics.promotion import default_promotion
@@ -31,6 +33,7 @@ def convert(
     model: QuantizedModel,
     *arguments: Any,
     requantization: g.Requantization = "float",
+    strict: bool = False,
     preprocess: Callable[[jax.Array], jax.Array] | None = None,
     metadata: dict[str, object] | None = None,
     **kwargs: Any,
@@ -38,7 +41,9 @@ def convert(
     """Return the integer network of a quantized model.
 
     Its codes equal those of the model in inference mode with frozen ranges, tensor by tensor
-    (`jaxqat.verify` compares them on data).
+    (`jaxqat.verify` compares them on data). What has no integer form is computed in float32, by
+    operations between two integer parts: a float island. Behind one, codes can differ by one where
+    two programs round differently.
 
         graph = jaxqat.convert(model, variables, images, train=False)
 
@@ -49,6 +54,7 @@ def convert(
         requantization: 'float': one float32 multiplication and a rounding; 'fixed_point': an int32
             multiplier and a rounding shift, no floating point between the input's codes and the
             last accumulator.
+        strict: Whether to refuse a model with parts that have no integer form.
         preprocess: Function from uint8 images to the model's float input. Each value must depend on
             the value in its place and its channel alone, as in normalization; this is checked on
             random images. With it the graph takes uint8 images too.
@@ -59,9 +65,10 @@ def convert(
         The graph.
 
     Raises:
-        ConversionError: Parts of the model have no integer form, or ranges have seen no data; the
-            error lists each with the reason. Or the network depends on the batch size, or
-            `preprocess` on more than a value and its channel.
+        ConversionError: Ranges have seen no data; or parts of the model have no integer form, and
+            `strict` is set, or they can be in no island either, as random numbers; the error lists
+            each with the reason. Or the network depends on the batch size, or `preprocess` on more
+            than a value and its channel.
         QuantizationError: The variables hold no ranges for the model.
     """
     if not isinstance(model, QuantizedModel):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -74,19 +81,22 @@ def convert(
         raise ConversionError(
             f"requantization must be one of {', '.join(requantizations)}, got {requantization!r}."
         )
-    traced = _TracedModel(model, arguments, kwargs)
-    emitter, arrays = traced.run()
-    values = [np.asarray(a) for a in arrays]
-    broken = [reason for index, reason in emitter.requirements if not values[index].all()]
-    emitter.check(list(dict.fromkeys(broken)))
-    traced.check_batch_size(emitter, values)
-    nodes = [cls(**_finish_node(fields, values)) for cls, fields in emitter.nodes]
+    traced = _TracedModel(model, arguments, kwargs, strict)
+    emitter, values = traced.run()
+    nodes = traced.with_batch_sizes(emitter, values)
+    nodes = [cls(**_finish_node(fields, values)) for cls, fields in nodes]
     tensors = {n: g.Tensor(**_finish(fields, values)) for n, fields in emitter.tensors.items()}
     output, output_shape = emitter.output
     nodes = _needed(nodes, output)
     kept = {node.output for node in nodes}
     if preprocess is not None:
-        nodes = [_with_table(node, tensors, preprocess) for node in nodes]
+        if any(g.INPUT in node.inputs for node in nodes):
+            raise ConversionError(
+                "preprocess needs a model whose input is quantized at once, and this one computes "
+                "with it in float first. Convert without preprocess and give the network the "
+                "model's own input."
+            )
+        nodes = [with_table(node, tensors, preprocess) for node in nodes]
     try:
         return g.IntegerGraph(
             input_shape=emitter.input_shape or (),
@@ -96,13 +106,14 @@ def convert(
             output_shape=output_shape,
             requantization=requantization,
             metadata=metadata or {},
+            input_type=emitter.input_type,
         )
     except g.GraphError as error:
         raise ConversionError(f"The model cannot be converted: {error}") from error
 
 
 def obstacles(model: QuantizedModel, *arguments: Any, **kwargs: Any) -> tuple[str, ...]:
-    """Return the reasons why a model cannot be converted: each part without an integer form.
+    """Return the parts of a model without an integer form, with the reasons.
 
     Nothing is computed: only shapes and types of the arguments matter, and ranges may be empty.
 
@@ -112,24 +123,35 @@ def obstacles(model: QuantizedModel, *arguments: Any, **kwargs: Any) -> tuple[st
         **kwargs: Keyword arguments of the model's call, such as `train=False`.
     """
     try:
-        _TracedModel(model, arguments, kwargs).trace()
+        _TracedModel(model, arguments, kwargs, strict=True).trace()
     except ConversionError as error:
         return error.reasons
     return ()
 
 
+_AS_IN_INFERENCE = ": convert it as in inference (train=False, or `eval()` of an NNX module)"
+_STATISTICS = (
+    f"it computes statistics of the batch, as batch norm does in training{_AS_IN_INFERENCE}"
+)
+
+
 class _ModelEmitter(Emitter):
     """Emit a whole model, and collect the reasons why it cannot be converted."""
 
-    def __init__(self):
-        super().__init__()
+    def __init__(self, strict: bool, as_products: frozenset[str], batch: int):
+        super().__init__(strict, as_products, batch)
         self.problems: list[str] = []
+        self.hint = ""  # What the reason for problems may be.
         self.output: tuple[str, tuple[int, ...]] = (OUTPUT, ())
 
     @default_promotion
     def model(self, evaluator: Evaluator) -> None:
+        for node in evaluator.plan.dropouts:
+            where = node.module or "the model"
+            self.problems.append(f"{where}: drops elements at random{_AS_IN_INFERENCE}")
+        self.hint = _STATISTICS if STATISTICS in evaluator.plan.level else ""
         for info in evaluator.plan.table:
-            if info.float_reason is not None:
+            if info.float_reason is not None and self.strict:
                 self.problems.append(f"{info.path} ({info.kind}): {info.float_reason}")
         for name, codes in evaluator.codes.items():
             key = evaluator.range_keys[name]
@@ -139,14 +161,12 @@ class _ModelEmitter(Emitter):
                 f"{path}: its range has seen no data; `calibrate` the ranges first",
             )
             self.require(jnp.isfinite(codes.grid.scale), f"{path}: its range is not finite")
-            emit = functools.partial(self.site, name, evaluator.forms[name], codes)
+            form, before = evaluator.forms[name], evaluator.before[name]
+            emit = functools.partial(self.site, name, form, before, codes)
             self._try(path, emit, tensor="/".join(name))
         self._try("the model's output", lambda: self._result(evaluator.outputs))
-        if self.problems and STATISTICS in evaluator.plan.level:
-            self.problems.append(
-                "it computes statistics of the batch: if that is batch norm in training, convert "
-                "it as in inference (train=False, or `eval()` of an NNX module)"
-            )
+        if self.problems and self.hint:
+            self.problems.append(self.hint)
 
     def check(self, problems: list[str]) -> None:
         """Raise ConversionError if there are problems."""
@@ -173,26 +193,42 @@ class _ModelEmitter(Emitter):
         if len(outputs) != 1:
             raise UnconvertibleError(f"has {len(outputs)} arrays; an integer network has one")
         form, values = outputs[0].form, outputs[0].values
-        if isinstance(form, forms.Accumulator):
-            self.output = (OUTPUT, form.total.shape[1:])
-            return self.accumulate(form, None, OUTPUT)
-        if isinstance(form, forms.Codes):
-            self.output = (self.read(form), form.codes.shape[1:])
-            return None
+        shape = () if values is None else tuple(values.shape)
+        name = self.attempt(lambda: self._integer_result(form))
+        if name is None and self.strict:
+            name = self._integer_result(form)
+        if name is None and not self.strict:
+            name = self.islands.real(outputs[0])
+        if name is not None:
+            self.output = (name, shape[1:])
+            return
         reason = outputs[0].float_reason or (
             "an addition, a clipping or a reshaping of the last product" if form else "the input"
         )
-        shape = () if values is None else tuple(values.shape)
         raise UnconvertibleError(
             f"{shape} is made by {reason}; let it be that of the last product, and do what "
             "follows it (softmax, for one) outside of the model"
         )
 
+    def _integer_result(self, form: forms.Form | None) -> str | None:
+        """Emit the result of a last product, or codes; return its name, None for other forms."""
+        if isinstance(form, forms.Accumulator):
+            self.accumulate(form, None, OUTPUT)
+            return OUTPUT
+        return self.read(form) if isinstance(form, forms.Codes) else None
+
 
 class _TracedModel:
     """Trace a model, and compute the arrays of its graph."""
 
-    def __init__(self, model: QuantizedModel, arguments: tuple[Any, ...], kwargs: dict[str, Any]):
+    def __init__(
+        self,
+        model: QuantizedModel,
+        arguments: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        strict: bool,
+    ):
+        self._strict, self._as_products = strict, frozenset[str]()
         bound, inputs = model.bind_call(arguments, kwargs)
         shapes, self._make_inputs = split_arrays((inputs, dict(bound.kwargs)))
         # NumPy's int64 becomes int32 as an input of a jitted function; `jnp.zeros` would warn.
@@ -207,69 +243,115 @@ class _TracedModel:
         """Raise ConversionError if a part of the model has no integer form."""
         jax.eval_shape(self._function, self._parameters, self._examples)
 
-    def run(self) -> tuple[_ModelEmitter, list[jax.Array]]:
-        """Return the emitter with all nodes, and the arrays for their deferred fields."""
+    def run(self) -> tuple[_ModelEmitter, list[np.ndarray]]:
+        """Return the emitter with all nodes, and the arrays for their deferred fields.
+
+        Raises:
+            ConversionError: The numbers of a part are not what its integer form needs.
+        """
+        emitter, arrays = self._run_as_given()
+        values = [np.asarray(a) for a in arrays]
+        broken = [r for r in emitter.requirements if not values[r.index].all()]
+        as_products = {r.part for r in broken if r.part is not None}
+        if as_products:  # Known only now.
+            self._as_products |= as_products
+            return self.run()
+        emitter.check(list(dict.fromkeys(r.reason for r in broken)))
+        return emitter, values
+
+    def _run_as_given(self) -> tuple[_ModelEmitter, list[jax.Array]]:
+        """Run with the given shapes; a batch of 1, which no array shows, becomes one of 2.
+
+        A strict conversion, or of a model that cannot run with 2 examples, keeps to 1.
+        """
+        if self._batch == 1 and not self._strict:
+            given, self._examples = self._examples, self._doubled()
+            try:
+                return self._run(self._examples)
+            except ConversionError:
+                raise
+            except Exception:  # Whatever the model raises.
+                self._examples = given
         return self._run(self._examples)
+
+    @property
+    def _batch(self) -> int:
+        return next((x.shape[0] for x in self._examples if x.shape), 0)
+
+    def _doubled(self) -> list[jax.ShapeDtypeStruct]:
+        """Return the shapes of a batch of twice the size."""
+        batch = self._batch
+        return [
+            jax.ShapeDtypeStruct((2 * batch, *x.shape[1:]), x.dtype)
+            if x.shape[:1] == (batch,)
+            else x
+            for x in self._examples
+        ]
 
     def _run(self, shapes: list[jax.ShapeDtypeStruct]) -> tuple[_ModelEmitter, list[jax.Array]]:
         examples = [jnp.zeros(x.shape, x.dtype) for x in shapes]
         arrays: list[jax.Array] = jax.jit(self._function)(self._parameters, examples)
         return self._found[-1], arrays
 
-    def check_batch_size(self, emitter: _ModelEmitter, values: list[np.ndarray]) -> None:
-        """Raise ConversionError if the network is another one for batches of another size.
+    def with_batch_sizes(
+        self, emitter: _ModelEmitter, values: list[np.ndarray]
+    ) -> list[tuple[type[g.Node], dict[str, Any]]]:
+        """Return class and fields of each node, for batches of any size.
 
-        A model that cannot run with another batch size is not checked.
+        A model that cannot run with another batch size is not checked, if it has no islands.
 
         Args:
             emitter: The emitter of the converted network.
             values: Its arrays.
+
+        Raises:
+            ConversionError: The network is another one for batches of another size.
         """
-        batch = next((x.shape[0] for x in self._examples if x.shape), 0)
-        doubled = [
-            jax.ShapeDtypeStruct((2 * batch, *x.shape[1:]), x.dtype)
-            if x.shape[:1] == (batch,)
-            else x
-            for x in self._examples
-        ]
+        batch = self._batch
         try:
-            other, arrays = self._run(doubled)
+            other, arrays = self._run(self._doubled())
         except ConversionError as error:
             raise ConversionError(
                 f"The model depends on the batch size: it can be converted with {batch} examples, "
                 f"but not with {2 * batch}. {error}",
                 error.reasons,
             ) from None
-        except Exception:  # Whatever the model raises; the batch size may be part of it.
-            return
-        names = [_name_of(index, emitter) for index in _unlike(values, arrays)]
+        except Exception as error:  # Whatever the model raises; the batch size may be part of it.
+            if any(cls is g.FloatOp for cls, _ in emitter.nodes):
+                raise ConversionError(
+                    "A model with float islands must run with any batch size: it ran with "
+                    f"{batch} examples, and not with {2 * batch}: {error}"
+                ) from error
+            return emitter.nodes
+        names = [_name_of(index, emitter) for index in unlike(values, arrays)]
         if len(arrays) != len(values) or len(other.nodes) != len(emitter.nodes) or names:
             where = f" ({', '.join(dict.fromkeys(names))})" if names else ""
             raise ConversionError(
                 f"The model depends on the batch size: with {batch} examples and with {2 * batch} "
                 f"its integer networks differ{where}. Use `x.mean(0)` or the like in place of a "
                 "division by `x.shape[0]`, or leave what needs the batch size outside of the model."
+                + _hinted(emitter)
             )
+        return [
+            (cls, batch_sizes(fields, twin, batch, _hinted(emitter)))
+            if cls is g.FloatOp
+            else (cls, fields)
+            for (cls, fields), (_, twin) in zip(emitter.nodes, other.nodes, strict=True)
+        ]
 
     def _function(self, parameters: list[Any], examples: list[Any]) -> list[jax.Array]:
         inputs, kwargs = self._make_inputs(examples)
-        emitter = _ModelEmitter()
+        batch = next((x.shape[0] for x in examples if x.shape), 0)
+        emitter = _ModelEmitter(self._strict, self._as_products, batch)
         emitter.model(self._rebuild(parameters).record(*inputs, **kwargs))
         self._found.append(emitter)
         emitter.check(emitter.problems)
         return emitter.arrays
 
 
-def _unlike(left: list[np.ndarray], right: list[jax.Array]) -> list[int]:
-    """Return the places of arrays that differ by more than two programs' roundings do."""
-    pairs = enumerate(zip(left, map(np.asarray, right), strict=False))
-    return [i for i, (a, b) in pairs if a.shape != b.shape or not _alike(a, b)]
-
-
-def _alike(a: np.ndarray, b: np.ndarray) -> bool:
-    # A batch of twice the size changes a factor by 2; a rounding changes an integer by 1.
-    absolute = 0.0 if np.issubdtype(a.dtype, np.floating) else 1.0
-    return np.allclose(a.astype(np.float64), b, rtol=1e-3, atol=absolute, equal_nan=True)
+def _hinted(emitter: _ModelEmitter) -> str:
+    """Return the hint as a sentence behind another one."""
+    return f" {emitter.hint[0].upper()}{emitter.hint[1:]}." if emitter.hint else ""
 
 
 def _name_of(index: int, emitter: Emitter) -> str:
@@ -298,6 +380,7 @@ def _finish(fields: dict[str, Any], values: list[np.ndarray]) -> dict[str, Any]:
 
 def _finish_node(fields: dict[str, Any], values: list[np.ndarray]) -> dict[str, Any]:
     done = _finish(fields, values)
+    done.pop("unbatched", None)
     signs = done.pop("weight_signs", None)
     if signs is not None:
         done["weights"] = done["weights"] * signs  # -1 negates a channel, 0 removes it.
@@ -308,57 +391,7 @@ def _needed(nodes: list[g.Node], output: str) -> list[g.Node]:
     """Return the nodes that the output depends on."""
     needed, kept = {output}, list[g.Node]()
     for node in reversed(nodes):
-        if node.output in needed or isinstance(node, g.Quantize):
+        if node.output in needed or (isinstance(node, g.Quantize) and not node.inputs):
             needed.update(node.inputs)
             kept.append(node)
     return kept[::-1]
-
-
-def _with_table(
-    node: g.Node, tensors: dict[str, g.Tensor], preprocess: Callable[[jax.Array], jax.Array]
-) -> g.Node:
-    if not isinstance(node, g.Quantize):
-        return node
-    tensor = tensors[node.output]
-
-    @default_promotion
-    def rounded(values: jax.Array, inverse: jax.Array) -> jax.Array:
-        units = jnp.round(values.astype(jnp.float32) * inverse)
-        units = jnp.where(jnp.isnan(units), np.float32(0), units)  # As an executor does.
-        return jnp.clip(units + tensor.zero_point, tensor.low, tensor.high).astype(jnp.int8)
-
-    @jax.jit
-    def codes(images: jax.Array, inverse: jax.Array) -> jax.Array:
-        return rounded(preprocess(images), inverse)
-
-    channels = tensor.shape[-1]
-    shape = (256, *(1,) * (len(tensor.shape) - 1), channels)
-    values = jnp.broadcast_to(
-        jnp.arange(256, dtype=jnp.uint8).reshape(256, *(1,) * len(tensor.shape)), shape
-    )
-    table = np.asarray(codes(values, node.inverse))
-    if table.shape != shape:
-        raise _not_pointwise(f"It makes the shape {table.shape} of {shape}")
-    table = table.reshape(256, channels)
-    images = _random_images(tensor.shape)
-    wanted, found = codes(jnp.asarray(images), node.inverse), table[images, np.arange(channels)]
-    differing = int((np.asarray(wanted) != found).sum())
-    if differing:
-        raise _not_pointwise(f"On random images, {differing:,} of {images.size:,} codes differ")
-    return dataclasses.replace(node, table=table)
-
-
-def _not_pointwise(observation: str) -> ConversionError:
-    return ConversionError(
-        "preprocess must compute each value from the uint8 value in its place and its channel "
-        f"alone, as (x / 255 - mean) / std does. {observation}: it looks at other values "
-        "(standardization of each image) or at the place (subtraction of a mean image). Convert "
-        "without preprocess and give the network float images."
-    )
-
-
-def _random_images(shape: tuple[int, ...]) -> np.ndarray:
-    """Return two images of all values and two of little contrast, a dark and a bright one."""
-    bounds = ((0, 256), (0, 256), (10, 60), (180, 230))
-    random = np.random.default_rng(0)
-    return np.stack([random.integers(*ends, shape) for ends in bounds]).astype(np.uint8)

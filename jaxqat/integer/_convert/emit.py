@@ -6,87 +6,114 @@ every number (scales, codes, biases, multipliers) is computed by that very progr
 stands for an array until the program has run.
 """
 
-import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxqat.integer import graph as g
+from jaxqat.integer._convert.fields import Bounds, Deferred
 from jaxqat.integer._convert.geometry import (
     UnconvertibleError,
-    conv_fields,
-    dense_weights,
     move_fields,
-    pool_fields,
 )
+from jaxqat.integer._convert.islands import Islands
+from jaxqat.integer._convert.products import ProductEmitter, scalar
 from jaxqat.quant import _forms as forms
 from jaxqat.quant._numerics.grids import Grid
 
 OUTPUT = "output"
+_Result = TypeVar("_Result")
 
 
-@dataclasses.dataclass(frozen=True)
-class Deferred:
-    """An array that the program has yet to compute, and what to make of it then."""
-
-    index: int
-    finish: Callable[[np.ndarray], Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Bounds:
-    """Clipping in real units, from operations such as ReLU and ReLU6."""
-
-    low: float | None = None
-    high: float | None = None
-
-    def then(self, clamp: forms.Clamp) -> "Bounds | None":
-        """These bounds behind a clamp, as one pair; None if they do not overlap."""
-        low = max((b for b in (self.low, clamp.low) if b is not None), default=None)
-        high = min((b for b in (self.high, clamp.high) if b is not None), default=None)
-        return None if low is not None and high is not None and low > high else Bounds(low, high)
-
-    def hold_zero(self) -> bool:
-        """Whether a real zero, as padding adds it, is within."""
-        return (self.low is None or self.low <= 0) and (self.high is None or self.high >= 0)
-
-
-class Emitter:
-    """Collects nodes and tensors.
+class Emitter(ProductEmitter):
+    """Emits the nodes of every form.
 
     Attributes:
-        arrays: What the deferred fields are made of, in order.
-        nodes: Class and fields of each node, in order.
-        tensors: Fields of each tensor, by name.
-        requirements: Place of a condition in `arrays`, and what is wrong where it does not hold.
+        strict: Whether what has no integer form is refused, and not computed in float.
+        batch: Size of the batch.
+        islands: Emits float operations.
+        input_shape: Shape of the network's input; None until something reads it.
+        input_type: Its type.
     """
 
-    def __init__(self):
-        self.arrays: list[jax.Array] = []
-        self.requirements: list[tuple[int, str]] = []
-        self.nodes: list[tuple[type[g.Node], dict[str, Any]]] = []
-        self.tensors: dict[str, dict[str, Any]] = {}
+    def __init__(
+        self, strict: bool = True, as_products: frozenset[str] = frozenset(), batch: int = 1
+    ):
+        super().__init__(as_products)
+        self.strict, self.batch = strict, batch
+        self.islands = Islands(self)
         self._moved: dict[int, str] = {}
         self._sources: list[forms.Codes] = []  # So that the ids in `_moved` are not reused.
-        self._names: dict[str, int] = {}
         self.input_shape: tuple[int, ...] | None = None
+        self.input_type: g.InputType = "float32"
+        self._input: Any = None
 
-    def defer(self, array: Any, finish: Callable[[np.ndarray], Any]) -> Deferred:
-        """Note an array of the program for a field of a node."""
-        self.arrays.append(jnp.asarray(array))
-        return Deferred(len(self.arrays) - 1, finish)
+    def site(
+        self, key: tuple[str, ...], form: forms.Form, before: forms.Operand, codes: forms.Codes
+    ) -> None:
+        """Emit the nodes that make a quantized tensor of the training graph.
 
-    def require(self, condition: Any, reason: str) -> None:
-        """Note a condition on the program's numbers; `reason` says what is wrong if it is false."""
-        self.arrays.append(jnp.asarray(condition))
-        self.requirements.append((len(self.arrays) - 1, reason))
+        Args:
+            key: Name of the tensor.
+            form: What is rounded to its grid.
+            before: The tensor before that.
+            codes: The tensor.
+        """
+        name, grid, shape = "/".join(key), codes.grid, codes.codes.shape[1:]
 
-    def site(self, name: tuple[str, ...], form: forms.Form, codes: forms.Codes) -> None:
-        """Emit the nodes that make a quantized tensor of the training graph."""
-        self.emit(form, codes.grid, "/".join(name), codes.codes.shape[1:], Bounds())
+        def emit() -> bool:
+            self.emit(form, grid, name, shape, Bounds())
+            return True
+
+        if self.strict:
+            emit()
+        elif codes.codes.shape[:1] != (self.batch,):
+            self.islands.quantize(name, before, grid)
+        elif not self.attempt(emit):
+            self._quantize_real(self.islands.real(before), grid, name, shape, Bounds())
+
+    def attempt(self, emit: Callable[[], _Result]) -> _Result | None:
+        """Return what emits nodes; without an integer form, take back what it emitted.
+
+        Returns:
+            The result, or None in that case.
+        """
+        lengths = [len(x) for x in (self.arrays, self.requirements, self.nodes)]
+        before = dict(self.tensors), dict(self._moved), dict(self._names)
+        islands = self.islands.snapshot()
+        try:
+            return emit()
+        except UnconvertibleError:
+            for items, length in zip(
+                (self.arrays, self.requirements, self.nodes), lengths, strict=True
+            ):
+                del items[length:]
+            self.tensors, self._moved, self._names = before
+            self.islands.restore(islands)
+            return None
+
+    def read_input(self, values: Any) -> str:
+        """Return the name of the network's input; there is one."""
+        if self._input is not None and values is not self._input:
+            raise UnconvertibleError(
+                f"an input of the shape {tuple(values.shape)} besides one of "
+                f"{tuple(self._input.shape)}; an integer network has one"
+            )
+        self._input, self.input_shape = values, tuple(values.shape[1:])
+        if not jnp.issubdtype(values.dtype, jnp.floating):
+            self.input_type = "uint8" if values.dtype == jnp.uint8 else "int32"
+        return g.INPUT
+
+    def real_result(self, form: forms.Accumulator) -> str:
+        """Emit a product or an average without requantization; return the name of its result."""
+        source = form.source
+        path = source.path if isinstance(source, forms.Multiplied) else self.read(source.codes)
+        name = self.unique(f"{path}/real")
+        self.accumulate(form, None, name)
+        return name
 
     def emit(
         self, form: forms.Form, grid: Grid, name: str, shape: tuple[int, ...], bounds: Bounds
@@ -98,7 +125,7 @@ class Emitter:
         merged = bounds.then(form)
         if merged is not None:
             return self.emit(form.inner, grid, name, shape, merged)
-        self.emit(form, grid, inner := self._name(f"{name}/clipped"), shape, Bounds())
+        self.emit(form, grid, inner := self.unique(f"{name}/clipped"), shape, Bounds())
         self._requantize(name, inner, grid, grid, shape, bounds)
 
     def _accumulator(
@@ -112,12 +139,20 @@ class Emitter:
 
     def read(self, codes: forms.Codes) -> str:
         """Name of a tensor of codes; moved codes are made here."""
+        real = self.islands.time_major(codes) if id(codes) not in self._moved else None
+        if real is not None:
+            if codes.moved is None or codes.codes.shape[:1] != (self.batch,):
+                raise UnconvertibleError(f"{real}: its first axis is not the batch")
+            name, shape = self.unique(f"{real}/codes"), codes.codes.shape[1:]
+            self._quantize_real(real, codes.grid, name, shape, Bounds())
+            self._moved[id(codes)] = name
+            self._sources.append(codes)
         if codes.moved is None:
             return "/".join(codes.name)
         if id(codes) not in self._moved:
             operation, before = codes.moved
             source = self.read(before)
-            name = self._name(f"{source}/{operation.name}")
+            name = self.unique(f"{source}/{operation.name}")
             after = codes.codes.shape
             self._tensor_like(source, name, after[1:], operation, codes.grid)
             self._add_move(operation, source, before.codes.shape, name, after)
@@ -125,91 +160,23 @@ class Emitter:
             self._sources.append(codes)
         return self._moved[id(codes)]
 
-    def accumulate(self, form: forms.Accumulator, grid: Grid | None, output: str) -> None:
-        """A product or a pool with its requantization; without a grid its result is real."""
-        if isinstance(form.source, forms.Multiplied):
-            self._product(form, form.source, grid, output)
-        else:
-            self._pool(form, form.source, grid, output)
-
-    def _product(
-        self, form: forms.Accumulator, source: forms.Multiplied, grid: Grid | None, output: str
-    ) -> None:
-        where = source.path
-        weights = source.weight_codes
-        product: Any = source.product
-        try:
-            if product.kind == "conv":
-                arrange, more = conv_fields(product, weights.shape)
-            else:
-                arrange, more = dense_weights(product, weights.shape, source.codes.codes.ndim), {}
-        except UnconvertibleError as error:
-            raise UnconvertibleError(f"{where}: {error}") from None
-        channels = form.total.shape[-1]
-
-        def per_channel(values: jax.Array) -> jax.Array:
-            wanted = (1,) * (form.total.ndim - 1) + (channels,)
-            if values.ndim and any(n != 1 for n in values.shape[:-1]):
-                raise UnconvertibleError(f"{where}: its bias or factor is not one per channel")
-            return jnp.broadcast_to(values, wanted).reshape(channels)
-
-        varies, bias, scale, multiplier = map(per_channel, form.coefficients(grid))
-        # The weights of a network that diverged: the graph refuses a scale that is NaN.
-        finite = per_channel(jnp.isfinite(form.weight_scale) & jnp.isfinite(form.offset))
-        scale = jnp.where(finite, scale, jnp.nan)
-        sign = jnp.where(scale < 0, -1, 1)
-        # A constant that is 0: any multiplier would do, and a graph wants a positive one.
-        nothing = scale == 0
-        unit = form.input_scale
-        if grid is not None:
-            unit = forms.quotient(unit, grid.scale)
-        signs = jnp.where(varies, sign, 0)
-        fields = {
-            "weights": self.defer(weights, arrange),
-            "weight_bits": source.weight_bits,
-            "bias": self.defer(jnp.where(nothing, 0, bias * sign), _as(np.int32)),
-            "multiplier": self.defer(jnp.where(nothing, unit, multiplier * sign), _as(np.float32)),
-            "weight_scale": self.defer(jnp.where(nothing, 1, scale * sign), _as(np.float32)),
-            "weight_signs": self.defer(jnp.where(nothing, 0, signs), _as(np.int8)),
-            "inputs": (self.read(source.codes),),
-            "output": output,
-            "name": self._name(where),
-            "kind": product.kind,
-            **more,
-        }
-        self.nodes.append((g.Product, fields))
-
-    def _pool(
-        self, form: forms.Accumulator, source: forms.Summed, grid: Grid | None, output: str
-    ) -> None:
-        operation, codes = source.operation, source.codes
-        where = f"the average behind {self.read(codes)!r}"
-        if form.weight_scale.ndim and form.weight_scale.size != 1:
-            raise UnconvertibleError(f"{where}: is multiplied by one factor per channel")
-        if form.offset.ndim:
-            raise UnconvertibleError(f"{where}: a bias is added to it")
-        _, bias, _, multiplier = form.coefficients(grid)
-        # The sum itself is what is multiplied: a pool has no bias.
-        self.require(bias == 0, f"{where}: a bias is added to it")
-        self.require(multiplier > 0, f"{where}: its factor is not positive")
-        fields = {
-            **pool_fields(operation, codes.codes.shape, where),
-            "multiplier": self.defer(multiplier.reshape(()), _scalar(np.float32)),
-            "inputs": (self.read(codes),),
-            "output": output,
-            "name": self._name(f"{output}/average"),
-        }
-        self.nodes.append((g.SumPool, fields))
-
     def _quantize(self, form: forms.Real, grid: Grid, name: str, shape, bounds: Bounds) -> None:
-        if form.float_reason is not None:
+        if form.float_reason is None:
+            if self.strict and self._input is not None:
+                raise UnconvertibleError(f"{name}: a second float input; a graph has one")
+            source = self.read_input(form.values)
+        elif self.strict:
             raise UnconvertibleError(f"{name}: {form.float_reason} before it has no integer form")
-        if self.input_shape is not None:
-            raise UnconvertibleError(f"{name}: a second float input; a graph has one")
-        self.input_shape = shape
+        else:
+            source = self.islands.real(form.operand)
+        self._quantize_real(source, grid, name, shape, bounds)
+
+    def _quantize_real(self, source: str, grid: Grid, name: str, shape, bounds: Bounds) -> None:
         self._tensor(name, grid, shape, bounds)
-        inverse = self.defer(grid.inverse, _scalar(np.float32))
-        fields = {"name": f"{name}/quantize", "inputs": (), "output": name, "inverse": inverse}
+        inverse = self.defer(grid.inverse, scalar(np.float32))
+        first = not any(cls is g.Quantize and not fields["inputs"] for cls, fields in self.nodes)
+        inputs = () if source == g.INPUT and first else (source,)
+        fields = {"name": f"{name}/quantize", "inputs": inputs, "output": name, "inverse": inverse}
         self.nodes.append((g.Quantize, fields))
 
     def _sum(self, form: forms.Sum, grid: Grid, name: str, shape, bounds: Bounds) -> None:
@@ -219,7 +186,7 @@ class Emitter:
         self._tensor(name, grid, shape, bounds)
         dyadic = form.dyadic(grid, terms)
         fields = {
-            "name": self._name(f"{name}/add"),
+            "name": self.unique(f"{name}/add"),
             "inputs": tuple(map(self.read, terms)),
             "output": name,
             "factors": tuple(self.defer(factor, int) for factor in dyadic.factors),
@@ -232,26 +199,26 @@ class Emitter:
     ) -> None:
         self._tensor(name, grid, shape, bounds)
         fields = {
-            "name": self._name(f"{name}/requantize"),
+            "name": self.unique(f"{name}/requantize"),
             "inputs": (source,),
             "output": name,
-            "multiplier": self.defer(forms.quotient(before.scale, grid.scale), _scalar(np.float32)),
+            "multiplier": self.defer(forms.quotient(before.scale, grid.scale), scalar(np.float32)),
         }
         self.nodes.append((g.Requantize, fields))
 
     def _move(self, form: forms.Moved, grid: Grid, name: str, shape, bounds: Bounds) -> None:
         if form.operation.name == "pad" and not bounds.hold_zero():
-            self.emit(form, grid, inner := self._name(f"{name}/padded"), shape, Bounds())
+            self.emit(form, grid, inner := self.unique(f"{name}/padded"), shape, Bounds())
             return self._requantize(name, inner, grid, grid, shape, bounds)
         before = jax.eval_shape(lambda: form.inner.in_units(grid)).shape
-        source = self._name(f"{name}/unmoved")
+        source = self.unique(f"{name}/unmoved")
         self.emit(form.inner, grid, source, before[1:], bounds)
         self._tensor_like(source, name, shape, form.operation, grid)
         return self._add_move(form.operation, source, before, name, (before[0], *shape))
 
     def _add_move(self, operation: forms.Operation, source: str, before, name: str, after) -> None:
         node, fields = move_fields(operation, before, after, name)
-        own = {"name": self._name(f"{name}/{operation.name}"), "inputs": (source,), "output": name}
+        own = {"name": self.unique(f"{name}/{operation.name}"), "inputs": (source,), "output": name}
         self.nodes.append((node, {**own, **fields}))
 
     def _join(self, form: forms.Joined, grid: Grid, name: str, shape, bounds: Bounds) -> None:
@@ -261,7 +228,7 @@ class Emitter:
         names = []
         for number, part in enumerate(form.parts):
             part_shape = jax.eval_shape(lambda part=part: part.in_units(grid)).shape[1:]
-            names.append(self._name(f"{name}/part{number}"))
+            names.append(self.unique(f"{name}/part{number}"))
             self.emit(part, grid, names[-1], part_shape, bounds)
         self._tensor(name, grid, shape, bounds)
         fields = {"name": f"{name}/concat", "inputs": tuple(names), "output": name, "axis": axis}
@@ -278,7 +245,7 @@ class Emitter:
         self.tensors[name] = {
             "name": name,
             "shape": tuple(shape),
-            "scale": self.defer(grid.scale, _scalar(np.float32)),
+            "scale": self.defer(grid.scale, scalar(np.float32)),
             "zero_point": self.defer(grid.zero, int),
             "low": self.defer(low, int),
             "high": self.defer(high, int),
@@ -296,11 +263,6 @@ class Emitter:
                 fields[key] = self.defer(widened(code, grid.zero), int)
         self.tensors[name] = fields
 
-    def _name(self, name: str) -> str:
-        """A name of its own: a layer that is used twice makes two nodes."""
-        uses = self._names[name] = self._names.get(name, 0) + 1
-        return name if uses == 1 else f"{name}#{uses}"
-
 
 # The nodes of each form. `Either` exists only where layers are switched off, never in conversion.
 _EMITTERS: dict[type, Callable[..., None]] = {
@@ -312,11 +274,3 @@ _EMITTERS: dict[type, Callable[..., None]] = {
     forms.Moved: Emitter._move,
     forms.Joined: Emitter._join,
 }
-
-
-def _as(dtype: Any) -> Callable[[np.ndarray], np.ndarray]:
-    return lambda array: np.asarray(array, dtype)
-
-
-def _scalar(dtype: Any) -> Callable[[np.ndarray], Any]:
-    return lambda array: dtype(array)

@@ -17,6 +17,7 @@ from jaxtyping import Array, Int
 
 from jaxqat.integer import graph as g
 from jaxqat.integer._execute.arithmetic import FixedPoint, rescale, rescale_fixed, shift_to_even
+from jaxqat.integer._execute.float_ops import evaluate
 from jaxqat.integer._visitor import GraphVisitor
 from jaxqat.quant._numerics import windows
 from jaxqat.quant._numerics.promotion import default_promotion
@@ -40,6 +41,9 @@ class Platform(GraphVisitor[Array]):
         self.parameters: Parameters = {
             node.name: {**self.prepare(node), **self._multiplier(node)} for node in graph.products()
         }
+        # Of the batch that is being visited: its size, and the tensors that are given.
+        self._batch: Any = None
+        self._entries: dict[str, Array] = {}
 
     @default_promotion
     def parameters_from(self, arrays: dict[str, dict[str, Array]]) -> Any:
@@ -132,6 +136,24 @@ class Platform(GraphVisitor[Array]):
         fixed = FixedPoint.of(node.multiplier)
         return {"mantissa": fixed.mantissa, "shift": fixed.shift}
 
+    def visit(
+        self,
+        images: Array,
+        parameters: Mapping[str, Any] | None = None,
+        entries: Mapping[str, Array] | None = None,
+    ) -> dict[str, Array]:
+        """Return the value of each node, by the name of its output.
+
+        Args:
+            images: The network's input.
+            parameters: Arrays of each product by the node's name.
+            entries: Codes of tensors, by name, that their readers see in place of the computed
+                ones.
+        """
+        self._batch = images.shape[0]
+        self._entries = {name: self.stored(name, x) for name, x in (entries or {}).items()}
+        return super().visit(images, parameters)
+
     @default_promotion
     def node(
         self,
@@ -141,8 +163,9 @@ class Platform(GraphVisitor[Array]):
         parameters: Mapping[str, Any],
     ) -> Array:
         """Compute one node in a named scope of the program."""
+        seen = {name: self._entries.get(name, values[name]) for name in node.inputs}
         with jax.named_scope(node.name):
-            return super().node(node, values, images, parameters)
+            return super().node(node, seen, images, parameters)
 
     def quantize(self, node: g.Quantize, images: Array) -> Array:
         """Return the codes of the input: round float32, look up uint8 in the table.
@@ -241,6 +264,18 @@ class Platform(GraphVisitor[Array]):
         codes = [self.codes(name, x) for name, x in zip(node.inputs, inputs, strict=True)]
         return self.stored(node.output, jnp.concatenate(codes, node.axis))
 
+    def float_op(self, node: g.FloatOp, inputs: list[Array]) -> Array:
+        """Return an operation on real numbers."""
+        real = [self.real(name, x) for name, x in zip(node.inputs, inputs, strict=True)]
+        return evaluate(node, real, self._batch)
+
+    def real(self, name: str, values: Array) -> Array:
+        """Return real numbers: a tensor of codes dequantized, a real one as it is."""
+        tensor = self.graph.tensors.get(name)
+        if tensor is None:
+            return values
+        return self.units(name, values).astype(jnp.float32) * tensor.scale
+
     def clipped(self, name: str, codes: Array) -> Array:
         """Clip codes to a tensor's bounds and return them as stored."""
         tensor = self.graph.tensors[name]
@@ -260,11 +295,7 @@ class Platform(GraphVisitor[Array]):
     @default_promotion
     def result(self, values: dict[str, Array]) -> Array:
         """Return the network's real result."""
-        output, tensors = values[self.graph.output], self.graph.tensors
-        if self.graph.output not in tensors:
-            return output
-        units = output.astype(jnp.int32) - self.stored_zero(self.graph.output)
-        return units.astype(jnp.float32) * tensors[self.graph.output].scale
+        return self.real(self.graph.output, values[self.graph.output])
 
 
 def is_depthwise(node: g.Product) -> bool:

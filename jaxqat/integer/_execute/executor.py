@@ -46,6 +46,7 @@ class Executor:
         options = self._platform.compiler_options
         self._apply: _Compiled = jax.jit(self.apply, compiler_options=options)
         self._codes: _Compiled = jax.jit(self._all_codes, compiler_options=options)
+        self._segments: Callable[..., Any] = jax.jit(self._by_segment, compiler_options=options)
         self._on_device: Any = None
 
     @property
@@ -68,6 +69,19 @@ class Executor:
         """Return the codes of all tensors by name, except those of fused branches."""
         return self._codes(self._device_parameters(), self._checked(images))
 
+    def segments(self, images: Any, entries: Any) -> tuple[dict[str, Int8[Array, "..."]], Array]:
+        """Return codes and the result where the readers of some tensors see given codes.
+
+        So each part between two float islands is computed by itself. The codes that are returned
+        are the computed ones, also of these tensors.
+
+        Args:
+            images: As for a call.
+            entries: Codes by name, of the tensors that float islands make (`graph.entries`).
+        """
+        entries = {name: entries[name] for name in self.graph.entries if name in entries}
+        return self._segments(self._device_parameters(), self._checked(images), entries)
+
     def apply(self, parameters: Any, images: Array) -> Array:
         """Compute the result as a pure function of the parameters, for callers that compile it."""
 
@@ -78,11 +92,19 @@ class Executor:
 
     def _all_codes(self, parameters: Any, images: Array) -> dict[str, Array]:
         def codes(images: Array) -> dict[str, Array]:
-            values = self._platform.visit(images, parameters)
-            present = (name for name in self.graph.tensors if name in values)
-            return {name: self._platform.codes(name, values[name]) for name in present}
+            return self._codes_of(self._platform.visit(images, parameters))
 
         return self._platform.batched(codes)(images)
+
+    def _by_segment(
+        self, parameters: Any, images: Array, entries: Any
+    ) -> tuple[dict[str, Array], Array]:
+        values = self._platform.visit(images, parameters, entries)
+        return self._codes_of(values), self._platform.result(values)
+
+    def _codes_of(self, values: dict[str, Array]) -> dict[str, Array]:
+        present = (name for name in self.graph.tensors if name in values)
+        return {name: self._platform.codes(name, values[name]) for name in present}
 
     def _device_parameters(self) -> Any:
         if self._on_device is None:
@@ -96,7 +118,12 @@ class Executor:
                 f"images must have the shape (batch, "
                 f"{', '.join(map(str, self.graph.input_shape))}), got {tuple(images.shape)}."
             )
-        if images.dtype == jnp.uint8 and self.graph.quantize.table is None:
+        expected = self.graph.input_type
+        if expected != "float32":
+            if not jnp.issubdtype(images.dtype, jnp.integer):
+                raise ExecutionError(f"inputs must be {expected}, got {images.dtype}.")
+            return images
+        if images.dtype == jnp.uint8 and not self.graph.takes_uint8:
             raise ExecutionError(
                 "images are uint8, but the network was converted without `preprocess`: give the "
                 "model's float32 input, or convert with `preprocess`."

@@ -1,4 +1,4 @@
-"""Quantize: codes of the network's input."""
+"""Quantize: codes of real numbers, those of the network's input or of a float island."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -10,15 +10,16 @@ from jaxqat.integer._nodes.base import Node, Shape, Tensor
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Quantize(Node):
-    """Quantize the network's input: clip(round(x * inverse) + zero_point, low, high).
+    """Quantize real numbers: clip(round(x * inverse) + zero_point, low, high).
 
-    A graph has exactly one such node. Its `inputs` are empty.
+    Its `inputs` are empty where it quantizes the network's input, which one node at most does.
+    Otherwise they name the real tensor that a `FloatOp` made.
 
     Attributes:
         inverse: float32 reciprocal of the output's scale, by which training multiplies too.
         table: int8 code of every pixel value of a uint8 image, (256, channels), computed by the
             normalization and quantization of the training graph. None if the network takes float
-            input only.
+            input only, or if it quantizes another tensor.
     """
 
     inverse: np.float32
@@ -32,6 +33,8 @@ class Quantize(Node):
     def check(self, inputs: Sequence[Tensor], output: Tensor | None) -> None:
         """Check `inverse`, and that a table has an int8 code for each value of each channel."""
         del inputs
+        if len(self.inputs) > 1 or (self.inputs and self.table is not None):
+            raise self.error("quantizes the input, with or without a table, or one real tensor.")
         self.check_factors("inverse", (self.inverse,))
         if self.table is None or output is None:
             return

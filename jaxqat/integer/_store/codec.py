@@ -18,7 +18,7 @@ from jaxqat.integer import graph as g
 from jaxqat.integer._packing import pack, stored_bits, unpack
 from jaxqat.integer._store.typed_json import CodecError, Form, TypedJson, at, wrong
 
-FORMAT = 3
+FORMAT = 4
 
 _CLASSES = {kind.__name__: kind for kind in g.NODE_KINDS}
 
@@ -49,8 +49,10 @@ def decode(text: str, arrays: Mapping[str, np.ndarray]) -> g.IntegerGraph:
     if not isinstance(content, dict) or "format" not in content:
         raise CodecError("has no 'format'.")
     version = content.pop("format")
-    if type(version) is not int or version != FORMAT:
-        raise CodecError(f"format is {version!r}; this version of jaxqat reads {FORMAT}.")
+    if type(version) is not int or version not in (3, FORMAT):
+        raise CodecError(f"format is {version!r}; this version of jaxqat reads 3 and {FORMAT}.")
+    if version == 3:  # It had float inputs only.
+        content.setdefault("input_type", "float32")
     codec = _GraphCodec(dict(arrays))
     return g.IntegerGraph(**codec.json.decode_fields(content, g.IntegerGraph, ""))
 

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxqat.integer._verify import Verification
+from jaxqat.integer._compare import Verification
 from jaxqat.pipeline import config as configs
 from jaxqat.pipeline.config import Experiment
 from jaxqat.pipeline.data import Dataset

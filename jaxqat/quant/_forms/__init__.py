@@ -35,7 +35,7 @@ from jaxqat.quant._forms.forms import (
     Sum,
     real_parts,
 )
-from jaxqat.quant._forms.operand import Operand
+from jaxqat.quant._forms.operand import Made, Operand
 
 __all__ = [
     "Accumulator",
@@ -45,6 +45,7 @@ __all__ = [
     "Either",
     "Form",
     "Joined",
+    "Made",
     "Moved",
     "Multiplied",
     "Operand",

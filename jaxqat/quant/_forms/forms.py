@@ -39,10 +39,12 @@ class Real:
         values: The tensor.
         float_reason: The operation without an integer form that made it, for messages; None for
             an input.
+        operand: The tensor as its readers see it, with the way it was made.
     """
 
     values: Float[Array, "..."]
     float_reason: str | None = None
+    operand: Any = None
 
     def in_units(self, grid: Grid) -> Float[Array, "..."]:
         return jnp.round(activations.in_units(self.values, grid))

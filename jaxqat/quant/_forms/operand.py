@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,6 +10,22 @@ from jax.core import Tracer
 from jaxtyping import Array
 
 from jaxqat.quant._forms.forms import Either, Form, Real
+from jaxqat.quant._trace.program import Node
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Made:
+    """How a tensor was made: conversion writes it down where it has no integer form.
+
+    Attributes:
+        node: The operation.
+        place: Which of its results the tensor is.
+        operands: Returns what the operation read; of a layer, dequantized codes and weights.
+    """
+
+    node: Node
+    place: int
+    operands: "Callable[[], Sequence[Operand]]"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -23,6 +39,7 @@ class Operand:
         float_reason: The operation without an integer form before it, for messages.
         holds: Whether the form describes the values: where layers are switched (`Evaluator`), a
             boolean known when the program runs; else True.
+        made: How it was made; None for arguments, constants, and inside a call that stays whole.
     """
 
     values: Array | None
@@ -30,11 +47,12 @@ class Operand:
     constant: bool
     float_reason: str | None = None
     holds: Any = True
+    made: Made | None = None
 
     @property
     def any_form(self) -> Form | None:
         """The form, or the float tensor as one."""
-        real = None if self.values is None else Real(self.values, self.float_reason)
+        real = None if self.values is None else Real(self.values, self.float_reason, self)
         if self.form is None or self.holds is True or real is None:
             return self.form or real
         return Either(self.holds, self.form, real)

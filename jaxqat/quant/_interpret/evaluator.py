@@ -1,5 +1,6 @@
 """The loop over a plan's operations."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,6 +40,7 @@ class Evaluator:
         codes: Codes and grid of each quantized tensor, by name: the key of its range, with the
             number of the iteration from a loop's second on, as 'cell/input[1]'.
         forms: The form that each of them was rounded from, by name.
+        before: Each of them before it was quantized, by name.
         observed: The float tensors in their places, after calibration, by name.
         range_keys: Key of the range of each quantized tensor, by name.
         layers: Each planned layer with its result, by index in the plan's table; for a loop, of
@@ -58,6 +60,7 @@ class Evaluator:
         self.plan, self.state = plan, state
         self.codes: dict[Key, forms.Codes] = {}
         self.forms: dict[Key, forms.Form] = {}
+        self.before: dict[Key, forms.Operand] = {}
         self.observed: dict[Key, jax.Array] = {}
         self.range_keys: dict[Key, Key] = {}
         self.layers: dict[int, EvaluatedLayer] = {}
@@ -116,7 +119,8 @@ class Evaluator:
             with jax.named_scope(layer.path):  # Kernels have the layer's name.
                 values, form, reason = self._layers.result(node, layer)
             switch = self._switches.layer(layer.path)
-            self._write(node.outputs[0], values, form, reason, switch)
+            made = forms.Made(node, 0, functools.partial(self._layers.in_float, node, layer))
+            self._write(node.outputs[0], values, form, reason, switch, made)
         self.layers[layer.index] = self._layers.evaluated(layer, values)
 
     def _run_operation(self, node: Node) -> list[Any]:
@@ -129,8 +133,10 @@ class Evaluator:
         results = node.bind(*(o.values for o in operands))
         form, holds = self._form(node, operands, results)
         reason = None if form is not None else self._float_reason(node, operands)
-        for number, values in zip(node.outputs, results, strict=True):
-            self._write(number, self._uncontracted(node, number, values), form, reason, holds)
+        for place, (number, values) in enumerate(zip(node.outputs, results, strict=True)):
+            values = self._uncontracted(node, number, values)
+            made = forms.Made(node, place, lambda: operands)
+            self._write(number, values, form, reason, holds, made)
         return results
 
     def _form(
@@ -190,10 +196,11 @@ class Evaluator:
         form: forms.Form | None,
         float_reason: str | None,
         holds: Any = True,
+        made: forms.Made | None = None,
     ) -> None:
         """Set a variable; quantize it if the plan says so."""
         constant = self.plan.level[number] <= PARAMETERS
-        operand = forms.Operand(values, form, constant, float_reason, holds)
+        operand = forms.Operand(values, form, constant, float_reason, holds, made)
         self._known[number] = self._as_planned(operand, self.plan.tensors.get(number))
 
     def _as_planned(self, operand: forms.Operand, tensor: QuantizedTensor | None) -> forms.Operand:
@@ -201,16 +208,15 @@ class Evaluator:
         real, form, holds = operand.values, operand.form, operand.holds
         values = real
         if tensor is not None and real is not None:
-            before = operand.any_form or forms.Real(real, operand.float_reason)
-            values, form = self._quantize(tensor, real, before)
+            values, form = self._quantize(tensor, real, operand)
             holds = self._switches.tensor(tensor)
             if holds is not True:
                 values = jnp.where(holds, values, real)
         reason = operand.float_reason if not form else None
-        return forms.Operand(values, form, operand.constant, reason, holds)
+        return forms.Operand(values, form, operand.constant, reason, holds, operand.made)
 
     def _quantize(
-        self, tensor: QuantizedTensor, values: Any, form: forms.Form
+        self, tensor: QuantizedTensor, values: Any, before: forms.Operand
     ) -> tuple[Any, forms.Form | None]:
         """Round a tensor to its grid; only observe it while calibrating."""
         name = self._name(tensor)
@@ -218,7 +224,9 @@ class Evaluator:
         if grid is None:
             self.observed[name] = values
             return values, None
-        self.forms[name] = form
+        form = before.any_form
+        assert form is not None
+        self.forms[name], self.before[name] = form, before
         units = form.in_units(_constant(grid))
         real = any(True for _ in forms.real_parts(form))
         values, codes = activations.quantize(values, units, grid, learned=tensor.learned, real=real)

@@ -79,6 +79,35 @@ class LayerEvaluator:
             return LayerResult(values, None, reason)
         return LayerResult(values, form)
 
+    def in_float(self, node: Node, layer: Layer | Lookup | Pair) -> list[forms.Operand]:
+        """Return what the operation of a layer reads, with dequantized weights, as if in float."""
+        operands = [self._read(a) for a in node.inputs]
+        if isinstance(layer, Pair):
+            return operands
+        weights: Any = self._read(layer.weights).values
+        step_size = self._states.step_size(layer, weights)
+        values: Any = dequantized_weights(layer.quantizer, weights, step_size)
+        side = 0 if isinstance(layer, Lookup) else 1 - node.inputs.index(layer.data)
+        operands[side] = forms.Operand(values, None, True)
+        if isinstance(layer, Layer) and layer.dynamic:
+            operands[1 - side] = self._rounded(node, layer, operands[1 - side])
+        return operands
+
+    def _rounded(self, node: Node, layer: Layer, data: forms.Operand) -> forms.Operand:
+        """Return what a layer of a dynamic range reads, dequantized."""
+        quantizer = layer.quantizer
+        axes, bits = quantizer.product.data_axes, quantizer.settings.act_bits or 8
+
+        def rounded(x: Any) -> Any:
+            grid = grids.dynamic_grid(x, axes, bits)
+            units = jnp.round(x.astype(jnp.float32) * grid.inverse)
+            return (jnp.clip(units, grid.low, grid.high) * grid.scale).astype(x.dtype)
+
+        (equation,) = jax.make_jaxpr(jax.jit(rounded))(data.values).jaxpr.eqns
+        call = Node(equation, (), (), node.scope)
+        made = forms.Made(call, 0, lambda: [data])
+        return forms.Operand(rounded(data.values), None, data.constant, made=made)
+
     def evaluated(self, layer: Layer | Lookup | Pair, result: Any) -> EvaluatedLayer:
         """Return a layer with its weights and its result."""
         if isinstance(layer, Pair):

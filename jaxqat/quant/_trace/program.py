@@ -217,7 +217,7 @@ class Program:
             name = equation.primitive.name
             here = "/".join(part for part in (scope, str(equation.source_info.name_stack)) if part)
             if name in INLINED or (name in INLINED_FOR_PRODUCTS and products_inside(inner[0])):
-                body = next(p for p in equation.params.values() if _is_jaxpr(p))
+                body = next(p for p in equation.params.values() if is_jaxpr(p))
                 closed = getattr(body, "consts", ())
                 results = self._inline(inner[0], closed, operands, here, loop)
             elif name == "scan" and _is_unrolled(equation):
@@ -284,7 +284,8 @@ def _is_unrolled(equation: Any) -> bool:
     return 0 < equation.params["length"] <= MAX_ITERATIONS and products_inside(inner) > 0
 
 
-def _is_jaxpr(value: Any) -> bool:
+def is_jaxpr(value: Any) -> bool:
+    """Return whether a value is a jaxpr, open or closed."""
     return isinstance(value, (jex_core.ClosedJaxpr, jex_core.Jaxpr))
 
 

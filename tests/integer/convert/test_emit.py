@@ -10,7 +10,8 @@ import pytest
 from jax import lax
 
 from jaxqat.integer import graph as g
-from jaxqat.integer._convert.emit import Bounds, Deferred, Emitter
+from jaxqat.integer._convert.emit import Emitter
+from jaxqat.integer._convert.fields import Bounds, Deferred
 from jaxqat.integer._convert.geometry import UnconvertibleError
 from jaxqat.quant import _forms as forms
 from jaxqat.quant._numerics.grids import Grid

@@ -5,12 +5,13 @@ import json
 
 import numpy as np
 import pytest
-from integer import graphs
+from integer import float_cases, graphs
 
 from jaxqat.integer import graph as g
 from jaxqat.integer._store.codec import CodecError, decode, encode
 
 GRAPHS = [graphs.build(name, bits=bits) for name in graphs.CASES for bits in (3, 8)]
+GRAPHS += [float_cases.island(bits=bits) for bits in (3, 8)]
 
 
 def same(found, wanted):
@@ -59,7 +60,7 @@ def test_every_field_of_another_type_is_named(kind):
     place = next(i for i, node in enumerate(graph.nodes) if type(node) is kind)
     for field in dataclasses.fields(kind):
         content = json.loads(text)
-        content["nodes"][place][field.name] = {"no": "such thing"}
+        content["nodes"][place][field.name] = 5.5
         with pytest.raises(CodecError, match=rf"nodes\[{place}\]\.{field.name}: must be "):
             decode(json.dumps(content), arrays)
 

@@ -187,7 +187,7 @@ def test_an_equinox_module_that_cannot_be_converted_is_told_where(perceptron):
     """Mapped over a batch, its products come out transposed, with the bias added behind that."""
     _, model, variables, x = perceptron
     with pytest.raises(jaxqat.ConversionError, match=r"'add' in vmap\(eqx\.nn\.Linear\)"):
-        jaxqat.convert(model, variables, x[:1])
+        jaxqat.convert(model, variables, x[:1], strict=True)
 
 
 def test_learned_steps_of_an_nnx_module_are_trained_by_its_optimizer():

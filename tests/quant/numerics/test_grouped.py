@@ -99,9 +99,9 @@ def test_clipping_estimators_work_in_each_group():
     assert np.isfinite(gradient).all() and np.any(gradient != 0)
 
 
-def test_a_network_with_groups_is_refused_by_convert_with_the_reason():
+def test_a_network_with_groups_is_refused_by_a_strict_conversion_with_the_reason():
     with pytest.raises(jaxqat.ConversionError, match="groups with scales of their own"):
-        jaxqat.convert(product(recipe()), ROWS[:1])
+        jaxqat.convert(product(recipe()), ROWS[:1], strict=True)
 
 
 def test_groups_that_do_not_divide_and_layers_without_groups_are_named():

@@ -59,13 +59,13 @@ def test_a_dynamic_convolution_has_a_range_for_each_image():
     np.testing.assert_allclose(found, expected, rtol=4 * 2**-24, atol=1e-30)
 
 
-def test_a_dynamic_network_trains_and_is_refused_by_convert_with_the_reason():
+def test_a_dynamic_network_trains_and_a_strict_conversion_refuses_it_with_the_reason():
     model = jaxqat.quantize(lambda w, x: x @ w, "int8_dynamic")
     gradient = jax.grad(lambda w: jnp.sum(model.apply({"params": w}, ROWS)))(WEIGHTS)
     q, s = codes(ROWS, (1,))
     np.testing.assert_allclose(gradient, np.tile((q * s).sum(0)[:, None], 5), rtol=2**-18)
     with pytest.raises(jaxqat.ConversionError, match="dynamic range of the input of parameters"):
-        jaxqat.convert(model, {"params": WEIGHTS}, ROWS[:1])
+        jaxqat.convert(model, {"params": WEIGHTS}, ROWS[:1], strict=True)
 
 
 def test_dynamic_ranges_without_a_symmetric_grid_are_refused():
@@ -205,7 +205,7 @@ class Upsample(nn.Module):
         return nn.ConvTranspose(4, (3, 3), strides=(2, 2), name="up")(x)
 
 
-def test_a_transposed_convolution_multiplies_integers_and_is_refused_by_name():
+def test_a_transposed_convolution_multiplies_integers_and_a_strict_conversion_names_it():
     module = Upsample()
     variables = module.init(jax.random.key(0), IMAGES)
     network = jaxqat.calibrate(module, variables, batches=[IMAGES])
@@ -214,7 +214,7 @@ def test_a_transposed_convolution_multiplies_integers_and_is_refused_by_name():
     error = np.linalg.norm(found - exact) / np.linalg.norm(exact)
     assert 0 < error < 0.02  # Of 8 bits; a wrong border or zero point would show.
     with pytest.raises(jaxqat.ConversionError, match=r"up: .*dilat"):
-        jaxqat.convert(network, IMAGES[:1])
+        jaxqat.convert(network, IMAGES[:1], strict=True)
 
 
 VOLUMES = RNG.normal(size=(2, 4, 4, 4, 3)).astype(np.float32)
@@ -239,8 +239,7 @@ def test_products_over_other_axes_multiply_integers(name):
     assert 0 < np.linalg.norm(found - exact) < 0.02 * np.linalg.norm(exact)  # Of 8 bits.
     if not convertible:
         with pytest.raises(jaxqat.ConversionError, match="'add' in DenseGeneral"):
-            jaxqat.convert(network, x[:1])
-        return
+            jaxqat.convert(network, x[:1], strict=True)
     graph = jaxqat.convert(network, x[:1])
     assert jaxqat.verify(network, graph=graph, batches=[x]).differing == 0
 

@@ -337,7 +337,9 @@ def test_weights_that_are_not_real_numbers_stay_as_they_are_and_are_named(dtype)
     assert sites(state) == {"head/input"}
     assert relative_error(function, params, ROWS) < 0.02  # Of 8 bits in the other product.
     with pytest.raises(jaxqat.ConversionError, match=rf"mixing \(dense\): .* and {dtype}, not"):
-        jaxqat.convert(model, ROWS[:1])
+        jaxqat.convert(model, ROWS[:1], strict=True)
+    graph = jaxqat.convert(model, ROWS[:1])
+    np.testing.assert_allclose(jaxqat.make_executor(graph)(ROWS), model(ROWS), rtol=1e-5, atol=1e-5)
 
 
 def test_constant_matrices_are_no_layers_and_leave_the_edges_to_the_models_own():
@@ -383,7 +385,7 @@ def test_a_product_with_a_variable_that_is_no_parameter_is_a_layer_only_by_a_rul
     assert table[0].float_reason == VARIABLE_WEIGHTS
     network = model.bind(variables).calibrate(ROWS)
     with pytest.raises(jaxqat.ConversionError, match=r"dft \(dense\): .* only a rule quantizes it"):
-        jaxqat.convert(network, ROWS)
+        jaxqat.convert(network, ROWS, strict=True)
     rule = Rule(path="dft", weight_bits=8, act_bits=8)
     model = jaxqat.quantize(Mixed(), dataclasses.replace(recipe, rules=(rule,)))
     bits = {row.path: row.weight_bits for row in model.layers(variables, ROWS)}

@@ -1,0 +1,49 @@
+"""What the fields of nodes are made of while the program is being traced."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxqat.quant import _forms as forms
+
+
+@dataclasses.dataclass(frozen=True)
+class Deferred:
+    """An array that the program has yet to compute, and what to make of it then."""
+
+    index: int
+    finish: Callable[[np.ndarray], Any]
+
+
+class Requirement(NamedTuple):
+    """A condition on the program's numbers.
+
+    Attributes:
+        index: Its place in the arrays.
+        reason: What is wrong where it does not hold.
+        part: The average that is a product then; None if nothing can be done.
+    """
+
+    index: int
+    reason: str
+    part: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """Clipping in real units, from operations such as ReLU and ReLU6."""
+
+    low: float | None = None
+    high: float | None = None
+
+    def then(self, clamp: forms.Clamp) -> "Bounds | None":
+        """These bounds behind a clamp, as one pair; None if they do not overlap."""
+        low = max((b for b in (self.low, clamp.low) if b is not None), default=None)
+        high = min((b for b in (self.high, clamp.high) if b is not None), default=None)
+        return None if low is not None and high is not None and low > high else Bounds(low, high)
+
+    def hold_zero(self) -> bool:
+        """Whether a real zero, as padding adds it, is within."""
+        return (self.low is None or self.low <= 0) and (self.high is None or self.high >= 0)
