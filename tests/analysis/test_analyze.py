@@ -16,6 +16,8 @@ from references.sqnr import decibels
 import jaxqat
 from jaxqat import QuantizationError, Recipe, Rule
 
+pytestmark = pytest.mark.slow
+
 RNG = np.random.default_rng(0)
 PARAMS = {
     name: RNG.normal(0, 0.4, shape).astype(np.float32)

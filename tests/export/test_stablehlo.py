@@ -14,6 +14,8 @@ from references import integer_graph
 from jaxqat.errors import ExportError
 from jaxqat.export._stablehlo import export_stablehlo, load_stablehlo
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def network():

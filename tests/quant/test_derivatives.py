@@ -7,6 +7,8 @@ import pytest
 import jaxqat
 from jaxqat import QuantizationError, Recipe
 
+pytestmark = pytest.mark.slow
+
 X = np.random.default_rng(0).normal(size=(8, 6)).astype(np.float32)
 TOKENS = np.arange(8) % 5
 

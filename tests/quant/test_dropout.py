@@ -15,6 +15,8 @@ from references.sqnr import decibels
 import jaxqat
 from jaxqat.quant import _forms as forms
 
+pytestmark = pytest.mark.slow
+
 RNG = np.random.default_rng(0)
 ROWS = RNG.normal(0.3, 1, size=(64, 12)).astype(np.float32)
 IMAGES = RNG.normal(size=(4, 8, 8, 3)).astype(np.float32)

@@ -16,6 +16,8 @@ import jaxqat
 from jaxqat import Recipe, RecipeError, Rule
 from jaxqat.pipeline.models.resnet import ResNet
 
+pytestmark = pytest.mark.slow
+
 RECIPES = ["int8", "int8_symmetric"]
 
 

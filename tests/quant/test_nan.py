@@ -7,6 +7,8 @@ import pytest
 
 import jaxqat
 
+pytestmark = pytest.mark.slow
+
 RNG = np.random.default_rng(0)
 ROWS = RNG.normal(1, 2, size=(16, 12)).astype(np.float32)
 WITH_NAN, ZEROS = ROWS.copy(), ROWS.copy()

@@ -14,6 +14,8 @@ from flax import nnx
 import jaxqat
 from jaxqat import Recipe, Rule
 
+pytestmark = pytest.mark.slow
+
 RNG = np.random.default_rng(0)
 IMAGES = RNG.normal(0.5, 1, size=(4, 6, 6, 4)).astype(np.float32)
 ROWS = RNG.normal(0.5, 1, size=(6, 8)).astype(np.float32)

@@ -15,6 +15,8 @@ from jaxqat.export._onnx.model import onnx_model
 from jaxqat.export._onnx.runtime import run_onnx
 from jaxqat.integer import graph as g
 
+pytestmark = pytest.mark.slow
+
 RECIPES = ("int8", "int8_symmetric")
 SHARES = (0.5, 0.67, 0.8, 0.9)
 

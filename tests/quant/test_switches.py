@@ -9,6 +9,8 @@ from integer.models import MODELS, inputs, trained
 
 from jaxqat import Recipe, Rule
 
+pytestmark = pytest.mark.slow
+
 NAMES = ("residual", "inception", "pre-activation")
 IMAGES = inputs(4, seed=1)
 

@@ -18,6 +18,8 @@ import jaxqat
 from jaxqat import ConversionError
 from jaxqat.integer import graph as g
 
+pytestmark = pytest.mark.slow
+
 relu = jax.nn.relu
 
 RECIPES = ["int8", "int8_symmetric"]

@@ -21,6 +21,8 @@ from jaxqat.integer._execute import PallasCuda
 from jaxqat.integer._execute.cpu import mixed_dot
 from jaxqat.integer._execute.executor import PLATFORMS
 
+pytestmark = pytest.mark.slow
+
 RECIPES = ["int8", "int8_symmetric"]
 EXACT = ["cpu", "tpu", "cuda"]
 

@@ -9,6 +9,8 @@ import pytest
 
 from jaxqat.pipeline.models import ModelConfig, ResNet, build_model
 
+pytestmark = pytest.mark.slow
+
 # Odd sizes reveal padding on the wrong side, which a stride can hide for even ones.
 CASES = [(18, "cifar", 16), (18, "cifar", 13), (34, "imagenet", 33), (50, "imagenet", 32)]
 BATCH, CLASSES, WIDTH = 4, 7, 4

@@ -15,6 +15,8 @@ from references.sqnr import decibels
 import jaxqat
 from jaxqat.errors import QuantizationError
 
+pytestmark = pytest.mark.slow
+
 # A batch's statistic is (s' - m s) / (1 - m) with s = 0. The momentum m is measured to some 2 units
 # in the last place of 1, and 1 - m is 0.01 here: 2 * 6e-8 / 0.01, and rounding of s' itself.
 RTOL = 2e-5

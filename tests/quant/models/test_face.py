@@ -17,6 +17,8 @@ from jaxqat.quant.models.linen import QuantizedModule
 from jaxqat.quant.models.nnx import QuantizedNNX
 from jaxqat.quant.models.stateless import QuantizedEquinox, QuantizedFunction
 
+pytestmark = pytest.mark.slow
+
 RNG = np.random.default_rng(0)
 ROWS = RNG.normal(size=(24, 12)).astype(np.float32)
 PARAMS = {

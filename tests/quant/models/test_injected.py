@@ -16,6 +16,8 @@ from flax import nnx
 import jaxqat
 from jaxqat.quant.aqt import conv_general_dilated_cls, dot_general_cls, from_aqt, to_aqt
 
+pytestmark = pytest.mark.slow
+
 IMAGES = np.random.default_rng(0).normal(size=(16, 8, 8, 3)).astype(np.float32)
 ROWS = np.random.default_rng(1).normal(size=(16, 12)).astype(np.float32)
 RECIPES = ["int8", "int8_symmetric", "int8_dynamic", "w4a8"]

@@ -12,6 +12,8 @@ from flax import nnx
 
 import jaxqat
 
+pytestmark = pytest.mark.slow
+
 IMAGES = np.random.default_rng(0).normal(size=(8, 8, 8, 3)).astype(np.float32)
 LABELS = np.arange(8) % 5
 

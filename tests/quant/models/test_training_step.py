@@ -12,6 +12,8 @@ import jaxqat
 from jaxqat.quant._numerics import cpu
 from jaxqat.quant.models import training_step
 
+pytestmark = pytest.mark.slow
+
 
 class Network(nn.Module):
     """A convolution, a depthwise and a grouped one, a residual addition and a dense layer."""

@@ -11,6 +11,8 @@ from jaxqat import Recipe, RecipeError, Rule
 from jaxqat.quant._numerics import estimators as estimate
 from jaxqat.quant.recipe import Settings
 
+pytestmark = pytest.mark.slow
+
 RNG = np.random.default_rng(0)
 # Long tails, so that clipping pays.
 HEAVY = RNG.standard_t(3, size=(16, 8, 12)).astype(np.float32)

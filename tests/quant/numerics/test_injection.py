@@ -13,6 +13,8 @@ from aqt.jax.v2.numerics import int_numerics
 import jaxqat
 from jaxqat.quant._numerics import injection
 
+pytestmark = pytest.mark.slow
+
 
 class Network(nn.Module):
     """One product of each kind: convolutions, dense layers, products of two activations."""

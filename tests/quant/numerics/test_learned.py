@@ -12,6 +12,8 @@ from jaxqat import Recipe
 from jaxqat.quant._numerics import activations, grids, weights
 from jaxqat.quant.recipe import Settings
 
+pytestmark = pytest.mark.slow
+
 RNG = np.random.default_rng(0)
 ROWS = RNG.normal(size=(64, 12)).astype(np.float32)
 PARAMS = {

@@ -14,6 +14,8 @@ from jaxqat.pipeline.training import COMPILATIONS
 from jaxqat.quant._numerics import cpu
 from jaxqat.quant._numerics.products import LARGEST, Convolution, Dot, backward
 
+pytestmark = pytest.mark.slow
+
 
 def convolution(x, w, **params):
     """The product that the trace of a convolution holds."""

@@ -12,6 +12,8 @@ from flax import nnx
 import jaxqat
 from jaxqat import Recipe, RecipeError, Rule
 
+pytestmark = pytest.mark.slow
+
 RNG = np.random.default_rng(0)
 ROWS = RNG.normal(size=(6, 12)).astype(np.float32) * np.logspace(-2, 2, 6)[:, None]
 ROWS = ROWS.astype(np.float32)

@@ -16,6 +16,8 @@ import jaxqat
 from jaxqat import Recipe, RecipeError, Rule
 from jaxqat.quant._plan.plan import VARIABLE_WEIGHTS
 
+pytestmark = pytest.mark.slow
+
 RNG = np.random.default_rng(0)
 IMAGES = RNG.normal(size=(4, 8, 8, 3)).astype(np.float32)
 ROWS = RNG.normal(size=(32, 12)).astype(np.float32)

@@ -14,6 +14,8 @@ from jaxqat.export._onnx.model import onnx_model
 from jaxqat.export._onnx.runtime import run_onnx
 from jaxqat.quant._trace.program import MAX_ITERATIONS
 
+pytestmark = pytest.mark.slow
+
 RNG = np.random.default_rng(0)
 SEQUENCES = RNG.normal(size=(4, 5, 6)).astype(np.float32)
 ROWS = RNG.normal(size=(8, 6)).astype(np.float32)
