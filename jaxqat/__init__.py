@@ -13,6 +13,7 @@ from jaxqat.errors import (
     ExportError,
     GraphError,
     JaxqatError,
+    MissingPackageError,
     QuantizationError,
     RecipeError,
 )
@@ -71,6 +72,7 @@ __all__ = [
     "IntegerGraph",
     "JaxqatError",
     "LayerInfo",
+    "MissingPackageError",
     "QuantizationError",
     "QuantizedModel",
     "Recipe",

@@ -19,6 +19,10 @@ class RunError(JaxqatError, RuntimeError):
     """Work on valid input failed; the command exits with status 1."""
 
 
+class MissingPackageError(RunError, ImportError):
+    """An optional package is not installed; the message says how to install it."""
+
+
 class RecipeError(InputError):
     """A recipe, or one of its rules, cannot be applied."""
 

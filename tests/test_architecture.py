@@ -40,7 +40,7 @@ INSIDE = {
         "aqt",
     ),
     "integer": (
-        *("_packing", "_nodes", "_islands", "graph", "_visitor", "_float_visitor"),
+        *("_packing", "_nodes", "_islands", "graph", "_guard", "_visitor", "_float_visitor"),
         *("_convert", "_execute", "_store", "_compare", "_verify"),
     ),
     "pipeline": (

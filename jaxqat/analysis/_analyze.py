@@ -13,7 +13,7 @@ from jaxqat.errors import QuantizationError
 from jaxqat.integer._compare import in_decibels
 from jaxqat.quant import LayerInfo
 from jaxqat.quant.models.batches import as_arguments, each_batch
-from jaxqat.quant.models.bound import BoundModel, QuantizedModel
+from jaxqat.quant.models.bound import BoundModel, QuantizedModel, check_quantized
 
 
 def analyze(
@@ -53,10 +53,7 @@ def analyze(
         QuantizationError: The model is not quantized or has no quantized layer, there is no batch,
             `batches` is one array, the result is not one finite array, or the labels do not fit it.
     """
-    if not isinstance(model, QuantizedModel):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise QuantizationError(
-            f"analyze needs what `jaxqat.quantize` returned, got {type(model).__name__}."
-        )
+    check_quantized(model, "analyze")
     runner = _Runner(model.bind(*state, **kwargs))
     for batch, classes in _paired(batches, labels):
         runner.add(as_arguments(batch if preprocess is None else preprocess(batch)), classes)

@@ -42,7 +42,7 @@ def export(
         RunFolderError: If the folder is not a run folder, or holds no such integer network.
         ArtifactError: If the integer network is damaged.
         ExportError: If the format cannot express the network, or the file cannot be written.
-        ImportError: If a package is not installed.
+        MissingPackageError: If a package is not installed.
     """
     console = console or Console()
     folder = RunFolder(Path(run))

@@ -64,7 +64,7 @@ def verify(
         CheckpointError: If the checkpoint is damaged.
         ArtifactError: If the integer network is damaged.
         ExportError: If ONNX cannot express the network.
-        ImportError: If a package is not installed.
+        MissingPackageError: If a package is not installed.
     """
     console = console or Console()
     folder = RunFolder(Path(run))

@@ -9,6 +9,7 @@ source.
 import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +23,7 @@ from jaxqat.errors import ExportError
 from jaxqat.export._files import check_target
 from jaxqat.integer._execute import Platform
 from jaxqat.integer._execute.executor import PLATFORMS
+from jaxqat.integer._guard import check_graph
 from jaxqat.integer._store.files import write_atomically
 from jaxqat.integer.graph import IntegerGraph
 
@@ -41,7 +43,7 @@ class StableHloNetwork:
         self._call: Callable[[Any], jax.Array] = jax.jit(exported.call)
 
     def __call__(self, images: Any) -> jax.Array:
-        """Return the network's result, float32.
+        """Return the network's result, of the type in the description.
 
         Raises:
             ExportError: If the images do not have the file's input shape or type.
@@ -51,6 +53,8 @@ class StableHloNetwork:
         shape, dtype = tuple(declared["shape"]), declared["dtype"]
         batch = declared["batch"]
         fits = batch is None or images.shape[0] == batch
+        if dtype != "uint8" and all(jnp.issubdtype(t, jnp.integer) for t in (dtype, images.dtype)):
+            images = images.astype(dtype)  # NumPy's integers are int64.
         if tuple(images.shape[1:]) != shape or images.dtype.name != dtype or not fits:
             raise ExportError(
                 f"images must be {dtype} of the shape ({batch or 'batch'}, "
@@ -61,29 +65,33 @@ class StableHloNetwork:
 
 def export_stablehlo(
     graph: IntegerGraph,
-    path: Path | str,
+    path: str | os.PathLike[str],
     *,
     input: Literal["float", "uint8"] = "float",
     platforms: Sequence[str] = EXPORT_PLATFORMS,
     batch: int | None = None,
     overwrite: bool = False,
-) -> None:
-    """Write an integer network as StableHLO.
+) -> Path:
+    """Write an integer network as StableHLO, atomically.
 
     Args:
         graph: Network to export.
         path: File to write; its folder must exist.
-        input: 'float' for the model's input, 'uint8' for raw images.
+        input: 'float' for the model's own input, float32 or integers; 'uint8' for raw images.
         platforms: Platforms that the file can run on, of 'cpu', 'cuda' and 'tpu'. CUDA uses cuDNN
             convolutions: a Pallas kernel cannot share a file with other platforms.
         batch: Images per call; None allows any number. On a CPU a fixed batch runs faster, because
             it is split into chunks that fit the cache.
         overwrite: Whether to replace an existing file.
 
+    Returns:
+        The path.
+
     Raises:
-        ExportError: If the path cannot be used, a platform or the input is unknown, or the graph
-            has no table for uint8 images.
+        ExportError: If `graph` is no integer network, the path cannot be used, a platform or the
+            input is unknown, or the graph has no table for uint8 images.
     """
+    check_graph(graph, "export_stablehlo", error=ExportError)
     path = Path(path)
     check_target(path, overwrite)
     unknown = [name for name in platforms if name not in EXPORT_PLATFORMS]
@@ -97,20 +105,21 @@ def export_stablehlo(
         raise ExportError(
             "input 'uint8' needs a network that was converted with `preprocess`; use 'float'."
         )
-    dtype = "uint8" if input == "uint8" else "float32"
+    dtype = "uint8" if input == "uint8" else graph.input_type
     size = batch if batch is not None else export.symbolic_shape("batch")[0]
-    images = jax.ShapeDtypeStruct((size, *graph.input_shape), dtype)  # pyright: ignore[reportArgumentType]
+    images = jax.ShapeDtypeStruct((size, *graph.input_shape), jnp.dtype(dtype))
     program = jax.jit(_program(graph, tuple(platforms)))
     with _without_tracebacks():
         exported = export.export(program, platforms=platforms)(images)
     description = {
         "input": {"shape": list(graph.input_shape), "dtype": dtype, "batch": batch},
-        "output": {"shape": list(graph.output_shape), "dtype": "float32"},
+        "output": {"shape": list(graph.output_shape), "dtype": exported.out_avals[0].dtype.name},
         "platforms": list(platforms),
         "metadata": graph.metadata,
     }
     content = _sealed(bytes(exported.serialize()), description)
     write_atomically(path, content, error=ExportError)
+    return path
 
 
 @contextlib.contextmanager
@@ -158,7 +167,7 @@ def _program(graph: IntegerGraph, platforms: tuple[str, ...]) -> Any:
     return program
 
 
-def load_stablehlo(path: Path | str) -> StableHloNetwork:
+def load_stablehlo(path: str | os.PathLike[str]) -> StableHloNetwork:
     """Load a network from a file that `export_stablehlo` wrote.
 
     Raises:

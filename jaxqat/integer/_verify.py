@@ -11,10 +11,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxqat.errors import ExecutionError
 from jaxqat.integer._compare import Network, Observation, Segments, Verification, compare
 from jaxqat.integer._execute.executor import Executor, make_executor
+from jaxqat.integer._guard import check_graph
 from jaxqat.integer.graph import IntegerGraph
-from jaxqat.quant.models.bound import QuantizedModel
+from jaxqat.quant.models.bound import QuantizedModel, check_quantized
 
 # From images to the model's input; None if they are the same.
 Preprocess = Callable[[Any], Any] | None
@@ -47,8 +49,11 @@ def verify(
         The comparison; see its `failures`.
 
     Raises:
-        QuantizationError: `batches` is one array.
+        QuantizationError: The model is not quantized, or `batches` is one array.
+        ExecutionError: `graph` is no integer network, or the model has several results.
     """
+    check_quantized(model, "verify")
+    check_graph(graph, "verify", error=ExecutionError)
     trained = training_network(model, *state, preprocess=preprocess, **kwargs)
     real = float_network(model, *state, preprocess=preprocess, **kwargs)
     deployed = executor or make_executor(graph)
@@ -100,5 +105,5 @@ def _prepared(images: Any, preprocess: Preprocess) -> Any:
 
 def _one_result(tensors: Mapping[str, Any], results: list[Any]) -> Observation:
     if len(results) != 1:
-        raise ValueError(f"the model returns {len(results)} arrays; one is needed to verify it.")
+        raise ExecutionError(f"verify needs a model with one result, this one has {len(results)}.")
     return Observation(tensors, results[0])

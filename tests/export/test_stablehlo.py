@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from integer import graphs
 from jax import export
 from references import integer_graph
 
+import jaxqat
 from jaxqat.errors import ExportError
 from jaxqat.export._stablehlo import export_stablehlo, load_stablehlo
 
@@ -49,6 +51,40 @@ def test_uint8_images_and_a_fixed_batch(network, tmp_path):
     np.testing.assert_array_equal(np.asarray(loaded(pixels)), expected)
     with pytest.raises(ExportError, match=r"uint8 of the shape \(3, .* got uint8 \(1, "):
         loaded(pixels[:1])
+
+
+def test_a_network_of_tokens_takes_integers(tmp_path):
+    class Tokens(nn.Module):
+        @nn.compact
+        def __call__(self, tokens):
+            return nn.Dense(3, name="head")(nn.Embed(9, 8, name="embed")(tokens).mean(1))
+
+    tokens = np.random.default_rng(0).integers(0, 9, (6, 4))
+    variables = Tokens().init(jax.random.key(0), tokens)
+    model = jaxqat.calibrate(Tokens(), variables, batches=[tokens])
+    graph = jaxqat.convert(model, tokens)
+    path = export_stablehlo(graph, tmp_path / "network", platforms=("cpu",))
+    assert path == tmp_path / "network"
+    loaded = load_stablehlo(path)
+    assert loaded.description["input"] == {"shape": [4], "dtype": "int32", "batch": None}
+    assert loaded.description["output"] == {"shape": [3], "dtype": "float32"}
+    expected = jaxqat.make_executor(graph)(tokens)
+    for batch in (tokens, tokens.astype(np.int32)):
+        np.testing.assert_array_equal(np.asarray(loaded(batch)), expected)
+    with pytest.raises(ExportError, match=r"images must be int32 .* got float32 \(6, 4\)"):
+        loaded(tokens.astype(np.float32))
+
+
+def test_the_description_has_the_type_of_the_result(tmp_path):
+    def function(params, x):
+        return (x @ params["kernel"]).argmax(-1)
+
+    rows = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
+    model = jaxqat.calibrate(function, {"params": {"kernel": rows[:4, :3]}}, batches=[rows])
+    graph = jaxqat.convert(model, rows)
+    loaded = load_stablehlo(export_stablehlo(graph, tmp_path / "network", platforms=("cpu",)))
+    assert loaded.description["output"] == {"shape": [], "dtype": "int32"}
+    np.testing.assert_array_equal(np.asarray(loaded(rows)), model(rows))
 
 
 def test_a_file_needs_neither_jaxqat_nor_the_model(network, file, tmp_path):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 import jaxqat
-from jaxqat.errors import ExportError
+from jaxqat.errors import ExportError, MissingPackageError
 
 # Current ONNX Runtime and OpenVINO support opset 17; 13 is the oldest with all operators used.
 OPSET, OLDEST_OPSET = 17, 13
@@ -22,12 +22,12 @@ def library(name: str) -> ModuleType:
     """Import an optional package.
 
     Raises:
-        ImportError: If it is not installed; says how to install it.
+        MissingPackageError: If it is not installed; says how to install it.
     """
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ImportError(
+        raise MissingPackageError(
             f"The package {name!r} is not installed; ONNX export and checks need "
             f"`pip install 'jaxqat[{'onnx,openvino' if name == 'openvino' else 'onnx'}]'`."
         ) from error

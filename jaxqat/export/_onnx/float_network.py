@@ -33,7 +33,7 @@ def float_model(graph: IntegerGraph, *, opset: int = OPSET) -> Any:
 
     Raises:
         ExportError: If a node has no ONNX equivalent; names the node.
-        ImportError: If the package `onnx` is not installed.
+        MissingPackageError: If the package `onnx` is not installed.
     """
     writer = OnnxFloatWriter(graph)
     result = writer.visit(writer.builder.name("images"))[graph.output]

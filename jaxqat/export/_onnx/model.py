@@ -23,6 +23,7 @@ from jaxqat.errors import ExportError
 from jaxqat.export._files import check_target
 from jaxqat.export._onnx.builder import OPSET, channels_first, library
 from jaxqat.export._onnx.nodes import OnnxWriter
+from jaxqat.integer._guard import check_graph
 from jaxqat.integer._store.files import write_atomically
 from jaxqat.integer.graph import IntegerGraph
 
@@ -50,8 +51,9 @@ def onnx_model(
 
     Raises:
         ExportError: If ONNX cannot represent the network exactly, or an argument is invalid.
-        ImportError: If the package `onnx` is not installed.
+        MissingPackageError: If the package `onnx` is not installed.
     """
+    check_graph(graph, "export_onnx", error=ExportError)
     if input not in ("float", "uint8"):
         raise ExportError(f"input must be 'float' or 'uint8', got {input!r}.")
     if graph.requantization != "float":
@@ -97,7 +99,7 @@ def export_onnx(
     Raises:
         ExportError: If ONNX cannot represent the network exactly, or the file already exists or
             cannot be written.
-        ImportError: If the package `onnx` is not installed.
+        MissingPackageError: If the package `onnx` is not installed.
     """
     path = Path(path)
     check_target(path, overwrite)

@@ -50,7 +50,7 @@ def compile_openvino(model: Any, *, threads: int | None = None) -> Callable[[Any
         threads: Number of threads; None leaves it to OpenVINO.
 
     Raises:
-        ImportError: If the package `openvino` is not installed.
+        MissingPackageError: If the package `openvino` is not installed.
     """
     with warnings.catch_warnings():
         # The import forks a process, and JAX warns of forks because it has threads.

@@ -23,7 +23,7 @@ def load_onnx(source: str | os.PathLike | bytes) -> Any:
 
     Raises:
         ExportError: If the file cannot be read, is damaged, or was not written by this library.
-        ImportError: If the package `onnx` is not installed.
+        MissingPackageError: If the package `onnx` is not installed.
     """
     onnx = library("onnx")
     name = "the ONNX model" if isinstance(source, bytes) else str(source)
@@ -103,7 +103,7 @@ def make_runner(source: str | os.PathLike | bytes, *, expose: bool = False) -> R
 
     Raises:
         ExportError: If the file cannot be read.
-        ImportError: If `onnx` or `onnxruntime` is not installed.
+        MissingPackageError: If `onnx` or `onnxruntime` is not installed.
     """
     model = load_onnx(source)
     session = make_session(with_codes(model) if expose else model)

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from jaxqat.errors import ExecutionError
+
 MANTISSA_BITS = 31
 
 
@@ -36,12 +38,12 @@ class FixedPoint:
         """Convert positive float32 multipliers exactly: their 24 bits fit a 31-bit mantissa.
 
         Raises:
-            ValueError: If a multiplier is 2**30 or more, which no requantization needs.
+            ExecutionError: If a multiplier is 2**30 or more, which no requantization needs.
         """
         fraction, exponent = np.frexp(np.asarray(multiplier, np.float64))
         shift = MANTISSA_BITS - exponent.astype(np.int64)
         if (shift < 1).any():
-            raise ValueError(f"multiplier must be below 2**30, got {np.max(multiplier)}.")
+            raise ExecutionError(f"multiplier must be below 2**30, got {np.max(multiplier)}.")
         mantissa = (fraction * 2.0**MANTISSA_BITS).astype(np.int64)
         return cls(mantissa.astype(np.int32), shift.astype(np.int32))
 

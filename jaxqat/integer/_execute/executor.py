@@ -13,6 +13,7 @@ from jaxqat.errors import ExecutionError
 from jaxqat.integer import graph as g
 from jaxqat.integer._execute import Cpu, Cuda, PallasCuda, Platform
 from jaxqat.integer._execute.pallas_conv import COMPUTE_CAPABILITY
+from jaxqat.integer._guard import check_graph
 
 # By name; "cuda" and "cuda_pallas" run on the same device.
 PLATFORMS: dict[str, type[Platform]] = {
@@ -145,8 +146,9 @@ def make_executor(graph: g.IntegerGraph, *, platform: str | None = None) -> Exec
             present device.
 
     Raises:
-        ExecutionError: If there is no such platform.
+        ExecutionError: If `graph` is no integer network, or there is no such platform.
     """
+    check_graph(graph, "make_executor", error=ExecutionError)
     name = default_platform() if platform is None else platform
     if name not in PLATFORMS:
         raise ExecutionError(f"platform must be one of {', '.join(PLATFORMS)}, got {platform!r}.")

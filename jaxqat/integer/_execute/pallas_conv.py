@@ -35,6 +35,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float32, Int8, Int32
 
+from jaxqat.errors import ExecutionError
 from jaxqat.integer._execute.pallas_tiles import (
     LARGEST_TENSOR,
     Edges,
@@ -113,7 +114,7 @@ def convolve(
         Codes of the output.
 
     Raises:
-        ValueError: If the operands' shapes do not match, or a tensor is too large.
+        ExecutionError: If the operands' shapes do not match, or a tensor is too large.
     """
     batch, outputs, channels = codes.shape[0], weights.shape[0], padded_channels(codes.shape[3])
     depth, rows = padded_depth(geometry.window, channels), batch * math.prod(geometry.output)
@@ -325,10 +326,12 @@ def _outer_mask(rows: Array | None, columns: Array | None, shape: tuple[int, int
 
 def _check(plan: _Plan, codes: Array, weights: Array, bias: Array) -> None:
     if plan.depth % plan.tile.block:
-        raise ValueError(f"tile.block={plan.tile.block} does not divide the depth, {plan.depth}.")
+        raise ExecutionError(
+            f"tile.block={plan.tile.block} does not divide the depth, {plan.depth}."
+        )
     largest = max(math.prod(codes.shape[:3]) * plan.channels, plan.rows * plan.outputs)
     if largest > LARGEST_TENSOR:
-        raise ValueError(
+        raise ExecutionError(
             f"a batch of {codes.shape[0]} needs a tensor of {largest} codes; the kernel is limited "
             f"to {LARGEST_TENSOR}: split the batch."
         )
@@ -344,7 +347,7 @@ def _check(plan: _Plan, codes: Array, weights: Array, bias: Array) -> None:
         expected["residual.codes"] = (plan.residual.codes, (output,))
     for name, (array, shapes) in expected.items():
         if array.shape not in shapes:
-            raise ValueError(
+            raise ExecutionError(
                 f"{name}: shape {array.shape}; this convolution needs "
                 f"{' or '.join(map(str, shapes))} (`lay_out` returns weights and bias)."
             )

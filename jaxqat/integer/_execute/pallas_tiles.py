@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int8, Int32
 
+from jaxqat.errors import ExecutionError
+
 LARGEST_TENSOR = 2**31 - 1  # In codes, whose positions are int32.
 
 # A tensor-core instruction reads 32 int8 along the depth; a block of 64 is four loads of 16 bytes.
@@ -74,7 +76,7 @@ class Geometry:
 
     def __post_init__(self):
         if min(self.output) < 1:
-            raise ValueError(
+            raise ExecutionError(
                 f"a window of {self.window} with dilation {self.dilation} does not fit an input of "
                 f"{self.size} with padding {self.padding}: the output would be {self.output}."
             )
@@ -196,10 +198,10 @@ def lay_out(
         columns). If zero_in is 0, the biases have only one row.
 
     Raises:
-        ValueError: If a sum can overflow int32.
+        ExecutionError: If a sum can overflow int32.
     """
     if reason := _overflow_reason(weights, bias):
-        raise ValueError(f"the kernel cannot compute this convolution: {reason}.")
+        raise ExecutionError(f"the kernel cannot compute this convolution: {reason}.")
     *window, channels, outputs = weights.shape
     taps = np.zeros((outputs, *window, padded_channels(channels)), np.int8)
     taps[..., :channels] = np.moveaxis(weights, -1, 0)

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxqat.errors import ArtifactError, GraphError
+from jaxqat.integer._guard import check_graph
 from jaxqat.integer._store.codec import CodecError, decode, encode
 from jaxqat.integer._store.files import write_atomically
 from jaxqat.integer.graph import IntegerGraph
@@ -43,8 +44,10 @@ def save(graph: IntegerGraph, folder: str | os.PathLike[str], *, overwrite: bool
         The folder.
 
     Raises:
-        ArtifactError: If the folder exists or cannot be written, or the metadata has no JSON form.
+        ArtifactError: If `graph` is no integer network, the folder exists or cannot be written, or
+            the metadata has no JSON form.
     """
+    check_graph(graph, "save", error=ArtifactError)
     folder = Path(folder)
     try:
         text, arrays = encode(graph)

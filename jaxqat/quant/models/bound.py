@@ -96,6 +96,18 @@ class QuantizedModel:
         return bound.evaluate(inputs, Mode.FROZEN, switches)[1]
 
 
+def check_quantized(model: Any, caller: str) -> None:
+    """Refuse what `jaxqat.quantize` or `jaxqat.calibrate` did not return.
+
+    Raises:
+        QuantizationError: Names the caller and the type.
+    """
+    if not isinstance(model, QuantizedModel):
+        raise QuantizationError(
+            f"{caller} needs what `jaxqat.quantize` returned, got {type(model).__name__}."
+        )
+
+
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class BoundModel(QuantizedModel):
     """A quantized model with its variables: a function of inputs alone, with frozen ranges.

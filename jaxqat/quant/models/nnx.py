@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import jax
 from flax import nnx
 
+from jaxqat.errors import QuantizationError
 from jaxqat.quant._interpret import Mode
 from jaxqat.quant._numerics.ranges import Range
 from jaxqat.quant._trace.arguments import Key
@@ -59,7 +60,7 @@ class QuantizedNNX(QuantizedModel, nnx.Module):
             QuantizationError: The module was not calibrated.
         """
         mode = Mode.FROZEN if self.use_running_average else Mode.TRAIN
-        (result, updates), evaluator = self._bound(kwargs, keep=True).evaluate(args, mode)
+        (result, updates), evaluator = self._bound(kwargs, stateful=True).evaluate(args, mode)
         nnx.update(self.module, updates)
         if mode is Mode.TRAIN:  # `quant_params` are the optimizer's.
             self.quant.set_value(state_collections(evaluator.new_ranges)[QUANT])
@@ -86,16 +87,23 @@ class QuantizedNNX(QuantizedModel, nnx.Module):
         Args:
             *state: Nothing: the module holds its variables.
             **kwargs: Keyword arguments of every call.
-        """
-        assert not state  # `state_arguments` is 0.
-        return self._bound(kwargs, keep=False)
 
-    def _bound(self, kwargs: Mapping[str, Any], *, keep: bool) -> BoundModel:
+        Raises:
+            QuantizationError: Variables were passed.
+        """
+        if state:
+            raise QuantizationError(
+                f"A quantized NNX module holds its variables, got {len(state)} arguments in their "
+                "place: pass keyword arguments only."
+            )
+        return self._bound(kwargs, stateful=False)
+
+    def _bound(self, kwargs: Mapping[str, Any], *, stateful: bool) -> BoundModel:
         """Bind the module.
 
         Args:
             kwargs: Keyword arguments of every call.
-            keep: Whether the function returns the module's state after the call.
+            stateful: Whether the function returns the module's state after the call.
         """
         graph, params, others = nnx.split(self.module, nnx.Param, ...)
 
@@ -106,7 +114,7 @@ class QuantizedNNX(QuantizedModel, nnx.Module):
             nnx_products(module)
             name_calls(module)
             result = module(*args, **kwargs)
-            return result, nnx.state(module, nnx.Not(nnx.Param)) if keep else {}
+            return result, nnx.state(module, nnx.Not(nnx.Param)) if stateful else {}
 
         learned = self.quant_params.get_value()
         if isinstance(learned, nnx.State):  # As an optimizer leaves it.

@@ -2,13 +2,14 @@
 """Quantized models that take their variables as an argument, as Linen's `apply` does."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, cast
 
 import jax
 from flax.core import DenyList
 from flax.core.scope import in_filter
 
+from jaxqat.errors import QuantizationError
 from jaxqat.quant._interpret import Mode
 from jaxqat.quant.models.bound import BoundModel, PureFunction, QuantizedModel
 from jaxqat.quant.models.state import QUANT, QUANT_PARAMS
@@ -39,9 +40,17 @@ class StatelessModel(QuantizedModel):
         Args:
             *state: One argument, the variables.
             **kwargs: Keyword arguments of every call, such as `train=False`.
+
+        Raises:
+            QuantizationError: There are no variables, or they are no dictionary.
         """
-        (variables,) = state
-        return self._bound(variables, kwargs, mutable=False)
+        if len(state) != 1:
+            raise QuantizationError(
+                f"{type(self).__name__} does not hold its variables, and got {len(state)} "
+                "arguments in their place: pass the variables, a dictionary with 'params', behind "
+                "the model."
+            )
+        return self._bound(state[0], kwargs, mutable=False)
 
     def apply(self, variables: Any, *inputs: Any, mutable: Mutable = False, **kwargs: Any) -> Any:
         """Return the model's result, computed on integers.
@@ -103,7 +112,13 @@ class StatelessModel(QuantizedModel):
         return dict(bound.with_empty_ranges(*inputs).variables)
 
     def _bound(self, variables: Any, kwargs: Any, *, mutable: Mutable) -> BoundModel:
-        return BoundModel(self, variables, kwargs, self.recipe, self._function(mutable))
+        if not isinstance(variables, Mapping):
+            raise QuantizationError(
+                "The variables must be a dictionary with 'params', got "
+                f"{type(variables).__name__}: pass them before the inputs."
+            )
+        given = cast("Mapping[str, Any]", variables)
+        return BoundModel(self, given, kwargs, self.recipe, self._function(mutable))
 
 
 def _of_model(mutable: Mutable) -> Mutable:
