@@ -48,9 +48,9 @@ class States:
             return self.before[key]
         except KeyError:
             raise QuantizationError(
-                f"The ranges hold nothing for {'/'.join(key)!r}; they hold "
-                f"{', '.join('/'.join(k) for k in self.before) or 'nothing'}. Make them with "
-                "`init_quant` for this model, this recipe and these inputs."
+                f"No range for {'/'.join(key)!r} (ranges found: "
+                f"{', '.join('/'.join(k) for k in self.before) or 'none'}). Call `calibrate` with "
+                "this model, recipe and inputs."
             ) from None
 
     def grid(self, tensor: QuantizedTensor, values: Any) -> grids.Grid | None:

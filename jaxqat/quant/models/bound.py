@@ -245,9 +245,14 @@ def _check_state(plan: Plan, variables: Mapping[str, Any], state: Mapping[Key, R
     learned = set(LEARNED.values())
     observed = any(leaf not in learned for tensor in needed.values() for leaf in tensor)
     if (observed and not variables.get(QUANT)) or (needed and not state):
+        if variables.get(QUANT_PARAMS):
+            raise QuantizationError(
+                "No activation ranges: the variables have 'quant_params' without 'quant'. Pass "
+                "both collections that `calibrate` returned."
+            )
         raise QuantizationError(
-            f"The variables have the collections {', '.join(variables)}, without 'quant': observe "
-            "activation ranges with `calibrate` on a few batches first."
+            "No activation ranges. Call `calibrate` on a few batches first, and pass the variables "
+            "that it returns."
         )
     missing = [
         f"{'/'.join(key)}/{leaf}"
