@@ -4,27 +4,12 @@
 whether the products are integer.
 """
 
-from jaxqat.lowering.kernels import (
-    Kernel,
-    float_activations,
-    float_products,
-    kernels,
-    products,
-    wide_activations,
-)
-from jaxqat.lowering.products import INTEGER_ENGINES, CompiledProduct
+from jaxqat.lowering.kernels import Kernel, kernels, products
+from jaxqat.lowering.products import CompiledProduct
 from jaxqat.lowering.table import LoweringTable, lowering_table
-from jaxqat.lowering.targets import (
-    TARGETS,
-    Compiled,
-    LoweringError,
-    Target,
-    compile_for,
-    is_available,
-)
+from jaxqat.lowering.targets import TARGETS, Compiled, LoweringError, Target, compile_for
 
 __all__ = [
-    "INTEGER_ENGINES",
     "TARGETS",
     "Compiled",
     "CompiledProduct",
@@ -33,11 +18,7 @@ __all__ = [
     "LoweringTable",
     "Target",
     "compile_for",
-    "float_activations",
-    "float_products",
-    "is_available",
     "kernels",
     "lowering_table",
     "products",
-    "wide_activations",
 ]

@@ -78,35 +78,6 @@ def products(kernels: Iterable[Kernel]) -> list[CompiledProduct]:
     return [product for kernel in kernels for product in kernel.products]
 
 
-def float_products(kernels: Iterable[Kernel]) -> list[CompiledProduct]:
-    """List the convolutions and dots that are not integer products."""
-    return [product for product in products(kernels) if not product.is_integer]
-
-
-def wide_activations(kernels: Iterable[Kernel], *, at_least: int) -> list[tuple[Kernel, Shape]]:
-    """List tensors of more than 8 bits per value that one kernel writes and another reads.
-
-    Results of the module are left out; tensors in a TPU's on-chip memory are included.
-
-    Args:
-        kernels: Kernels of one module.
-        at_least: Smallest number of elements to list: at most the size of the batch's smallest
-            activation, and more than the sizes of biases and logits.
-    """
-    return [
-        (kernel, shape)
-        for kernel in kernels
-        for number, shape in enumerate(kernel.writes)
-        if shape.bits > 8 and shape.elements >= at_least and number not in kernel.outputs
-    ]
-
-
-def float_activations(kernels: Iterable[Kernel], *, at_least: int) -> list[tuple[Kernel, Shape]]:
-    """List the floating-point tensors among the `wide_activations`."""
-    wide = wide_activations(kernels, at_least=at_least)
-    return [(kernel, shape) for kernel, shape in wide if shape.is_float]
-
-
 def layer_of(op_name: str) -> str:
     """Return the module's path in JAX's name of an operation.
 

@@ -27,7 +27,6 @@ from jaxlib.triton import dialect as triton
 from jaxqat.lowering.hlo import Computation, Instruction, Module, Shape
 
 PALLAS_TARGET = "__gpu$xla.gpu.triton"
-INTEGER_ENGINES = ("cuDNN", "cuBLAS", "Triton", "Pallas", "YNNPACK", "MXU")
 
 # Instructions that do not change values; `_source` follows an operand back through them.
 _TRANSPARENT = {"convert", "copy", "transpose", "reshape", "bitcast", "pad", "reverse", "slice"}
@@ -65,11 +64,6 @@ class CompiledProduct:
         if not all(Shape(dtype, ()).is_code for dtype in self.sources):
             return False
         return self.engine == "cuDNN" or not self.result.is_float
-
-    @property
-    def is_backward(self) -> bool:
-        """Whether its name belongs to a gradient; compilers may drop names."""
-        return "transpose(" in self.op_name
 
     @property
     def types(self) -> str:

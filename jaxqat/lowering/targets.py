@@ -189,8 +189,6 @@ class Compiled:
         target: Device it was compiled for.
         text: Optimized HLO module.
         argument_bytes: Memory of the arguments, bytes.
-        output_bytes: Memory of the results, bytes.
-        alias_bytes: Part of the results that reuses donated arguments, bytes.
         temporary_bytes: Memory of intermediate values, bytes.
         seconds: Time for tracing and compiling.
     """
@@ -198,8 +196,6 @@ class Compiled:
     target: Target
     text: str
     argument_bytes: int
-    output_bytes: int
-    alias_bytes: int
     temporary_bytes: int
     seconds: float
 
@@ -242,8 +238,6 @@ def compile_for(
         target=target,
         text=compiled.as_text(),
         argument_bytes=memory.argument_size_in_bytes,
-        output_bytes=memory.output_size_in_bytes,
-        alias_bytes=memory.alias_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
         seconds=time.perf_counter() - start,
     )
@@ -273,16 +267,6 @@ def get_target(name: str) -> Target:
     if name not in TARGETS:
         raise LoweringError(f"target must be one of {', '.join(TARGETS)}, got {name!r}.")
     return TARGETS[name]
-
-
-def is_available(target: Target | str) -> bool:
-    """Return whether the compiler for a target is installed."""
-    target = get_target(target) if isinstance(target, str) else target
-    try:
-        _device(target)
-    except LoweringError:
-        return False
-    return True
 
 
 def _reason(error: Exception, lines: int = 4, length: int = 600) -> str:

@@ -4,10 +4,19 @@ import os
 
 import pytest
 
-from jaxqat.lowering import Target, is_available
-from jaxqat.lowering.targets import get_target
+from jaxqat.lowering import LoweringError, Target
+from jaxqat.lowering.targets import _device, get_target
 
 WHEELS = {"cuda": "jax[cuda13]", "tpu": "jax[tpu]"}
+
+
+def is_available(target: Target) -> bool:
+    """Whether the compiler for a target is installed."""
+    try:
+        _device(target)
+    except LoweringError:
+        return False
+    return True
 
 
 @pytest.fixture

@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
+from lowering.assertions import float_activations, wide_activations
 from lowering.functions import F32, shape
 from lowering.targets import on_all
 
-from jaxqat.lowering import compile_for, float_activations, kernels, products, wide_activations
+from jaxqat.lowering import compile_for, kernels, products
 from jaxqat.lowering.hlo import Shape, parse
 from jaxqat.lowering.kernels import layer_of
 

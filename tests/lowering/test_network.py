@@ -7,12 +7,13 @@ from lowering.assertions import (
     assert_activations_are_codes,
     assert_integer_network,
     assert_products_are_integer,
+    float_activations,
 )
 from lowering.functions import CASES, F32, shape
 from lowering.networks import CONVOLUTIONS, network, network_shapes
 from lowering.targets import GPUS, TPUS, for_targets, on_all
 
-from jaxqat.lowering import compile_for, float_activations, kernels
+from jaxqat.lowering import compile_for, kernels
 
 # A TPU leaves an activation of fewer images in float on the chip, between two fused convolutions.
 WIDTH, BATCH, SIZE = 32, 32, 16

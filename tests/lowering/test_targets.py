@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 
@@ -20,19 +21,18 @@ BYTES = ROWS * COLUMNS * 4
 
 
 @on_all
-def test_memory_is_that_of_the_arguments_and_results(target):
+def test_memory_is_that_of_the_arguments(target):
     compiled = compile_for(target, lambda x, y: (x + y, x - y), MATRIX, MATRIX)
     assert compiled.target is target
     assert compiled.argument_bytes == 2 * BYTES
-    # Two results; some compilers add a table of pointers, of up to a page.
-    assert 0 <= compiled.output_bytes - 2 * BYTES < 4096
-    assert compiled.alias_bytes == 0
+    assert "input_output_alias" not in compiled.text
 
 
 @on_all
 def test_a_jitted_function_keeps_its_donated_arguments(target):
     step = jax.jit(lambda state, x: state + x, donate_argnums=0)
-    assert compile_for(target, step, MATRIX, MATRIX).alias_bytes == BYTES
+    text = compile_for(target, step, MATRIX, MATRIX).text
+    assert re.search(r"input_output_alias=\{ *\{\}: \(0, \{\}", text)  # The result is argument 0.
 
 
 def test_trees_of_arrays_shapes_and_keys_are_arguments():
@@ -40,7 +40,7 @@ def test_trees_of_arrays_shapes_and_keys_are_arguments():
         return tree["a"] + jax.random.normal(key, tree["b"][0].shape)
 
     tree = {"a": jnp.ones(3), "b": [jax.ShapeDtypeStruct((3,), F32)]}
-    assert compile_for("cpu", function, tree, jax.random.key(0)).output_bytes == 12
+    assert "->f32[3]" in compile_for("cpu", function, tree, jax.random.key(0)).text
 
 
 @pytest.mark.parametrize("arguments", [(), (3,), (MATRIX, "name")], ids=["none", "int", "text"])

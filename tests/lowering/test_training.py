@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from lowering.assertions import is_proper
+from lowering.assertions import is_backward, is_proper
 from lowering.functions import F32, shape
 from lowering.targets import GPUS, TPUS, for_targets
 
@@ -68,7 +68,7 @@ def test_every_forward_product_of_the_qat_step_multiplies_codes(target, recipe):
     width, batch = SIZES[target.platform]
     step, arguments = training_step(recipe, width, batch)
     found = products(kernels(compile_for(target, step, *arguments).text))
-    forward = [product for product in found if not product.is_backward]
+    forward = [product for product in found if not is_backward(product)]
     assert [product.types for product in forward if not is_proper(product)] == []
 
     # Products of the batch; the affine recipe also sums, once, the weights at the borders.
@@ -76,7 +76,7 @@ def test_every_forward_product_of_the_qat_step_multiplies_codes(target, recipe):
     kinds = [product.kind for product in of_the_batch]
     assert (kinds.count("convolution"), kinds.count("dot")) == (PARTS[target.platform], DENSE)
     # Gradients of both operands, except for the images.
-    backward = [product for product in found if product.is_backward]
+    backward = [product for product in found if is_backward(product)]
     assert len(backward) == 2 * (CONVOLUTIONS + DENSE) - 1
     assert all(not product.is_integer for product in backward)
 
@@ -94,5 +94,5 @@ def test_a_step_that_only_simulates_codes_has_no_integer_products(target):
 
     compiled = compile_for(target, step, shape(64, 64, dtype=F32), shape(64, 64, dtype=F32))
     found = products(kernels(compiled.text))
-    assert [product.is_backward for product in found] == [False, True]
+    assert [is_backward(product) for product in found] == [False, True]
     assert not any(product.is_integer for product in found)

@@ -31,8 +31,8 @@ _SHARED_BYTES = 96 * 1024
 # Thread blocks that keep a large GPU busy: an A100 has 108 multiprocessors, an H200 has 132.
 _ENOUGH_TILES = 128
 # Sums of a thread block of 8 warps, all in registers: 64 per thread, so that two blocks fit on one
-# multiprocessor, or at most 128, where only one block fits.
-_SUMS, _MOST_SUMS = 128 * 128, 128 * 256
+# multiprocessor.
+_SUMS = 128 * 128
 
 Pair = tuple[int, int]
 
@@ -252,7 +252,7 @@ class Tile:
 
 
 def choose_tile(rows: int, outputs: int, channels: int, depth: int) -> Tile:
-    """Choose a tile for a shape by a model, not by measurement; time `candidates` on a GPU.
+    """Choose a tile for a shape by a model, not by measurement.
 
     For rows * outputs products a tile reads rows + outputs codes from the L2 cache, whose bandwidth
     limits int8 first. So the tile has the most products per code read, among those that give enough
@@ -268,7 +268,7 @@ def choose_tile(rows: int, outputs: int, channels: int, depth: int) -> Tile:
     def tiles(area: Pair) -> int:
         return -(-rows // area[0]) * -(-outputs // area[1])
 
-    areas = _areas(outputs, _SUMS)
+    areas = _areas(outputs)
     most_tiles = max(areas, key=lambda area: (tiles(area), -math.prod(area)))
     area = next((area for area in areas if tiles(area) >= _ENOUGH_TILES), most_tiles)
     block = 2 * _BLOCK if channels % (2 * _BLOCK) == 0 else min(_BLOCK, depth)
@@ -278,40 +278,11 @@ def choose_tile(rows: int, outputs: int, channels: int, depth: int) -> Tile:
     return Tile(rows=area[0], outputs=area[1], block=block, warps=warps, stages=stages)
 
 
-def candidates(
-    rows: int, outputs: int, channels: int, depth: int, *, shared_bytes: int = _SHARED_BYTES
-) -> tuple[Tile, ...]:
-    """Return tiles worth timing for a shape, starting with the result of `choose_tile`.
-
-    Args:
-        rows: Output pixels of the whole batch.
-        outputs: Number of output channels.
-        channels: Number of input channels as laid out.
-        depth: Depth as laid out.
-        shared_bytes: Shared memory per thread block; 227 KiB on an H200.
-    """
-    chosen = choose_tile(rows, outputs, channels, depth)
-    reuse = _reuse((chosen.rows, chosen.outputs))
-    areas = [(m, n) for m, n in _areas(outputs, _MOST_SUMS) if m < 2 * max(rows, 16)]
-    areas = [area for area in areas if reuse / 2 <= _reuse(area) <= reuse * 2]
-    blocks = [block for block in (64, 128) if depth % block == 0] or [depth]
-    tiles = [chosen]
-    for (m, n), block, warps in itertools.product(areas, blocks, (2, 4, 8)):
-        most_stages = min(5, depth // block)
-        for stages in range(min(2, most_stages), 1 + most_stages):
-            tile = Tile(rows=m, outputs=n, block=block, warps=warps, stages=stages)
-            sums = m * n // (32 * warps)
-            fits = tile.shared_bytes <= shared_bytes and 16 <= sums <= 128
-            if fits and tile != chosen:
-                tiles.append(tile)
-    return tuple(tiles)
-
-
-def _areas(outputs: int, most_sums: int) -> list[Pair]:
+def _areas(outputs: int) -> list[Pair]:
     """Return (rows, outputs) of tiles, ordered from the most products per code read."""
     widest = max(16, 1 << (outputs - 1).bit_length())
     areas = itertools.product((256, 128, 64, 32, 16), repeat=2)
-    areas = [(m, n) for m, n in areas if n <= widest and m * n <= most_sums]
+    areas = [(m, n) for m, n in areas if n <= widest and m * n <= _SUMS]
     return sorted(areas, key=_reuse, reverse=True)
 
 
