@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import jaxqat
+from jaxqat.integer.graph import NODE_KINDS
 
 PACKAGE = Path(__file__).parent.parent / "jaxqat"
 
@@ -183,8 +184,9 @@ assert not loaded, loaded
     assert done.returncode == 0, done.stderr
 
 
-def test_pyright_checks_the_public_surface_strictly():
+def test_pyright_checks_the_public_surface_and_the_nodes_of_graphs_strictly():
     names = {name: getattr(jaxqat, name) for name in jaxqat.__all__ if name != "__version__"}
+    names |= {kind.__name__: kind for kind in NODE_KINDS}
     owners = {name: getattr(x, "__module__", x.__name__) for name, x in names.items()}
     modules = {name: sys.modules[owner].__file__ for name, owner in owners.items()}
     basic = [

@@ -1,3 +1,4 @@
+# pyright: strict
 """Add: a residual addition."""
 
 import dataclasses

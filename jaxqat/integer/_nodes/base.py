@@ -1,3 +1,4 @@
+# pyright: strict
 """Base of all node kinds: tensors of codes, and the interface of a node."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# pyright: strict
 """Concat: concatenation of tensors."""
 
 import dataclasses

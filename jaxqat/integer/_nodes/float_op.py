@@ -1,9 +1,10 @@
+# pyright: strict
 """FloatOp: one operation of a float island, in float32 between two integer parts."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -104,7 +105,7 @@ class FloatOp(Node):
         known = OPERATIONS.get(self.operation)
         if known is None:
             raise self.error(f"operation {self.operation!r} is not known.")
-        if set(self.attributes) != known:
+        if frozenset(self.attributes) != known:
             raise self.error(
                 f"{self.operation!r} has the attributes {sorted(known)}, got "
                 f"{sorted(self.attributes)}."
@@ -121,8 +122,7 @@ class FloatOp(Node):
 def at_batch(value: Any, batch: Any) -> Any:
     """Return an attribute or a shape for a batch of this size: {'batch': k} becomes k * batch."""
     if isinstance(value, Mapping):
-        factor: int = value["batch"]  # pyright: ignore[reportUnknownVariableType]
-        return factor * batch
+        return cast("Mapping[str, Any]", value)["batch"] * batch
     if isinstance(value, list):
-        return [at_batch(part, batch) for part in value]  # pyright: ignore[reportUnknownVariableType]
+        return [at_batch(part, batch) for part in cast("list[Any]", value)]
     return value

@@ -1,3 +1,4 @@
+# pyright: strict
 """MaxPool: the largest code in each window."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# pyright: strict
 """Move: operations that move codes without changing them."""
 
 import dataclasses

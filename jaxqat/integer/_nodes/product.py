@@ -1,3 +1,4 @@
+# pyright: strict
 """Product: a convolution or a dense layer."""
 
 import dataclasses

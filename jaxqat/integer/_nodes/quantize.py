@@ -1,3 +1,4 @@
+# pyright: strict
 """Quantize: codes of real numbers, those of the network's input or of a float island."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# pyright: strict
 """Requantize: a tensor put on another grid."""
 
 import dataclasses

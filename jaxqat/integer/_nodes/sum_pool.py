@@ -1,3 +1,4 @@
+# pyright: strict
 """SumPool: average pooling."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# pyright: strict
 """Runs a plan: the traced operations again, with codes in place of the planned tensors.
 
 The evaluator goes through the program's operations in order. For each it computes the float result,

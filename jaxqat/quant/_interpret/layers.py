@@ -1,8 +1,9 @@
+# pyright: strict, reportUnknownMemberType=false
 """Results of the plan's layers: products of codes, look-ups, and products of two activations."""
 
 import zlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -179,7 +180,11 @@ class LayerEvaluator:
             like = jax.eval_shape(quantized)
             if not isinstance(like, multiply.MultiplyResult):
                 return value
-            nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+            nothing: multiply.MultiplyResult = jax.tree.map(_zeros, like)
             return nothing._replace(real=value)
 
-        return jax.lax.cond(on, quantized, real)
+        return cast(Any, jax.lax.cond(on, quantized, real))
+
+
+def _zeros(like: Any) -> jax.Array:
+    return jnp.zeros(like.shape, like.dtype)

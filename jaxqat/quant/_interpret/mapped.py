@@ -1,3 +1,4 @@
+# pyright: strict
 """Mapped axes: each device sees a part of the batch, and all must get the range of the whole."""
 
 import jax

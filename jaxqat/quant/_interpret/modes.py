@@ -1,3 +1,4 @@
+# pyright: strict
 """What an evaluation does: to ranges, and which layers it quantizes."""
 
 import enum

@@ -1,3 +1,4 @@
+# pyright: strict
 """Ranges and learned step sizes during an evaluation: which are used, and what becomes of them."""
 
 from collections.abc import Mapping

@@ -10,10 +10,12 @@ from integer.float_cases import BATCH, CASES, N
 import jaxqat
 from jaxqat.errors import ExportError
 from jaxqat.integer import graph as g
+from jaxqat.integer._nodes.float_op import OPERATIONS
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
+from jaxqat.export._onnx.float_ops import _DIRECT, _WRITERS  # noqa: E402
 from jaxqat.export._onnx.model import onnx_model  # noqa: E402
 from jaxqat.export._onnx.runtime import make_runner, run_onnx  # noqa: E402
 
@@ -57,6 +59,14 @@ def test_what_onnx_has_no_operator_for_is_refused_by_name(name):
     match = f"node 'op': the float operation '{operation}' cannot be written to ONNX: "
     with pytest.raises(ExportError, match=match + REFUSED[name]):
         onnx_model(CASES[name].graph())
+
+
+def test_every_operation_has_a_writer_or_is_refused():
+    assert not _DIRECT.keys() & _WRITERS.keys()
+    refused = {CASES[name].operation for name, why in REFUSED.items() if "no operator" in why}
+    # Positions are constants, unless they count the examples of a batch.
+    assert _DIRECT.keys() | _WRITERS.keys() | refused | {"iota"} == OPERATIONS.keys()
+    assert not (_DIRECT.keys() | _WRITERS.keys()) & (refused | {"iota"})
 
 
 def node(name, kind, inputs, shape, attributes, constants, dtype="float32"):
