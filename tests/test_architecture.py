@@ -45,7 +45,8 @@ INSIDE = {
         *("_convert", "_execute", "_store", "_compare", "_verify"),
     ),
     "pipeline": (
-        *("hashing", "terminal", "results", "measurements", "data", "models", "metrics"),
+        *("hashing", "terminal", "reading", "results", "measurements"),
+        *("data", "models", "metrics"),
         *("training", "checkpoint", "report"),
         *("config", "networks", "evaluation", "run", "compilation_choice", "stages", "display"),
         "integer_networks",
@@ -53,7 +54,7 @@ INSIDE = {
     ),
 }
 # Of the pipeline, independent modules import no others but the shared ones.
-SHARED = ("hashing", "results", "measurements")
+SHARED = ("hashing", "reading", "results", "measurements")
 INDEPENDENT = ("data", "models", "metrics", "training", "checkpoint", "report")
 # Third-party packages that only the named parts import.
 OWNERS = {

@@ -68,7 +68,7 @@ def analyze(
     # Batches of nearly one size, because every size is compiled.
     batches = np.array_split(np.arange(len(chosen)), -(-len(chosen) // ANALYSIS_BATCH_SIZE))
     with matmul_precision(experiment):
-        say(f"analyzes {len(chosen):,} images, layer by layer", console)
+        say(f"Analyzing {len(chosen):,} images, layer by layer", console)
         networks, model = restore_quantized(folder, experiment, dataset, stage)
         analysis = analyze_layers(
             networks.quantized,

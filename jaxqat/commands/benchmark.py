@@ -24,6 +24,7 @@ from jaxqat.pipeline.networks import Networks
 from jaxqat.pipeline.results import to_json
 from jaxqat.pipeline.run.folder import RunFolder, RunFolderError
 from jaxqat.pipeline.run.results import environment
+from jaxqat.pipeline.stages import StageRun, check_finished
 
 WHAT = ("inference", "train", "libraries")
 
@@ -161,13 +162,11 @@ def _libraries(run: Path | None, batch_sizes, rounds: int, width: int, log) -> d
         dataset = random_dataset(IMAGE_SHAPE, CLASSES, count)
     else:
         experiment = folder.load_config()
-        if not folder.has_checkpoints("fp32"):
-            raise RunFolderError(
-                f"{folder.checkpoints('fp32')}: there are no checkpoints of fp32, from which "
-                "'libraries' trains. Train the run first, with `jaxqat train`."
-            )
+        folder.check_checkpoints("fp32")  # Before the data is read.
         dataset = load_dataset(experiment.data)
     networks = Networks.build(experiment, dataset)
+    if folder is not None:
+        check_finished(StageRun.of("fp32", networks, folder))
     return benchmark_libraries(networks, folder=folder, batch_size=batch, rounds=rounds, log=log)
 
 

@@ -124,10 +124,10 @@ def _float_stage(
     if from_run is None:
         return None
     if folder.has_checkpoints("fp32"):
-        console.print(f"fp32: {folder.path} continues from its own checkpoints.", highlight=False)
+        console.print("FP32: continuing from this run's own checkpoints", highlight=False)
         return None
     other = find_float_stage(networks, Path(from_run))
-    console.print(f"fp32: starts from that of {from_run}.", highlight=False)
+    console.print(f"FP32: starting from {from_run}", highlight=False)
     return other
 
 
@@ -146,7 +146,7 @@ def _run(
 
     qat = runs["qat"].train(start, stop=stop, console=console)
     stop.raise_if_set()
-    say("tests both networks on the test split", console)
+    say("Testing both networks on the test split", console)
     measured = {
         stage: _measure(runs[stage], model) for stage, model in (("fp32", fp32), ("qat", qat))
     }
@@ -174,7 +174,7 @@ def _add_integer(
     console: Console,
 ) -> Results:
     """Convert the network of QAT, test and verify it, and add it to the results."""
-    say("qat: converts, tests and verifies the integer network", console)
+    say("QAT: converting, testing and verifying the integer network", console)
     try:
         graph = make_network(networks, folder, qat)
     except ConversionError as error:
@@ -212,7 +212,7 @@ def _add_ptq(
         return results.with_network("ptq", before.ptq, before.speed["ptq"])
     if not networks.experiment.qat.test_calibrated:
         return results
-    say("ptq: converts and tests the calibrated FP32 network", console)
+    say("PTQ: converting and testing the calibrated FP32 network", console)
     try:
         graph, ptq, speed = convert_and_test(networks, start(), stop)
     except ConversionError as error:

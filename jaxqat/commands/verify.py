@@ -73,7 +73,7 @@ def verify(
     dataset = load_dataset(experiment.data)
     images = find_split(dataset, split)
     check_network_data(folder, graph, dataset)
-    say(f"compares every code on {len(images):,} images of the {split} split", console)
+    say(f"Comparing every code on {len(images):,} images of the {split} split", console)
     if format is not None:
         verification = _against_export(graph, images, format)
     else:

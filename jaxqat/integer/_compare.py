@@ -9,7 +9,7 @@ last bit.
 A float island rounds floats, so two programs can differ by a code at its end, and what follows
 differs with it. So each integer part is computed from the reference's codes at its entry, and the
 contract holds for it. The tensors that islands make may differ by one in fewer than 1 of 200 places
-(two float32 programs differ by some 1e-5 of a value, and values are up to 255 steps of a grid), and
+(two float32 programs differ by some 1e-5 of a value, and values are up to 255 units of a grid), and
 end to end 1 of 100 images may change its class; results that an island computes may differ by 1e-4
 of the largest.
 """
@@ -178,11 +178,6 @@ class Verification:
             *(f"broken contract: {failure}" for failure in self.failures),
         ]
         return "\n".join(lines)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the comparison as plain data for JSON."""
-        totals = {name: getattr(self, name) for name in ("codes", "differing", "largest")}
-        return {**dataclasses.asdict(self), **totals, "failures": list(self.failures)}
 
 
 def compare(

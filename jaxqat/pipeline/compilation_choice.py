@@ -7,7 +7,6 @@ the same bits.
 """
 
 import dataclasses
-import hashlib
 import importlib.metadata
 import json
 import math
@@ -23,6 +22,7 @@ from rich.console import Console
 
 from jaxqat.errors import InputError
 from jaxqat.integer._store.files import write_json
+from jaxqat.pipeline.hashing import json_sha256
 from jaxqat.pipeline.models import probe_block
 from jaxqat.pipeline.networks import Networks, matmul_precision
 from jaxqat.pipeline.run.folder import RunFolder, RunFolderError
@@ -52,14 +52,14 @@ def find_compilation(networks: Networks, folder: RunFolder, console: Console) ->
         return _checked(wanted, "compilation")
     if name is not None:
         return _checked(name, str(folder.compilation))
-    if _is_of_earlier_version(folder) or not is_supported():
+    if not is_supported():
         return DEFAULT
     key = _key(networks)
-    seconds = {} if _is_small(networks) else _read_cache().get(_hash(key))
+    seconds = {} if _is_small(networks) else _read_cache().get(json_sha256(key))
     if seconds is None:
-        console.print("measuring how training steps compile best on this processor", style="dim")
+        console.print("Measuring how training steps compile best on this processor", style="dim")
         seconds = measure(networks)
-        _write_cache({**_read_cache(), _hash(key): seconds})
+        _write_cache({**_read_cache(), json_sha256(key): seconds})
     name = fastest(seconds)
     content = {"compilation": name, "seconds": seconds, **key}
     write_json(folder.compilation, content, error=RunFolderError)
@@ -79,12 +79,6 @@ def _checked(name: str, source: str) -> Compilation:
             f"{importlib.metadata.version('jaxlib')} does not have; use --compilation default."
         )
     return COMPILATIONS[name]
-
-
-def _is_of_earlier_version(folder: RunFolder) -> bool:
-    """Return whether a run without a choice has steps of its own."""
-    taken_over = folder.origin.exists()
-    return folder.has_checkpoints("qat") or (folder.has_checkpoints("fp32") and not taken_over)
 
 
 def fastest(seconds: dict[str, float]) -> str:
@@ -137,10 +131,6 @@ def _key(networks: Networks) -> dict[str, Any]:
         "batch_size": experiment.fp32.batch_size,
         "precision": experiment.precision,
     }
-
-
-def _hash(key: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
 
 
 def _cache() -> Path:

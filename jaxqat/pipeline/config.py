@@ -21,6 +21,7 @@ from jaxqat.errors import InputError
 from jaxqat.pipeline.checkpoint import CheckpointConfig
 from jaxqat.pipeline.data import AugmentConfig, DataConfig
 from jaxqat.pipeline.models import ModelConfig
+from jaxqat.pipeline.reading import parse_settings
 from jaxqat.pipeline.training import COMPILATIONS, QatConfig, StageConfig
 from jaxqat.quant import Recipe
 
@@ -148,13 +149,10 @@ def read_yaml(path: Path, also: Collection[str] = ()) -> dict[str, Any]:
         ConfigError: If the file cannot be read, is not YAML, or has an unknown key.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}.") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: is not YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: must hold settings such as 'seed: 0', got {values!r}.")
+    values = parse_settings(text, path, error=ConfigError)
     try:
         check_keys(Experiment, {k: v for k, v in values.items() if k not in also})
     except ConfigError as error:

@@ -16,10 +16,6 @@ from jaxqat.integer._store.typed_json import CodecError, TypedJson
 
 TRAINED_STAGES = ("fp32", "qat")
 """Stages that are trained, in order; each has checkpoints."""
-INTEGER_STAGES = ("qat", "ptq")
-"""Stages whose network is converted: RUN/integer is that of QAT, RUN/ptq that of PTQ."""
-NETWORKS = ("fp32", "ptq", "qat", "integer")
-"""Networks that are tested, in the order of the report."""
 
 _JSON = TypedJson(defaults=True)
 
@@ -114,6 +110,7 @@ class TensorDifferences:
         differing: Number of codes that differ.
         largest: Largest difference, in codes.
         sqnr_db: Signal to quantization noise against the float network, in dB; None without one.
+        of_island: Whether a float island makes the tensor.
     """
 
     name: str
@@ -121,6 +118,7 @@ class TensorDifferences:
     differing: int
     largest: int
     sqnr_db: float | None
+    of_island: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,16 +128,17 @@ class VerificationResult:
     Attributes:
         tensors: Differences of each tensor.
         images: Number of images.
-        codes: Number of codes, all tensors together; so many are `differing`.
+        codes: Number of codes, without those that float islands make; so many are `differing`.
         largest: Largest difference, in codes.
         top1_flips: Images whose class differs between the two.
         top1_flips_fp32: Likewise, against the same weights in float; None if not compared.
         logits_only: Whether one of the two gives no codes, so that only classes are compared.
         failures: Conditions of the comparison that do not hold; empty if it passes.
-        results: Number of the results' values; `differing_results` differ. 0 in older files.
+        results: Number of the results' values that were compared; `differing_results` differ.
         largest_result_difference: Largest difference of two of them.
         nan_inputs: Input values that are NaN, and got the code of zero.
         unexplained_results: Number of differing results of images without a differing code.
+        end_to_end: With float islands, number of codes that differ end to end; None without.
     """
 
     tensors: tuple[TensorDifferences, ...]
@@ -151,11 +150,12 @@ class VerificationResult:
     top1_flips_fp32: int | None
     logits_only: bool
     failures: tuple[str, ...]
-    results: int = 0
-    differing_results: int = 0
-    largest_result_difference: float = 0.0
-    nan_inputs: int = 0
-    unexplained_results: int = 0
+    results: int
+    differing_results: int
+    largest_result_difference: float
+    nan_inputs: int
+    unexplained_results: int
+    end_to_end: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,6 @@
 """Training of one stage of an experiment in its run folder."""
 
 import dataclasses
-import logging
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -45,8 +44,6 @@ from jaxqat.pipeline.training import (
     run_stage,
 )
 from jaxqat.pipeline.training.progress import StageProgress
-
-logger = logging.getLogger(__name__)
 
 MAX_STEPS_PER_DISPATCH = 50
 
@@ -268,8 +265,7 @@ def check_finished(run: StageRun) -> int:
         RunFolderError: If the stage has no checkpoint, or is not finished.
     """
     folder, name = run.folder, run.name
-    if not folder.has_checkpoints(name):
-        raise RunFolderError(f"{folder.checkpoints(name)}: there are no checkpoints of {name}.")
+    folder.check_checkpoints(name)
     with run.open_store(read_only=True) as store:
         last = max(store.steps(), default=0)
     if last < run.total_steps:

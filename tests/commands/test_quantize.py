@@ -99,7 +99,7 @@ def test_the_command_needs_only_fp32_and_train_continues_from_there(
     checkpoints = files(float_run / "checkpoints")
     assert run_command("quantize", float_run) == 0
     shown = capsys.readouterr().out
-    calibrates, verifies = "ptq: calibrates on 2 batches", "ptq: verifies every code"
+    calibrates, verifies = "PTQ: calibrating on 2 batches", "PTQ: verifying every code"
     assert 0 == shown.index(calibrates) < shown.index(verifies) < shown.index("PTQ W8A8, integer")
     assert "PTQ W8A8, integer" in shown
     assert_ptq_is(float_run, *recomputed(float_run))

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 
 import jax
 import numpy as np
@@ -159,7 +158,7 @@ def test_nan_in_the_input_is_counted_and_makes_no_difference():
     found = jaxqat.verify(
         model.model, model.variables, graph=graph, batches=[images[:8], images[8:]], train=False
     )
-    assert found.nan_inputs == 1 + images.shape[-1] and found.to_dict()["nan_inputs"] > 0
+    assert found.nan_inputs == 1 + images.shape[-1]
     assert (found.differing, found.differing_results, verified().nan_inputs) == (0, 0, 0)
 
 
@@ -256,7 +255,7 @@ def test_a_model_of_several_results_is_refused():
     x = np.ones((2, 3), np.float32)
     model = jaxqat.quantize(lambda p, x: (x @ p["w"], x))
     variables = model.calibrate({"params": weights}, x)
-    with pytest.raises(ValueError, match="returns 2 arrays; one is needed"):
+    with pytest.raises(jaxqat.ExecutionError, match="with one result, this one has 2"):
         jaxqat.verify(model, variables, graph=example()[1], batches=[x])
 
 
@@ -277,9 +276,6 @@ def test_the_contract_is_fewer_than_one_code_in_100000_and_by_one():
     assert len(verification(10, 5, 9, flips=3).failures) == 3
 
 
-def test_totals_are_over_all_tensors_and_json_takes_them():
+def test_totals_are_over_all_tensors():
     found = verification(50, 4, 3)
     assert (found.codes, found.differing, found.largest) == (50, 4, 3)
-    content = json.loads(json.dumps(found.to_dict()))
-    assert content["codes"] == 50 and content["tensors"][1]["largest"] == 3
-    assert content["failures"] == list(found.failures) and content["top1_flips_fp32"] is None

@@ -114,12 +114,6 @@ def test_a_run_keeps_its_choice(measured, small_network, tmp_path, console):
         find_compilation(networks(), run, console)
 
 
-def test_a_run_of_an_earlier_version_keeps_the_default(measured, small_network, finished, console):
-    assert not RunFolder(finished).compilation.exists()
-    assert find_compilation(networks(), RunFolder(finished), console) is DEFAULT
-    assert not measured
-
-
 def test_a_config_may_name_the_compilation(measured, small_network, tmp_path, console):
     experiment = tiny(compilation="fast")
     named = Networks.build(experiment, load_dataset(experiment.data))

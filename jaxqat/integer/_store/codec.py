@@ -49,10 +49,8 @@ def decode(text: str, arrays: Mapping[str, np.ndarray]) -> g.IntegerGraph:
     if not isinstance(content, dict) or "format" not in content:
         raise CodecError("has no 'format'.")
     version = content.pop("format")
-    if type(version) is not int or version not in (3, FORMAT):
-        raise CodecError(f"format is {version!r}; this version of jaxqat reads 3 and {FORMAT}.")
-    if version == 3:  # It had float inputs only.
-        content.setdefault("input_type", "float32")
+    if type(version) is not int or version != FORMAT:
+        raise CodecError(f"format is {version!r}; this version of jaxqat reads {FORMAT}.")
     codec = _GraphCodec(dict(arrays))
     return g.IntegerGraph(**codec.json.decode_fields(content, g.IntegerGraph, ""))
 

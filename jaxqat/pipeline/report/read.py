@@ -4,14 +4,12 @@
 `report_data.npz` are optional.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from jaxqat.pipeline import results
+from jaxqat.pipeline.reading import parse_metrics, parse_settings
 from jaxqat.pipeline.report.files import ReportError, check
 from jaxqat.pipeline.report.samples import Samples, read_samples
 from jaxqat.pipeline.results import Results
@@ -46,7 +44,7 @@ def read_run(workdir: Path) -> Run:
     """
     config_text = _read_text(workdir / "config.yaml")
     return Run(
-        config=_parse_config(config_text, workdir / "config.yaml"),
+        config=parse_settings(config_text, workdir / "config.yaml", error=ReportError),
         config_text=config_text,
         results=results.read(workdir / "results.json", Results, error=ReportError),
         epochs=_read_epochs(workdir / "metrics.jsonl"),
@@ -65,24 +63,9 @@ def _read_text(path: Path) -> str:
         raise ReportError(f"{path} cannot be read: {error}.") from error
 
 
-def _parse_config(text: str, path: Path) -> dict[str, Any]:
-    try:
-        config = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ReportError(f"{path} is not YAML: {error}.") from error
-    check(isinstance(config, dict), path, "must hold a mapping of settings")
-    return config
-
-
 def _read_epochs(path: Path) -> dict[str, list[dict[str, Any]]]:
     by_stage: dict[str, dict[int, dict[str, Any]]] = {}
-    for number, line in enumerate(_read_text(path).splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ReportError(f"{path}, line {number} is not JSON: {error}.") from error
+    for number, record in parse_metrics(_read_text(path), path, error=ReportError):
         _check_record(record, path, number)
         # A resumed run may have repeated an epoch; its last line counts.
         by_stage.setdefault(record["stage"], {})[record["epoch"]] = record

@@ -21,6 +21,7 @@ from jaxqat.pipeline import config as configs
 from jaxqat.pipeline import results
 from jaxqat.pipeline.config import Experiment
 from jaxqat.pipeline.measurements import Comparison, Evaluation, RunAnalysis
+from jaxqat.pipeline.reading import parse_metrics
 from jaxqat.pipeline.results import Results
 from jaxqat.pipeline.training import COMPILATIONS
 
@@ -112,6 +113,14 @@ class RunFolder:
         """Return whether a stage, by default any stage, has a checkpoint."""
         return any(path.name.isdigit() for path in self.path.glob(f"checkpoints/{stage}/*"))
 
+    def check_checkpoints(self, stage: str) -> None:
+        """Raise `RunFolderError` if a stage has no checkpoint."""
+        if not self.has_checkpoints(stage):
+            raise RunFolderError(
+                f"{self.checkpoints(stage)}: there are no checkpoints of {stage}; `jaxqat train` "
+                "makes them."
+            )
+
     def has_work(self) -> bool:
         """Return whether the folder holds results, a network or checkpoints."""
         return self.results.exists() or self.integer.exists() or self.has_checkpoints()
@@ -154,14 +163,8 @@ class RunFolder:
         """Read metrics.jsonl up to the first incomplete line, left by a killed process."""
         if not self.metrics.exists():
             return []
-        lines = self.metrics.read_text(encoding="utf-8").splitlines()
-        records = []
-        for line in lines:
-            try:
-                records.append(json.loads(line))
-            except ValueError:
-                break
-        return records
+        text = self.metrics.read_text(encoding="utf-8")
+        return [record for _, record in parse_metrics(text, self.metrics)]
 
     def write_evaluation(self, name: str, result: Evaluation | Comparison) -> Path:
         """Write a measurement to RUN/evaluations/NAME.json.

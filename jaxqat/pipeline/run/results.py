@@ -169,32 +169,9 @@ def bits_name(recipe: Recipe) -> str:
 
 def verification_result(found: Verification) -> VerificationResult:
     """Return a comparison in the form of results.json, with its totals."""
-    tensors = tuple(
-        TensorDifferences(
-            name=t.name,
-            codes=t.codes,
-            differing=t.differing,
-            largest=t.largest,
-            sqnr_db=t.sqnr_db,
-        )
-        for t in found.tensors
-    )
-    return VerificationResult(
-        tensors=tensors,
-        images=found.images,
-        codes=found.codes,
-        differing=found.differing,
-        largest=found.largest,
-        top1_flips=found.top1_flips,
-        top1_flips_fp32=found.top1_flips_fp32,
-        logits_only=found.logits_only,
-        failures=found.failures,
-        results=found.results,
-        differing_results=found.differing_results,
-        largest_result_difference=found.largest_result_difference,
-        nan_inputs=found.nan_inputs,
-        unexplained_results=found.unexplained_results,
-    )
+    tensors = tuple(TensorDifferences(**vars(tensor)) for tensor in found.tensors)
+    names = {field.name for field in dataclasses.fields(VerificationResult)} - {"tensors"}
+    return VerificationResult(tensors=tensors, **{name: getattr(found, name) for name in names})
 
 
 def write_test_samples(folder: RunFolder, dataset: Dataset) -> None:

@@ -84,8 +84,7 @@ def restore_model(networks: Networks, folder: RunFolder, stage: str) -> Model:
         CheckpointError: If the checkpoint is damaged or of another model.
         RunFolderError: If the stage has no checkpoint, or was trained on other data.
     """
-    if not folder.checkpoints(stage).is_dir():
-        raise RunFolderError(f"{folder.checkpoints(stage)}: there are no checkpoints of {stage}.")
+    folder.check_checkpoints(stage)
     with open_store(networks.experiment, folder, stage, read_only=True) as store:
         try:
             return Model.of(restore_selected(store, networks, stage))

@@ -224,7 +224,7 @@ def double(graph):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (put("format", value=2), "format is 2; this version of jaxqat reads 3"),
+        (put("format", value=2), "format is 2; this version of jaxqat reads 4"),
         (put("format", value=True), "format is True"),
         (drop("format"), "has no 'format'"),
         (put("nodes", 1, "node", value="Softmax"), r"nodes\[1\].node must be .* got 'Softmax'"),

@@ -126,6 +126,11 @@ def verification() -> VerificationResult:
         top1_flips_fp32=12,
         logits_only=False,
         failures=(),
+        results=100_000,
+        differing_results=0,
+        largest_result_difference=0.0,
+        nan_inputs=0,
+        unexplained_results=0,
     )
 
 

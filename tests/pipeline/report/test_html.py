@@ -176,6 +176,8 @@ def test_a_run_without_fine_tuning_compares_fp32_with_ptq(show):
     def change(results):
         verify = {"tensors": [], "images": 40, "codes": 9, "differing": 7, "largest": 1}
         verify |= {"top1_flips": 0, "top1_flips_fp32": None, "logits_only": False}
+        verify |= {"results": 400, "differing_results": 0, "largest_result_difference": 0.0}
+        verify |= {"nan_inputs": 0, "unexplained_results": 0}
         results["ptq"] = ptq(results, verify=verify | {"failures": ["7 codes differ"]})
 
     page = show(change, fp32_epochs=2, qat_epochs=0)
