@@ -92,7 +92,7 @@ def main() -> None:
 
     graph = jaxqat.convert(trained, normalize(x[:1]), preprocess=normalize)
     logits = jaxqat.make_executor(graph)(test_x)
-    print(f"int8: {np.mean(np.argmax(logits, -1) == test_y):.2%} of {len(test_y)} test images")
+    print(f"integer: {np.mean(np.argmax(logits, -1) == test_y):.2%} of {len(test_y)} test images")
     check = jaxqat.verify(trained, graph=graph, batches=[test_x], preprocess=normalize)
     print(f"{check.differing} of {check.codes:,} codes differ from the trained network's")
     path = jaxqat.export_onnx(graph, options.output, input="uint8", overwrite=True)

@@ -101,7 +101,7 @@ def _wide(x: Any) -> np.ndarray:
 def measure(real: Evaluator, quantized: Evaluator) -> Measured:
     """Compare an evaluation in float with a quantized one, of the same batch."""
     outputs = [
-        Noise.of(each.result, quantized.layers[row].result) for row, each in real.layers.items()
+        Noise.of(each.result, quantized.layers[key].result) for key, each in real.layers.items()
     ]
     tensors, spreads, extremes, ends, edges = {}, {}, {}, {}, {}
     for key, codes in quantized.codes.items():

@@ -96,7 +96,7 @@ def to_aqt(recipe: Recipe | str, *, bound: float | None = None) -> Any:
 
     In float32, codes and sums are equal; AQT scales the sums twice, which rounds once more.
     Gradients are float products of the quantized operands, as here. Where values are clipped, they
-    differ: AQT's end at the last code's value, not half a step beyond it, and reach every weight,
+    differ: AQT's end at the last code's value, not half a unit beyond it, and reach every weight,
     also those that weight_range 'snr' clips.
 
     A static range does not move in AQT: its calibrations with a state cannot be differentiated

@@ -285,9 +285,7 @@ def test_variables_without_ranges_are_an_error_that_says_what_to_do(images):
         quantized.apply(variables, images, train=False)
     empty = quantized.init_quant(variables, images, train=False)
     del empty["quant"]["conv0"]
-    with pytest.raises(
-        jaxqat.QuantizationError, match=r"No range for 'conv0/input' \(ranges "
-    ):
+    with pytest.raises(jaxqat.QuantizationError, match=r"No range for 'conv0/input' \(ranges "):
         quantized.apply(empty, images, train=False)
 
 

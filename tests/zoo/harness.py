@@ -245,12 +245,12 @@ def function(
 
 
 def at(tree: Any, path: tuple[str, ...]) -> Any:
-    """The leaf of a parameter tree at a path of `describe`; a turn of a loop is an index."""
+    """The leaf of a parameter tree at a path of `describe`; an iteration of a loop is an index."""
     by_path = {
         tuple(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in keys): leaf
         for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
     if path in by_path:
         return by_path[path]
-    *module, turn, name = path
-    return by_path[*module, name][int(turn)]
+    *module, iteration, name = path
+    return by_path[*module, name][int(iteration)]

@@ -284,7 +284,7 @@ def test_every_product_with_weights_is_quantized_and_every_other_one_says_why_no
 
 @pytest.mark.parametrize("name", ZOO)
 def test_no_weight_of_the_parameter_tree_is_missing_from_the_table(name):
-    """Counted in the tree: a scanned layer has a row for each turn, joined kernels have one."""
+    """Counted in the tree: a scanned layer has a row per iteration, joined kernels have one."""
     run = trained(name)
     weights = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(run.calibrated):

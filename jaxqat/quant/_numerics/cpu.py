@@ -36,7 +36,10 @@ _ACTIVE: contextvars.ContextVar[bool] = contextvars.ContextVar("fast_on_cpu", de
 
 @contextlib.contextmanager
 def form(active: bool = True) -> Generator[None]:
-    """Trace in this form meanwhile, or in the usual one; programs are compiled with `OPTIONS`."""
+    """Trace in this form inside the block, or in the usual one.
+
+    Programs in this form are compiled with `OPTIONS`.
+    """
     token = _ACTIVE.set(active)
     try:
         yield

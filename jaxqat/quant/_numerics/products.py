@@ -182,7 +182,9 @@ class Convolution:
         return self.params["feature_group_count"] > 1 and inputs == 1
 
     def shifted(self, weights):
-        """Return the function of x, in float, as a sum of shifted tensors; None if it is none.
+        """Return the function of x, in float, as a sum of shifted tensors.
+
+        None if it is not depthwise, or has many taps.
 
         XLA's CPU backend takes some 30 times as long for the input gradient of a depthwise
         convolution.

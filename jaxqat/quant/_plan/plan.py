@@ -36,7 +36,7 @@ VARIABLE_WEIGHTS = "one operand is a variable, not a parameter; only a rule quan
 
 
 def by_call(keys: Iterable[Key]) -> dict[Key, list[Key]]:
-    """Return keys of ranges grouped by the key that they share but for the number of the call.
+    """Return keys of ranges grouped by layer, ignoring the call number.
 
     A layer that is called twice has the keys 'head/input' and 'head/input2', in the order of its
     calls; likewise sums, pools and products of two activations with the same module.

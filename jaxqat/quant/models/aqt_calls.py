@@ -39,7 +39,7 @@ class QuantizedProduct:
 
 @contextlib.contextmanager
 def collected() -> Generator[_Found]:
-    """Collect the configurations of a model that is traced meanwhile, by path of the layer."""
+    """Collect the configurations of a model traced inside the block, by path of the layer."""
     found: _Found = {}
     token = _FOUND.set(found)
     try:
@@ -82,7 +82,7 @@ def with_rules(recipe: Recipe, found: _Found) -> Recipe:
 
 
 def linen_products() -> contextlib.AbstractContextManager[None]:
-    """Let Linen modules that inject AQT multiply by JAX's operations meanwhile."""
+    """Let Linen modules that inject AQT multiply by JAX's operations inside the block."""
     return nn.intercept_methods(_intercept)
 
 
@@ -124,7 +124,7 @@ def nnx_products(module: Any) -> None:
 
 @contextlib.contextmanager
 def _replaced(module: Any, path: str) -> Generator[None]:
-    """Replace configurations that a Linen module has in place of a product meanwhile."""
+    """Replace configurations that a Linen module has as products, inside the block."""
     before = {name: getattr(module, name) for name, _ in _injected(module)}
     for name, product in _injected(module):
         _collect(path, before[name])

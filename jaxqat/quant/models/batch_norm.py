@@ -91,7 +91,7 @@ def reestimate_batch_norm(
         preprocess: Makes the model's input from a batch; None if the batches are the input.
         collection: Linen's collection of the statistics.
         **kwargs: Keyword arguments of the model's call that select training, such as `train=True`
-            for Linen. NNX modules are put into training mode (`module.train()`) meanwhile.
+            for Linen. NNX modules are in training mode (`module.train()`) during the call.
 
     Returns:
         For Linen, the variables with the new statistics. For a bound model, the bound model with

@@ -24,10 +24,9 @@ def jit_step(step: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     On a CPU, XLA compiles gradients of convolutions to slow code by default. Here they take
     another library, convolutions of codes are computed in float32, and what convolutions read
     is computed once. Sums of codes are integers, so they stay the same; float sums are added in
-    another order, which changes the last bits of gradients. It holds for convolutions of
-    quantized models and of Linen's float models, if they are traced for the first time in this
-    step: a function within, jitted and called before, keeps its form. On other devices this is
-    `jax.jit`.
+    another order, which changes the last bits of gradients. This holds for convolutions of
+    quantized models and of Linen's float models. A function jitted and called before this step is
+    not affected. On other devices this is `jax.jit`.
 
     The step must contain the gradient, as `jax.value_and_grad` within it does.
 

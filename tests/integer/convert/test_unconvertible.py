@@ -1,4 +1,4 @@
-"""What has no integer form is refused in strict conversion, by its place and the reason."""
+"""Strict conversion raises `ConversionError`, naming each place and reason."""
 
 import dataclasses
 import functools
@@ -186,9 +186,7 @@ def test_variables_without_ranges_are_refused():
     with pytest.raises(jaxqat.QuantizationError, match=r"No activation ranges\. Call `calibrate`"):
         jaxqat.convert(model, {"params": variables["params"]}, inputs(1), train=False)
     del variables["quant"]["dense1"]
-    with pytest.raises(
-        jaxqat.QuantizationError, match=r"No range for 'dense1/input'"
-    ):
+    with pytest.raises(jaxqat.QuantizationError, match=r"No range for 'dense1/input'"):
         jaxqat.convert(model, variables, inputs(1), train=False)
 
 

@@ -205,9 +205,7 @@ def test_variables_without_one_of_the_two_collections_are_refused(name):
     for call in (frozen, moving):
         with pytest.raises(jaxqat.QuantizationError, match=r"'quant_params' lacks .*4 learned"):
             call(variables)
-        with pytest.raises(
-            jaxqat.QuantizationError, match=r"No activation ranges\. Call"
-        ):
+        with pytest.raises(jaxqat.QuantizationError, match=r"No activation ranges\. Call"):
             call({"params": variables["params"]})
         with pytest.raises(
             jaxqat.QuantizationError, match=r"'quant_params' without 'quant'\. Pass"

@@ -166,7 +166,5 @@ def test_a_range_is_not_taken_from_another_call_if_a_layer_aside_shares_the_firs
     model = jaxqat.quantize(Aside())
     variables = model.calibrate(variables, ROWS, train=True)
     assert set(variables["quant"]["shared"]) == {"input2"}
-    with pytest.raises(
-        jaxqat.QuantizationError, match=r"No range for 'shared/input'"
-    ):
+    with pytest.raises(jaxqat.QuantizationError, match=r"No range for 'shared/input'"):
         model.apply(variables, ROWS, train=False)

@@ -72,18 +72,18 @@ def setup(symmetric):
     x = rng.normal(size=(2, 6, 6, 4)).astype(np.float32)
     w = rng.normal(size=(3, 3, 4, 8)).astype(np.float32)
     product, float_convolution = product_of(x, w)
-    how = multiply.ProductQuantizer(Settings(), (0, 1, 2), jnp.float32, product)
-    return x, w, grid(-1.5, 2.0, symmetric=symmetric), how, float_convolution
+    quantizer = multiply.ProductQuantizer(Settings(), (0, 1, 2), jnp.float32, product)
+    return x, w, grid(-1.5, 2.0, symmetric=symmetric), quantizer, float_convolution
 
 
 @pytest.mark.parametrize("symmetric", [False, True], ids=["affine", "symmetric"])
 def test_a_product_and_its_gradients_are_the_analytic_straight_through_ones(symmetric):
-    x, w, g, how, _ = setup(symmetric)
+    x, w, g, quantizer, _ = setup(symmetric)
     cotangent = np.random.default_rng(2).normal(size=(2, 3, 3, 8)).astype(np.float32)
 
     def quantized(x, w):
         values, codes = activations.quantize(x, activations.in_units(x, g), g)
-        return multiply.multiply(how, values, codes, g, w).real
+        return multiply.multiply(quantizer, values, codes, g, w).real
 
     y, pullback = jax.vjp(quantized, jnp.asarray(x), jnp.asarray(w))
     gradient_x, gradient_w = pullback(jnp.asarray(cotangent))
@@ -118,11 +118,11 @@ def test_a_product_and_its_gradients_are_the_analytic_straight_through_ones(symm
 
 
 def test_a_convolution_keeps_int8_and_no_float_tensor_for_the_backward_pass():
-    x, w, g, how, _ = setup(False)
+    x, w, g, quantizer, _ = setup(False)
 
     def quantized(x, w):
         values, codes = activations.quantize(x, activations.in_units(x, g), g)
-        return multiply.multiply(how, values, codes, g, w).real
+        return multiply.multiply(quantizer, values, codes, g, w).real
 
     _, pullback = jax.vjp(quantized, jnp.asarray(x), jnp.asarray(w))
     kept = [leaf for leaf in jax.tree.leaves(pullback) if hasattr(leaf, "dtype")]
@@ -136,15 +136,15 @@ def test_a_convolution_keeps_int8_and_no_float_tensor_for_the_backward_pass():
 
 def test_without_a_straight_through_estimator_a_kernel_would_get_no_gradient():
     """What AQT's own convolution does (its issue 285); the reason for `multiply`."""
-    x, w, g, how, _ = setup(True)
+    x, w, g, quantizer, _ = setup(True)
     codes = activations.quantize(jnp.asarray(x), activations.in_units(jnp.asarray(x), g), g)[1]
 
     def through_the_codes(w):
         weight_codes, scale = weights.quantize_weights(w, Settings(), (0, 1, 2))
-        return jnp.sum(how.product.accumulate(codes, weight_codes) * scale)
+        return jnp.sum(quantizer.product.accumulate(codes, weight_codes) * scale)
 
     def straight_through(w):
-        return jnp.sum(multiply.multiply(how, jnp.asarray(x), codes, g, w).real)
+        return jnp.sum(multiply.multiply(quantizer, jnp.asarray(x), codes, g, w).real)
 
     assert not np.asarray(jax.grad(through_the_codes)(jnp.asarray(w))).any()
     assert np.asarray(jax.grad(straight_through)(jnp.asarray(w))).all()
@@ -153,11 +153,11 @@ def test_without_a_straight_through_estimator_a_kernel_would_get_no_gradient():
 def test_bfloat16_models_multiply_codes_of_their_float32_weights():
     x, w, g, _, _ = setup(True)
     product, _ = product_of(x.astype(jnp.bfloat16), w.astype(jnp.bfloat16))
-    how = multiply.ProductQuantizer(Settings(), (0, 1, 2), jnp.bfloat16, product)
+    quantizer = multiply.ProductQuantizer(Settings(), (0, 1, 2), jnp.bfloat16, product)
 
     def quantized(x, w):
         values, codes = activations.quantize(x, activations.in_units(x, g), g)
-        return multiply.multiply(how, values, codes, g, w)
+        return multiply.multiply(quantizer, values, codes, g, w)
 
     x = jnp.asarray(x, jnp.bfloat16)
     result, pullback = jax.vjp(quantized, x, jnp.asarray(w))

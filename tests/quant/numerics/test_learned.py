@@ -65,10 +65,12 @@ def test_the_gradient_of_weight_steps_is_the_formula_in_each_channel():
     w = RNG.normal(size=(12, 5)).astype(np.float32)
     step = np.full((1, 5), 0.2, np.float32)
     g = RNG.normal(size=w.shape).astype(np.float32)
-    how = weights.WeightQuantizer(Settings(weight_bits=4, weight_range="lsq"), (0,), jnp.float32)
+    quantizer = weights.WeightQuantizer(
+        Settings(weight_bits=4, weight_range="lsq"), (0,), jnp.float32
+    )
 
     def loss(w, step):
-        values: Any = weights.dequantized_weights(how, w, step)
+        values: Any = weights.dequantized_weights(quantizer, w, step)
         return jnp.sum(values * g)
 
     of_weights, of_step = jax.grad(loss, argnums=(0, 1))(w, step)

@@ -1,4 +1,4 @@
-"""Models that are wired otherwise than a ResNet: what is quantized in them, where, and how."""
+"""Models that are wired unlike a ResNet: what is quantized in them, where, and its settings."""
 
 import dataclasses
 import functools
@@ -32,7 +32,7 @@ def calibrated(function, params, x, recipe: Recipe | str = "int8"):
     return network, network.variables["quant"]
 
 
-def sites(state):
+def keys(state):
     return {"/".join(key[:-1]) for key in flatten_dict(state)}
 
 
@@ -81,7 +81,7 @@ def test_a_pre_activation_network_has_a_range_for_its_residual_stream():
 
     _, state = calibrated(model, params, IMAGES)
     terms = {"a/output", "b/output"}
-    assert sites(state) == {"a/input", "b/input", "c/input", "c/add", *terms}
+    assert keys(state) == {"a/input", "b/input", "c/input", "c/add", *terms}
     assert relative_error(model, params, IMAGES) < 0.05
 
 
@@ -97,9 +97,9 @@ def test_dropout_neither_moves_nor_loses_a_range():
     model, key = jaxqat.quantize(Dropped()), jax.random.key(0)
     rngs = {"params": key, "dropout": key}
     variables = model.init(rngs, IMAGES, train=True)
-    assert sites(variables["quant"]) == {"conv/input", "head/pool", "head/input"}
+    assert keys(variables["quant"]) == {"conv/input", "head/pool", "head/input"}
     empty = model.init_quant(variables, IMAGES, train=False)
-    assert sites(empty["quant"]) == sites(variables["quant"])
+    assert keys(empty["quant"]) == keys(variables["quant"])
     variables = model.calibrate(variables, IMAGES, train=True, rngs={"dropout": key})
     step = functools.partial(model.apply, train=True, mutable=["quant"], rngs={"dropout": key})
     _, updates = jax.jit(step)(variables, IMAGES)
@@ -130,7 +130,7 @@ def test_a_weight_that_meets_two_tensors_has_a_range_for_each():
         return jnp.tanh(x @ params["w"]) @ params["w"]
 
     _, state = calibrated(model, params, ROWS)
-    assert sites(state) == {"w/input", "w/input2"}
+    assert keys(state) == {"w/input", "w/input2"}
     assert float(state["w"]["input2"]["max"]) <= 1.0 < float(state["w"]["input"]["max"])
     assert relative_error(model, params, ROWS) < 0.05
 
@@ -153,7 +153,7 @@ def test_a_tensor_with_readers_of_different_widths_has_the_larger():
             ("low", 4, 8),
             ("high", 8, 8),
         ]
-        assert sites(quantized.init_quant({"params": params}, IMAGES)["quant"]) == {"low/input"}
+        assert keys(quantized.init_quant({"params": params}, IMAGES)["quant"]) == {"low/input"}
 
 
 def test_relu6_clips_the_codes_at_six():
@@ -191,7 +191,7 @@ def test_average_pooling_is_the_sum_of_codes():
         return conv(y, params["b"])
 
     quantized, state = calibrated(model, params, IMAGES)
-    assert sites(state) == {"a/input", "b/input", "b/pool"}
+    assert keys(state) == {"a/input", "b/input", "b/pool"}
     codes = {k: np.asarray(v, np.int64) for k, v in quantized.codes(IMAGES).items()}
     fine, coarse = (float(state["b"][name]["max"]) / 255 for name in ("pool", "input"))
     total = (codes["b/pool"] + 128).reshape(4, 4, 2, 4, 2, 8).sum((2, 4))
@@ -336,7 +336,7 @@ def test_weights_that_are_not_real_numbers_stay_as_they_are_and_are_named(dtype)
     mixed, head = model.layers(ROWS)
     assert (mixed.path, mixed.weight_bits, head.weight_bits) == ("mixing", None, 8)
     assert mixed.float_reason == f"its operands are float32 and {dtype}, not real numbers"
-    assert sites(state) == {"head/input"}
+    assert keys(state) == {"head/input"}
     assert relative_error(function, params, ROWS) < 0.02  # Of 8 bits in the other product.
     with pytest.raises(jaxqat.ConversionError, match=rf"mixing \(dense\): .* and {dtype}, not"):
         jaxqat.convert(model, ROWS[:1], strict=True)

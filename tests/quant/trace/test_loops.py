@@ -1,4 +1,4 @@
-"""Loops with products inside: turns one after the other, with one range or one layer a turn."""
+"""Loops with products inside: iterations in order, with one range or one layer for each."""
 
 from typing import Any
 
@@ -29,11 +29,11 @@ PARAMS = {"in": weights(6, 7), "state": weights(7, 7), "layers": weights(3, 6, 6
 
 
 def recurrent(params, x):
-    def turn(state, row):
+    def iteration(state, row):
         state = jnp.tanh(row @ params["in"] + state @ params["state"])
         return state, state
 
-    return jax.lax.scan(turn, jnp.zeros((x.shape[0], 7)), jnp.swapaxes(x, 0, 1))
+    return jax.lax.scan(iteration, jnp.zeros((x.shape[0], 7)), jnp.swapaxes(x, 0, 1))
 
 
 def written_out(params, x):
@@ -45,11 +45,11 @@ def written_out(params, x):
 
 
 def reversed_(params, x):
-    def turn(state, row):
+    def iteration(state, row):
         state = jnp.tanh(row @ params["in"] + state @ params["state"])
         return state, state
 
-    return jax.lax.scan(turn, jnp.zeros((x.shape[0], 7)), jnp.swapaxes(x, 0, 1), reverse=True)
+    return jax.lax.scan(iteration, jnp.zeros((x.shape[0], 7)), jnp.swapaxes(x, 0, 1), reverse=True)
 
 
 def stacked(params, x):
@@ -66,7 +66,7 @@ def test_without_quantization_an_unrolled_loop_is_the_loop(function):
         jax.tree.leaves(function(PARAMS, SEQUENCES)),
         strict=True,
     ):
-        # 13 products a turn, |values| <= 1: five turns of 2**-24 times 13 sums are below 2**-17.
+        # 13 products each, |values| <= 1: five iterations of 2**-24 times 13 sums are below 2**-17.
         np.testing.assert_allclose(found, expected, atol=2**-17)
 
 
@@ -79,12 +79,12 @@ def test_turns_share_one_row_and_one_range_of_each_weight():
         ("state", 4 * 5 * 7 * 7),
     ]
     assert set(ranges) == {"in", "state"}
-    # The widest of all turns.
+    # The widest of all iterations.
     states = np.asarray(written_out(PARAMS, SEQUENCES)[1])[:-1]
     for found, expected in (
         (ranges["in"]["input"]["min"], SEQUENCES.min()),
         (ranges["in"]["input"]["max"], SEQUENCES.max()),
-        (ranges["state"]["input"]["min"], min(states.min(), 0)),  # The first turn has zeros.
+        (ranges["state"]["input"]["min"], min(states.min(), 0)),  # The first iteration has zeros.
         (ranges["state"]["input"]["max"], max(states.max(), 0)),
     ):
         np.testing.assert_allclose(found, expected, atol=2**-17)  # As above.
@@ -96,8 +96,8 @@ def test_a_quantized_loop_is_the_quantized_network_written_out_with_the_same_ran
     long = jaxqat.quantize(written_out)
     variables = long.init_quant({"params": PARAMS}, SEQUENCES)
     same = variables["quant"]
-    for module, sites in same.items():
-        same[module] = dict.fromkeys(sites, ranges[module]["input"])
+    for module, tensors in same.items():
+        same[module] = dict.fromkeys(tensors, ranges[module]["input"])
     found, expected = loop(SEQUENCES), long.apply(variables, SEQUENCES)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -111,9 +111,9 @@ def test_layers_stacked_in_a_loop_are_layers_of_their_own():
     assert all(row.weight_bits == 8 for row in table)
     x, w = ROWS, PARAMS["layers"]
     for number in range(3):
-        site = ranges[str(number)]["input"]
+        held = ranges[str(number)]["input"]
         # Sums of 6 products of magnitudes below 4: 6 * 16 * 2**-24 < 2**-17.
-        np.testing.assert_allclose([site["min"], site["max"]], [x.min(), x.max()], atol=2**-15)
+        np.testing.assert_allclose([held["min"], held["max"]], [x.min(), x.max()], atol=2**-15)
         x = np.maximum(x @ w[number], 0)
 
 
@@ -142,7 +142,7 @@ def test_a_scanned_stack_of_linen_layers_becomes_an_integer_network():
 
 
 def injected(params, x):
-    """A recurrent cell to which a tensor from outside of the loop is added in every turn."""
+    """A recurrent cell to which a tensor from outside of the loop is added in every iteration."""
     h = x @ params["in"]
     cell = lambda c, _: (nn.relu(h + c @ params["state"]), None)  # noqa: E731
     return jax.lax.scan(cell, nn.relu(x @ params["in"]), length=3)[0] @ params["out"]
@@ -189,8 +189,8 @@ def test_a_loop_with_shared_weights_and_sums_becomes_an_integer_network(recipe):
 
 def test_a_loop_of_too_many_turns_stays_in_float_and_is_named():
     def function(params, x):
-        turn = lambda c, _: (jnp.tanh(c @ params["state"]), None)  # noqa: E731
-        return jax.lax.scan(turn, x @ params["in"], length=MAX_ITERATIONS + 1)[0]
+        iteration = lambda c, _: (jnp.tanh(c @ params["state"]), None)  # noqa: E731
+        return jax.lax.scan(iteration, x @ params["in"], length=MAX_ITERATIONS + 1)[0]
 
     network = jaxqat.calibrate(function, {"params": PARAMS}, batches=[ROWS])
     table = network.layers(ROWS)
