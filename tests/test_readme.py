@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import equinox as eqx
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -204,8 +205,23 @@ class NNXModel(nnx.Module):
         return self.head(nnx.relu(self.conv(x)).mean((1, 2)))
 
 
+class EquinoxModel(eqx.Module):
+    """Stands for the user's Equinox module in the README."""
+
+    first: eqx.nn.Linear
+    second: eqx.nn.Linear
+
+    def __init__(self):
+        keys = jax.random.split(jax.random.key(0))
+        self.first = eqx.nn.Linear(12, 8, key=keys[0])
+        self.second = eqx.nn.Linear(8, 4, key=keys[1])
+
+    def __call__(self, x):
+        return self.second(jax.nn.relu(self.first(x)))
+
+
 def test_the_library_examples_run_as_printed(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("onnxruntime")
+    runtime = pytest.importorskip("onnxruntime")
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
     images = rng.normal(size=(6, 8, 8, 3)).astype(np.float32)
@@ -215,6 +231,7 @@ def test_the_library_examples_run_as_printed(tmp_path, monkeypatch, capsys):
         "labels": np.arange(6) % 3,
         "variables": MyModel().init(jax.random.key(0), images, train=False),
         "nnx_module": NNXModel(),
+        "equinox_module": EquinoxModel(),
         "function": lambda params, x: jnp.maximum(x @ params["a"], 0) @ params["b"],
         "params": {
             "a": rng.normal(size=(12, 8)).astype(np.float32),
@@ -223,14 +240,21 @@ def test_the_library_examples_run_as_printed(tmp_path, monkeypatch, capsys):
         "rows": rng.normal(size=(16, 12)).astype(np.float32),
     }
     blocks = code_blocks("Use it as a library")
-    assert len(blocks) == 5
-    scope = dict(names)
-    exec(blocks[0], scope)
-    assert (scope["check"].differing, scope["check"].codes > 0) == (0, True)
-    assert (tmp_path / "model.onnx").is_file()
-    logits = scope["predict"](images)
-    np.testing.assert_array_equal(logits, scope["network"](images))
-    for block in blocks[1:]:
+    assert len(blocks) == 6
+    kinds = {"linen": "images", "nnx": "images", "function": "rows", "equinox": "rows"}
+    for block, (kind, inputs) in zip(blocks, kinds.items(), strict=False):
+        scope = {**names, "jaxqat": jaxqat}
+        exec(block, scope)
+        assert (scope["check"].failures, scope["check"].differing) == ((), 0)
+        assert scope["check"].codes + scope["check"].island_codes > 0
+        (logits,) = runtime.InferenceSession(tmp_path / f"{kind}.onnx").run(
+            None, {"images": names[inputs]}
+        )
+        assert logits.shape == (len(names[inputs]), *scope["graph"].output_shape)
+        if kind == "linen":
+            expected = scope["network"](names["images"])
+            np.testing.assert_array_equal(scope["predict"](names["images"]), expected)
+    for block in blocks[4:]:
         exec(block, {**names, "jaxqat": jaxqat})
     assert "quantized against float, 6 examples" in capsys.readouterr().out
 
