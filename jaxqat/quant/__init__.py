@@ -1,5 +1,15 @@
 # pyright: strict, reportUnknownMemberType=false
-"""The quantization core: what is quantized, with which ranges, by which integer arithmetic."""
+"""The core: a float model becomes a computation on integers.
+
+    _trace      the model's operations, as a flat program
+    _plan       which tensors and products of it are quantized, by which settings of the `recipe`
+    _numerics   ranges, grids, codes, integer products and their gradients
+    _forms      how each operation carries codes and accumulators along
+    _interpret  runs the plan: to calibrate, to train, or with frozen ranges
+    models      Linen, NNX, Equinox and functions behind one interface, `BoundModel`
+
+ARCHITECTURE.md has the picture.
+"""
 
 from jaxqat.quant._plan.plan import LayerInfo
 from jaxqat.quant.models.batch_norm import (
