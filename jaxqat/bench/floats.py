@@ -42,6 +42,14 @@ class FloatNetwork(FloatVisitor[Any]):
         """Return the sum of two tensors."""
         return inputs[0] + inputs[1]
 
+    def multiply(self, node: g.Multiply, inputs: list[Any]) -> Any:
+        """Return the product of two tensors."""
+        return inputs[0] * inputs[1]
+
+    def table(self, node: g.Table, x: Any) -> Any:
+        """Refuse: a table has no function of real numbers."""
+        raise BenchmarkError(f"node {node.name!r}: a table of codes has no float form to measure.")
+
     def sum_pool(self, node: g.SumPool, x: Any) -> Any:
         """Return averages of windows, or of all pixels."""
         return self.window_sums(node, x) * self.pool_factor(node)

@@ -16,11 +16,13 @@ from jaxqat.integer.graph import (
     IntegerGraph,
     MaxPool,
     Move,
+    Multiply,
     Node,
     Product,
     Quantize,
     Requantize,
     SumPool,
+    Table,
 )
 
 Value = TypeVar("Value")
@@ -70,8 +72,12 @@ class GraphVisitor(ABC, Generic[Value]):
                 return self.product(node, parameters.get(node.name), inputs[0])
             case Add():
                 return self.add(node, inputs)
+            case Multiply():
+                return self.multiply(node, inputs)
             case Requantize():
                 return self.requantize(node, inputs[0])
+            case Table():
+                return self.table(node, inputs[0])
             case MaxPool():
                 return self.max_pool(node, inputs[0])
             case SumPool():
@@ -97,8 +103,16 @@ class GraphVisitor(ABC, Generic[Value]):
         """Visit a residual addition."""
 
     @abstractmethod
+    def multiply(self, node: Multiply, inputs: list[Value]) -> Value:
+        """Visit a product of two tensors, element by element."""
+
+    @abstractmethod
     def requantize(self, node: Requantize, x: Value) -> Value:
         """Visit a requantization."""
+
+    @abstractmethod
+    def table(self, node: Table, x: Value) -> Value:
+        """Visit a function that is a table."""
 
     @abstractmethod
     def max_pool(self, node: MaxPool, x: Value) -> Value:

@@ -28,10 +28,12 @@ from jaxqat.integer._nodes.concat import Concat
 from jaxqat.integer._nodes.float_op import FloatOp
 from jaxqat.integer._nodes.max_pool import MaxPool
 from jaxqat.integer._nodes.move import Move
+from jaxqat.integer._nodes.multiply import Multiply
 from jaxqat.integer._nodes.product import Product
 from jaxqat.integer._nodes.quantize import Quantize
 from jaxqat.integer._nodes.requantize import Requantize
 from jaxqat.integer._nodes.sum_pool import SumPool
+from jaxqat.integer._nodes.table import Table
 from jaxqat.integer._packing import packed_size
 
 __all__ = [
@@ -47,12 +49,14 @@ __all__ = [
     "Island",
     "MaxPool",
     "Move",
+    "Multiply",
     "Node",
     "Product",
     "Quantize",
     "Requantization",
     "Requantize",
     "SumPool",
+    "Table",
     "Tensor",
 ]
 
@@ -63,7 +67,7 @@ INPUT = "<input>"
 """By this name a `FloatOp` reads the network's input."""
 
 NODE_KINDS: tuple[type[Node], ...] = (
-    *(Quantize, Product, Add, Requantize),
+    *(Quantize, Product, Add, Multiply, Requantize, Table),
     *(MaxPool, SumPool, Move, Concat, FloatOp),
 )
 """Every kind of node that a graph can have."""

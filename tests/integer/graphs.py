@@ -215,6 +215,26 @@ class Maker:
         node = g.Requantize(name=name, inputs=(x,), output=f"{name}/output", multiplier=multiplier)
         return self.emit(node, grid)
 
+    def table(self, name, x, function):
+        tensor = self.tensors[x]
+        every = (np.arange(-128, 128).astype(F) - tensor.zero_point) * tensor.scale
+        grid = self.grid(function(self.real(x)))
+        table = np.clip(
+            np.round(function(every) / grid.scale) + grid.zero_point, grid.low, grid.high
+        )
+        node = g.Table(
+            name=name, inputs=(x,), output=f"{name}/output", table=table.astype(np.int8)
+        )  # fmt: skip
+        return self.emit(node, grid)
+
+    def multiply(self, name, left, right):
+        grid = self.grid(self.real(left) * self.real(right))
+        multiplier = F(self.tensors[left].scale * self.tensors[right].scale) / grid.scale
+        node = g.Multiply(
+            name=name, inputs=(left, right), output=f"{name}/output", multiplier=multiplier
+        )
+        return self.emit(node, grid)
+
     def same(self, node_type, name, x, **fields):
         """Add a node whose output is on its input's grid."""
         fields |= {"name": name, "output": f"{name}/output"}
@@ -332,6 +352,19 @@ def volume(m: Maker):
     return m.finish()
 
 
+def gated(m: Maker):
+    """A squeeze-and-excitation block: functions of codes, and a tensor times its gate."""
+    x = m.conv("stem", m.quantize(), 8, relu=False)
+    x = m.table("swish", x, lambda real: real / (1 + np.exp(-real)))
+    gate = m.dense("expand", m.dense("squeeze", m.average("mean", x), 3), 8, relu=False)
+    gate = m.table("sigmoid", gate, lambda real: 1 / (1 + np.exp(-real)))
+    gate = m.same(g.Move, "pixel", gate, kind="reshape", shape=(1, 1, 8))
+    x = m.multiply("gate", gate, x)
+    x = m.multiply("square", m.conv("after", x, 6, window=1, relu=False), "after/output")
+    m.head(m.average("mean2", x))
+    return m.finish()
+
+
 def moves(m: Maker):
     """All kinds of moves; the result is a tensor of codes."""
     x = m.conv("conv1", m.quantize(), 6, relu=False)
@@ -360,6 +393,7 @@ CASES = {
     "mlp": Case(mlp, (4, 4, 2)),
     "series": Case(series, (25, 2)),
     "volume": Case(volume, (6, 6, 4, 1)),
+    "gated": Case(gated, (8, 6, 3)),
     "moves": Case(moves, (7, 6, 3)),
 }
 

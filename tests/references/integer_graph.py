@@ -69,12 +69,17 @@ def step(node, tensors, codes, images=None, requantization="float", reals=None) 
         case g.Add():
             zero = tensors[node.output].zero_point
             return summed(inputs, node.factors, node.shift, zero) - zero
+        case g.Multiply():
+            return rescaled(inputs[0] * inputs[1], node.multiplier)
         case g.Requantize():
             return rescaled(inputs[0], node.multiplier)
         case g.SumPool():
             total = windows(inputs[0], node, fill=0).sum(0)
             axes = tuple(range(1, 1 + len(node.window)))
             return rescaled(total.squeeze(axes) if node.drop_axes else total, node.multiplier)
+        case g.Table():
+            entries = inputs[0] + tensors[node.inputs[0]].zero_point + 128
+            return node.table[entries].astype(np.int64) - tensors[node.output].zero_point
         case g.MaxPool():
             return windows(inputs[0], node, fill=-1000).max(0)
         case g.Move():

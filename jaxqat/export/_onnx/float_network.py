@@ -10,7 +10,7 @@ import numpy as np
 from jaxqat.errors import ExportError
 from jaxqat.export._onnx import moves as onnx_moves
 from jaxqat.export._onnx.builder import OPSET, Builder, channels_first, channels_last
-from jaxqat.export._onnx.nodes import geometry, oriented_weights
+from jaxqat.export._onnx.products import geometry, oriented_weights
 from jaxqat.integer._float_visitor import FloatVisitor
 from jaxqat.integer.graph import (
     Add,
@@ -19,10 +19,12 @@ from jaxqat.integer.graph import (
     IntegerGraph,
     MaxPool,
     Move,
+    Multiply,
     Node,
     Product,
     Quantize,
     SumPool,
+    Table,
 )
 
 
@@ -92,6 +94,10 @@ class OnnxFloatWriter(FloatVisitor[str]):
         """Write an Add."""
         return self.builder.add("Add", inputs, node.output)
 
+    def multiply(self, node: Multiply, inputs: list[str]) -> str:
+        """Write a Mul."""
+        return self.builder.add("Mul", inputs, node.output)
+
     def max_pool(self, node: MaxPool, x: str) -> str:
         """Write a MaxPool."""
         return onnx_moves.max_pool(self.builder, node, x)
@@ -118,6 +124,10 @@ class OnnxFloatWriter(FloatVisitor[str]):
     def concat(self, node: Concat, inputs: list[str]) -> str:
         """Write a Concat."""
         return onnx_moves.concat(self.builder, node, inputs, self._rank(node))
+
+    def table(self, node: Table, x: str) -> str:
+        """Refuse: a table has no function of real numbers."""
+        raise ExportError(f"node {node.name!r}: a float network with tables is not written.")
 
     def float_op(self, node: FloatOp, inputs: list[str]) -> str:
         """Refuse: this baseline is of networks that are integer throughout."""

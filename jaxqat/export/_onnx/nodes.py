@@ -19,8 +19,10 @@ from jaxqat.export._onnx import moves as onnx_moves
 from jaxqat.export._onnx.builder import Builder, channels_first, channels_last
 from jaxqat.export._onnx.float_ops import FloatOpWriter
 from jaxqat.export._onnx.grids import UINT8_MAX, offsets, pool_scale, sum_scales, weight_scales
+from jaxqat.export._onnx.products import geometry, oriented_weights
 from jaxqat.integer._visitor import GraphVisitor
 from jaxqat.integer.graph import (
+    CODE_MIN,
     INPUT,
     Add,
     Concat,
@@ -28,49 +30,19 @@ from jaxqat.integer.graph import (
     IntegerGraph,
     MaxPool,
     Move,
+    Multiply,
     Node,
     Product,
     Quantize,
     Requantize,
     SumPool,
+    Table,
     Tensor,
 )
 
 _ONE = np.float32(1)
 BATCH = {"batch": 1}
 FLOAT, INT32 = 1, 6  # ONNX's element types.
-
-
-def oriented_weights(weights: np.ndarray, kind: str, spatial: int) -> np.ndarray:
-    """Return weights in ONNX's layout: (in, out) for a Gemm, (out, in, *window) for a Conv.
-
-    A dense layer with spatial axes is a convolution with a window of 1.
-    """
-    if spatial == 0:
-        return weights
-    if kind == "dense":
-        weights = weights.reshape(*(1,) * spatial, *weights.shape)
-    return weights.transpose(spatial + 1, spatial, *range(spatial))
-
-
-def geometry(node: Product, spatial: int) -> dict[str, object]:
-    """Return the attributes of a Conv with this number of spatial axes.
-
-    Raises:
-        ExportError: If the padding is negative.
-    """
-    padding = node.padding or ((0, 0),) * spatial
-    if any(end < 0 for pair in padding for end in pair):
-        raise ExportError(
-            f"node {node.name!r}: ONNX convolutions need padding of 0 or more, got {padding}."
-        )
-    return {
-        "kernel_shape": list(node.window or (1,) * spatial),
-        "strides": list(node.strides or (1,) * spatial),
-        "dilations": list(node.dilation or (1,) * spatial),
-        "pads": [low for low, _ in padding] + [high for _, high in padding],
-        "group": node.groups,
-    }
 
 
 class OnnxWriter(GraphVisitor[str]):
@@ -297,10 +269,32 @@ class OnnxWriter(GraphVisitor[str]):
         total = self.builder.add("Add", terms, f"{node.name}/sum")
         return self._quantized(total, out, scales.out)
 
+    def multiply(self, node: Multiply, inputs: list[str]) -> str:
+        """Write a Mul of codes less their zero points, which float32 holds, and its rounding.
+
+        A QLinearMul, which runtimes would make of it with the tensors' own scales, rounds twice.
+        """
+        units = self.builder.add(
+            "Mul", [self.real(name, _ONE) for name in node.inputs], f"{node.name}/units"
+        )
+        multiplier = self.builder.constant(node.multiplier, f"{node.name}/multiplier")
+        real = self.builder.add("Mul", [units, multiplier], f"{node.name}/real")
+        return self._quantized(real, self.graph.tensors[node.output], _ONE)
+
     def requantize(self, node: Requantize, x: str) -> str:
         """Write a DequantizeLinear in units of the other grid, and its rounding."""
         units = self.real(node.inputs[0], node.multiplier)
         return self._quantized(units, self.graph.tensors[node.output], _ONE)
+
+    def table(self, node: Table, x: str) -> str:
+        """Write the lookup of codes in a table."""
+        builder, source = self.builder, node.inputs[0]
+        codes = np.arange(UINT8_MAX + 1) - self.offsets[source]  # In the order of uint8 codes.
+        entries = node.table[np.clip(codes - CODE_MIN, 0, UINT8_MAX)].astype(np.int16)
+        stored = (entries + self.offsets[node.output]).astype(np.uint8)
+        index = builder.add("Cast", [x], f"{node.name}/index", to=INT32)
+        table = builder.constant(stored, f"{node.name}/entries")
+        return builder.add("Gather", [table, index], f"{node.output}/codes")
 
     def max_pool(self, node: MaxPool, x: str) -> str:
         """Write a MaxPool of codes."""

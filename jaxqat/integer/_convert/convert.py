@@ -213,8 +213,7 @@ class _ModelEmitter(Emitter):
     def _integer_result(self, form: forms.Form | None) -> str | None:
         """Emit the result of a last product, or codes; return its name, None for other forms."""
         if isinstance(form, forms.Accumulator):
-            self.accumulate(form, None, OUTPUT)
-            return OUTPUT
+            return self.accumulate(form, None, OUTPUT)
         return self.read(form) if isinstance(form, forms.Codes) else None
 
 

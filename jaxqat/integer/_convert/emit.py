@@ -20,7 +20,8 @@ from jaxqat.integer._convert.geometry import (
     move_fields,
 )
 from jaxqat.integer._convert.islands import Islands
-from jaxqat.integer._convert.products import ProductEmitter, scalar
+from jaxqat.integer._convert.layout import Layout, reshaped
+from jaxqat.integer._convert.products import ProductEmitter, as_array, scalar
 from jaxqat.quant import _forms as forms
 from jaxqat.quant._numerics.grids import Grid
 
@@ -111,9 +112,13 @@ class Emitter(ProductEmitter):
         """Emit a product or an average without requantization; return the name of its result."""
         source = form.source
         path = source.path if isinstance(source, forms.Multiplied) else self.read(source.codes)
-        name = self.unique(f"{path}/real")
-        self.accumulate(form, None, name)
-        return name
+        return self.accumulate(form, None, self.unique(f"{path}/real"))
+
+    def rearranged(self, name: str, form: forms.Accumulator, layout: Layout) -> str:
+        """Emit a product's real result in the traced layout; return its name."""
+        if self.strict:
+            raise UnconvertibleError(f"{name}: the axes of its result are in another order")
+        return self.islands.rearranged(name, form.total, layout)
 
     def emit(
         self, form: forms.Form, grid: Grid, name: str, shape: tuple[int, ...], bounds: Bounds
@@ -179,6 +184,19 @@ class Emitter(ProductEmitter):
         fields = {"name": f"{name}/quantize", "inputs": inputs, "output": name, "inverse": inverse}
         self.nodes.append((g.Quantize, fields))
 
+    def _table(self, form: forms.Table, grid: Grid, name: str, shape, bounds: Bounds) -> None:
+        source = self.read(form.codes)
+        self._tensor(name, grid, shape, bounds)
+        low, high = (self.arrays[self.tensors[name][key].index] for key in ("low", "high"))
+        codes = jnp.clip(form.table(grid), low, high)
+        fields = {
+            "name": self.unique(f"{name}/table"),
+            "inputs": (source,),
+            "output": name,
+            "table": self.defer(codes, as_array(np.int8)),
+        }
+        self.nodes.append((g.Table, fields))
+
     def _sum(self, form: forms.Sum, grid: Grid, name: str, shape, bounds: Bounds) -> None:
         terms = [term for term in (form.left, form.right) if isinstance(term, forms.Codes)]
         if len(terms) != 2:
@@ -193,6 +211,17 @@ class Emitter(ProductEmitter):
             "shift": self.defer(dyadic.shift, int),
         }
         self.nodes.append((g.Add, fields))
+
+    def _times(self, form: forms.Times, grid: Grid, name: str, shape, bounds: Bounds) -> None:
+        inputs = tuple(self.read(_unrepeated(factor)) for factor in (form.left, form.right))
+        self._tensor(name, grid, shape, bounds)
+        fields = {
+            "name": self.unique(f"{name}/multiply"),
+            "inputs": inputs,
+            "output": name,
+            "multiplier": self.defer(form.multiplier(grid), scalar(np.float32)),
+        }
+        self.nodes.append((g.Multiply, fields))
 
     def _requantize(
         self, name: str, source: str, before: Grid, grid: Grid, shape, bounds: Bounds
@@ -264,6 +293,22 @@ class Emitter(ProductEmitter):
         self.tensors[name] = fields
 
 
+def _unrepeated(codes: forms.Codes) -> forms.Codes:
+    """Return codes before they were repeated, with an axis of size 1 for each repeated one."""
+    if codes.moved is None or codes.moved[0].name != "broadcast_in_dim":
+        return codes
+    operation, before = codes.moved
+    shape = [1] * codes.codes.ndim
+    for axis, size in zip(
+        operation.params["broadcast_dimensions"], before.codes.shape, strict=True
+    ):
+        shape[axis] = size
+    before = _unrepeated(before)
+    if before.codes.shape == tuple(shape):
+        return before
+    return reshaped(before, tuple(shape))
+
+
 # The nodes of each form. `Either` exists only where layers are switched off, never in conversion.
 _EMITTERS: dict[type, Callable[..., None]] = {
     forms.Clamp: Emitter._clamp,
@@ -271,6 +316,8 @@ _EMITTERS: dict[type, Callable[..., None]] = {
     forms.Accumulator: Emitter._accumulator,
     forms.Codes: Emitter._codes,
     forms.Sum: Emitter._sum,
+    forms.Table: Emitter._table,
+    forms.Times: Emitter._times,
     forms.Moved: Emitter._move,
     forms.Joined: Emitter._join,
 }

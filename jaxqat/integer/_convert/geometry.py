@@ -18,52 +18,12 @@ class UnconvertibleError(InputError):
     """A part of a model has no integer form; the message names it and the reason."""
 
 
-def conv_fields(
-    product: Any, shape: tuple[int, ...]
-) -> tuple[Callable[[np.ndarray], np.ndarray], dict[str, Any]]:
-    """How to lay out a convolution's weights, and its geometry."""
-    params = product.params
-    numbers, rank = params["dimension_numbers"], len(shape)
-    channels_last = (0, rank - 1, *range(1, rank - 1))
-    if tuple(numbers.lhs_spec) != channels_last or tuple(numbers.out_spec) != channels_last:
-        raise UnconvertibleError("its channels are not the last axis of its input and output")
-    if any(d != 1 for d in params["lhs_dilation"]):
-        raise UnconvertibleError("it is a transposed convolution (its input is dilated)")
-    if any(low < 0 or high < 0 for low, high in params["padding"]):
-        raise UnconvertibleError("its padding is negative")
-    outputs, inputs, *spatial = numbers.rhs_spec
-    fields = {
-        "strides": tuple(params["window_strides"]),
-        "padding": tuple((int(low), int(high)) for low, high in params["padding"]),
-        "dilation": tuple(params["rhs_dilation"]),
-        "groups": int(params["feature_group_count"]),
-    }
-    return _arranged((*spatial, inputs, outputs)), fields
-
-
-def dense_weights(
-    product: Any, shape: tuple[int, ...], data_rank: int
-) -> Callable[[np.ndarray], np.ndarray]:
-    """How to lay out a dense layer's weights as (inputs, outputs)."""
-    contracting, batch = product.params["dimension_numbers"]
-    data = contracting[1 - product.weight_side]
-    plain = product.weight_side == 1 and len(shape) == 2 and not any(map(len, batch))
-    if not plain or tuple(data) != (data_rank - 1,):
-        raise UnconvertibleError(
-            "its dot product is not (..., inputs) by (inputs, outputs) but contracts "
-            f"{tuple(contracting)} with the batch axes {tuple(batch)}"
-        )
-    axis = product.channel_axes[0]
-    return _arranged((axis, 1 - axis))
-
-
-def _arranged(axes: tuple[int, ...]) -> Callable[[np.ndarray], np.ndarray]:
-    return lambda array: np.ascontiguousarray(np.transpose(np.asarray(array, np.int8), axes))
-
-
 def pool_fields(operation: Operation, shape: tuple[int, ...], where: str) -> dict[str, Any]:
     """Window of a sum over spatial axes."""
     params, rank = operation.params, len(shape)
+    if operation.name == "copy":  # Each element is a sum of one.
+        ones, nothing = (1,) * (rank - 2), ((0, 0),) * (rank - 2)
+        return {"window": ones, "strides": ones, "padding": nothing, "drop_axes": False}
     if operation.name == "reduce_sum":
         if tuple(sorted(params["axes"])) != tuple(range(1, rank - 1)):
             raise UnconvertibleError(

@@ -17,6 +17,7 @@ from jax.extend import core as jex_core
 from jaxqat.integer import graph as g
 from jaxqat.integer._convert.float_attributes import ENCODERS
 from jaxqat.integer._convert.geometry import UnconvertibleError
+from jaxqat.integer._convert.layout import Layout
 from jaxqat.quant import _forms as forms
 from jaxqat.quant._forms.primitives import Kind, primitive_of
 from jaxqat.quant._numerics.grids import Grid
@@ -120,6 +121,23 @@ class Islands:
         attributes = encode(operation.params, [before.codes], codes.codes)
         aval = jax.ShapeDtypeStruct(codes.codes.shape, jnp.float32)
         return self._add(f"{x}/{kind}", kind, attributes, [x], aval)
+
+    def rearranged(self, name: str, traced: Any, layout: Layout) -> str:
+        """Return a product's real result in the traced layout.
+
+        Args:
+            name: The result as the graph has it.
+            traced: The traced result.
+            layout: Its layout.
+        """
+        shape = [traced.shape[axis] for axis in layout.result]
+        apart = jax.ShapeDtypeStruct(shape, jnp.float32)
+        x = self._reshape(name, apart, name) if layout.outputs > 1 else name
+        axes = [layout.result.index(axis) for axis in range(len(layout.result))]
+        if axes == sorted(axes):
+            return x
+        aval = jax.ShapeDtypeStruct(traced.shape, jnp.float32)
+        return self._add(f"{name}/transpose", "transpose", {"axes": axes}, [x], aval)
 
     def _value(self, operand: forms.Operand) -> Value:
         if operand.constant and not self._grows(operand):

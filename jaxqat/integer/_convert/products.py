@@ -1,5 +1,6 @@
 """Nodes of products and averages, with the fields that requantize them."""
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -10,12 +11,8 @@ import numpy as np
 
 from jaxqat.integer import graph as g
 from jaxqat.integer._convert.fields import Deferred, Requirement
-from jaxqat.integer._convert.geometry import (
-    UnconvertibleError,
-    conv_fields,
-    dense_weights,
-    pool_fields,
-)
+from jaxqat.integer._convert.geometry import UnconvertibleError, pool_fields
+from jaxqat.integer._convert.layout import Layout, arrange_weights, conv_fields, layout_of, reshaped
 from jaxqat.quant import _forms as forms
 from jaxqat.quant._numerics.grids import Grid
 
@@ -58,49 +55,93 @@ class ProductEmitter(ABC):
         uses = self._names[name] = self._names.get(name, 0) + 1
         return name if uses == 1 else f"{name}#{uses}"
 
-    def accumulate(self, form: forms.Accumulator, grid: Grid | None, output: str) -> None:
-        """A product or a pool with its requantization; without a grid its result is real."""
+    @abstractmethod
+    def rearranged(self, name: str, form: forms.Accumulator, layout: Layout) -> str:
+        """Emit a product's real result in the traced layout; return its name."""
+
+    def accumulate(self, form: forms.Accumulator, grid: Grid | None, output: str) -> str:
+        """Emit a product or a pool with its requantization; without a grid its result is real.
+
+        Returns:
+            The name of the result; that of a real one can be another than `output`.
+        """
         if isinstance(form.source, forms.Multiplied):
-            self._product(form, form.source, grid, output)
-        else:
-            self._pool(form, form.source, grid, output)
+            return self._product(form, form.source, grid, output)
+        self._pool(form, form.source, grid, output)
+        return output
 
     def _product(
         self, form: forms.Accumulator, source: forms.Multiplied, grid: Grid | None, output: str
-    ) -> None:
-        where = source.path
-        weights = source.weight_codes
+    ) -> str:
         product: Any = source.product
+        data, weights = source.codes, source.weight_codes
         try:
+            layout = layout_of(product, weights.shape, data.codes.shape, source.axes)
+            data, more = layout.arranged(data), {}
             if product.kind == "conv":
-                arrange, more = conv_fields(product, weights.shape)
-            else:
-                arrange, more = dense_weights(product, weights.shape, source.codes.codes.ndim), {}
+                data, more = conv_fields(product, data)
+            name = output if layout.is_plain else self._unarranged(form, layout, grid, output)
         except UnconvertibleError as error:
-            raise UnconvertibleError(f"{where}: {error}") from None
+            raise UnconvertibleError(f"{source.path}: {error}") from None
         fields = {
-            **self._requantized(form, grid, where),
-            "weights": self.defer(weights, arrange),
+            **self._requantized(form, grid, source.path, layout),
+            "weights": self.defer(weights, arrange_weights(layout, product.kind)),
             "weight_bits": source.weight_bits,
-            "inputs": (self.read(source.codes),),
-            "output": output,
-            "name": self.unique(where),
+            "inputs": (self.read(data),),
+            "output": name,
+            "name": self.unique(source.path),
             "kind": product.kind,
             **more,
         }
         self.nodes.append((g.Product, fields))
+        if layout.is_plain:
+            return output
+        if grid is None:
+            return self.rearranged(name, form, layout)
+        self._arrange(form, layout, name, output)
+        return output
+
+    def _unarranged(
+        self, form: forms.Accumulator, layout: Layout, grid: Grid | None, output: str
+    ) -> str:
+        """Return the name of a product's result before its axes are those of the trace."""
+        name = self.unique(f"{output}/channels_last")
+        if grid is not None:
+            if layout.result[0] != 0:
+                raise UnconvertibleError("the first axis of its result is not the batch")
+            shape = layout.natural(form.total.shape)[1:]
+            self.tensors[name] = {**self.tensors[output], "name": name, "shape": shape}
+        return name
+
+    def _arrange(self, form: forms.Accumulator, layout: Layout, name: str, output: str) -> None:
+        """Emit the moves from a product's result to the axes of the trace."""
+        axes = tuple(layout.result.index(axis) for axis in range(len(layout.result)))
+        is_ordered = axes == tuple(range(len(axes)))
+        if layout.outputs > 1:
+            shape = tuple(form.total.shape[axis] for axis in layout.result[1:])
+            apart = output if is_ordered else self.unique(f"{output}/apart")
+            self.tensors[apart] = {**self.tensors[output], "name": apart, "shape": shape}
+            self._emit_move(name, apart, kind="reshape", shape=shape)
+            name = apart
+        if not is_ordered:
+            self._emit_move(name, output, kind="transpose", axes=axes)
+
+    def _emit_move(self, source: str, output: str, **fields: Any) -> None:
+        own = {"name": self.unique(f"{output}/{fields['kind']}"), "inputs": (source,)}
+        self.nodes.append((g.Move, {**own, "output": output, **fields}))
 
     def _requantized(
-        self, form: forms.Accumulator, grid: Grid | None, where: str
+        self, form: forms.Accumulator, grid: Grid | None, where: str, layout: Layout | None = None
     ) -> dict[str, Any]:
-        """Bias, factors and signs of a product, one for each channel."""
-        channels = form.total.shape[-1]
+        """Return bias, factors and signs of a product, one for each channel."""
+        rank = form.total.ndim
+        layout = layout or Layout((), 1, (), tuple(range(rank)), 1)
 
         def per_channel(values: jax.Array) -> jax.Array:
-            wanted = (1,) * (form.total.ndim - 1) + (channels,)
-            if values.ndim and any(n != 1 for n in values.shape[:-1]):
+            found = layout.by_channel(values, form.total.shape)
+            if found is None:
                 raise UnconvertibleError(f"{where}: its bias or factor is not one per channel")
-            return jnp.broadcast_to(values, wanted).reshape(channels)
+            return found
 
         varies, bias, scale, multiplier = map(per_channel, form.coefficients(grid))
         # The weights of a network that diverged: the graph refuses a scale that is NaN.
@@ -146,6 +187,8 @@ class ProductEmitter(ABC):
         self, form: forms.Accumulator, source: forms.Summed, grid: Grid | None, output: str
     ) -> None:
         """A sum with a bias or factors per channel: a depthwise convolution with ones."""
+        if source.codes.codes.ndim == 2:
+            return self._of_rows(form, source, grid, output)
         shape = source.codes.codes.shape
         where = f"the average behind {self.read(source.codes)!r}"
         pool = pool_fields(source.operation, shape, where)
@@ -174,9 +217,31 @@ class ProductEmitter(ABC):
                 "name": fields["output"],
                 "shape": (*(1,) * rank, channels),
             }
-            own = {"name": self.unique(f"{output}/squeeze"), "inputs": (fields["output"],)}
-            move = {**own, "output": output, "kind": "reshape", "shape": (channels,)}
-            self.nodes.append((g.Move, move))
+            self._emit_move(fields["output"], output, kind="reshape", shape=(channels,))
+
+    def _of_rows(
+        self, form: forms.Accumulator, source: forms.Summed, grid: Grid | None, output: str
+    ) -> None:
+        """Factors per channel of (batch, channels): as of one pixel, (batch, 1, channels)."""
+        if grid is None:
+            raise UnconvertibleError(f"{output}: is scaled by channel, and real")
+
+        def with_pixel(x: jax.Array) -> jax.Array:
+            return x.reshape(*x.shape[:-1], 1, x.shape[-1]) if x.ndim else x
+
+        batch, channels = source.codes.codes.shape
+        pixel = reshaped(source.codes, (batch, 1, channels))
+        parts = {
+            name: with_pixel(getattr(form, name))
+            for name in ("total", "correction", "weight_scale", "offset")
+        }
+        source = dataclasses.replace(source, codes=pixel)
+        inner = self.unique(f"{output}/pixel")
+        self.tensors[inner] = {**self.tensors[output], "name": inner, "shape": (1, channels)}
+        self._pool_as_product(
+            dataclasses.replace(form, **parts, source=source), source, grid, inner
+        )
+        self._emit_move(inner, output, kind="reshape", shape=(channels,))
 
 
 def as_array(dtype: Any) -> Callable[[np.ndarray], np.ndarray]:

@@ -218,10 +218,21 @@ class Platform(GraphVisitor[Array]):
             total = total + term.astype(jnp.float32) * multiplier
         return jnp.round(total)
 
+    def multiply(self, node: g.Multiply, inputs: list[Array]) -> Array:
+        """Multiply two tensors."""
+        left, right = map(self.units, node.inputs, inputs)
+        units = self.rescaled(left * right, node.multiplier)
+        return self.clipped(node.output, units + self.graph.tensors[node.output].zero_point)
+
     def requantize(self, node: g.Requantize, x: Array) -> Array:
         """Put codes on another grid."""
         units = self.rescaled(self.units(node.inputs[0], x), node.multiplier)
         return self.clipped(node.output, units + self.graph.tensors[node.output].zero_point)
+
+    def table(self, node: g.Table, x: Array) -> Array:
+        """Look codes up in a table."""
+        index = self.codes(node.inputs[0], x).astype(jnp.int32) - g.CODE_MIN
+        return self.stored(node.output, jnp.take(jnp.asarray(node.table), index, mode="clip"))
 
     def units(self, name: str, stored: Array) -> Int[Array, "..."]:
         """Return the codes of a stored tensor less their zero point, int32."""

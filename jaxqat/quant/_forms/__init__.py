@@ -8,7 +8,10 @@ rounded to integers:
     product, affine operations after it:  round((acc + b) * m), b = round(offset / scale) - z sum(k)
     a tensor that is codes already:       round((code - z) * m)
     a residual addition:                  the sum of its terms, each on an int8 grid by itself
+    a product of two quantized tensors:   round((code_1 - z_1) (code_2 - z_2) m)
     ReLU, clipping, pooling, reshaping:   the same operation on the rounded values
+    a function of codes, such as swish:   round(f(s_in (code - z)) / s), looked up per code
+    per-channel factors of codes:         as a product with weights of 1
 
 with m the ratio of the form's scale to s: the requantization of Jacob et al. 2018
 (arXiv:1712.05877, section 2.2), with the bias added to the accumulator before the one
@@ -33,9 +36,11 @@ from jaxqat.quant._forms.forms import (
     Operation,
     Real,
     Sum,
+    Times,
     real_parts,
 )
 from jaxqat.quant._forms.operand import Made, Operand
+from jaxqat.quant._forms.tables import Table
 
 __all__ = [
     "Accumulator",
@@ -53,6 +58,8 @@ __all__ = [
     "Real",
     "Sum",
     "Summed",
+    "Table",
+    "Times",
     "quotient",
     "real_parts",
     "uncontracted",

@@ -18,13 +18,23 @@ _LARGEST_BIAS = 2.0**30
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Multiplied:
-    """Source of an accumulator of products; conversion finds layer, input and weights here."""
+    """Source of an accumulator of products; conversion finds layer, input and weights here.
+
+    Attributes:
+        path: Path of the layer.
+        product: The product.
+        codes: Its input.
+        weight_codes: Codes of its weights.
+        weight_bits: Their width.
+        axes: How the product's result was transposed; None if it was not.
+    """
 
     path: str
     product: Product
     codes: Codes
     weight_codes: Int8[Array, "..."]
     weight_bits: int
+    axes: tuple[int, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -105,6 +115,17 @@ class Accumulator:
         if grid is not None:
             multiplier = quotient(multiplier, grid.scale)
         return Coefficients(depends, bias, weight_scale, multiplier)
+
+    def transposed(self, source: Multiplied, axes: tuple[int, ...]) -> Self:
+        """Return the form of the transposed tensor; `source` is that of this form."""
+        before = source.axes
+        now = axes if before is None else tuple(before[axis] for axis in axes)
+        parts = {
+            name: jnp.transpose(values, axes) if values.ndim else values
+            for name in ("total", "correction", "weight_scale", "offset")
+            for values in (getattr(self, name),)
+        }
+        return dataclasses.replace(self, **parts, source=dataclasses.replace(source, axes=now))
 
     def times(self, factor: Array) -> Self:
         """Return the form of the tensor multiplied by per-channel factors."""

@@ -8,30 +8,45 @@ from jax.extend import core as jex_core
 
 from jaxqat.quant._forms.forms import Form, Operation
 from jaxqat.quant._forms.operand import Operand, is_number
-from jaxqat.quant._forms.primitives import Kind, primitive_of
+from jaxqat.quant._forms.primitives import Kind, Primitive, primitive_of
+from jaxqat.quant._forms.tables import Table, tabled
 from jaxqat.quant._trace.program import Atom, Constant, Node, Program, inner_jaxprs
 
 
-def form_of(node: Node, operands: list[Operand], aval: Any) -> Form | None:
+def form_of(node: Node, operands: list[Operand], aval: Any, *, tables: bool) -> Form | None:
     """Return the integer form of what a node makes of its operands, or None.
 
     Args:
         node: The operation.
         operands: What it reads.
         aval: Shape and type of its result, or the result itself.
+        tables: Whether functions of one quantized tensor have a form.
     """
     primitive = primitive_of(node.name)
-    if not jnp.issubdtype(aval.dtype, jnp.floating):
-        return None
     if primitive.kind is Kind.CALL:
-        return _form_inside(next(inner_jaxprs(node.equation)), operands)
-    if primitive.form is None or all(operand.form is None for operand in operands):
+        return _form_inside(next(inner_jaxprs(node.equation)), operands, tables=tables)
+    if all(operand.form is None for operand in operands):
         return None
     operation = Operation(node.name, node.equation.params, lambda *x: node.bind(*x)[0])
+    if tables and _may_be_table(primitive, operands):
+        table = tabled(operation, operands)
+        if table is not None:
+            return table
+    if primitive.form is None or not jnp.issubdtype(aval.dtype, jnp.floating):
+        return None
     return primitive.form(operation, operands, tuple(aval.shape))
 
 
-def _form_inside(jaxpr: Any, operands: list[Operand]) -> Form | None:
+def _may_be_table(primitive: Primitive, operands: list[Operand]) -> bool:
+    """Return whether an operation can be part of a table, and its form is not a better one."""
+    if any(isinstance(operand.form, Table) for operand in operands):
+        return primitive.is_elementwise
+    if primitive.joins_branches and not any(operand.constant for operand in operands):
+        return False  # A residual addition of codes.
+    return primitive.kind in (Kind.AFFINE, Kind.FUNCTION, Kind.SELECT)
+
+
+def _form_inside(jaxpr: Any, operands: list[Operand], *, tables: bool) -> Form | None:
     """Return the form of a call's result, from the operations in its body."""
     if jaxpr.constvars or len(jaxpr.outvars) != 1:
         return None
@@ -46,15 +61,17 @@ def _form_inside(jaxpr: Any, operands: list[Operand]) -> Form | None:
         constant = all(r.constant for r in reads)
         form = None
         if len(node.outputs) == 1:
-            form = form_of(node, reads, inner.avals[node.outputs[0]])
+            form = form_of(node, reads, inner.avals[node.outputs[0]], tables=tables)
         values = _number(node, reads)
         known.update((number, Operand(values, form, constant)) for number in node.outputs)
     return read(inner.outputs[0]).form
 
 
 def _number(node: Node, reads: list[Operand]) -> Any:
-    """Return the number that a copy or a cast of a number is, such as the bound of a ReLU."""
+    """Return the number that a copy, a cast or repetitions of a number are, as a ReLU's bound."""
     kind, value = primitive_of(node.name).kind, reads[0].values
+    if primitive_of(node.name).repeats and is_number(value):
+        return value
     if kind is Kind.CAST and is_number(value):
         return np.asarray(value).astype(node.equation.params["new_dtype"])[()]
     return value if kind is Kind.COPY else None

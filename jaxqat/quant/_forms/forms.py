@@ -117,6 +117,27 @@ class Sum:
         return dyadic([quotient(term.grid.scale, grid.scale) for term in terms])
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Times:
+    """The product of two quantized tensors, element by element, as of a tensor and its gate.
+
+        round((q_1 - z_1) (q_2 - z_2) m),    m = s_1 s_2 / s
+
+    The product of codes is below 2**16, which float32 holds exactly.
+    """
+
+    left: Codes
+    right: Codes
+
+    def in_units(self, grid: Grid) -> Float[Array, "..."]:
+        units = [x.codes.astype(jnp.float32) - x.grid.zero for x in (self.left, self.right)]
+        return jnp.round(units[0] * units[1] * self.multiplier(grid))
+
+    def multiplier(self, grid: Grid) -> Float[Array, ""]:
+        """Return what a product of codes is multiplied by for units of the grid's scale."""
+        return quotient(self.left.grid.scale * self.right.grid.scale, grid.scale)
+
+
 def _codes_of(term: Form) -> Codes | None:
     term = term.form if isinstance(term, Either) else term
     return term if isinstance(term, Codes) else None

@@ -23,6 +23,7 @@ class Kind(enum.Enum):
     JOIN = "puts tensors side by side"
     AFFINE = "multiplies or adds, element by element"
     CLIP = "bounds each element"
+    FUNCTION = "is another function of elements, such as an exponential"
     SELECT = "chooses each element from several tensors, as dropout does with a mask"
     SUM = "sums elements, as average pooling does"
     REDUCE = "reduces elements in another way"
@@ -46,6 +47,9 @@ class Primitive:
             addition.
         may_be_contracted: Whether a compiler may fuse it with a later addition into one
             multiply-add.
+        multiplies_branches: Whether two tensors that depend on the data can be multiplied in it
+            element by element, as a tensor and its gate.
+        repeats: Whether it repeats elements.
     """
 
     kind: Kind
@@ -53,11 +57,18 @@ class Primitive:
     may_be_statistic: bool = False
     joins_branches: bool = False
     may_be_contracted: bool = False
+    multiplies_branches: bool = False
+    repeats: bool = False
 
     @property
     def is_pointwise(self) -> bool:
-        """Whether each element of the result depends on that element of the operands only."""
+        """Whether it computes each element from that of its operands, in a way with a form."""
         return self.kind in (Kind.CAST, Kind.COPY, Kind.AFFINE, Kind.CLIP, Kind.SELECT)
+
+    @property
+    def is_elementwise(self) -> bool:
+        """Whether it is pointwise, whatever the function: a table can hold it."""
+        return self.is_pointwise or self.kind is Kind.FUNCTION
 
     @property
     def is_product(self) -> bool:
@@ -89,24 +100,37 @@ PRIMITIVES: dict[str, Primitive] = {
     "optimization_barrier": Primitive(Kind.COPY, rules.same),
     # `jax.shard_map` marks with it what is the same on all devices, such as a parameter.
     "pvary": Primitive(Kind.COPY, rules.same),
-    "broadcast_in_dim": Primitive(Kind.MOVE, rules.moved),
+    "broadcast_in_dim": Primitive(Kind.MOVE, rules.moved, repeats=True),
     "expand_dims": Primitive(Kind.MOVE, rules.moved),
     "reshape": Primitive(Kind.MOVE, rules.moved),
     "rev": Primitive(Kind.MOVE, rules.moved),
     "slice": Primitive(Kind.MOVE, rules.moved),
     "squeeze": Primitive(Kind.MOVE, rules.moved),
-    "transpose": Primitive(Kind.MOVE, rules.moved),
+    "transpose": Primitive(Kind.MOVE, rules.transposed),
     "pad": Primitive(Kind.PAD, rules.padded),
     "reduce_window_max": Primitive(Kind.PICK, rules.moved),
     "concatenate": Primitive(Kind.JOIN, rules.joined),
     "add": Primitive(Kind.AFFINE, rules.added, joins_branches=True),
     "sub": Primitive(Kind.AFFINE, rules.subtracted),
-    "mul": Primitive(Kind.AFFINE, rules.multiplied, may_be_contracted=True),
+    "mul": Primitive(
+        Kind.AFFINE, rules.multiplied, may_be_contracted=True, multiplies_branches=True
+    ),
     "div": Primitive(Kind.AFFINE, rules.divided),
     "neg": Primitive(Kind.AFFINE, rules.negated),
     "max": Primitive(Kind.CLIP, rules.at_least),
     "min": Primitive(Kind.CLIP, rules.at_most),
     "select_n": Primitive(Kind.SELECT),
+    **dict.fromkeys(
+        (
+            *("abs", "cbrt", "ceil", "cos", "cosh", "erf", "erf_inv", "erfc", "exp", "exp2"),
+            *("expm1", "floor", "is_finite", "log", "log1p", "logistic", "not", "round", "rsqrt"),
+            *("sign", "sin", "sinh", "sqrt", "square", "tan", "tanh", "integer_pow"),
+            *("acos", "acosh", "asin", "asinh", "atan", "atanh"),
+            *("pow", "rem", "atan2", "and", "or", "xor", "eq", "ne", "lt", "le", "gt", "ge"),
+            "clamp",
+        ),
+        Primitive(Kind.FUNCTION),
+    ),
     "reduce_sum": Primitive(Kind.SUM, rules.summed, may_be_statistic=True),
     "reduce_window_sum": Primitive(Kind.SUM, rules.summed),
     "reduce_max": Primitive(Kind.REDUCE, may_be_statistic=True),

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxqat.quant._forms.accumulators import Accumulator, Summed
-from jaxqat.quant._forms.forms import Clamp, Codes, Form, Joined, Moved, Operation, Sum
+from jaxqat.quant._forms.accumulators import Accumulator, Multiplied, Summed
+from jaxqat.quant._forms.forms import Clamp, Codes, Form, Joined, Moved, Operation, Sum, Times
 from jaxqat.quant._forms.operand import Operand, is_channelwise, is_number
 from jaxqat.quant._numerics.grids import stretched
 
@@ -35,6 +35,14 @@ def moved(operation: Operation, operands: list[Operand], shape: Shape) -> Form |
     if isinstance(form, Codes):
         return Codes(operation.bind(form.codes), form.grid, moved=(operation, form))
     return Moved(form, operation)
+
+
+def transposed(operation: Operation, operands: list[Operand], shape: Shape) -> Form | None:
+    """Form of a tensor with other axes: of a product, a product."""
+    form = operands[0].form
+    if isinstance(form, Accumulator) and isinstance(form.source, Multiplied):
+        return form.transposed(form.source, tuple(operation.params["permutation"]))
+    return moved(operation, operands, shape)
 
 
 def padded(operation: Operation, operands: list[Operand], shape: Shape) -> Form | None:
@@ -66,6 +74,10 @@ def summed(operation: Operation, operands: list[Operand], shape: Shape) -> Form 
     form = operands[0].form
     if not isinstance(form, Codes):
         return None
+    return _accumulated(operation, form)
+
+
+def _accumulated(operation: Operation, form: Codes) -> Accumulator:
     total = operation.bind(form.codes.astype(jnp.int32) - form.grid.zero.astype(jnp.int32))
     source = Summed(operation, form)
     nothing = jnp.float32(0)
@@ -117,18 +129,23 @@ def negated(operation: Operation, operands: list[Operand], shape: Shape) -> Form
 
 
 def multiplied(operation: Operation, operands: list[Operand], shape: Shape) -> Form | None:
-    """Form of x * c, x an accumulator and c one factor per channel."""
-    del operation
+    """Form of x * c, x an accumulator and c one factor per channel; or of two tensors of codes."""
     found = _with_coefficients(operands, shape)
-    return None if found is None else found[0].times(found[1])
+    if found is not None:
+        return found[0].times(found[1])
+    left, right = (operand.form for operand in operands)
+    if isinstance(left, Moved) or isinstance(right, Moved):
+        return _before_the_move(multiplied, operation, operands)
+    if isinstance(left, Codes) and isinstance(right, Codes):
+        return Times(left, right) if all(o.holds is True for o in operands) else None
+    return None
 
 
 def divided(operation: Operation, operands: list[Operand], shape: Shape) -> Form | None:
     """Form of x / c, x an accumulator and c one divisor per channel."""
-    del operation
     found = _with_coefficients(operands, shape)
     if found is None:
-        return None
+        return _before_the_move(divided, operation, operands)
     form, divisor, is_left = found
     return form.times(1.0 / divisor) if is_left else None
 
@@ -155,12 +172,31 @@ def added(operation: Operation, operands: list[Operand], shape: Shape) -> Form |
     return Sum(left, right)
 
 
+def _before_the_move(rule: FormRule, operation: Operation, operands: list[Operand]) -> Form | None:
+    """Form of a moved tensor times or over a number: the moved form of that of the tensor."""
+    for place, (operand, other) in enumerate((operands, operands[::-1])):
+        form, number = operand.form, other.values
+        if not isinstance(form, Moved) or not isinstance(form.inner, Accumulator):
+            continue
+        if other.constant and number is not None and number.size == 1:
+            reads = [Operand(jnp.reshape(number, ()), None, True)] * 2
+            reads[place] = Operand(None, form.inner, False)
+            inner = rule(operation, reads, form.inner.total.shape)
+            return None if inner is None else Moved(inner, form.operation)
+    return None
+
+
 def _with_coefficients(
     operands: list[Operand], shape: Shape
 ) -> tuple[Accumulator, Array, bool] | None:
-    """An accumulator, the coefficients on the other side, and whether it is the left operand."""
+    """An accumulator, the coefficients on the other side, and whether it is the left operand.
+
+    Codes with coefficients are one too: each of them is a sum of one.
+    """
     for is_left, (operand, other) in ((True, operands), (False, operands[::-1])):
         form, values = operand.form, other.values
+        if isinstance(form, Codes) and form.codes.ndim > 1:
+            form = _accumulated(Operation("copy", {}, lambda x: x), form)
         if not isinstance(form, Accumulator) or not other.constant or values is None:
             continue
         if form.total.shape != tuple(shape) or not is_channelwise(jnp.shape(values), shape):

@@ -148,7 +148,9 @@ class Evaluator:
             before = self._read(dropout.tensor)
             selection = _selection(node, dropout.place, [o.values for o in operands])
             return dropped_out(selection, before.form, dropout.factor), before.holds
-        form = form_of(node, operands, results[0]) if len(results) == 1 else None
+        frozen = self._mode is Mode.FROZEN
+        single = len(results) == 1
+        form = form_of(node, operands, results[0], tables=frozen) if single else None
         if form is None:
             return None, True
         return form, any_of(o.holds for o in operands if o.form is not None)

@@ -42,7 +42,7 @@ class Origins:
 
     def source(self, number: int) -> int:
         """Return the tensor that this one is a reshaped, cast or zero-padded version of."""
-        number = self._before_dropout(number)
+        number = self.before_dropout(number)
         node = self.program.made_by.get(number)
         if node is None or not primitive_of(node.name).keeps_values:
             return number
@@ -62,14 +62,14 @@ class Origins:
             number: The tensor.
             quantized: The tensors to quantize.
         """
-        pooled, number = False, self._before_dropout(number)
+        pooled, number = False, self.before_dropout(number)
         while (node := self.program.made_by.get(number)) is not None:
             primitive = primitive_of(node.name)
             pooled |= primitive.kind is Kind.PICK
             before = node.inputs[0]
             if not primitive.picks_values or not isinstance(before, int):
                 return None
-            number = self._before_dropout(before)
+            number = self.before_dropout(before)
             if number in quantized:
                 return number if pooled else None
         return None
@@ -91,13 +91,13 @@ class Origins:
                 if self.level[number] != DATA or not isinstance(node.inputs[0], int):
                     return None
                 return self.source(node.inputs[0]), "pool"
-            if self._is_sum(node):
+            if self.is_sum(node):
                 return (number, "add") if affine else None
             walks = primitive.is_walked_through or _only_clips(node)
             if not walks or len(big) != 1:
                 return None
             affine |= primitive.kind is Kind.AFFINE
-            number = self._before_dropout(big[0])
+            number = self.before_dropout(big[0])
             if number in quantized:
                 return None
         return None
@@ -114,7 +114,7 @@ class Origins:
         if node in self.dropouts:
             dropout = self.dropouts[node]
             return dropout.factor * self.factor(dropout.tensor)
-        terms = self._varying(node)
+        terms = self.varying(node)
         picks = primitive_of(node.name).picks_values
         may_be_relu = primitive_of(node.name).kind is Kind.CLIP or _only_clips(node)
         if len(terms) != 1 or not (picks or may_be_relu):
@@ -145,14 +145,14 @@ class Origins:
         found: list[Node] = []
         waiting = [number]
         while waiting:
-            at = self._before_dropout(waiting.pop())
+            at = self.before_dropout(waiting.pop())
             node = self.program.made_by.get(at)
             if node is None or (at in quantized and at != number):
                 continue
-            terms = self._varying(node)
-            if self._is_sum(node):
+            terms = self.varying(node)
+            if self.is_sum(node):
                 found.append(node)
-            elif _keeps_form(node):
+            elif keeps_form(node):
                 waiting += terms
         return list(dict.fromkeys(found))  # A tensor can be joined with itself.
 
@@ -163,57 +163,60 @@ class Origins:
         found: list[int | Node] = []
         waiting = [number]
         while waiting:
-            at = self._before_dropout(waiting.pop())
+            at = self.before_dropout(waiting.pop())
             node = self.program.made_by.get(at)
             if at in quantized:
                 found.append(at)
             elif node is not None and node in layers:
                 found.append(node)
-            elif node is not None and (_keeps_form(node) or primitive_of(node.name).is_pointwise):
-                waiting += self._varying(node)
+            elif node is not None and (keeps_form(node) or primitive_of(node.name).is_elementwise):
+                waiting += self.varying(node)
         return found
 
     def layer_before(self, number: int, layers: Mapping[Node, Any]) -> Node | None:
         """Return the layer whose result a tensor is, scaled, clipped or moved; None without one."""
-        number = self._before_dropout(number)
+        number = self.before_dropout(number)
         while (node := self.program.made_by.get(number)) is not None and node not in layers:
-            terms = self._varying(node)
+            terms = self.varying(node)
             walks = primitive_of(node.name).is_walked_through or _only_clips(node)
             if not walks or len(terms) != 1:
                 return None
-            number = self._before_dropout(terms[0])
+            number = self.before_dropout(terms[0])
         return node
 
     def is_read_by_sums(self, number: int) -> bool:
         """Return whether residual additions alone read a tensor, apart from moves before them."""
         return all(
             node is not None
-            and (
-                self._is_sum(node) or (self._moves(node) and self.is_read_by_sums(node.outputs[0]))
-            )
+            and (self.is_sum(node) or (self._moves(node) and self.is_read_by_sums(node.outputs[0])))
             for node in self._readers.get(number, [])
         )
 
     def _moves(self, node: Node) -> bool:
         return primitive_of(node.name).keeps_values or node in self._drops
 
-    def _is_sum(self, node: Node) -> bool:
+    def is_sum(self, node: Node) -> bool:
         """Return whether a node adds two tensors of the data; a parameter is no term of its own."""
-        terms = self._varying(node)
+        terms = self.varying(node)
         is_sum = primitive_of(node.name).joins_branches and len(terms) == 2
         return is_sum and all(self.level[a] == DATA for a in terms)
+
+    @functools.cached_property
+    def order(self) -> dict[Node, int]:
+        """The place of each operation in the program."""
+        return {node: place for place, node in enumerate(self.program.nodes)}
 
     @functools.cached_property
     def _drops(self) -> set[Node]:
         """The operations that dropout is made of."""
         return {*self.dropouts, *(dropout.scaling for dropout in self.dropouts.values())}
 
-    def _before_dropout(self, number: int) -> int:
+    def before_dropout(self, number: int) -> int:
         """Return the tensor before the dropout that made a tensor; without one, the tensor."""
         node = self.program.made_by.get(number)
         if node is None or node not in self.dropouts:
             return number
-        return self._before_dropout(self.dropouts[node].tensor)
+        return self.before_dropout(self.dropouts[node].tensor)
 
     @functools.cached_property
     def _readers(self) -> dict[int, list[Node | None]]:
@@ -228,7 +231,7 @@ class Origins:
                 found.setdefault(a, []).append(None)
         return found
 
-    def _varying(self, node: Node) -> list[int]:
+    def varying(self, node: Node) -> list[int]:
         """Return the operands of a node that are tensors of the data, coefficients left out."""
         return [
             a
@@ -242,7 +245,7 @@ class Origins:
         return self.level[number] < DATA and is_channelwise(shape, out)
 
 
-def _keeps_form(node: Node) -> bool:
+def keeps_form(node: Node) -> bool:
     """Return whether a node clips, moves, picks or joins elements, whatever their form."""
     primitive = primitive_of(node.name)
     keeps = primitive.picks_values or primitive.kind in (Kind.CLIP, Kind.JOIN)

@@ -1,4 +1,4 @@
-"""Which tensors are quantized: the inputs of layers, and what integer sums and pools need.
+"""Which tensors are quantized: inputs of layers, and what sums, pools and functions need.
 
 A tensor that a layer reads is quantized once, at its source, so all its readers see the same codes.
 A residual addition behind batch norm, and the input of an average pool, need a range of their own
@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from jaxqat.errors import RecipeError
+from jaxqat.quant._plan.arguments import arguments_before
 from jaxqat.quant._plan.origins import Origins
 from jaxqat.quant._plan.plan import LEARNED, Place, QuantizedTensor
 from jaxqat.quant._trace.arguments import Key
@@ -117,8 +118,27 @@ class TensorPlanner:
                     key, tensor.settings, (tensor.key,), factor=self._origins.factor(before)
                 )
                 waiting.append((before, self.tensors[before]))
+            before = arguments_before(self._origins, number, self.tensors, self._layers)
+            for argument in before:
+                waiting += self._add_argument(argument, tensor)
             for node in self._origins.sums_before(number, self.tensors):
                 waiting += self._add_terms(node, tensor)
+
+    def _add_argument(
+        self, number: int, result: QuantizedTensor
+    ) -> list[tuple[int, QuantizedTensor]]:
+        """Quantize the argument of a function; return it, unless it is quantized already."""
+        source = self._origins.source(number)
+        known = self._quantized_at(source)
+        if known is not None and self.tensors[known].readers:  # No layer reads it.
+            self.tensors[known] = _read_by(self.tensors[known], result)
+        if known is not None or source in self._dynamic:
+            return []
+        maker = self._origins.program.made_by.get(source)
+        key = self._key_at((*result.key[:-1], "argument"), maker)
+        tensor = QuantizedTensor(key, _of_terms(result.settings), (result.key,))
+        self.tensors[source] = tensor
+        return [(source, tensor)]
 
     def _add_terms(self, node: Node, total: QuantizedTensor) -> list[tuple[int, QuantizedTensor]]:
         """Quantize the terms of a residual addition; return those that were not quantized yet."""
@@ -181,9 +201,12 @@ class TensorPlanner:
 
 
 def _read_by(
-    tensor: QuantizedTensor, total: QuantizedTensor, other: Key, is_new: bool
+    tensor: QuantizedTensor, total: QuantizedTensor, other: Key | None = None, is_new: bool = False
 ) -> QuantizedTensor:
-    """Return a term that one more sum reads; only the term of a single sum is cut to it."""
+    """Return a tensor that one more sum or function reads.
+
+    Only the term of a single sum, the term beside `other`, is cut to what the sum can show.
+    """
     if not tensor.readers:  # Layers read it too.
         return tensor
     if is_new:

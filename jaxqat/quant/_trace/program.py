@@ -8,13 +8,15 @@ derivative rules.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import api_util
+from jax import api_util, lax
 from jax.core import Tracer
 from jax.extend import core as jex_core
 
@@ -27,6 +29,32 @@ INLINED_FOR_PRODUCTS = frozenset({"checkpoint", "remat2"})
 _KEEPING_MAXIMA = frozenset({"max", "broadcast_in_dim", "reshape", "stop_gradient"})
 # A scan with products inside is unrolled up to this length; a longer one stays in float.
 MAX_ITERATIONS = 128
+
+
+def _split(x: Any, *, sizes: Sequence[int], axis: int) -> list[Any]:
+    ends = list(itertools.accumulate(sizes))
+    bounds = zip((0, *ends), ends, strict=False)
+    return [lax.slice_in_dim(x, start, end, axis=axis) for start, end in bounds]
+
+
+def _unstack(x: Any, *, axis: int) -> list[Any]:
+    return [lax.squeeze(part, (axis,)) for part in _split(x, sizes=(1,) * x.shape[axis], axis=axis)]
+
+
+def _stack(*parts: Any, axis: int) -> Any:
+    return lax.concatenate([lax.expand_dims(part, (axis,)) for part in parts], axis)
+
+
+def _tile(x: Any, *, reps: Sequence[int]) -> Any:
+    shape = [n for pair in zip(reps, x.shape, strict=True) for n in pair]
+    tiles = lax.broadcast_in_dim(x, shape, range(1, 2 * x.ndim, 2))
+    return lax.reshape(tiles, [n * size for n, size in zip(reps, x.shape, strict=True)])
+
+
+# Operations that are seen as the simpler ones that they consist of.
+_AS_OTHERS: Mapping[str, Callable[..., Any]] = MappingProxyType(
+    {"split": _split, "stack": _stack, "unstack": _unstack, "tile": _tile}
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,6 +250,10 @@ class Program:
                 results = self._inline(inner[0], closed, operands, here, loop)
             elif name == "scan" and _is_unrolled(equation):
                 results = self._unroll(equation, operands, here, (*loop, id(equation)))
+            elif name in _AS_OTHERS:
+                same = jax.make_jaxpr(functools.partial(_AS_OTHERS[name], **equation.params))
+                body = same(*map(self.aval, operands))
+                results = self._inline(body.jaxpr, body.consts, operands, here, loop)
             elif name == "convert_element_type" and isinstance(operands[0], Constant):
                 dtype = equation.params["new_dtype"]
                 results = [Constant(np.asarray(operands[0].value).astype(dtype)[()])]

@@ -184,3 +184,27 @@ def test_moved_codes_are_made_once_for_all_their_readers():
     nodes, _ = emitted(forms.Sum(moved, moved), (4, 3, 2), x=tensor)
     assert [kind for kind, _ in nodes] == [g.Move, g.Add]
     assert nodes[1][1].inputs == ("x/rev", "x/rev")
+
+
+def test_a_function_of_codes_becomes_a_table_within_the_bounds():
+    function = forms.Table(codes(), operation("tanh", jnp.tanh), (forms.Table(codes()),))
+    ((kind, node),), tensors = emitted(forms.Clamp(function, low=0.0))
+    assert kind is g.Table
+    assert (node.inputs, node.output, tensors["y"].low) == (("x",), "y", 3)
+    real = (np.arange(-128, 128) + 1) * 0.25
+    wanted = np.maximum(np.round(np.tanh(real) / 0.5) + 3, 3)
+    np.testing.assert_array_equal(node.table, wanted)
+    assert node.table.dtype == np.int8
+
+
+def test_a_repeated_factor_is_read_before_it_is_repeated():
+    gate = forms.Codes(jnp.zeros((1, 2), jnp.int8), OTHER, ("gate",))
+    repeat = operation(
+        "broadcast_in_dim", lambda x: jnp.broadcast_to(x, (1, *SHAPE)), broadcast_dimensions=(0, 3)
+    )
+    repeated = forms.Codes(repeat.bind(gate.codes), OTHER, moved=(repeat, gate))
+    tensor = {"name": "gate", "shape": (2,), "low": -128, "high": 127}
+    ((move, reshape), (kind, node)), _ = emitted(forms.Times(codes(), repeated), gate=tensor)
+    assert (move, reshape.shape, reshape.inputs) == (g.Move, (1, 1, 2), ("gate",))
+    assert (kind, node.inputs) == (g.Multiply, ("x", reshape.output))
+    assert node.multiplier == 0.25 * 0.25 / 0.5

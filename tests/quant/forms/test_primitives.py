@@ -197,10 +197,12 @@ def test_coefficients_of_single_elements_have_no_form(name):
     assert derived(name, AFFINE[name][0], accumulator(UNITS), coefficients) is None
 
 
-@pytest.mark.parametrize("name", ["sub", "mul"])
-def test_two_tensors_have_no_form_but_in_an_addition(name):
-    assert derived(name, AFFINE[name][0], codes(UNITS), codes(OTHER)) is None
+def test_two_tensors_have_a_form_if_they_are_added_or_multiplied():
+    assert derived("sub", lax.sub, codes(UNITS), codes(OTHER)) is None
     assert_units(derived("add", lax.add, codes(UNITS), codes(OTHER)), UNITS + OTHER)
+    # Units of 0.5 times units of 0.5 are quarters.
+    expected = np.round(UNITS * OTHER * np.float32(0.5))
+    assert_units(derived("mul", lax.mul, codes(UNITS), codes(OTHER)), expected)
 
 
 def test_terms_of_an_addition_that_are_not_quantized_are_rounded_each():

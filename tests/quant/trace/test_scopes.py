@@ -13,6 +13,10 @@ from jaxqat.integer._convert.convert import obstacles
 ROWS = np.random.default_rng(0).normal(size=(2, 6, 8)).astype(np.float32)
 
 
+def running(x):
+    return jnp.cumsum(x, -1)
+
+
 class LinenBlock(nn.Module):
     @nn.compact
     def __call__(self, x):
@@ -27,7 +31,7 @@ class NNXBlock(nnx.Module):
         self.first, self.second = (nnx.Linear(8, 8, rngs=rngs) for _ in range(2))
         self.norm = nnx.LayerNorm(8, rngs=rngs)
         self.attention = nnx.MultiHeadAttention(2, 8, decode=False, rngs=rngs)
-        self.mlp = nnx.Sequential(nnx.Linear(8, 8, rngs=rngs), nnx.gelu)
+        self.mlp = nnx.Sequential(nnx.Linear(8, 8, rngs=rngs), running)
         self.head = nnx.Linear(8, 5, rngs=rngs)
 
     def __call__(self, x):
@@ -69,14 +73,13 @@ def test_operations_of_nnx_modules_are_blamed_with_their_module():
 def test_a_function_with_a_derivative_of_its_own_is_blamed_by_its_name():
     @jax.custom_jvp
     def bend(x):
-        return jnp.sin(x)
+        return jnp.cumsum(x, -1)
 
-    bend.defjvp(lambda x, t: (bend(*x), jnp.cos(*x) * t[0]))
+    bend.defjvp(lambda x, t: (bend(*x), bend(*t)))
     params = {"in": np.ones((8, 8), np.float32), "out": np.ones((8, 8), np.float32)}
-    for function, name in ((bend, "bend"), (jax.nn.softplus, "logaddexp")):
-        model = jaxqat.quantize(lambda p, x, f=function: f(x @ p["in"]) @ p["out"])
-        found = jaxqat.describe(model, {"params": params}, ROWS).obstacles
-        assert f"'{name}' before it" in reason(found, "out/input")
+    model = jaxqat.quantize(lambda p, x: bend(x @ p["in"]) @ p["out"])
+    found = jaxqat.describe(model, {"params": params}, ROWS).obstacles
+    assert "'bend' before it" in reason(found, "out/input")
 
 
 def test_products_of_two_activations_are_named_by_their_nnx_module():
@@ -139,8 +142,8 @@ def test_a_module_that_computes_a_root_among_its_layers_is_no_normalization():
         @nn.compact
         def __call__(self, x):
             x = nn.Dense(8, name="first")(x)
-            return nn.Dense(5, name="head")(jnp.tanh(x) * jax.lax.rsqrt(jnp.exp(x)))
+            return nn.Dense(5, name="head")(jnp.cumsum(x, -1) * jax.lax.rsqrt(jnp.exp(x)))
 
     model = jaxqat.quantize(Root(), "int8")
     found = obstacles(model, model.init(jax.random.key(0), ROWS), ROWS)
-    assert reason(found, "head/input").startswith("head/input: 'tanh' in Root before it")
+    assert reason(found, "head/input").startswith("head/input: 'cumsum' in Root before it")
