@@ -134,6 +134,7 @@ LAYOUTS = {
     ),
 }
 MODELS.update(LAYOUTS)
+MODELS["features"] = lambda p, x: conv(jax.nn.swish(conv(x, p["first"])), p["second"])
 MODELS["factors of rows"] = lambda p, x: (
     (jax.nn.relu(head(p, conv(x, p["first"]))) * jnp.linspace(-1, 2, 5) + jnp.linspace(0, 1, 5))
     @ jnp.asarray(p["head"]["kernel"][:5])

@@ -171,10 +171,17 @@ class Clamp:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Moved:
-    """Elements moved or picked (reshape, transpose, maximum of windows, zeros around)."""
+    """Elements moved or picked (reshape, transpose, maximum of windows, zeros around).
+
+    Attributes:
+        inner: The tensor before that.
+        operation: The operation.
+        is_reshape: Whether elements have another shape in the same order; some may be repeated.
+    """
 
     inner: Form
     operation: Operation
+    is_reshape: bool = False
 
     def in_units(self, grid: Grid) -> Float[Array, "..."]:
         return self.operation.bind(self.inner.in_units(grid))

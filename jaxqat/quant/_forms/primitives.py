@@ -49,7 +49,7 @@ class Primitive:
             multiply-add.
         multiplies_branches: Whether two tensors that depend on the data can be multiplied in it
             element by element, as a tensor and its gate.
-        repeats: Whether it repeats elements.
+        repeats: Whether it can repeat elements.
     """
 
     kind: Kind
@@ -100,12 +100,12 @@ PRIMITIVES: dict[str, Primitive] = {
     "optimization_barrier": Primitive(Kind.COPY, rules.same),
     # `jax.shard_map` marks with it what is the same on all devices, such as a parameter.
     "pvary": Primitive(Kind.COPY, rules.same),
-    "broadcast_in_dim": Primitive(Kind.MOVE, rules.moved, repeats=True),
-    "expand_dims": Primitive(Kind.MOVE, rules.moved),
-    "reshape": Primitive(Kind.MOVE, rules.moved),
+    "broadcast_in_dim": Primitive(Kind.MOVE, rules.reshaped, repeats=True),
+    "expand_dims": Primitive(Kind.MOVE, rules.reshaped),
+    "reshape": Primitive(Kind.MOVE, rules.reshaped),
     "rev": Primitive(Kind.MOVE, rules.moved),
     "slice": Primitive(Kind.MOVE, rules.moved),
-    "squeeze": Primitive(Kind.MOVE, rules.moved),
+    "squeeze": Primitive(Kind.MOVE, rules.reshaped),
     "transpose": Primitive(Kind.MOVE, rules.transposed),
     "pad": Primitive(Kind.PAD, rules.padded),
     "reduce_window_max": Primitive(Kind.PICK, rules.moved),

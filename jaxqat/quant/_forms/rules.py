@@ -5,6 +5,7 @@ result, and returns the form of the result, or None if there is none. `primitive
 primitive has which rule.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -35,6 +36,19 @@ def moved(operation: Operation, operands: list[Operand], shape: Shape) -> Form |
     if isinstance(form, Codes):
         return Codes(operation.bind(form.codes), form.grid, moved=(operation, form))
     return Moved(form, operation)
+
+
+def reshaped(operation: Operation, operands: list[Operand], shape: Shape) -> Form | None:
+    """Form of elements in another shape, in the same order: of the first shape, as before.
+
+    `jax.vmap` puts an axis of size 1 into what a convolution makes, and removes it again.
+    """
+    form = operands[0].form
+    inner = form.inner if isinstance(form, Moved) and form.is_reshape else None
+    if isinstance(inner, Accumulator) and inner.total.shape == tuple(shape):
+        return inner
+    found = moved(operation, operands, shape)
+    return dataclasses.replace(found, is_reshape=True) if isinstance(found, Moved) else found
 
 
 def transposed(operation: Operation, operands: list[Operand], shape: Shape) -> Form | None:

@@ -27,8 +27,9 @@ def arguments_before(
         quantized: The tensors to quantize; the search ends at them.
         layers: The layers; the search ends at them too.
     """
-    found = _arguments(origins, number, quantized, layers)
-    return [a for a in found if a in quantized or _can_be_codes(origins, a, quantized, layers)]
+    found = dict.fromkeys(_arguments(origins, number, quantized, layers))
+    known: dict[int, bool] = {}
+    return [a for a in found if _can_be_codes(origins, a, quantized, layers, known)]
 
 
 def _arguments(
@@ -72,22 +73,44 @@ def _factors(node: Node, origins: Origins) -> list[int]:
 
 
 def _can_be_codes(
-    origins: Origins, number: int, quantized: Any, layers: Mapping[Node, Any]
+    origins: Origins,
+    number: int,
+    quantized: Any,
+    layers: Mapping[Node, Any],
+    known: dict[int, bool],
 ) -> bool:
-    """Return whether a tensor is computed from codes by operations with integer forms."""
+    """Return whether a tensor is computed from codes by operations with integer forms.
+
+    Args:
+        origins: Searches back through the program.
+        number: The tensor.
+        quantized: The tensors to quantize.
+        layers: The layers.
+        known: The answers so far: a recurrence has more paths than tensors.
+    """
     at = origins.before_dropout(number)
     node = origins.program.made_by.get(at)
     if at in quantized or node in layers:
         return True
     if node is None:
         return False
+    if at not in known:
+        terms = _read_as_codes(node, origins, quantized)
+        known[at] = bool(terms) and all(
+            _can_be_codes(origins, a, quantized, layers, known) for a in terms
+        )
+    return known[at]
+
+
+def _read_as_codes(node: Node, origins: Origins, quantized: Any) -> list[int]:
+    """Return the tensors that the integer form of a result is computed from; none without one."""
     primitive, terms = primitive_of(node.name), origins.varying(node)
     if primitive.kind is Kind.SUM:
         terms = terms if _is_spatial(node, origins.program) else []
     elif not (keeps_form(node) or origins.is_sum(node) or _is_scaled(node, terms)):
         source = _source(origins, node, quantized)
         terms = _factors(node, origins) if source is None else [source]
-    return bool(terms) and all(_can_be_codes(origins, a, quantized, layers) for a in terms)
+    return terms
 
 
 def _is_scaled(node: Node, terms: list[int]) -> bool:

@@ -161,10 +161,13 @@ class Origins:
     ) -> list[int | Node]:
         """Return the quantized tensors and the layers from which a tensor's form is computed."""
         found: list[int | Node] = []
-        waiting = [number]
+        waiting, seen = [number], set[int]()
         while waiting:
             at = self.before_dropout(waiting.pop())
             node = self.program.made_by.get(at)
+            if at in seen:  # A recurrence has more paths than tensors.
+                continue
+            seen.add(at)
             if at in quantized:
                 found.append(at)
             elif node is not None and node in layers:

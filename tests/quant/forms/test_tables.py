@@ -1,5 +1,7 @@
 """Functions of codes: one table for each, the same bits in every program."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,9 @@ from jaxqat.quant._numerics.grids import Grid
 from jaxqat.quant._trace.program import Program
 
 UNITS = np.random.default_rng(0).integers(-128, 128, (3, 5, 4))
+
+
+SUMMED: Any = None  # What was summed is of no matter here.
 
 
 def grid(scale=0.0437, zero=11):
@@ -156,3 +161,17 @@ def test_a_mean_with_kept_axes_is_scaled_before_it_is_moved():
     assert isinstance(form, forms.Moved)
     wanted = np.round((UNITS - 11).sum(1, keepdims=True).astype(np.float32) * np.float32(0.2))
     np.testing.assert_array_equal(form.in_units(grid(0.5)), wanted)
+
+
+def test_an_axis_that_comes_and_goes_leaves_a_product_as_it_is():
+    """`jax.vmap` reshapes what a convolution makes; a bias follows."""
+    form = forms.Accumulator(
+        jnp.asarray(UNITS, jnp.int32), jnp.int32(0), *map(jnp.float32, (0.5, 1, 0)), source=SUMMED
+    )
+    product = forms.Operand(jnp.asarray(UNITS * 0.5, jnp.float32), form, False)
+    bias = np.array([1, 0.5, 0, -2], np.float32)
+    found = derived(lambda x: lax.squeeze(x.reshape(3, 1, 5, 4), (1,)) + bias, product).form
+    assert isinstance(found, forms.Accumulator)
+    np.testing.assert_array_equal(found.in_units(grid(0.5)), UNITS + bias * 2)
+    turned = derived(lambda x: x.reshape(3, 2, 10), product).form
+    assert isinstance(turned, forms.Moved)
