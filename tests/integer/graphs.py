@@ -356,7 +356,7 @@ def gated(m: Maker):
     """A squeeze-and-excitation block: functions of codes, and a tensor times its gate."""
     x = m.conv("stem", m.quantize(), 8, relu=False)
     x = m.table("swish", x, lambda real: real / (1 + np.exp(-real)))
-    gate = m.dense("expand", m.dense("squeeze", m.average("mean", x), 3), 8, relu=False)
+    gate = m.dense("expand", m.dense("squeeze", m.average("mean", x), 8, relu=False), 8, relu=False)
     gate = m.table("sigmoid", gate, lambda real: 1 / (1 + np.exp(-real)))
     gate = m.same(g.Move, "pixel", gate, kind="reshape", shape=(1, 1, 8))
     x = m.multiply("gate", gate, x)

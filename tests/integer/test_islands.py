@@ -91,6 +91,9 @@ def many(x):
 MODELS = {
     "normalization": network(normalized),
     "attention": network(attention),
+    "a term that is repeated": network(
+        lambda x: jax.nn.relu(x + jnp.tanh(x).mean((1, 2), keepdims=True))
+    ),
     "time first": network(time_major),
     "repeated rows": network(repeated),
     "a token": network(with_token),

@@ -201,6 +201,8 @@ class Emitter(ProductEmitter):
         terms = [term for term in (form.left, form.right) if isinstance(term, forms.Codes)]
         if len(terms) != 2:
             raise UnconvertibleError(f"{name}: adds a tensor that is not quantized")
+        if terms[0].codes.shape != terms[1].codes.shape:
+            raise UnconvertibleError(f"{name}: adds tensors of different shapes")
         self._tensor(name, grid, shape, bounds)
         dyadic = form.dyadic(grid, terms)
         fields = {

@@ -30,8 +30,8 @@ def form_of(node: Node, operands: list[Operand], aval: Any, *, tables: bool) -> 
     operation = Operation(node.name, node.equation.params, lambda *x: node.bind(*x)[0])
     if tables and _may_be_table(primitive, operands):
         table = tabled(operation, operands)
-        if table is not None:
-            return table
+        if table is not None and table.codes.codes.shape == tuple(aval.shape):
+            return table  # A number can also repeat a tensor along an axis of size 1.
     if primitive.form is None or not jnp.issubdtype(aval.dtype, jnp.floating):
         return None
     return primitive.form(operation, operands, tuple(aval.shape))

@@ -45,7 +45,10 @@ def _arguments(
         terms = origins.varying(node)
         if keeps_form(node):
             if is_affine and not primitive_of(node.name).keeps_values:
-                yield at  # Codes can be scaled by channel; what is clipped or joined cannot.
+                # Codes can be scaled by channel; what is clipped cannot. Joined tensors have
+                # channels of different widths, for which one grid is too coarse.
+                if primitive_of(node.name).kind is not Kind.JOIN:
+                    yield at
             else:
                 waiting += [(a, is_affine, is_by_channel) for a in terms]
         elif origins.is_sum(node):

@@ -136,6 +136,11 @@ def test_a_number_may_be_repeated_but_not_several():
     assert several.form is None
 
 
+def test_a_number_that_repeats_a_tensor_leaves_no_table():
+    form = derived(lambda x: x[:, :1] + jnp.zeros((1, 7, 1)), codes()).form
+    assert not isinstance(form, forms.Table)
+
+
 def test_two_tensors_of_codes_are_multiplied_on_codes():
     one, two = codes(), codes(grid(0.1, -3))
     form = derived(lambda x, y: x * y, one, two).form

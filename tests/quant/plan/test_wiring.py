@@ -130,7 +130,7 @@ def test_a_weight_that_meets_two_tensors_has_a_range_for_each():
         return jnp.tanh(x @ params["w"]) @ params["w"]
 
     _, state = calibrated(model, params, ROWS)
-    assert keys(state) == {"w/input", "w/input2"}
+    assert keys(state) == {"w/input", "w/input2", "w/argument"}
     assert float(state["w"]["input2"]["max"]) <= 1.0 < float(state["w"]["input"]["max"])
     assert relative_error(model, params, ROWS) < 0.05
 
