@@ -304,7 +304,7 @@ def test_codes_that_an_island_makes_are_judged_apart():
 REFUSED = {
     "a loop": (
         network(lambda x: jax.lax.while_loop(lambda c: c.max() > 1, lambda c: c * 0.5, x)),
-        r"second/input: 'while' is a loop whose number of turns the data decides",
+        r"second/input: 'while' is a loop whose number of iterations depends on the data",
     ),
     "a call of Python": (
         network(lambda x: jax.pure_callback(np.asarray, jax.typeof(x), x)),

@@ -183,7 +183,7 @@ class OnnxWriter(GraphVisitor[str]):
         else:
             # The float32 product of training first, then the rounding as a separate node.
             inverse = builder.constant(np.float32(node.inverse), "inverse")
-            scaled = builder.add("Mul", [images, inverse], f"{out.name}/steps")
+            scaled = builder.add("Mul", [images, inverse], f"{out.name}/scaled")
             codes = self._quantized(self._without_nan(scaled, out.name), out, _ONE)
         return builder.transpose(codes, channels_first(rank), f"{out.name}/channels_first")
 
@@ -384,7 +384,7 @@ class OnnxWriter(GraphVisitor[str]):
         by_channel = (-1, *(1,) * spatial)
         bias = builder.constant(node.bias.reshape(by_channel), f"{node.name}/bias")
         total = builder.add("Add", [total, bias], f"{node.name}/sum")
-        total = builder.add("Cast", [total], f"{node.name}/steps", to=FLOAT)
+        total = builder.add("Cast", [total], f"{node.name}/float_sum", to=FLOAT)
         multiplier = node.multiplier.reshape(by_channel)
         multiplier = builder.constant(multiplier, f"{node.name}/multiplier")
         return builder.add("Mul", [total, multiplier], f"{node.name}/real")

@@ -162,7 +162,7 @@ class _ModelEmitter(Emitter):
             )
             self.require(jnp.isfinite(codes.grid.scale), f"{path}: its range is not finite")
             form, before = evaluator.forms[name], evaluator.before[name]
-            emit = functools.partial(self.site, name, form, before, codes)
+            emit = functools.partial(self.quantized, name, form, before, codes)
             self._try(path, emit, tensor="/".join(name))
         self._try("the model's output", lambda: self._result(evaluator.outputs))
         if self.problems and self.hint:
@@ -206,8 +206,8 @@ class _ModelEmitter(Emitter):
             "an addition, a clipping or a reshaping of the last product" if form else "the input"
         )
         raise UnconvertibleError(
-            f"{shape} is made by {reason}; let it be that of the last product, and do what "
-            "follows it (softmax, for one) outside of the model"
+            f"{shape} comes from {reason}. Return the result of the last product, and apply what "
+            "follows it, such as softmax, outside of the model"
         )
 
     def _integer_result(self, form: forms.Form | None) -> str | None:

@@ -52,7 +52,7 @@ class Emitter(ProductEmitter):
         self.input_type: g.InputType = "float32"
         self._input: Any = None
 
-    def site(
+    def quantized(
         self, key: tuple[str, ...], form: forms.Form, before: forms.Operand, codes: forms.Codes
     ) -> None:
         """Emit the nodes that make a quantized tensor of the training graph.
@@ -77,11 +77,7 @@ class Emitter(ProductEmitter):
             self._quantize_real(self.islands.real(before), grid, name, shape, Bounds())
 
     def attempt(self, emit: Callable[[], _Result]) -> _Result | None:
-        """Return what emits nodes; without an integer form, take back what it emitted.
-
-        Returns:
-            The result, or None in that case.
-        """
+        """Call `emit`; without an integer form, undo its nodes and return None."""
         lengths = [len(x) for x in (self.arrays, self.requirements, self.nodes)]
         before = dict(self.tensors), dict(self._moved), dict(self._names)
         islands = self.islands.snapshot()
@@ -143,7 +139,7 @@ class Emitter(ProductEmitter):
         self._requantize(name, self.read(form), form.grid, grid, shape, bounds)
 
     def read(self, codes: forms.Codes) -> str:
-        """Name of a tensor of codes; moved codes are made here."""
+        """Return the name of a tensor of codes; moved codes are made here."""
         real = self.islands.time_major(codes) if id(codes) not in self._moved else None
         if real is not None:
             if codes.moved is None or codes.codes.shape[:1] != (self.batch,):
@@ -267,9 +263,9 @@ class Emitter(ProductEmitter):
 
     def _tensor(self, name: str, grid: Grid, shape: tuple[int, ...], bounds: Bounds) -> None:
         def code(value: float) -> jax.Array:
-            steps = jnp.round(value * grid.inverse) + grid.zero
+            nearest = jnp.round(value * grid.inverse) + grid.zero
             # NaN comes of a scale that is NaN, which the graph refuses by the tensor's name.
-            return jnp.clip(jnp.nan_to_num(steps), grid.low, grid.high)
+            return jnp.clip(jnp.nan_to_num(nearest), grid.low, grid.high)
 
         low = grid.low if bounds.low is None else code(bounds.low)
         high = grid.high if bounds.high is None else code(bounds.high)
@@ -285,7 +281,7 @@ class Emitter(ProductEmitter):
     def _tensor_like(
         self, source: str, name: str, shape, operation: forms.Operation, grid: Grid
     ) -> None:
-        """The tensor that a move makes: what `source` holds and, behind padding, real zeros."""
+        """Add the tensor of a move: what `source` holds and, behind padding, real zeros."""
         fields = {**self.tensors[source], "name": name, "shape": tuple(shape)}
         if operation.name == "pad":
             for key, widened in (("low", jnp.minimum), ("high", jnp.maximum)):

@@ -39,11 +39,11 @@ class Bounds:
     high: float | None = None
 
     def then(self, clamp: forms.Clamp) -> "Bounds | None":
-        """These bounds behind a clamp, as one pair; None if they do not overlap."""
+        """Return these bounds behind a clamp, as one pair; None if they do not overlap."""
         low = max((b for b in (self.low, clamp.low) if b is not None), default=None)
         high = min((b for b in (self.high, clamp.high) if b is not None), default=None)
         return None if low is not None and high is not None and low > high else Bounds(low, high)
 
     def hold_zero(self) -> bool:
-        """Whether a real zero, as padding adds it, is within."""
+        """Return whether a real zero, as padding adds it, is within."""
         return (self.low is None or self.low <= 0) and (self.high is None or self.high >= 0)

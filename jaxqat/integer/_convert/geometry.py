@@ -19,7 +19,7 @@ class UnconvertibleError(InputError):
 
 
 def pool_fields(operation: Operation, shape: tuple[int, ...], where: str) -> dict[str, Any]:
-    """Window of a sum over spatial axes."""
+    """Return the window of a sum over spatial axes."""
     params, rank = operation.params, len(shape)
     if operation.name == "copy":  # Each element is a sum of one.
         ones, nothing = (1,) * (rank - 2), ((0, 0),) * (rank - 2)
@@ -53,7 +53,7 @@ def _window_fields(operation: Operation, where: str) -> dict[str, Any]:
 def move_fields(
     operation: Operation, before: tuple[int, ...], after: tuple[int, ...], where: str
 ) -> tuple[type[g.Node], dict[str, Any]]:
-    """The node for an operation that moves or picks elements, and its fields."""
+    """Return the node for an operation that moves or picks elements, and its fields."""
     name, params = operation.name, operation.params
     if name == "reduce_window_max":
         return g.MaxPool, _window_fields(operation, where)

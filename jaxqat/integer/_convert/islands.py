@@ -33,8 +33,8 @@ _COPIES = frozenset(
 # How a message names what cannot be in an integer network.
 _REFUSED = MappingProxyType(
     {
-        "while": "a loop whose number of turns the data decides",
-        "cond": "a branch that the data decides",
+        "while": "a loop whose number of iterations depends on the data",
+        "cond": "a branch that depends on the data",
         "scan": "a loop that was not unrolled",
         "custom_partitioning": "a call of foreign code",
         "pure_callback": "a call of Python",
@@ -97,14 +97,14 @@ class Islands:
             grid: Its grid.
         """
         x, zero = self.real(before), grid.zero
-        steps = (
+        operations = (
             ("mul", grid.inverse),
             ("round", None),
             ("max", grid.low - zero),
             ("min", grid.high - zero),
             ("mul", grid.scale),
         )
-        for operation, value in steps:
+        for operation, value in operations:
             operands = [x] if value is None else [x, value]
             x = self._add(f"{name}/{operation}", operation, {}, operands, before.values)
         self._dequantized[name] = x
@@ -354,7 +354,7 @@ def _repeats(equation: Any) -> bool:
 
 def _refusal(equation: Any, scope: str) -> UnconvertibleError:
     name = equation.primitive.name
-    what = _REFUSED.get(name, "an operation that float islands do not have")
+    what = _REFUSED.get(name, "an operation that float islands do not support")
     where = f" in {scope}" if scope else ""
     return UnconvertibleError(f"'{name}'{where} is {what}")
 

@@ -51,7 +51,7 @@ class ProductEmitter(ABC):
         self.requirements.append(Requirement(len(self.arrays) - 1, reason, part))
 
     def unique(self, name: str) -> str:
-        """A name of its own: a layer that is used twice makes two nodes."""
+        """Return a name of its own: a layer that is used twice makes two nodes."""
         uses = self._names[name] = self._names.get(name, 0) + 1
         return name if uses == 1 else f"{name}#{uses}"
 
@@ -186,7 +186,7 @@ class ProductEmitter(ABC):
     def _pool_as_product(
         self, form: forms.Accumulator, source: forms.Summed, grid: Grid | None, output: str
     ) -> None:
-        """A sum with a bias or factors per channel: a depthwise convolution with ones."""
+        """Emit a sum with a bias or factors per channel: a depthwise convolution with ones."""
         if source.codes.codes.ndim == 2:
             return self._of_rows(form, source, grid, output)
         shape = source.codes.codes.shape
@@ -222,7 +222,7 @@ class ProductEmitter(ABC):
     def _of_rows(
         self, form: forms.Accumulator, source: forms.Summed, grid: Grid | None, output: str
     ) -> None:
-        """Factors per channel of (batch, channels): as of one pixel, (batch, 1, channels)."""
+        """Emit factors per channel of (batch, channels), as of one pixel: (batch, 1, channels)."""
         if grid is None:
             raise UnconvertibleError(f"{output}: is scaled by channel, and real")
 

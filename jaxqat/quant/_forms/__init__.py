@@ -37,10 +37,9 @@ from jaxqat.quant._forms.forms import (
     Real,
     Sum,
     Times,
-    real_parts,
 )
 from jaxqat.quant._forms.operand import Made, Operand
-from jaxqat.quant._forms.tables import Table
+from jaxqat.quant._forms.tables import Table, real_parts
 
 __all__ = [
     "Accumulator",

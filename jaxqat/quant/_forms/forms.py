@@ -1,7 +1,7 @@
 """Forms of tensors: real values, codes, and operations on them (`accumulators` has products)."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -196,21 +196,3 @@ class Joined:
 
     def in_units(self, grid: Grid) -> Float[Array, "..."]:
         return self.operation.bind(*(part.in_units(grid) for part in self.parts))
-
-
-def real_parts(form: Form) -> Iterator[Real]:
-    """Yield the float tensors that a form is computed from; only they can be NaN."""
-    match form:
-        case Real():
-            yield form
-        case Either():
-            yield from (*real_parts(form.form), form.real)
-        case Clamp() | Moved():
-            yield from real_parts(form.inner)
-        case Joined():
-            for part in form.parts:
-                yield from real_parts(part)
-        case Sum():
-            yield from (*real_parts(form.left), *real_parts(form.right))
-        case _:
-            return

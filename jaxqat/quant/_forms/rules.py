@@ -22,13 +22,13 @@ FormRule = Callable[[Operation, list[Operand], Shape], Form | None]
 
 
 def same(operation: Operation, operands: list[Operand], shape: Shape) -> Form | None:
-    """Form of a result with the operand's own values (cast, copy)."""
+    """Return the form of a result with the operand's own values (cast, copy)."""
     del operation, shape
     return operands[0].form
 
 
 def moved(operation: Operation, operands: list[Operand], shape: Shape) -> Form | None:
-    """Form of moved or picked elements: the operation on codes, or on rounded values."""
+    """Return the form of moved or picked elements: the operation on codes, or on rounded values."""
     del shape
     form = operands[0].form
     if form is None:
@@ -39,9 +39,10 @@ def moved(operation: Operation, operands: list[Operand], shape: Shape) -> Form |
 
 
 def reshaped(operation: Operation, operands: list[Operand], shape: Shape) -> Form | None:
-    """Form of elements in another shape, in the same order: of the first shape, as before.
+    """Return the form of elements in another shape, in the same order.
 
-    `jax.vmap` puts an axis of size 1 into what a convolution makes, and removes it again.
+    Back in its first shape, a tensor has its first form: `jax.vmap` puts an axis of size 1 into
+    what a convolution makes, and removes it again.
     """
     form = operands[0].form
     inner = form.inner if isinstance(form, Moved) and form.is_reshape else None
@@ -52,7 +53,7 @@ def reshaped(operation: Operation, operands: list[Operand], shape: Shape) -> For
 
 
 def transposed(operation: Operation, operands: list[Operand], shape: Shape) -> Form | None:
-    """Form of a tensor with other axes: of a product, a product."""
+    """Return the form of a tensor with other axes: of a product, a product."""
     form = operands[0].form
     if isinstance(form, Accumulator) and isinstance(form.source, Multiplied):
         return form.transposed(form.source, tuple(operation.params["permutation"]))
@@ -60,7 +61,7 @@ def transposed(operation: Operation, operands: list[Operand], shape: Shape) -> F
 
 
 def padded(operation: Operation, operands: list[Operand], shape: Shape) -> Form | None:
-    """Form of a tensor with zeros around: its zero point around codes, 0 around rounded values."""
+    """Return the form of a tensor with zeros around: around codes, their zero point."""
     del shape
     form, fill = operands[0].form, operands[1]
     if form is None or not fill.constant or not is_number(fill.values, 0.0):
@@ -76,14 +77,14 @@ def padded(operation: Operation, operands: list[Operand], shape: Shape) -> Form 
 
 
 def joined(operation: Operation, operands: list[Operand], shape: Shape) -> Form | None:
-    """Form of tensors side by side: each of them is rounded to the common grid."""
+    """Return the form of tensors side by side: each of them is rounded to the common grid."""
     del shape
     parts = tuple(form for operand in operands if (form := operand.any_form) is not None)
     return Joined(parts, operation) if len(parts) == len(operands) else None
 
 
 def summed(operation: Operation, operands: list[Operand], shape: Shape) -> Form | None:
-    """Form of a sum of elements: an int32 accumulator of codes."""
+    """Return the form of a sum of elements: an int32 accumulator of codes."""
     del shape
     form = operands[0].form
     if not isinstance(form, Codes):
@@ -99,7 +100,7 @@ def _accumulated(operation: Operation, form: Codes) -> Accumulator:
 
 
 def dropped_out(operation: Operation, form: Form | None, factor: float) -> Form | None:
-    """Form of dropout of codes: codes, the dropped ones the zero point, their scale multiplied.
+    """Return the form of dropout of codes: dropped ones are the zero point, the scale is larger.
 
     Args:
         operation: Selects between the codes, its first operand, and the zero point.
@@ -114,21 +115,21 @@ def dropped_out(operation: Operation, form: Form | None, factor: float) -> Form 
 
 
 def at_least(operation: Operation, operands: list[Operand], shape: Shape) -> Form | None:
-    """Form of the maximum of a tensor and a number, as in ReLU."""
+    """Return the form of the maximum of a tensor and a number, as in ReLU."""
     del operation, shape
     found = _with_number(operands)
     return None if found is None else Clamp(found[0], low=found[1])
 
 
 def at_most(operation: Operation, operands: list[Operand], shape: Shape) -> Form | None:
-    """Form of the minimum of a tensor and a number, as in ReLU6."""
+    """Return the form of the minimum of a tensor and a number, as in ReLU6."""
     del operation, shape
     found = _with_number(operands)
     return None if found is None else Clamp(found[0], high=found[1])
 
 
 def _with_number(operands: list[Operand]) -> tuple[Form, float] | None:
-    """A form and the number on the other side of it."""
+    """Return a form and the number on the other side of it."""
     for operand, bound in (operands, operands[::-1]):
         if operand.form is not None and bound.constant and is_number(bound.values):
             return operand.form, float(bound.values)  # pyright: ignore[reportArgumentType]
@@ -136,14 +137,14 @@ def _with_number(operands: list[Operand]) -> tuple[Form, float] | None:
 
 
 def negated(operation: Operation, operands: list[Operand], shape: Shape) -> Form | None:
-    """Form of -x, x an accumulator."""
+    """Return the form of -x, x an accumulator."""
     del operation, shape
     form = operands[0].form
     return form.times(jnp.float32(-1)) if isinstance(form, Accumulator) else None
 
 
 def multiplied(operation: Operation, operands: list[Operand], shape: Shape) -> Form | None:
-    """Form of x * c, x an accumulator and c one factor per channel; or of two tensors of codes."""
+    """Return the form of x * c, c one factor per channel; or of a product of two tensors."""
     found = _with_coefficients(operands, shape)
     if found is not None:
         return found[0].times(found[1])
@@ -156,7 +157,7 @@ def multiplied(operation: Operation, operands: list[Operand], shape: Shape) -> F
 
 
 def divided(operation: Operation, operands: list[Operand], shape: Shape) -> Form | None:
-    """Form of x / c, x an accumulator and c one divisor per channel."""
+    """Return the form of x / c, x an accumulator and c one divisor per channel."""
     found = _with_coefficients(operands, shape)
     if found is None:
         return _before_the_move(divided, operation, operands)
@@ -165,7 +166,7 @@ def divided(operation: Operation, operands: list[Operand], shape: Shape) -> Form
 
 
 def subtracted(operation: Operation, operands: list[Operand], shape: Shape) -> Form | None:
-    """Form of x - c or c - x, x an accumulator and c one term per channel."""
+    """Return the form of x - c or c - x, x an accumulator and c one term per channel."""
     del operation
     found = _with_coefficients(operands, shape)
     if found is None:
@@ -175,7 +176,7 @@ def subtracted(operation: Operation, operands: list[Operand], shape: Shape) -> F
 
 
 def added(operation: Operation, operands: list[Operand], shape: Shape) -> Form | None:
-    """Form of x + c, x an accumulator and c one term per channel; or of a residual addition."""
+    """Return the form of x + c, c one term per channel; or of a residual addition."""
     del operation
     found = _with_coefficients(operands, shape)
     if found is not None:
@@ -187,7 +188,7 @@ def added(operation: Operation, operands: list[Operand], shape: Shape) -> Form |
 
 
 def _before_the_move(rule: FormRule, operation: Operation, operands: list[Operand]) -> Form | None:
-    """Form of a moved tensor times or over a number: the moved form of that of the tensor."""
+    """Return the form of a moved tensor times or over a number, which is applied before it."""
     for place, (operand, other) in enumerate((operands, operands[::-1])):
         form, number = operand.form, other.values
         if not isinstance(form, Moved) or not isinstance(form.inner, Accumulator):
@@ -203,7 +204,7 @@ def _before_the_move(rule: FormRule, operation: Operation, operands: list[Operan
 def _with_coefficients(
     operands: list[Operand], shape: Shape
 ) -> tuple[Accumulator, Array, bool] | None:
-    """An accumulator, the coefficients on the other side, and whether it is the left operand.
+    """Return an accumulator, the coefficients beside it, and whether it is the left operand.
 
     Codes with coefficients are one too: each of them is a sum of one.
     """

@@ -10,7 +10,17 @@ import numpy as np
 from jaxtyping import Array, Float, Int8
 
 from jaxqat.quant._forms.exact import uncontracted
-from jaxqat.quant._forms.forms import Clamp, Codes, Operation
+from jaxqat.quant._forms.forms import (
+    Clamp,
+    Codes,
+    Either,
+    Form,
+    Joined,
+    Moved,
+    Operation,
+    Real,
+    Sum,
+)
 from jaxqat.quant._forms.operand import Operand
 from jaxqat.quant._forms.primitives import Kind, primitive_of
 from jaxqat.quant._numerics import activations
@@ -47,15 +57,23 @@ class Table:
 
     def units(self, grid: Grid) -> Float[Array, "256"]:
         """Return the function of each code in units of the grid's scale, rounded."""
+        units = jnp.round(activations.in_units(self._values(), grid))
+        return jax.lax.optimization_barrier(units)
+
+    def real(self) -> Float[Array, "..."]:
+        """Return the function of each element; NaN where it has no value."""
+        index = self.codes.codes.astype(jnp.int32) - LOWEST
+        return jnp.take(self._values(), index, mode="clip")
+
+    def _values(self) -> Float[Array, "256"]:
+        """Return the function of each code."""
         numbers = list(self._numbers())
         repeated = [jnp.broadcast_to(number, CODES.shape) for number in numbers]
         known = self.codes.grid
         hidden, scale, zero = jax.lax.optimization_barrier((repeated, known.scale, known.zero))
         given = dict(zip(map(id, numbers), hidden, strict=True))
         real = (CODES.astype(np.float32) - zero) * scale
-        values = self._evaluate(real, given, {}).astype(jnp.float32)
-        units = jnp.round(activations.in_units(values, grid))
-        return jax.lax.optimization_barrier(units)
+        return self._evaluate(real, given, {}).astype(jnp.float32)
 
     def table(self, grid: Grid) -> Int8[Array, "256"]:
         """Return the code on the grid for each code of the tensor."""
@@ -144,3 +162,23 @@ def _number(operand: Operand) -> Array | None:
     if made is not None and primitive_of(made.node.name).repeats:
         return _number(made.operands()[0])
     return None
+
+
+def real_parts(form: Form) -> Iterator[Real]:
+    """Yield the real numbers that a form is computed from; only they can be NaN."""
+    match form:
+        case Real():
+            yield form
+        case Table():
+            yield Real(form.real())
+        case Either():
+            yield from (*real_parts(form.form), form.real)
+        case Clamp() | Moved():
+            yield from real_parts(form.inner)
+        case Joined():
+            for part in form.parts:
+                yield from real_parts(part)
+        case Sum():
+            yield from (*real_parts(form.left), *real_parts(form.right))
+        case _:
+            return

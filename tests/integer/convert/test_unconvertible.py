@@ -33,7 +33,7 @@ def leaky(x):
 REFUSED = {
     "softmax": (
         lambda p, x: jax.nn.softmax(head(p, features(p, x))),
-        r"the model's output: \(1, 5\) is made by a softmax; .*do what follows it \(softmax",
+        r"the model's output: \(1, 5\) comes from a softmax\. .* such as softmax, outside",
     ),
     "relu behind the head": (
         lambda p, x: relu(head(p, features(p, x))),
@@ -43,7 +43,7 @@ REFUSED = {
         lambda p, x: (head(p, features(p, x)), conv(x, p["a"])),
         "the model's output: has 2 arrays; an integer network has one",
     ),
-    "its own input": (lambda p, x: x, "the model's output: .* is made by the input"),
+    "its own input": (lambda p, x: x, "the model's output: .* comes from the input"),
     "slopes by channel": (
         lambda p, x: head(p, leaky(conv(x, p["a"]))),
         "head/pool: 'gt' before it has no integer form",
