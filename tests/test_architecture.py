@@ -37,7 +37,7 @@ INSIDE = {
         "_plan",
         "_interpret",
         "_aqt",
-        "models",
+        "_models",
         "aqt",
     ),
     "integer": (

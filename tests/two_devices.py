@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 import jaxqat
-from jaxqat.quant.models.state import flat_state
+from jaxqat.quant._models.state import flat_state
 
 MODES = ("calibrate", "train")
 MAPS = ("shard_map", "pmap")

@@ -7,13 +7,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxqat.analysis._measure import Measured, Score, Sums, measure
+from jaxqat.analysis._measure import Measurements, Score, Totals, measure
 from jaxqat.analysis.result import Analysis, LayerAnalysis, Sensitivity, TensorAnalysis
 from jaxqat.errors import QuantizationError
 from jaxqat.integer._compare import in_decibels
 from jaxqat.quant import LayerInfo
-from jaxqat.quant.models.batches import as_arguments, each_batch
-from jaxqat.quant.models.bound import BoundModel, QuantizedModel, check_quantized
+from jaxqat.quant._models.batches import as_arguments, each_batch
+from jaxqat.quant._models.bound import BoundModel, QuantizedModel, check_quantized
 
 
 def analyze(
@@ -85,10 +85,10 @@ class _Runner:
         self.layers: list[LayerInfo] = []
         self.paths: list[str] = []
         self.scores: list[Score] = []
-        self.total: Measured | None = None
+        self.total: Measurements | None = None
         self.measure, self.run = jax.jit(self._measure), jax.jit(self._run)
 
-    def _measure(self, arrays: Any, inputs: Any) -> Measured:
+    def _measure(self, arrays: Any, inputs: Any) -> Measurements:
         model = self.rebuild(arrays)
         return measure(model.observe(*inputs), model.record(*inputs))
 
@@ -155,7 +155,7 @@ class _Runner:
         )
 
 
-def _layers(infos: list[LayerInfo], sums: Sums) -> tuple[LayerAnalysis, ...]:
+def _layers(infos: list[LayerInfo], sums: Totals) -> tuple[LayerAnalysis, ...]:
     found: list[LayerAnalysis] = []
     for info, weights, output in zip(infos, sums.weights, sums.outputs, strict=True):
         ratios = (n and in_decibels(float(n.signal), float(n.noise)) for n in (weights, output))
@@ -166,7 +166,7 @@ def _layers(infos: list[LayerInfo], sums: Sums) -> tuple[LayerAnalysis, ...]:
     return tuple(found)
 
 
-def _tensor(name: str, total: Measured) -> TensorAnalysis:
+def _tensor(name: str, total: Measurements) -> TensorAnalysis:
     spread, noise, edges = total.sums.spreads[name], total.sums.tensors[name], total.edges[name]
     (smallest, negated), (low, high) = total.extremes[name], total.ends[name]
     values = int(np.sum(spread.counts))

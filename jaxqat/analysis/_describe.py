@@ -9,9 +9,9 @@ from typing import Any
 from jaxqat.analysis._text import aligned
 from jaxqat.integer._convert.convert import obstacles
 from jaxqat.integer._packing import packed_size
+from jaxqat.quant._models.bound import QuantizedModel
+from jaxqat.quant._models.quantize import quantize
 from jaxqat.quant._plan.plan import CONSTANT_WEIGHTS, NO_WEIGHTS, LayerInfo
-from jaxqat.quant.models.bound import QuantizedModel
-from jaxqat.quant.models.quantize import quantize
 
 
 @dataclasses.dataclass(frozen=True)

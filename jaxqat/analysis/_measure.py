@@ -48,7 +48,7 @@ class Spread(NamedTuple):
     counts: Int[Array, "1 bins"]
 
 
-class Sums(NamedTuple):
+class Totals(NamedTuple):
     """Measurements that add up over batches.
 
     Attributes:
@@ -64,7 +64,7 @@ class Sums(NamedTuple):
     spreads: dict[str, Spread]
 
 
-class Measured(NamedTuple):
+class Measurements(NamedTuple):
     """Measurements of one batch or several.
 
     Attributes:
@@ -74,22 +74,22 @@ class Measured(NamedTuple):
         edges: Edges of the histograms, by tensor; the same for all batches.
     """
 
-    sums: Sums
+    sums: Totals
     extremes: dict[str, Float[Array, "2"]]
     ends: dict[str, Float[Array, "2"]]
     edges: dict[str, Float[Array, "bins+1"]]
 
-    def plus(self, other: "Measured") -> "Measured":
+    def plus(self, other: "Measurements") -> "Measurements":
         """Return the measurements of both together; both are on the host."""
         sums = jax.tree.map(np.add, self.sums, other.sums)
         extremes = jax.tree.map(np.minimum, self.extremes, other.extremes)
         return self._replace(sums=sums, extremes=extremes)
 
-    def on_host(self) -> "Measured":
+    def on_host(self) -> "Measurements":
         """Return the measurements on the host, summed over the examples."""
         sums = jax.tree.map(lambda x: _wide(x).sum(0), self.sums)
         rest = (jax.tree.map(_wide, x) for x in (self.extremes, self.ends, self.edges))
-        return Measured(sums, *rest)
+        return Measurements(sums, *rest)
 
 
 def _wide(x: Any) -> np.ndarray:
@@ -98,7 +98,7 @@ def _wide(x: Any) -> np.ndarray:
 
 
 @default_promotion
-def measure(real: Evaluator, quantized: Evaluator) -> Measured:
+def measure(real: Evaluator, quantized: Evaluator) -> Measurements:
     """Compare an evaluation in float with a quantized one, of the same batch."""
     outputs = [
         Noise.of(each.result, quantized.layers[key].result) for key, each in real.layers.items()
@@ -112,7 +112,7 @@ def measure(real: Evaluator, quantized: Evaluator) -> Measured:
         spreads[name] = _spread(values, codes.grid, edges[name])
         extremes[name] = jnp.stack([values.min(), -values.max()])
     weights = [_weight_noise(each) for each in real.layers.values()]
-    return Measured(Sums(weights, outputs, tensors, spreads), extremes, ends, edges)
+    return Measurements(Totals(weights, outputs, tensors, spreads), extremes, ends, edges)
 
 
 def _weight_noise(each: EvaluatedLayer) -> Noise | None:

@@ -26,8 +26,8 @@ from jaxqat.pipeline.run.snapshots import restore_model
 from jaxqat.pipeline.stages import StageRun
 from jaxqat.pipeline.training import Reporter, StopRequest, run_stage
 from jaxqat.quant import QuantizedModule, Recipe, quantize
+from jaxqat.quant._models.aqt_alone import AqtAlone, dense_configuration
 from jaxqat.quant.aqt import AqtWarning
-from jaxqat.quant.models.aqt_alone import AqtAlone, dense_configuration
 
 Log = Callable[[str], None]
 

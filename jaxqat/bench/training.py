@@ -28,7 +28,7 @@ from jaxqat.pipeline.training import (
 )
 from jaxqat.pipeline.training.step import make_dispatch
 from jaxqat.quant import QuantizedModule
-from jaxqat.quant.models.training_step import is_supported
+from jaxqat.quant._models.training_step import is_supported
 
 # As in training, a CPU runs one step per call. On an accelerator, such calls would leave it idle.
 STEPS_PER_CALL = {"cpu": 1}

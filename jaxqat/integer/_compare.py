@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxqat.integer.graph import FloatOp, IntegerGraph, Node
-from jaxqat.quant.models.batches import each_batch
+from jaxqat.quant._models.batches import each_batch
 
 MOST_DIFFERING = 1e-5
 LARGEST_DIFFERENCE = 1

@@ -16,7 +16,7 @@ from jaxqat.integer._compare import Network, Observation, Segments, Verification
 from jaxqat.integer._execute.executor import Executor, make_executor
 from jaxqat.integer._guard import check_graph
 from jaxqat.integer.graph import IntegerGraph
-from jaxqat.quant.models.bound import QuantizedModel, check_quantized
+from jaxqat.quant._models.bound import QuantizedModel, check_quantized
 
 # From images to the model's input; None if they are the same.
 Preprocess = Callable[[Any], Any] | None

@@ -28,7 +28,7 @@ from jaxqat.pipeline.networks import Networks, matmul_precision
 from jaxqat.pipeline.run.folder import RunFolder, RunFolderError
 from jaxqat.pipeline.run.results import processor
 from jaxqat.pipeline.training import COMPILATIONS, DEFAULT, Compilation
-from jaxqat.quant.models.training_step import is_supported
+from jaxqat.quant._models.training_step import is_supported
 
 ROUNDS = 3
 # XLA's own way unless another one is faster by more than the noise of the measurement.

@@ -11,19 +11,19 @@
 ARCHITECTURE.md has the picture.
 """
 
-from jaxqat.quant._plan.plan import LayerInfo
-from jaxqat.quant.models.batch_norm import (
+from jaxqat.quant._models.batch_norm import (
     BatchNormEstimate,
     BatchNormWarning,
     estimate_batch_norm,
     reestimate_batch_norm,
 )
-from jaxqat.quant.models.bound import BoundModel, QuantizedModel
-from jaxqat.quant.models.calibration import calibrate
-from jaxqat.quant.models.linen import QuantizedModule
-from jaxqat.quant.models.quantize import quantize
-from jaxqat.quant.models.stateless import QuantizedEquinox, QuantizedFunction
-from jaxqat.quant.models.training_step import StepWarning, jit_step
+from jaxqat.quant._models.bound import BoundModel, QuantizedModel
+from jaxqat.quant._models.calibration import calibrate
+from jaxqat.quant._models.linen import QuantizedModule
+from jaxqat.quant._models.quantize import quantize
+from jaxqat.quant._models.stateless import QuantizedEquinox, QuantizedFunction
+from jaxqat.quant._models.training_step import StepWarning, jit_step
+from jaxqat.quant._plan.plan import LayerInfo
 from jaxqat.quant.recipe import Recipe, Rule, Settings
 
 __all__ = [

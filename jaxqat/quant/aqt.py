@@ -9,10 +9,10 @@ layer = nn.Dense(10, dot_general_cls=jaxqat.aqt.dot_general_cls("int8"))
 from typing import TYPE_CHECKING, Any
 
 from jaxqat.quant._aqt import AqtConfiguration, AqtWarning, from_aqt, to_aqt
-from jaxqat.quant.models.injected import conv_general_dilated_cls, dot_general_cls
+from jaxqat.quant._models.injected import conv_general_dilated_cls, dot_general_cls
 
 if TYPE_CHECKING:
-    from jaxqat.quant.models.injected_nnx import NNXConvGeneralDilated, NNXDotGeneral
+    from jaxqat.quant._models.injected_nnx import NNXConvGeneralDilated, NNXDotGeneral
 
 # Loaded at first use: importing flax.nnx imports optax.
 _LAZY = ("NNXConvGeneralDilated", "NNXDotGeneral")
@@ -20,7 +20,7 @@ _LAZY = ("NNXConvGeneralDilated", "NNXDotGeneral")
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        from jaxqat.quant.models import injected_nnx
+        from jaxqat.quant._models import injected_nnx
 
         return getattr(injected_nnx, name)
     raise AttributeError(f"module 'jaxqat.aqt' has no attribute {name!r}")

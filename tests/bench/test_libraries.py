@@ -16,7 +16,7 @@ from jaxqat.bench.libraries import FLOAT, LIBRARIES, benchmark_libraries, count_
 from jaxqat.bench.table import print_benchmark
 from jaxqat.bench.training import random_dataset
 from jaxqat.pipeline.networks import Networks
-from jaxqat.quant.models.aqt_alone import AqtAlone
+from jaxqat.quant._models.aqt_alone import AqtAlone
 
 pytestmark = pytest.mark.slow
 

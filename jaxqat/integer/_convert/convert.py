@@ -23,10 +23,10 @@ from jaxqat.integer._convert.geometry import UnconvertibleError
 from jaxqat.integer._convert.table import with_table
 from jaxqat.quant import _forms as forms
 from jaxqat.quant._interpret import Evaluator
+from jaxqat.quant._models.bound import QuantizedModel
 from jaxqat.quant._numerics.promotion import default_promotion
 from jaxqat.quant._plan.plan import STATISTICS
 from jaxqat.quant._trace.arguments import split_arrays
-from jaxqat.quant.models.bound import QuantizedModel
 
 
 def convert(

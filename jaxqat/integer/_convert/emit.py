@@ -180,7 +180,7 @@ class Emitter(ProductEmitter):
         fields = {"name": f"{name}/quantize", "inputs": inputs, "output": name, "inverse": inverse}
         self.nodes.append((g.Quantize, fields))
 
-    def _table(self, form: forms.Table, grid: Grid, name: str, shape, bounds: Bounds) -> None:
+    def _table(self, form: forms.Tabulated, grid: Grid, name: str, shape, bounds: Bounds) -> None:
         source = self.read(form.codes)
         self._tensor(name, grid, shape, bounds)
         low, high = (self.arrays[self.tensors[name][key].index] for key in ("low", "high"))
@@ -314,7 +314,7 @@ _EMITTERS: dict[type, Callable[..., None]] = {
     forms.Accumulator: Emitter._accumulator,
     forms.Codes: Emitter._codes,
     forms.Sum: Emitter._sum,
-    forms.Table: Emitter._table,
+    forms.Tabulated: Emitter._table,
     forms.Times: Emitter._times,
     forms.Moved: Emitter._move,
     forms.Joined: Emitter._join,

@@ -21,7 +21,7 @@ from jaxqat.integer._convert.layout import Layout
 from jaxqat.quant import _forms as forms
 from jaxqat.quant._forms.primitives import Kind, primitive_of
 from jaxqat.quant._numerics.grids import Grid
-from jaxqat.quant._trace.program import Node, bind_equation, inner_jaxprs, is_jaxpr
+from jaxqat.quant._trace.program import TracedNode, bind_equation, inner_jaxprs, is_jaxpr
 
 # A value of the graph by its name, or an array of the program.
 Value = str | Any
@@ -59,9 +59,9 @@ class Islands:
 
     def __init__(self, emitter: Any):
         self._emitter = emitter
-        self._known: dict[Node, list[Value]] = {}
+        self._known: dict[TracedNode, list[Value]] = {}
         self._results: dict[forms.Accumulator, str] = {}
-        self._growing: dict[Node, bool] = {}
+        self._growing: dict[TracedNode, bool] = {}
         self._dequantized: dict[str, str] = {}
         self._cast: dict[tuple[str, str], str] = {}
 

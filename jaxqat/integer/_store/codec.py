@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxqat.integer import graph as g
 from jaxqat.integer._packing import pack, stored_bits, unpack
-from jaxqat.integer._store.typed_json import CodecError, Form, TypedJson, at, wrong
+from jaxqat.integer._store.typed_json import CodecError, Encoding, TypedJson, at, wrong
 
 FORMAT = 4
 
@@ -60,17 +60,17 @@ class _GraphCodec:
 
     Attributes:
         arrays: Arrays by name: those encoded so far, or all that decoding can refer to.
-        json: `TypedJson` with the forms of this class.
+        json: `TypedJson` with the encodings of this class.
     """
 
     def __init__(self, arrays: dict[str, np.ndarray]):
         self.arrays = arrays
         self.json = TypedJson(
-            forms={
-                np.float32: Form(_encode_float32, _decode_float32),
-                np.ndarray: Form(self._encode_array, self._decode_array),
-                dict[str, g.Tensor]: Form(self._encode_tensors, self._decode_tensors),
-                g.Node: Form(self._encode_node, self._decode_node),
+            encodings={
+                np.float32: Encoding(_encode_float32, _decode_float32),
+                np.ndarray: Encoding(self._encode_array, self._decode_array),
+                dict[str, g.Tensor]: Encoding(self._encode_tensors, self._decode_tensors),
+                g.Node: Encoding(self._encode_node, self._decode_node),
             }
         )
 

@@ -4,7 +4,7 @@
     content = json_types.encode(value, Result)      value = json_types.decode(content, Result)
 
 Both directions check every value against its declared type. An error names the dotted key, the
-expected type and the value. These types are supported, and those with a `Form`:
+expected type and the value. These types are supported, and those with an `Encoding`:
 
     str, int, float, bool, None     unchanged; an int is a valid float, a bool is not an int
     Literal                         one of its values, of the same type
@@ -32,7 +32,7 @@ class CodecError(InputError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Form:
+class Encoding:
     """Custom encoding and decoding for one type hint.
 
     Attributes:
@@ -50,7 +50,7 @@ class TypedJson:
     """Convert values to JSON and back, by type hints.
 
     Attributes:
-        forms: Forms by type hint, such as `{np.float32: Form(...)}`; they override the supported
+        encodings: By type hint, such as `{np.float32: Encoding(...)}`; they override the supported
             types.
         defaults: Whether to omit fields that equal their default when encoding, and to use the
             default of absent fields when decoding.
@@ -58,7 +58,7 @@ class TypedJson:
             `Infinity`.
     """
 
-    forms: Mapping[Any, Form] = dataclasses.field(default_factory=dict)
+    encodings: Mapping[Any, Encoding] = dataclasses.field(default_factory=dict)
     defaults: bool = False
     allow_nan: bool = False
 
@@ -89,7 +89,7 @@ class TypedJson:
         return _walk(self, _Decode, value, hint, key)
 
     def encode_fields(self, value: Any, key: str) -> dict[str, Any]:
-        """Return the fields of a dataclass instance as JSON values, ignoring its own `Form`.
+        """Return the fields of a dataclass instance as JSON values, ignoring its own `Encoding`.
 
         Raises:
             CodecError: If a field is not of its declared type.
@@ -103,7 +103,7 @@ class TypedJson:
         return fields
 
     def decode_fields(self, content: Any, cls: type, key: str) -> dict[str, Any]:
-        """Return the decoded fields of a dataclass by name, ignoring its own `Form`.
+        """Return the decoded fields of a dataclass by name, ignoring its own `Encoding`.
 
         Raises:
             CodecError: If a key is unknown or missing, or a value does not fit its declared type.
@@ -140,14 +140,14 @@ def wrong(key: str, value: Any, expected: str) -> CodecError:
 
 
 class _Encode:
-    """Direction from values to JSON: container types, and how to treat forms and dataclasses."""
+    """Direction from values to JSON: containers, encodings and dataclasses."""
 
     sequence: type | None = None  # None: the declared type.
     mapping = Mapping
 
     @staticmethod
-    def form(form: Form) -> Callable[[Any, str], Any]:
-        return form.encode
+    def custom(encoding: Encoding) -> Callable[[Any, str], Any]:
+        return encoding.encode
 
     @staticmethod
     def instance(codec: TypedJson, value: Any, cls: type, key: str) -> Any:
@@ -167,8 +167,8 @@ class _Decode:
     mapping = dict
 
     @staticmethod
-    def form(form: Form) -> Callable[[Any, str], Any]:
-        return form.decode
+    def custom(encoding: Encoding) -> Callable[[Any, str], Any]:
+        return encoding.decode
 
     @staticmethod
     def instance(codec: TypedJson, value: Any, cls: type, key: str) -> Any:
@@ -184,8 +184,8 @@ _Direction = type[_Encode] | type[_Decode]
 
 def _walk(codec: TypedJson, direction: _Direction, value: Any, hint: Any, key: str) -> Any:
     """Check a value against its type hint and convert it in one direction."""
-    if hint in codec.forms:
-        return direction.form(codec.forms[hint])(value, key)
+    if hint in codec.encodings:
+        return direction.custom(codec.encodings[hint])(value, key)
     if hint is Any or hint is object:
         return _json_value(codec, value, key)
     if dataclasses.is_dataclass(hint):

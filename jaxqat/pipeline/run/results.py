@@ -33,7 +33,7 @@ from jaxqat.pipeline.results import (
 from jaxqat.pipeline.run.folder import RunFolder
 from jaxqat.pipeline.run.snapshots import Model
 from jaxqat.quant import LayerInfo, Recipe
-from jaxqat.quant.models.state import flat_state
+from jaxqat.quant._models.state import flat_state
 
 SAMPLE_COUNT = 32
 FLOAT32_BYTES = 4

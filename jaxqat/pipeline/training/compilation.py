@@ -8,8 +8,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from jaxqat.quant._models.training_step import fast_on_cpu
 from jaxqat.quant._numerics.cpu import OPTIONS
-from jaxqat.quant.models.training_step import fast_on_cpu
 
 
 @dataclasses.dataclass(frozen=True)

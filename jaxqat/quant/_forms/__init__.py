@@ -39,7 +39,7 @@ from jaxqat.quant._forms.forms import (
     Times,
 )
 from jaxqat.quant._forms.operand import Made, Operand
-from jaxqat.quant._forms.tables import Table, real_parts
+from jaxqat.quant._forms.tables import Tabulated, real_parts
 
 __all__ = [
     "Accumulator",
@@ -57,7 +57,7 @@ __all__ = [
     "Real",
     "Sum",
     "Summed",
-    "Table",
+    "Tabulated",
     "Times",
     "quotient",
     "real_parts",

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int, Int8
 from jaxqat.quant._forms.exact import quotient, uncontracted
 from jaxqat.quant._forms.forms import Codes, Operation
 from jaxqat.quant._numerics.grids import Grid
-from jaxqat.quant._numerics.products import Product
+from jaxqat.quant._numerics.products import AnyProduct
 
 # A bias of more accumulator units than int32 holds means that the channel is a constant, as when
 # batch norm's gamma is 0.
@@ -30,7 +30,7 @@ class Multiplied:
     """
 
     path: str
-    product: Product
+    product: AnyProduct
     codes: Codes
     weight_codes: Int8[Array, "..."]
     weight_bits: int

@@ -9,11 +9,11 @@ from jax.extend import core as jex_core
 from jaxqat.quant._forms.forms import Form, Operation
 from jaxqat.quant._forms.operand import Operand, is_number
 from jaxqat.quant._forms.primitives import Kind, Primitive, primitive_of
-from jaxqat.quant._forms.tables import Table, tabled
-from jaxqat.quant._trace.program import Atom, Constant, Node, Program, inner_jaxprs
+from jaxqat.quant._forms.tables import Tabulated, tabled
+from jaxqat.quant._trace.program import Atom, Constant, Program, TracedNode, inner_jaxprs
 
 
-def form_of(node: Node, operands: list[Operand], aval: Any, *, tables: bool) -> Form | None:
+def form_of(node: TracedNode, operands: list[Operand], aval: Any, *, tables: bool) -> Form | None:
     """Return the integer form of what a node makes of its operands, or None.
 
     Args:
@@ -39,7 +39,7 @@ def form_of(node: Node, operands: list[Operand], aval: Any, *, tables: bool) -> 
 
 def _may_be_table(primitive: Primitive, operands: list[Operand]) -> bool:
     """Return whether an operation can be part of a table, and its form is not a better one."""
-    if any(isinstance(operand.form, Table) for operand in operands):
+    if any(isinstance(operand.form, Tabulated) for operand in operands):
         return primitive.is_elementwise
     if primitive.joins_branches and not any(operand.constant for operand in operands):
         return False  # A residual addition of codes.
@@ -67,7 +67,7 @@ def _form_inside(jaxpr: Any, operands: list[Operand], *, tables: bool) -> Form |
     return read(inner.outputs[0]).form
 
 
-def _number(node: Node, reads: list[Operand]) -> Any:
+def _number(node: TracedNode, reads: list[Operand]) -> Any:
     """Return the number that a copy, a cast or repetitions of a number are, as a ReLU's bound."""
     kind, value = primitive_of(node.name).kind, reads[0].values
     if primitive_of(node.name).repeats and is_number(value):

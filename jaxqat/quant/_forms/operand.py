@@ -10,7 +10,7 @@ from jax.core import Tracer
 from jaxtyping import Array
 
 from jaxqat.quant._forms.forms import Either, Form, Real
-from jaxqat.quant._trace.program import Node
+from jaxqat.quant._trace.program import TracedNode
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -23,7 +23,7 @@ class Made:
         operands: Returns what the operation read; of a layer, dequantized codes and weights.
     """
 
-    node: Node
+    node: TracedNode
     place: int
     operands: "Callable[[], Sequence[Operand]]"
 

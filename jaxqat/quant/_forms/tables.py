@@ -32,7 +32,7 @@ CODES = np.arange(LOWEST, 128, dtype=np.int8)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Table:
+class Tabulated:
     """A function of one quantized tensor, element by element.
 
     It is computed in float32 at each of the 256 codes, and an element's value is looked up. Every
@@ -48,7 +48,7 @@ class Table:
 
     codes: Codes
     operation: Operation | None = None
-    operands: "tuple[Table | Array, ...]" = ()
+    operands: "tuple[Tabulated | Array, ...]" = ()
 
     def in_units(self, grid: Grid) -> Float[Array, "..."]:
         """Return the tensor in units of the grid's scale, rounded to integers, not clipped."""
@@ -83,7 +83,7 @@ class Table:
     def _numbers(self) -> Iterator[Array]:
         """Yield the numbers in the function, some perhaps twice."""
         for operand in self.operands:
-            if isinstance(operand, Table):
+            if isinstance(operand, Tabulated):
                 yield from operand._numbers()
             else:
                 yield operand
@@ -95,7 +95,7 @@ class Table:
         if id(self) not in known:
             operands = [
                 operand._evaluate(real, given, known)
-                if isinstance(operand, Table)
+                if isinstance(operand, Tabulated)
                 else given[id(operand)]
                 for operand in self.operands
             ]
@@ -105,7 +105,7 @@ class Table:
         return known[id(self)]
 
 
-def tabled(operation: Operation, operands: list[Operand]) -> Table | None:
+def tabled(operation: Operation, operands: list[Operand]) -> Tabulated | None:
     """Return the form of a function of one quantized tensor; None if it is none.
 
     Args:
@@ -114,39 +114,39 @@ def tabled(operation: Operation, operands: list[Operand]) -> Table | None:
     """
     if primitive_of(operation.name).kind is Kind.CAST and _makes_real(operation):
         operation = Operation(operation.name, {}, lambda x: x.astype(jnp.float32))
-    parts: list[Table | Array] = []
+    parts: list[Tabulated | Array] = []
     for operand in operands:
         part = _number(operand) if operand.constant else as_table(operand.form)
         if part is None:
             return None
         parts.append(part)
-    tensors = {id(part.codes): part.codes for part in parts if isinstance(part, Table)}
+    tensors = {id(part.codes): part.codes for part in parts if isinstance(part, Tabulated)}
     if len(tensors) != 1:
         return None
-    return Table(next(iter(tensors.values())), operation, tuple(parts))
+    return Tabulated(next(iter(tensors.values())), operation, tuple(parts))
 
 
 def _makes_real(cast: Operation) -> bool:
     return jnp.issubdtype(cast.params["new_dtype"], jnp.floating)
 
 
-def as_table(form: Any) -> Table | None:
+def as_table(form: Any) -> Tabulated | None:
     """Return a form as a function of one quantized tensor; None if it is none."""
     match form:
-        case Table():
+        case Tabulated():
             return form
         case Codes():
-            return Table(form)
+            return Tabulated(form)
         case Clamp():
             return _clamped(form)
     return None
 
 
-def _clamped(form: Clamp) -> Table | None:
+def _clamped(form: Clamp) -> Tabulated | None:
     found = as_table(form.inner)
     for bound, name, bind in ((form.low, "max", jnp.maximum), (form.high, "min", jnp.minimum)):
         if found is not None and bound is not None:
-            found = Table(found.codes, Operation(name, {}, bind), (found, jnp.float32(bound)))
+            found = Tabulated(found.codes, Operation(name, {}, bind), (found, jnp.float32(bound)))
     return found
 
 
@@ -169,7 +169,7 @@ def real_parts(form: Form) -> Iterator[Real]:
     match form:
         case Real():
             yield form
-        case Table():
+        case Tabulated():
             yield Real(form.real())
         case Either():
             yield from (*real_parts(form.form), form.real)

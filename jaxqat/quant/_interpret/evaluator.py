@@ -19,7 +19,7 @@ from jaxqat.quant._numerics import activations, grids, ranges
 from jaxqat.quant._numerics.promotion import default_promotion
 from jaxqat.quant._plan.plan import PARAMETERS, Pair, Plan, QuantizedTensor
 from jaxqat.quant._trace.arguments import Key
-from jaxqat.quant._trace.program import PRODUCTS, Atom, Constant, Node
+from jaxqat.quant._trace.program import PRODUCTS, Atom, Constant, TracedNode
 from jaxqat.quant.recipe import Recipe
 
 
@@ -109,7 +109,7 @@ class Evaluator:
         self.results = [self._result(output) for output in self.outputs]
         return self.results
 
-    def _run_layer(self, node: Node) -> None:
+    def _run_layer(self, node: TracedNode) -> None:
         layer = self.plan.layers[node]
         if not isinstance(layer, Pair):
             self._states.observe_weights(layer, self._read(layer.weights).values)
@@ -123,7 +123,7 @@ class Evaluator:
             self._write(node.outputs[0], values, form, reason, switch, made)
         self.layers[layer.index] = self._layers.evaluated(layer, values)
 
-    def _run_operation(self, node: Node) -> list[Any]:
+    def _run_operation(self, node: TracedNode) -> list[Any]:
         """Run an operation in float, and derive the form of its result."""
         tensors = self.plan.tensors
         operands = [
@@ -140,7 +140,7 @@ class Evaluator:
         return results
 
     def _form(
-        self, node: Node, operands: list[forms.Operand], results: list[Any]
+        self, node: TracedNode, operands: list[forms.Operand], results: list[Any]
     ) -> tuple[forms.Form | None, Any]:
         """Return the form of an operation's result, and whether it describes the result."""
         dropout = self.plan.dropouts.get(node)
@@ -165,7 +165,7 @@ class Evaluator:
             real = jnp.where(output.holds, real, output.values)
         return activations.in_place_of(output.values, jax.lax.stop_gradient(real))
 
-    def _uncontracted(self, node: Node, number: int, values: Any) -> Any:
+    def _uncontracted(self, node: TracedNode, number: int, values: Any) -> Any:
         """Keep a product of parameters from being contracted (`forms.uncontracted`).
 
         Forms take their coefficients from such products. Training, which follows its batch
@@ -176,7 +176,7 @@ class Evaluator:
             return forms.uncontracted(values)
         return values
 
-    def _float_reason(self, node: Node, operands: list[forms.Operand]) -> str | None:
+    def _float_reason(self, node: TracedNode, operands: list[forms.Operand]) -> str | None:
         before = next((o.float_reason for o in operands if o.float_reason is not None), None)
         is_pair = node.name in PRODUCTS and not any(o.constant for o in operands)
         # As in attention, whose own parts, such as an added bias, are not what is in the way.
@@ -244,7 +244,7 @@ class Evaluator:
         return name
 
 
-def _selection(node: Node, place: int, operands: list[Any]) -> forms.Operation:
+def _selection(node: TracedNode, place: int, operands: list[Any]) -> forms.Operation:
     """Return what a dropout selects, as an operation on kept elements and zeros."""
 
     def bind(kept: Any, zeros: Any) -> Any:

@@ -14,7 +14,7 @@ from jaxqat.quant._interpret.states import States
 from jaxqat.quant._numerics import activations, grids, multiply, pairs
 from jaxqat.quant._numerics.weights import dequantized_weights
 from jaxqat.quant._plan.plan import Layer, Lookup, Pair, Plan
-from jaxqat.quant._trace.program import Atom, Node
+from jaxqat.quant._trace.program import Atom, TracedNode
 
 
 class EvaluatedLayer(NamedTuple):
@@ -33,7 +33,7 @@ class EvaluatedLayer(NamedTuple):
     result: Any
 
 
-class LayerResult(NamedTuple):
+class LayerOutput(NamedTuple):
     """Result of a layer: real values, and their form or the reason why there is none."""
 
     values: Any
@@ -63,24 +63,24 @@ class LayerEvaluator:
         self._table, self._states, self._mode = plan.table, states, mode
         self._switches, self._read = switches, read
 
-    def result(self, node: Node, layer: Layer | Lookup | Pair) -> LayerResult:
+    def result(self, node: TracedNode, layer: Layer | Lookup | Pair) -> LayerOutput:
         """Return the quantized result of a layer."""
         if isinstance(layer, Pair):
             values = self._switched(node, layer, lambda: self._multiply_pair(layer))
-            return LayerResult(values, None, f"a product of two activations ({layer.path})")
+            return LayerOutput(values, None, f"a product of two activations ({layer.path})")
         if isinstance(layer, Lookup):
             values = self._switched(node, layer, lambda: self._look_up(node, layer))
-            return LayerResult(values, None, f"a look-up in {layer.path}")
+            return LayerOutput(values, None, f"a look-up in {layer.path}")
         if layer.dynamic:
             values = self._switched(node, layer, lambda: self._multiply_dynamic(layer))
-            return LayerResult(values, None, f"the dynamic range of the input of {layer.path}")
+            return LayerOutput(values, None, f"the dynamic range of the input of {layer.path}")
         values, form = self._multiply(node, layer)
         if layer.quantizer.grouped:
             reason = f"a sum of groups with scales of their own ({layer.path})"
-            return LayerResult(values, None, reason)
-        return LayerResult(values, form)
+            return LayerOutput(values, None, reason)
+        return LayerOutput(values, form)
 
-    def in_float(self, node: Node, layer: Layer | Lookup | Pair) -> list[forms.Operand]:
+    def in_float(self, node: TracedNode, layer: Layer | Lookup | Pair) -> list[forms.Operand]:
         """Return what the operation of a layer reads, with dequantized weights, as if in float."""
         operands = [self._read(a) for a in node.inputs]
         if isinstance(layer, Pair):
@@ -94,7 +94,7 @@ class LayerEvaluator:
             operands[1 - side] = self._rounded(node, layer, operands[1 - side])
         return operands
 
-    def _rounded(self, node: Node, layer: Layer, data: forms.Operand) -> forms.Operand:
+    def _rounded(self, node: TracedNode, layer: Layer, data: forms.Operand) -> forms.Operand:
         """Return what a layer of a dynamic range reads, dequantized."""
         quantizer = layer.quantizer
         axes, bits = quantizer.product.data_axes, quantizer.settings.act_bits or 8
@@ -105,7 +105,7 @@ class LayerEvaluator:
             return (jnp.clip(units, grid.low, grid.high) * grid.scale).astype(x.dtype)
 
         (equation,) = jax.make_jaxpr(jax.jit(rounded))(data.values).jaxpr.eqns
-        call = Node(equation, (), (), node.scope)
+        call = TracedNode(equation, (), (), node.scope)
         made = forms.Made(call, 0, lambda: [data])
         return forms.Operand(rounded(data.values), None, data.constant, made=made)
 
@@ -121,7 +121,7 @@ class LayerEvaluator:
         both = [pairs.Quantized(o.values, o.form.codes, o.form.grid) for o in operands]
         return pairs.multiply(layer.dot, layer.dtype, *both)
 
-    def _look_up(self, node: Node, layer: Lookup) -> Any:
+    def _look_up(self, node: TracedNode, layer: Lookup) -> Any:
         weights: Any = self._read(layer.weights).values
         step_size = self._states.step_size(layer, weights)
         table = dequantized_weights(layer.quantizer, weights, step_size)
@@ -137,7 +137,7 @@ class LayerEvaluator:
         step_size = self._states.step_size(layer, weights)
         return multiply.multiply(quantizer, values, codes, grid, weights, step_size).real
 
-    def _multiply(self, node: Node, layer: Layer) -> tuple[Any, forms.Form]:
+    def _multiply(self, node: TracedNode, layer: Layer) -> tuple[Any, forms.Form]:
         data, weights = self._read(layer.data), self._read(layer.weights)
         codes = data.form
         assert isinstance(codes, forms.Codes)  # The plan quantizes what a layer reads.
@@ -168,7 +168,7 @@ class LayerEvaluator:
         return jax.random.uniform(key, shape, jnp.float32, -0.5, 0.5)
 
     def _switched(
-        self, node: Node, layer: Layer | Lookup | Pair, quantized: Callable[[], Any]
+        self, node: TracedNode, layer: Layer | Lookup | Pair, quantized: Callable[[], Any]
     ) -> Any:
         """Return a layer's quantized result, or its float result if the layer is off."""
         on = self._switches.layer(layer.path)

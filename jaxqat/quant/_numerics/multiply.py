@@ -13,7 +13,7 @@ from jaxqat.quant._numerics.activations import dequantize
 from jaxqat.quant._numerics.first_order import first_order
 from jaxqat.quant._numerics.grids import Grid
 from jaxqat.quant._numerics.grouped import GroupedDot
-from jaxqat.quant._numerics.products import Product, backward
+from jaxqat.quant._numerics.products import AnyProduct, backward
 from jaxqat.quant._numerics.promotion import default_promotion
 from jaxqat.quant._numerics.weights import WeightQuantizer, weight_gradients
 
@@ -22,7 +22,7 @@ from jaxqat.quant._numerics.weights import WeightQuantizer, weight_gradients
 class ProductQuantizer(WeightQuantizer):
     """A product, and the quantizer of its weights."""
 
-    product: Product
+    product: AnyProduct
 
     @property
     def grouped(self) -> bool:

@@ -31,7 +31,7 @@ SHIFTS = 64  # The most taps of a depthwise convolution that is a sum of shifted
 LARGEST = 128 * 128  # The largest magnitude of a product of two int8 codes.
 
 
-class Product(Protocol):
+class AnyProduct(Protocol):
     """A product as conversion, training and tables use it."""
 
     @property
@@ -354,7 +354,7 @@ def _pad_end(x: Array, more: dict[int, int]) -> Array:
     return lax.pad(x, jnp.zeros((), x.dtype), config)
 
 
-def backward(product: Product, x: Array, weights: Array, gradient: Array) -> tuple[Array, Array]:
+def backward(product: AnyProduct, x: Array, weights: Array, gradient: Array) -> tuple[Array, Array]:
     """Return the gradients of the float product at (x, weights) for that of its output."""
     output, pullback = jax.vjp(product.real, x, weights)
     gradient = gradient.astype(output.dtype)

@@ -11,11 +11,11 @@ from typing import Any
 from jaxqat.quant._forms.primitives import Kind, primitive_of
 from jaxqat.quant._plan.origins import Origins, keeps_form
 from jaxqat.quant._plan.plan import DATA, PARAMETERS
-from jaxqat.quant._trace.program import INLINED, Atom, Constant, Node, Program, inner_jaxprs
+from jaxqat.quant._trace.program import INLINED, Atom, Constant, Program, TracedNode, inner_jaxprs
 
 
 def arguments_before(
-    origins: Origins, number: int, quantized: Any, layers: Mapping[Node, Any]
+    origins: Origins, number: int, quantized: Any, layers: Mapping[TracedNode, Any]
 ) -> list[int]:
     """Return the tensors that must be quantized for a tensor to have an integer form.
 
@@ -33,7 +33,7 @@ def arguments_before(
 
 
 def _arguments(
-    origins: Origins, number: int, quantized: Any, layers: Mapping[Node, Any]
+    origins: Origins, number: int, quantized: Any, layers: Mapping[TracedNode, Any]
 ) -> Iterator[int]:
     waiting = [(number, False, False)]
     while waiting:
@@ -68,7 +68,7 @@ def _arguments(
                 yield from factors
 
 
-def _factors(node: Node, origins: Origins) -> list[int]:
+def _factors(node: TracedNode, origins: Origins) -> list[int]:
     """Return the two tensors that an operation multiplies element by element; else nothing."""
     factors = origins.varying(node)
     multiplies = primitive_of(node.name).multiplies_branches and len(factors) == 2
@@ -79,7 +79,7 @@ def _can_be_codes(
     origins: Origins,
     number: int,
     quantized: Any,
-    layers: Mapping[Node, Any],
+    layers: Mapping[TracedNode, Any],
     known: dict[int, bool],
 ) -> bool:
     """Return whether a tensor is computed from codes by operations with integer forms.
@@ -105,7 +105,7 @@ def _can_be_codes(
     return known[at]
 
 
-def _read_as_codes(node: Node, origins: Origins, quantized: Any) -> list[int]:
+def _read_as_codes(node: TracedNode, origins: Origins, quantized: Any) -> list[int]:
     """Return the tensors that the integer form of a result is computed from; none without one."""
     primitive, terms = primitive_of(node.name), origins.varying(node)
     if primitive.kind is Kind.SUM:
@@ -116,17 +116,17 @@ def _read_as_codes(node: Node, origins: Origins, quantized: Any) -> list[int]:
     return terms
 
 
-def _is_scaled(node: Node, terms: list[int]) -> bool:
+def _is_scaled(node: TracedNode, terms: list[int]) -> bool:
     return primitive_of(node.name).kind is Kind.AFFINE and len(terms) == 1
 
 
-def _is_spatial(node: Node, program: Program) -> bool:
+def _is_spatial(node: TracedNode, program: Program) -> bool:
     """Return whether a sum is over the axes between the batch and the channels."""
     axes, rank = node.equation.params.get("axes"), len(program.aval(node.inputs[0]).shape)
     return axes is None or tuple(sorted(axes)) == tuple(range(1, rank - 1))
 
 
-def _source(origins: Origins, node: Node, quantized: Any) -> int | None:
+def _source(origins: Origins, node: TracedNode, quantized: Any) -> int | None:
     """Return the one tensor that an operation's result is a function of, element by element.
 
     Of several, it is the first one, but behind scales, shifts and clips of a product: these have
@@ -155,19 +155,19 @@ def _source(origins: Origins, node: Node, quantized: Any) -> int | None:
     return found
 
 
-def _data(node: Node, origins: Origins) -> list[int]:
+def _data(node: TracedNode, origins: Origins) -> list[int]:
     """Return the operands of an operation that depend on the data."""
     return [a for a in node.inputs if isinstance(a, int) and origins.level[a] == DATA]
 
 
-def _has_form(node: Node, origins: Origins) -> bool:
+def _has_form(node: TracedNode, origins: Origins) -> bool:
     """Return whether an operation clips one tensor, or scales or shifts it."""
     if keeps_form(node):
         return True
     return primitive_of(node.name).kind is Kind.AFFINE and len(_data(node, origins)) == 1
 
 
-def _is_function(node: Node, origins: Origins) -> bool:
+def _is_function(node: TracedNode, origins: Origins) -> bool:
     """Return whether an operation computes each element of its result from single elements.
 
     Besides tensors of the data, of the shape of the result, it reads single numbers.

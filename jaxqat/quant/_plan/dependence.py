@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxqat.quant._forms.primitives import primitive_of
 from jaxqat.quant._plan.plan import CONSTANTS, DATA, PARAMETERS, STATISTICS, VARIABLES
 from jaxqat.quant._trace.arguments import ArgumentKind, Key
-from jaxqat.quant._trace.program import Node, Program
+from jaxqat.quant._trace.program import Program, TracedNode
 
 _LEVELS = {"parameter": PARAMETERS, "variable": VARIABLES, "input": DATA}
 
@@ -48,7 +48,7 @@ def dependence(
     return level, names
 
 
-def _is_statistic(node: Node, program: Program) -> bool:
+def _is_statistic(node: TracedNode, program: Program) -> bool:
     """Return whether a reduction leaves at most one axis, not the first, as in batch norm."""
     axes = node.equation.params["axes"]
     return 0 in axes and len(axes) >= len(program.aval(node.inputs[0]).shape) - 1

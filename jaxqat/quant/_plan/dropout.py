@@ -18,10 +18,10 @@ from jaxqat.quant._forms.operand import is_number
 from jaxqat.quant._forms.primitives import Kind, primitive_of
 from jaxqat.quant._plan.dependence import is_float
 from jaxqat.quant._plan.plan import CONSTANTS, DATA, Dropout
-from jaxqat.quant._trace.program import Atom, Constant, Node, Program
+from jaxqat.quant._trace.program import Atom, Constant, Program, TracedNode
 
 
-def find_dropouts(program: Program, level: list[int]) -> dict[Node, Dropout]:
+def find_dropouts(program: Program, level: list[int]) -> dict[TracedNode, Dropout]:
     """Return every dropout, by the node that selects the dropped elements and the others."""
     search = _Search(program, level)
     found = ((node, search.dropout(node)) for node in program.nodes)
@@ -33,7 +33,7 @@ class _Search:
     program: Program
     level: list[int]
 
-    def dropout(self, node: Node) -> Dropout | None:
+    def dropout(self, node: TracedNode) -> Dropout | None:
         """Return the dropout that a node ends.
 
         It is select(mask, zeros, factor * tensor), or tensor * (mask * factor) as in Flax's
@@ -66,7 +66,7 @@ class _Search:
         is_product = result(0.0) == 0 and 0 < factor < math.inf
         return Dropout(tensors[0], node, place, factor) if is_product else None
 
-    def _masked(self, node: Node) -> Dropout | None:
+    def _masked(self, node: TracedNode) -> Dropout | None:
         """Return the dropout of a product with a mask of zeros and a factor above 1."""
         for place in (0, 1):
             tensor, mask = node.inputs[place], node.inputs[1 - place]
@@ -124,7 +124,7 @@ class _Search:
         return known[0] if moves and len(set(known)) == 1 else None
 
 
-def _on_numbers(node: Node, numbers: list[float]) -> float:
+def _on_numbers(node: TracedNode, numbers: list[float]) -> float:
     """Return the result of an operation with numbers for its operands."""
     dtype = node.equation.outvars[0].aval.dtype
     with jax.ensure_compile_time_eval():

@@ -12,7 +12,7 @@ from jaxqat.quant._forms.operand import is_channelwise, is_number
 from jaxqat.quant._forms.primitives import Kind, primitive_of
 from jaxqat.quant._plan.dependence import is_float
 from jaxqat.quant._plan.plan import DATA, Dropout
-from jaxqat.quant._trace.program import Atom, Constant, Node, Program, inner_jaxprs
+from jaxqat.quant._trace.program import Atom, Constant, Program, TracedNode, inner_jaxprs
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -30,7 +30,7 @@ class Origins:
 
     program: Program
     level: list[int]
-    dropouts: Mapping[Node, Dropout]
+    dropouts: Mapping[TracedNode, Dropout]
 
     def unconverted(self, weights: Atom) -> Atom:
         """Return the weights before casts to the compute type: codes come from the parameter."""
@@ -122,7 +122,7 @@ class Origins:
         factor = self.factor(terms[0])
         return factor if factor == 1.0 or picks or self._is_relu(node) else 1.0
 
-    def _is_relu(self, node: Node) -> bool:
+    def _is_relu(self, node: TracedNode) -> bool:
         """Return whether an operation replaces negative numbers by zeros, and does nothing else."""
         if sum(isinstance(a, int) for a in node.inputs) != 1:
             return False
@@ -133,7 +133,7 @@ class Origins:
             operands = [values if isinstance(a, int) else a.value for a in node.inputs]
             return bool(jnp.all(node.bind(*operands)[0] == jnp.maximum(values, 0)))
 
-    def sums_before(self, number: int, quantized: Any) -> list[Node]:
+    def sums_before(self, number: int, quantized: Any) -> list[TracedNode]:
         """Return the residual additions whose integer form is part of that of a tensor.
 
         Between the two, elements are only clipped, moved, picked or joined.
@@ -142,7 +142,7 @@ class Origins:
             number: The tensor.
             quantized: The tensors to quantize; the search ends at them.
         """
-        found: list[Node] = []
+        found: list[TracedNode] = []
         waiting = [number]
         while waiting:
             at = self.before_dropout(waiting.pop())
@@ -157,10 +157,10 @@ class Origins:
         return list(dict.fromkeys(found))  # A tensor can be joined with itself.
 
     def codes_before(
-        self, number: int, quantized: Any, layers: Mapping[Node, Any]
-    ) -> list[int | Node]:
+        self, number: int, quantized: Any, layers: Mapping[TracedNode, Any]
+    ) -> list[int | TracedNode]:
         """Return the quantized tensors and the layers from which a tensor's form is computed."""
-        found: list[int | Node] = []
+        found: list[int | TracedNode] = []
         waiting, seen = [number], set[int]()
         while waiting:
             at = self.before_dropout(waiting.pop())
@@ -176,7 +176,7 @@ class Origins:
                 waiting += self.varying(node)
         return found
 
-    def layer_before(self, number: int, layers: Mapping[Node, Any]) -> Node | None:
+    def layer_before(self, number: int, layers: Mapping[TracedNode, Any]) -> TracedNode | None:
         """Return the layer whose result a tensor is, scaled, clipped or moved; None without one."""
         number = self.before_dropout(number)
         while (node := self.program.made_by.get(number)) is not None and node not in layers:
@@ -195,22 +195,22 @@ class Origins:
             for node in self._readers.get(number, [])
         )
 
-    def _moves(self, node: Node) -> bool:
+    def _moves(self, node: TracedNode) -> bool:
         return primitive_of(node.name).keeps_values or node in self._drops
 
-    def is_sum(self, node: Node) -> bool:
+    def is_sum(self, node: TracedNode) -> bool:
         """Return whether a node adds two tensors of the data; a parameter is no term of its own."""
         terms = self.varying(node)
         is_sum = primitive_of(node.name).joins_branches and len(terms) == 2
         return is_sum and all(self.level[a] == DATA for a in terms)
 
     @functools.cached_property
-    def order(self) -> dict[Node, int]:
+    def order(self) -> dict[TracedNode, int]:
         """The place of each operation in the program."""
         return {node: place for place, node in enumerate(self.program.nodes)}
 
     @functools.cached_property
-    def _drops(self) -> set[Node]:
+    def _drops(self) -> set[TracedNode]:
         """The operations that dropout is made of."""
         return {*self.dropouts, *(dropout.scaling for dropout in self.dropouts.values())}
 
@@ -222,9 +222,9 @@ class Origins:
         return self.before_dropout(self.dropouts[node].tensor)
 
     @functools.cached_property
-    def _readers(self) -> dict[int, list[Node | None]]:
+    def _readers(self) -> dict[int, list[TracedNode | None]]:
         """Nodes that read each variable; None for a result of the program."""
-        found: dict[int, list[Node | None]] = {}
+        found: dict[int, list[TracedNode | None]] = {}
         for node in self.program.nodes:
             for a in node.inputs:
                 if isinstance(a, int):
@@ -234,7 +234,7 @@ class Origins:
                 found.setdefault(a, []).append(None)
         return found
 
-    def varying(self, node: Node) -> list[int]:
+    def varying(self, node: TracedNode) -> list[int]:
         """Return the operands of a node that are tensors of the data, coefficients left out."""
         return [
             a
@@ -242,20 +242,20 @@ class Origins:
             if isinstance(a, int) and is_float(self.program.avals[a]) and not self._small(a, node)
         ]
 
-    def _small(self, number: int, node: Node) -> bool:
+    def _small(self, number: int, node: TracedNode) -> bool:
         """Return whether an operand is coefficients, one per channel, the same for all examples."""
         shape, out = self.program.avals[number].shape, self.program.avals[node.outputs[0]].shape
         return self.level[number] < DATA and is_channelwise(shape, out)
 
 
-def keeps_form(node: Node) -> bool:
+def keeps_form(node: TracedNode) -> bool:
     """Return whether a node clips, moves, picks or joins elements, whatever their form."""
     primitive = primitive_of(node.name)
     keeps = primitive.picks_values or primitive.kind in (Kind.CLIP, Kind.JOIN)
     return keeps or _only_clips(node)
 
 
-def _only_clips(node: Node) -> bool:
+def _only_clips(node: TracedNode) -> bool:
     """Return whether a node is a call whose body only clips, as `jax.nn.relu` and `relu6` do."""
 
     def clips(jaxpr: Any) -> bool:

@@ -15,7 +15,7 @@ from jaxqat.quant._numerics.promotion import default_promotion
 from jaxqat.quant._numerics.ranges import empty_range
 from jaxqat.quant._numerics.weights import WeightQuantizer
 from jaxqat.quant._trace.arguments import Key
-from jaxqat.quant._trace.program import Atom, Node, Program
+from jaxqat.quant._trace.program import Atom, Program, TracedNode
 from jaxqat.quant.recipe import Recipe, Settings
 
 # What a value depends on: the largest of its operands' levels. Variables of the model that are not
@@ -27,7 +27,7 @@ LEARNED = {"lsq": "step", "pact": "bound"}
 
 # Where a tensor is quantized: a variable, or the operand of a residual addition. In the second case
 # other readers of the variable see it as it is.
-Place = int | tuple[Node, int]
+Place = int | tuple[TracedNode, int]
 
 LEFT_BY_RECIPE = "the recipe leaves it in float"
 NO_WEIGHTS = "both operands depend on the data"
@@ -177,7 +177,7 @@ class Dropout:
     """
 
     tensor: int
-    scaling: Node
+    scaling: TracedNode
     place: int
     factor: float
 
@@ -236,9 +236,9 @@ class Plan:
 
     program: Program
     level: list[int]
-    layers: dict[Node, Layer | Lookup | Pair]
+    layers: dict[TracedNode, Layer | Lookup | Pair]
     tensors: dict[Place, QuantizedTensor]
-    dropouts: Mapping[Node, Dropout]
+    dropouts: Mapping[TracedNode, Dropout]
     step_sizes: dict[Key, tuple[int, ...]]
     table: tuple[LayerInfo, ...]
 

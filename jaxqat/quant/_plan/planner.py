@@ -34,7 +34,7 @@ from jaxqat.quant._plan.plan import (
 from jaxqat.quant._plan.products import Operands, with_scales
 from jaxqat.quant._plan.tensors import TensorPlanner
 from jaxqat.quant._trace.arguments import ArgumentKind, Key
-from jaxqat.quant._trace.program import Atom, Node, Program, inner_jaxprs, products_inside
+from jaxqat.quant._trace.program import Atom, Program, TracedNode, inner_jaxprs, products_inside
 from jaxqat.quant.recipe import Recipe, Settings
 
 
@@ -79,7 +79,7 @@ class _Planner:
 
     def __init__(self, program: Program, level: list[int], names: dict[int, Key], recipe: Recipe):
         self.program, self.recipe = program, recipe
-        self.layers: dict[Node, Layer | Lookup | Pair] = {}
+        self.layers: dict[TracedNode, Layer | Lookup | Pair] = {}
         self.step_sizes: dict[Key, tuple[int, ...]] = {}
         self.table: list[LayerInfo] = []
         self._operands = Operands(program, level, names)
@@ -93,7 +93,7 @@ class _Planner:
         weighted = [node for node in program.nodes if self._has_weights(node)]
         self._edges = {self._identity(node) for node in (*weighted[:1], *weighted[-1:])}
 
-    def visit(self, node: Node) -> None:
+    def visit(self, node: TracedNode) -> None:
         """Take a node into the table if it is a product, and plan it if it is quantized."""
         primitive = primitive_of(node.name)
         if primitive.is_product:
@@ -108,7 +108,7 @@ class _Planner:
                 reason = f"{count} product(s) inside a '{node.name}', which stays whole"
                 self._leave_inner(node, reason)
 
-    def _visit_product(self, node: Node) -> None:
+    def _visit_product(self, node: TracedNode) -> None:
         kind = "conv" if primitive_of(node.name).kind is Kind.CONV else "dense"
         side = self._operands.weight_side(node)
         if side is None:
@@ -125,24 +125,24 @@ class _Planner:
             return self._leave(node, kind, side, name, reason)
         self._plan_layer(node, kind, side, name, settings)
 
-    def _settings(self, path: str, kind: str, node: Node) -> Settings | None:
+    def _settings(self, path: str, kind: str, node: TracedNode) -> Settings | None:
         return self.recipe.settings(path, kind, at_edge=self._identity(node) in self._edges)
 
-    def _has_weights(self, node: Node) -> bool:
+    def _has_weights(self, node: TracedNode) -> bool:
         primitive = primitive_of(node.name)
         if primitive.kind is Kind.LOOKUP:
             return self._operands.table_name(node) is not None
         side = self._operands.weight_side(node) if primitive.is_product else None
         return side is not None and self._operands.has_parameters(node, side)
 
-    def _identity(self, node: Node) -> Any:
+    def _identity(self, node: TracedNode) -> Any:
         """Return what identifies a layer: iterations of a loop that share weights are one layer."""
         if not node.loop:
             return node
         names = (self._operands.name(a) for a in node.inputs)
         return (node.loop, id(node.equation), next((n for n in names if n), None))
 
-    def _visit_lookup(self, node: Node) -> None:
+    def _visit_lookup(self, node: TracedNode) -> None:
         name = self._operands.table_name(node)
         if name is None:
             return
@@ -167,7 +167,7 @@ class _Planner:
             LayerInfo(path, "embed", shape, bits, None, 0, name, None, None, settings)
         )
 
-    def _visit_pair(self, node: Node, kind: str) -> None:
+    def _visit_pair(self, node: TracedNode, kind: str) -> None:
         """Take in a product without weights; a rule of kind 'attention' may quantize it."""
         path = "/".join(p for p in (node.scope, f"{node.name}{len(self.table)}") if p)
         constant = self._operands.constant_side(node)
@@ -201,18 +201,20 @@ class _Planner:
             LayerInfo(path, "attention", shape, bits, bits, macs, (path,), None, None, settings)
         )
 
-    def _leave(self, node: Node, kind: str, side: int, name: Key, reason: str | None) -> None:
+    def _leave(self, node: TracedNode, kind: str, side: int, name: Key, reason: str | None) -> None:
         side = 1 if kind == "conv" else side  # A convolution counts by its right operand.
         shape, out = self._operands.shapes(node, side)
         macs = self._operands.product(node, kind, side).macs(shape, out)
         path = "/".join(_module(name))
         self.table.append(LayerInfo(path, kind, shape, None, None, macs, name, None, reason))
 
-    def _leave_inner(self, node: Node, reason: str) -> None:
+    def _leave_inner(self, node: TracedNode, reason: str) -> None:
         name = (f"{node.name}{len(self.table)}",)
         self.table.append(LayerInfo(name[0], "any", (), None, None, 0, name, None, reason))
 
-    def _plan_layer(self, node: Node, kind: str, side: int, name: Key, settings: Settings) -> None:
+    def _plan_layer(
+        self, node: TracedNode, kind: str, side: int, name: Key, settings: Settings
+    ) -> None:
         product = self._operands.product(node, kind, side)
         shape, out = self._operands.shapes(node, side)
         path, macs = "/".join(_module(name)), product.macs(shape, out)
@@ -244,7 +246,7 @@ class _Planner:
         self.table.append(LayerInfo(path, kind, shape, *bits, macs, name, None, None, settings))
 
     def _step_size_key(
-        self, node: Node, weights: Atom, name: Key, settings: Settings, axes: tuple[int, ...]
+        self, node: TracedNode, weights: Atom, name: Key, settings: Settings, axes: tuple[int, ...]
     ) -> Key | None:
         """Return the key of the weights' learned step sizes; layers that share weights share it."""
         if settings.weight_range != "lsq":

@@ -4,11 +4,11 @@ import dataclasses
 
 from jaxqat.errors import RecipeError
 from jaxqat.quant._numerics.grouped import GroupedDot
-from jaxqat.quant._numerics.products import Convolution, Dot, Product
+from jaxqat.quant._numerics.products import AnyProduct, Convolution, Dot
 from jaxqat.quant._plan.dependence import is_float
 from jaxqat.quant._plan.plan import CONSTANTS, DATA, LEFT_BY_RECIPE, PARAMETERS
 from jaxqat.quant._trace.arguments import Key
-from jaxqat.quant._trace.program import Atom, Constant, Node, Program
+from jaxqat.quant._trace.program import Atom, Constant, Program, TracedNode
 from jaxqat.quant.recipe import Settings
 
 Shape = tuple[int, ...]
@@ -28,11 +28,11 @@ class Operands:
     level: list[int]
     names: dict[int, Key]
 
-    def levels(self, node: Node) -> list[int]:
+    def levels(self, node: TracedNode) -> list[int]:
         """Return what each operand depends on."""
         return [CONSTANTS if isinstance(a, Constant) else self.level[a] for a in node.inputs]
 
-    def weight_side(self, node: Node) -> int | None:
+    def weight_side(self, node: TracedNode) -> int | None:
         """Return which operand of a product depends on variables of the model, if just one does.
 
         It may depend on parameters too, but not on data.
@@ -40,16 +40,16 @@ class Operands:
         side = self._fixed_side(node)
         return side if side is not None and self.levels(node)[side] > CONSTANTS else None
 
-    def constant_side(self, node: Node) -> int | None:
+    def constant_side(self, node: TracedNode) -> int | None:
         """Return which operand of a product is a constant, as interpolation matrices are."""
         side = self._fixed_side(node)
         return side if side is not None and self.levels(node)[side] == CONSTANTS else None
 
-    def _fixed_side(self, node: Node) -> int | None:
+    def _fixed_side(self, node: TracedNode) -> int | None:
         levels = self.levels(node)
         return levels.index(min(levels)) if min(levels) <= PARAMETERS < max(levels) else None
 
-    def has_parameters(self, node: Node, side: int) -> bool:
+    def has_parameters(self, node: TracedNode, side: int) -> bool:
         """Return whether the weights of a product, on one side, depend on parameters."""
         return self.levels(node)[side] == PARAMETERS
 
@@ -57,7 +57,7 @@ class Operands:
         """Return the path of the parameter or variable of the model that names an operand."""
         return self.names.get(atom) if isinstance(atom, int) else None
 
-    def table_name(self, node: Node) -> Key | None:
+    def table_name(self, node: TracedNode) -> Key | None:
         """Return the path of the embeddings that a look-up reads; None if it is no embedding."""
         table, levels = node.inputs[0], self.levels(node)
         aval = self.program.aval(table)
@@ -66,12 +66,12 @@ class Operands:
             return None
         return self.name(table)
 
-    def shapes(self, node: Node, side: int) -> tuple[Shape, Shape]:
+    def shapes(self, node: TracedNode, side: int) -> tuple[Shape, Shape]:
         """Return the shapes of the operand on one side, and of the result."""
         operand, output = self.program.aval(node.inputs[side]), self.program.avals[node.outputs[0]]
         return tuple(operand.shape), tuple(output.shape)
 
-    def product(self, node: Node, kind: str, side: int) -> Convolution | Dot:
+    def product(self, node: TracedNode, kind: str, side: int) -> Convolution | Dot:
         """Return the product of a node whose weights are on one side."""
         primitive, params = node.equation.primitive, node.equation.params
         rank = len(self.program.avals[node.outputs[0]].shape)
@@ -80,7 +80,7 @@ class Operands:
         return Dot(primitive, params, rank, side)
 
     def float_reason(
-        self, node: Node, kind: str, side: int, settings: Settings | None
+        self, node: TracedNode, kind: str, side: int, settings: Settings | None
     ) -> str | None:
         """Return why a product with weights stays in float; None if it does not."""
         data, weights = (self.program.aval(node.inputs[s]) for s in (1 - side, side))
@@ -96,8 +96,8 @@ class Operands:
 
 
 def with_scales(
-    product: Product, shape: Shape, settings: Settings, path: str
-) -> tuple[Product, tuple[int, ...]]:
+    product: AnyProduct, shape: Shape, settings: Settings, path: str
+) -> tuple[AnyProduct, tuple[int, ...]]:
     """Return a product for the granularity of its weights, and the axes that share one scale.
 
     Args:
@@ -117,7 +117,7 @@ def with_scales(
     return product, product.channel_axes
 
 
-def _grouped(product: Product, shape: Shape, size: int, path: str) -> GroupedDot:
+def _grouped(product: AnyProduct, shape: Shape, size: int, path: str) -> GroupedDot:
     setting = "quant.weight_granularity 'per_group'"
     if not isinstance(product, Dot) or len(product.channel_axes) != 1:
         raise RecipeError(

@@ -14,7 +14,7 @@ from jaxqat.quant._plan.arguments import arguments_before
 from jaxqat.quant._plan.origins import Origins
 from jaxqat.quant._plan.plan import LEARNED, Place, QuantizedTensor
 from jaxqat.quant._trace.arguments import Key
-from jaxqat.quant._trace.program import Node
+from jaxqat.quant._trace.program import TracedNode
 from jaxqat.quant.recipe import Settings
 
 # What two readers of a tensor must agree on; of two widths the larger one serves both.
@@ -28,7 +28,7 @@ class TensorPlanner:
         tensors: By place (`plan.Place`).
     """
 
-    def __init__(self, origins: Origins, layers: Mapping[Node, Any]):
+    def __init__(self, origins: Origins, layers: Mapping[TracedNode, Any]):
         self.tensors: dict[Place, QuantizedTensor] = {}
         self._origins, self._layers = origins, layers
         self._uses: dict[Key, int] = {}
@@ -69,7 +69,7 @@ class TensorPlanner:
         uses = self._uses[key] = self._uses.get(key, 0) + 1
         return key if uses == 1 else (*key[:-1], f"{key[-1]}{uses}")
 
-    def _key_at(self, key: Key, node: Node | None, side: int = 0) -> Key:
+    def _key_at(self, key: Key, node: TracedNode | None, side: int = 0) -> Key:
         """Return a key for what a node makes or reads; iterations of a loop share one."""
         if node is None or not node.loop:
             return self.unique_key(key)
@@ -140,7 +140,9 @@ class TensorPlanner:
         self.tensors[source] = tensor
         return [(source, tensor)]
 
-    def _add_terms(self, node: Node, total: QuantizedTensor) -> list[tuple[int, QuantizedTensor]]:
+    def _add_terms(
+        self, node: TracedNode, total: QuantizedTensor
+    ) -> list[tuple[int, QuantizedTensor]]:
         """Quantize the terms of a residual addition; return those that were not quantized yet."""
         sources = [self._origins.source(a) for a in node.inputs if isinstance(a, int)]
         if any(source in self._dynamic for source in sources):
@@ -158,7 +160,7 @@ class TensorPlanner:
             self.tensors[place] = _read_by(self.tensors[place], total, keys[1 - i], i in new)
         return [(sources[i], self.tensors[places[i]]) for i in new]
 
-    def _place(self, node: Node, side: int, source: int) -> Place:
+    def _place(self, node: TracedNode, side: int, source: int) -> Place:
         """Return where a term is quantized: its variable, or the operand of the sum alone.
 
         A layer's result with readers other than sums stays as it is for those: batch norm, for
@@ -186,7 +188,7 @@ class TensorPlanner:
 
     def _term(
         self,
-        node: Node,
+        node: TracedNode,
         side: int,
         source: int,
         total: QuantizedTensor,

@@ -73,7 +73,7 @@ Atom = int | Constant
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Node:
+class TracedNode:
     """One operation: it reads atoms and makes variables, which are numbered over the program.
 
     Attributes:
@@ -169,23 +169,23 @@ class Program:
     """
 
     def __init__(self, closed_jaxpr: Any):
-        self.nodes: list[Node] = []
+        self.nodes: list[TracedNode] = []
         self.avals: list[Any] = []
-        self.made_by: dict[int, Node] = {}
+        self.made_by: dict[int, TracedNode] = {}
         self.constants: dict[int, Any] = {}
         self.iterations: dict[int, int] = {}
         self.carried: set[int] = set()
         self.inputs = tuple(self._variable(v.aval) for v in closed_jaxpr.jaxpr.invars)
         self.outputs = self._inline(closed_jaxpr.jaxpr, closed_jaxpr.consts, self.inputs)
 
-    def where(self, node: Node) -> str:
+    def where(self, node: TracedNode) -> str:
         """Return the operation and its module, for messages; name softmax and norms as a whole."""
         if node.scope in self._normalizations:
             return f"the normalization {node.scope}"
         what = "a softmax" if self._starts_softmax(node) else f"'{node.label}'"
         return what + (f" in {node.scope}" if node.scope else "")
 
-    def _starts_softmax(self, node: Node) -> bool:
+    def _starts_softmax(self, node: TracedNode) -> bool:
         """Return whether a node is the maximum in exp(x - max(x)), which keeps a softmax finite."""
         if node.name != "reduce_max":
             return False
@@ -259,7 +259,7 @@ class Program:
                 results = [Constant(np.asarray(operands[0].value).astype(dtype)[()])]
             else:
                 results = [self._variable(v.aval) for v in equation.outvars]
-                node = Node(equation, operands, tuple(results), here, loop)
+                node = TracedNode(equation, operands, tuple(results), here, loop)
                 self.nodes.append(node)
                 self.made_by.update((number, node) for number in results)
             known.update(zip(equation.outvars, results, strict=True))

@@ -187,7 +187,7 @@ def test_moved_codes_are_made_once_for_all_their_readers():
 
 
 def test_a_function_of_codes_becomes_a_table_within_the_bounds():
-    function = forms.Table(codes(), operation("tanh", jnp.tanh), (forms.Table(codes()),))
+    function = forms.Tabulated(codes(), operation("tanh", jnp.tanh), (forms.Tabulated(codes()),))
     ((kind, node),), tensors = emitted(forms.Clamp(function, low=0.0))
     assert kind is g.Table
     assert (node.inputs, node.output, tensors["y"].low) == (("x",), "y", 3)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
-from jaxqat.integer._store.typed_json import CodecError, Form, TypedJson, wrong
+from jaxqat.integer._store.typed_json import CodecError, Encoding, TypedJson, wrong
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +174,7 @@ def test_nan_and_infinity_are_written_only_if_that_is_allowed():
         assert math.isnan(found[0]) and found[1] == math.inf
 
 
-def test_a_form_overrides_the_supported_types_and_can_use_their_fields():
+def test_an_encoding_overrides_the_supported_types_and_can_use_their_fields():
     def encode(score: Score, key: str):
         return {"kind": "score", **codec.encode_fields(score, key)}
 
@@ -184,7 +184,7 @@ def test_a_form_overrides_the_supported_types_and_can_use_their_fields():
             raise wrong(f"{key}.kind", content["kind"], "score")
         return Score(**codec.decode_fields(fields, Score, key))
 
-    codec = TypedJson(forms={Score: Form(encode, decode)})
+    codec = TypedJson(encodings={Score: Encoding(encode, decode)})
     content = codec.encode({"test": SCORE}, dict[str, Score])
     assert content["test"] == {"kind": "score", "accuracy": 0.5, "images": 10, "exact": True}
     assert codec.decode(content, dict[str, Score]) == {"test": SCORE}

@@ -68,7 +68,7 @@ FUNCTIONS = {
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_a_table_has_the_function_s_units_at_every_element(name):
     result = derived(FUNCTIONS[name], codes())
-    assert isinstance(result.form, forms.Table)
+    assert isinstance(result.form, forms.Tabulated)
     out = grid(0.02, -5)
     with jax.enable_x64(True):
         real = (jnp.asarray(UNITS, jnp.float64) - 11) * np.float64(np.float32(0.0437))
@@ -88,7 +88,7 @@ def test_every_program_has_the_same_table(name, scale):
 
     def tables(scale, out):
         form = derived(FUNCTIONS[name], codes(grid(scale))).form
-        assert isinstance(form, forms.Table)
+        assert isinstance(form, forms.Tabulated)
         return form.units(grid(out)), form.in_units(grid(out))
 
     def alone(scale, out):
@@ -104,7 +104,7 @@ def test_every_program_has_the_same_table(name, scale):
 
 def test_a_table_s_codes_stay_on_the_grid():
     form = derived(lambda x: x * x * x, codes()).form
-    assert isinstance(form, forms.Table)
+    assert isinstance(form, forms.Tabulated)
     found = form.table(grid(0.01, 100))
     assert found.dtype == jnp.int8 and (found[0], found[-1]) == (-128, 127)
     assert found[int(CODES[139]) + 128] == 100  # Of the real zero.
@@ -112,7 +112,7 @@ def test_a_table_s_codes_stay_on_the_grid():
 
 def test_a_function_of_two_tensors_is_no_table():
     one, two = codes(), codes(grid(0.1))
-    assert not isinstance(derived(lambda x, y: jnp.tanh(x) * y, one, two).form, forms.Table)
+    assert not isinstance(derived(lambda x, y: jnp.tanh(x) * y, one, two).form, forms.Tabulated)
 
 
 def test_a_residual_addition_of_a_tensor_to_itself_is_a_sum():
@@ -131,14 +131,14 @@ def test_a_function_in_training_has_no_form():
 
 def test_a_number_may_be_repeated_but_not_several():
     values = derived(lambda x: x + lax.broadcast(jnp.float32(2), x.shape), codes())
-    assert isinstance(values.form, forms.Table)
+    assert isinstance(values.form, forms.Tabulated)
     several = derived(lambda x: jnp.tanh(x) + np.arange(4, dtype=np.float32), codes())
     assert several.form is None
 
 
 def test_a_number_that_repeats_a_tensor_leaves_no_table():
     form = derived(lambda x: x[:, :1] + jnp.zeros((1, 7, 1)), codes()).form
-    assert not isinstance(form, forms.Table)
+    assert not isinstance(form, forms.Tabulated)
 
 
 def test_two_tensors_of_codes_are_multiplied_on_codes():

@@ -13,9 +13,9 @@ import pytest
 from flax import nnx
 
 import jaxqat
-from jaxqat.quant.models.linen import QuantizedModule
-from jaxqat.quant.models.nnx import QuantizedNNX
-from jaxqat.quant.models.stateless import QuantizedEquinox, QuantizedFunction
+from jaxqat.quant._models.linen import QuantizedModule
+from jaxqat.quant._models.nnx import QuantizedNNX
+from jaxqat.quant._models.stateless import QuantizedEquinox, QuantizedFunction
 
 pytestmark = pytest.mark.slow
 

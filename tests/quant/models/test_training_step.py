@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import jaxqat
+from jaxqat.quant._models import training_step
 from jaxqat.quant._numerics import cpu
-from jaxqat.quant.models import training_step
 
 pytestmark = pytest.mark.slow
 

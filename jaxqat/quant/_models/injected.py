@@ -22,15 +22,15 @@ from jax.core import Tracer
 
 from jaxqat.errors import QuantizationError, RecipeError
 from jaxqat.quant._interpret import Mode
+from jaxqat.quant._models.aqt_calls import QuantizedProduct
+from jaxqat.quant._models.quantize import as_recipe
+from jaxqat.quant._models.state import QUANT, state_collections
+from jaxqat.quant._models.stateless import QuantizedFunction
 from jaxqat.quant._numerics.ranges import Range, empty_range
 from jaxqat.quant._plan.plan import LEARNED
-from jaxqat.quant.models.aqt_calls import QuantizedProduct
-from jaxqat.quant.models.quantize import as_recipe
-from jaxqat.quant.models.state import QUANT, state_collections
-from jaxqat.quant.models.stateless import QuantizedFunction
 from jaxqat.quant.recipe import SETTINGS, Recipe
 
-Product = Callable[[Any, Any], Any]
+ProductFunction = Callable[[Any, Any], Any]
 
 
 def dot_general_cls(recipe: Recipe | str = "int8") -> Callable[[], nn.Module]:
@@ -97,7 +97,7 @@ class ConvGeneralDilated(_Injected):
 
 
 def _of_linen(
-    module: nn.Module, recipe: Recipe, kind: str, product: Product, x: Any, weights: Any
+    module: nn.Module, recipe: Recipe, kind: str, product: ProductFunction, x: Any, weights: Any
 ) -> Any:
     path = "/".join(module.path[:-1]) or "kernel"  # A layer at the top is named by its parameter.
     layer = of_layer(recipe, path, kind)
@@ -151,7 +151,7 @@ def check_seen(state: Range, path: str) -> None:
 
 def evaluate(
     recipe: Recipe,
-    product: Product,
+    product: ProductFunction,
     x: Any,
     weights: Any,
     state: Range | None,

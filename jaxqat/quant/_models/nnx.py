@@ -9,12 +9,12 @@ from flax import nnx
 
 from jaxqat.errors import QuantizationError
 from jaxqat.quant._interpret import Mode
+from jaxqat.quant._models.aqt_calls import nnx_products
+from jaxqat.quant._models.bound import BoundModel, QuantizedModel
+from jaxqat.quant._models.nnx_scopes import name_calls
+from jaxqat.quant._models.state import QUANT, QUANT_PARAMS, state_collections
 from jaxqat.quant._numerics.ranges import Range
 from jaxqat.quant._trace.arguments import Key
-from jaxqat.quant.models.aqt_calls import nnx_products
-from jaxqat.quant.models.bound import BoundModel, QuantizedModel
-from jaxqat.quant.models.nnx_scopes import name_calls
-from jaxqat.quant.models.state import QUANT, QUANT_PARAMS, state_collections
 from jaxqat.quant.recipe import Recipe
 
 

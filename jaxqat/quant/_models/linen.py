@@ -9,12 +9,12 @@ import flax.linen as nn
 import jax
 from flax.core import DenyList, unfreeze  # pyright: ignore[reportUnknownVariableType]
 
+from jaxqat.quant._models.aqt_calls import linen_products
+from jaxqat.quant._models.bound import BoundModel, PureFunction
+from jaxqat.quant._models.stateless import Mutable, StatelessModel
 from jaxqat.quant._numerics import cpu
 from jaxqat.quant._plan.plan import LayerInfo
 from jaxqat.quant._trace.arguments import split_arrays
-from jaxqat.quant.models.aqt_calls import linen_products
-from jaxqat.quant.models.bound import BoundModel, PureFunction
-from jaxqat.quant.models.stateless import Mutable, StatelessModel
 from jaxqat.quant.recipe import Recipe
 
 # Collections that change in `init`, as in Linen's.

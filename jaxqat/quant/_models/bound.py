@@ -14,19 +14,19 @@ import jax
 
 from jaxqat.errors import QuantizationError
 from jaxqat.quant._interpret import Evaluator, Mode, Switches
-from jaxqat.quant._numerics.ranges import Range
-from jaxqat.quant._plan.plan import LEARNED, LayerInfo, Plan, by_call
-from jaxqat.quant._plan.planner import make_plan
-from jaxqat.quant._trace.arguments import Call, Key, split_arrays
-from jaxqat.quant._trace.program import trace
-from jaxqat.quant.models.aqt_calls import collected, with_rules
-from jaxqat.quant.models.state import (
+from jaxqat.quant._models.aqt_calls import collected, with_rules
+from jaxqat.quant._models.state import (
     QUANT,
     QUANT_PARAMS,
     check_finite,
     flat_state,
     state_collections,
 )
+from jaxqat.quant._numerics.ranges import Range
+from jaxqat.quant._plan.plan import LEARNED, LayerInfo, Plan, by_call
+from jaxqat.quant._plan.planner import make_plan
+from jaxqat.quant._trace.arguments import Call, Key, split_arrays
+from jaxqat.quant._trace.program import trace
 from jaxqat.quant.recipe import Recipe
 
 # (params, other collections, args, kwargs) -> (result, updates of the other collections)

@@ -11,8 +11,8 @@ from flax.core.scope import in_filter
 
 from jaxqat.errors import QuantizationError
 from jaxqat.quant._interpret import Mode
-from jaxqat.quant.models.bound import BoundModel, PureFunction, QuantizedModel
-from jaxqat.quant.models.state import QUANT, QUANT_PARAMS
+from jaxqat.quant._models.bound import BoundModel, PureFunction, QuantizedModel
+from jaxqat.quant._models.state import QUANT, QUANT_PARAMS
 from jaxqat.quant.recipe import Recipe
 
 # Collections to update, as Flax names them: all or none, one name, several, all but some.

@@ -18,10 +18,10 @@ import numpy as np
 from flax.core import unfreeze
 
 from jaxqat.errors import QuantizationError
+from jaxqat.quant._models.batches import as_arguments, each_batch, preparing
+from jaxqat.quant._models.bound import BoundModel
+from jaxqat.quant._models.linen import QuantizedModule
 from jaxqat.quant._trace.arguments import key_of, split_arrays
-from jaxqat.quant.models.batches import as_arguments, each_batch, preparing
-from jaxqat.quant.models.bound import BoundModel
-from jaxqat.quant.models.linen import QuantizedModule
 
 # (other arrays of the model, statistics before a batch, inputs) -> statistics after it.
 Update = Callable[[Any, Any, tuple[Any, ...]], Any]
@@ -206,7 +206,7 @@ def _of_linen(
 def _of_nnx(model: Any, kwargs: dict[str, Any]) -> tuple[Update, Any, Any]:
     from flax import nnx
 
-    from jaxqat.quant.models.nnx import QuantizedNNX
+    from jaxqat.quant._models.nnx import QuantizedNNX
 
     if not isinstance(model, nnx.Module):
         raise QuantizationError(

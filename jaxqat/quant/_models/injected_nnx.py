@@ -7,20 +7,20 @@ import jax
 from flax import nnx
 
 from jaxqat.errors import RecipeError
-from jaxqat.quant._numerics.ranges import empty_range
-from jaxqat.quant.models.aqt_calls import QuantizedProduct
-from jaxqat.quant.models.injected import (
-    Product,
+from jaxqat.quant._models.aqt_calls import QuantizedProduct
+from jaxqat.quant._models.injected import (
+    ProductFunction,
     check_seen,
     checked_recipe,
     evaluate,
     of_layer,
 )
-from jaxqat.quant.models.nnx import QuantState
+from jaxqat.quant._models.nnx import QuantState
+from jaxqat.quant._numerics.ranges import empty_range
 from jaxqat.quant.recipe import Recipe
 
 
-class _Injected(nnx.Module, QuantizedProduct):
+class _InjectedNnx(nnx.Module, QuantizedProduct):
     """A quantized product within an NNX layer.
 
     Attributes:
@@ -45,7 +45,7 @@ class _Injected(nnx.Module, QuantizedProduct):
         self.quant = QuantState(empty_range())
         self.use_running_average = False
 
-    def _multiply(self, product: Product, x: Any, weights: Any) -> Any:
+    def _multiply(self, product: ProductFunction, x: Any, weights: Any) -> Any:
         if self.recipe is None:
             return product(x, weights)
         moves = not self.use_running_average
@@ -58,7 +58,7 @@ class _Injected(nnx.Module, QuantizedProduct):
         return result
 
 
-class NNXDotGeneral(_Injected):
+class NNXDotGeneral(_InjectedNnx):
     """A quantized `jax.lax.dot_general` for an NNX layer; the right operand is the weights.
 
         nnx.Linear(8, 4, dot_general=jaxqat.aqt.NNXDotGeneral("int8"), rngs=rngs)
@@ -87,7 +87,7 @@ class NNXDotGeneral(_Injected):
         )
 
 
-class NNXConvGeneralDilated(_Injected):
+class NNXConvGeneralDilated(_InjectedNnx):
     """A quantized `jax.lax.conv_general_dilated` for an NNX convolution; see `NNXDotGeneral`.
 
     nnx.Conv(3, 8, (3, 3), conv_general_dilated=NNXConvGeneralDilated("int8"), rngs=rngs)

@@ -8,15 +8,15 @@ import flax.linen as nn
 
 from jaxqat.errors import QuantizationError, RecipeError
 from jaxqat.quant._aqt import AqtConfiguration, from_aqt, is_configuration
-from jaxqat.quant.models.bound import QuantizedModel
-from jaxqat.quant.models.linen import QuantizedModule
-from jaxqat.quant.models.stateless import QuantizedEquinox, QuantizedFunction
+from jaxqat.quant._models.bound import QuantizedModel
+from jaxqat.quant._models.linen import QuantizedModule
+from jaxqat.quant._models.stateless import QuantizedEquinox, QuantizedFunction
 from jaxqat.quant.recipe import Recipe
 
 if TYPE_CHECKING:  # Importing flax.nnx imports optax.
     from flax import nnx
 
-    from jaxqat.quant.models.nnx import QuantizedNNX
+    from jaxqat.quant._models.nnx import QuantizedNNX
 
 
 # A module is callable too; the first overload that fits gives the type.
@@ -65,7 +65,7 @@ def quantize(model: Any, recipe: Recipe | str | AqtConfiguration = "int8") -> An
     if isinstance(model, nn.Module):
         return QuantizedModule(model, recipe)
     if _is_of("flax.nnx", model):
-        from jaxqat.quant.models.nnx import QuantizedNNX
+        from jaxqat.quant._models.nnx import QuantizedNNX
 
         return QuantizedNNX(model, recipe)
     if _is_of("equinox", model) and callable(model):

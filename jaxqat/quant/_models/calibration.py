@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxqat.errors import QuantizationError
+from jaxqat.quant._models.batches import as_arguments, each_batch, preparing
+from jaxqat.quant._models.bound import BoundModel, QuantizedModel
+from jaxqat.quant._models.quantize import quantize
+from jaxqat.quant._models.state import check_finite
 from jaxqat.quant._numerics.ranges import Range
 from jaxqat.quant._trace.arguments import Key
-from jaxqat.quant.models.batches import as_arguments, each_batch, preparing
-from jaxqat.quant.models.bound import BoundModel, QuantizedModel
-from jaxqat.quant.models.quantize import quantize
-from jaxqat.quant.models.state import check_finite
 from jaxqat.quant.recipe import Recipe
 
 
