@@ -15,6 +15,7 @@ from jaxqat.bench.checks import BenchmarkError
 from jaxqat.integer import graph as g
 from jaxqat.integer._execute.float_ops import evaluate
 from jaxqat.integer._float_visitor import FloatVisitor
+from jaxqat.integer._results import nested
 
 Arrays = dict[str, tuple[Any, Any]]
 """Weights and bias of each product, by node."""
@@ -31,8 +32,9 @@ class FloatNetwork(FloatVisitor[Any]):
         return {node.name: self.folded(node) for node in self.graph.products()}
 
     def run(self, arrays: Arrays, images: Any) -> Any:
-        """Return the logits."""
-        return self.visit(images, arrays)[self.graph.output]
+        """Return the network's result."""
+        values, outputs = self.visit(images, arrays), self.graph.outputs
+        return nested(outputs, [values[output.name] for output in outputs])
 
     def quantize(self, node: g.Quantize, images: Any) -> Any:
         """Return the images without rounding."""

@@ -64,13 +64,15 @@ def least_seconds(graph: g.IntegerGraph, batch: int, device: Device) -> float:
 def macs(graph: g.IntegerGraph) -> int:
     """Return the multiply-accumulate operations for one image."""
     return sum(
-        math.prod(_shape(graph, node.output)[:-1]) * node.weights.size for node in graph.products()
+        math.prod(node.output_shape([graph.tensors[node.inputs[0]].shape])[:-1]) * node.weights.size
+        for node in graph.products()
     )
 
 
 def traffic(graph: g.IntegerGraph, batch: int) -> int:
     """Return the bytes read and written for a batch, including float32 images and logits."""
-    example = 4 * (math.prod(graph.input_shape) + math.prod(graph.output_shape))
+    shapes = (graph.input_shape, *(output.shape for output in graph.outputs))
+    example = 4 * sum(map(math.prod, shapes))
     unstored = _unstored(graph)
     for node in graph.nodes:
         if isinstance(node, g.Move) and node.kind == "reshape":
@@ -95,10 +97,6 @@ def _unstored(graph: g.IntegerGraph) -> set[str]:
             own = [n for n in node.inputs if n in products and len(graph.readers(n)) == 1]
             names |= set(own[:1])
     return names
-
-
-def _shape(graph: g.IntegerGraph, name: str) -> tuple[int, ...]:
-    return graph.tensors[name].shape if name in graph.tensors else graph.output_shape
 
 
 def parameters(graph: g.IntegerGraph) -> int:

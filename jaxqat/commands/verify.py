@@ -110,7 +110,7 @@ def _in_onnx_runtime(model: Any) -> Network:
 
     def exported(batch: np.ndarray) -> Observation:
         logits, codes = run(batch)
-        return Observation(codes, logits)
+        return Observation(codes, [logits])
 
     return exported
 
@@ -119,4 +119,4 @@ def _in_openvino(model: Any) -> Network:
     from jaxqat.export._onnx.openvino import compile_openvino
 
     run = compile_openvino(model)
-    return lambda batch: Observation({}, run(batch))
+    return lambda batch: Observation({}, [run(batch)])

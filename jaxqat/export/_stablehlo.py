@@ -24,6 +24,7 @@ from jaxqat.export._files import check_target
 from jaxqat.integer._execute import Platform
 from jaxqat.integer._execute.executor import PLATFORMS
 from jaxqat.integer._guard import check_graph
+from jaxqat.integer._results import flat
 from jaxqat.integer._store.files import write_atomically
 from jaxqat.integer.graph import IntegerGraph
 
@@ -32,18 +33,18 @@ _MAGIC = b"jaxqat.stablehlo.1"
 
 
 class StableHloNetwork:
-    """An exported network, as a function from images to logits.
+    """An exported network, as a function from images to its result.
 
     Attributes:
-        description: Input, output, platforms and metadata, from `export_stablehlo`.
+        description: Input, outputs, platforms and metadata, from `export_stablehlo`.
     """
 
     def __init__(self, exported: export.Exported, description: dict[str, Any]):
         self.description = description
-        self._call: Callable[[Any], jax.Array] = jax.jit(exported.call)
+        self._call: Callable[[Any], Any] = jax.jit(exported.call)
 
-    def __call__(self, images: Any) -> jax.Array:
-        """Return the network's result, of the type in the description.
+    def __call__(self, images: Any) -> Any:
+        """Return the network's result, of the types in the description.
 
         Raises:
             ExportError: If the images do not have the file's input shape or type.
@@ -113,13 +114,21 @@ def export_stablehlo(
         exported = export.export(program, platforms=platforms)(images)
     description = {
         "input": {"shape": list(graph.input_shape), "dtype": dtype, "batch": batch},
-        "output": {"shape": list(graph.output_shape), "dtype": exported.out_avals[0].dtype.name},
+        "outputs": _described(graph, jax.tree.unflatten(exported.out_tree, exported.out_avals)),
         "platforms": list(platforms),
         "metadata": graph.metadata,
     }
     content = _sealed(bytes(exported.serialize()), description)
     write_atomically(path, content, error=ExportError)
     return path
+
+
+def _described(graph: IntegerGraph, result: Any) -> list[dict[str, Any]]:
+    avals = zip(graph.outputs, flat(graph.outputs, result), strict=True)
+    return [
+        {"path": list(output.path), "shape": list(output.shape), "dtype": aval.dtype.name}
+        for output, aval in avals
+    ]
 
 
 @contextlib.contextmanager
@@ -144,22 +153,22 @@ def _without_tracebacks() -> Generator[None]:
 
 
 def _program(graph: IntegerGraph, platforms: tuple[str, ...]) -> Any:
-    """Return a function from images to logits that holds the weights once for all platforms."""
+    """Return a function from images to the result that holds the weights once for all platforms."""
     by_name = {name: PLATFORMS[name](graph) for name in platforms}
     arrays = {p.name: {"weights": p.weights, "bias": p.bias} for p in graph.products()}
 
     def run(platform: Platform) -> Any:
-        def on_platform(images: jax.Array, arrays: Any) -> jax.Array:
+        def on_platform(images: jax.Array, arrays: Any) -> Any:
             parameters = platform.parameters_from(arrays)
 
-            def apply(images: jax.Array) -> jax.Array:
+            def apply(images: jax.Array) -> Any:
                 return platform.result(platform.visit(images, parameters))
 
             return platform.batched(apply)(images)
 
         return on_platform
 
-    def program(images: jax.Array) -> jax.Array:
+    def program(images: jax.Array) -> Any:
         constants: Any = jax.tree.map(jnp.asarray, arrays)
         branches = {name: run(platform) for name, platform in by_name.items()}
         return lax.platform_dependent(images, constants, **branches)

@@ -15,12 +15,13 @@ of the largest.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
+from jaxqat.errors import ExecutionError
 from jaxqat.integer.graph import FloatOp, IntegerGraph, Node
 from jaxqat.quant._models.batches import each_batch
 
@@ -37,11 +38,11 @@ class Observation(NamedTuple):
 
     Attributes:
         tensors: Codes (int8) by tensor; real values for the float network.
-        logits: The result.
+        results: The arrays of the result, in the order of the graph's outputs.
     """
 
     tensors: Mapping[str, Any]
-    logits: Any
+    results: Sequence[Any]
 
 
 Network = Callable[[np.ndarray], Observation]
@@ -198,7 +199,7 @@ def compare(
         real: The float network; None leaves out SQNR.
         segments: The network to check, part by part; None if it has no float islands.
     """
-    by_island = isinstance(_maker(graph, graph.output), FloatOp)
+    by_island = [isinstance(_maker(graph, output.name), FloatOp) for output in graph.outputs]
     end_to_end = 0
     sums: dict[str, _Sums] = {}
     results = _Results()
@@ -223,15 +224,17 @@ def compare(
         images += len(batch)
         nan_inputs += _nans(batch)
         logits_only = not left.tensors or not right.tensors
-        if any(name not in left.tensors for name in graph.entries):
-            has_differing[:] = True  # Perhaps in a tensor that the reference does not show.
-        elif by_island:  # It computes from the given codes.
-            has_differing[:] = False
-        results.compare(np.asarray(left.logits), np.asarray(parts.logits), has_differing, by_island)
-        classes = np.asarray(right.logits).argmax(-1)
-        flips += int((np.asarray(left.logits).argmax(-1) != classes).sum())
+        unseen = any(name not in left.tensors for name in graph.entries)
+        has_differing |= unseen  # Perhaps in a tensor that the reference does not show.
+        for network in (left, right):
+            _check_results(network, graph)
+        for one, other, island in zip(left.results, parts.results, by_island, strict=True):
+            # An island computes from the given codes.
+            unlike = has_differing & (not island or unseen)
+            results.compare(np.asarray(one), np.asarray(other), unlike, island)
+        flips += _flips(left.results, right.results)
         if floats is not None:
-            flips_fp32 += int((np.asarray(floats.logits).argmax(-1) != classes).sum())
+            flips_fp32 += _flips(floats.results, right.results)
     # In the order of the graph.
     of_island = _after_islands(graph, sums)
     checks = tuple(
@@ -263,7 +266,22 @@ def _in_shape(observed: Observation, graph: IntegerGraph, batch: int) -> Observa
         return codes.reshape(shape) if codes.size == np.prod(shape) else codes
 
     tensors = {name: shaped(name, codes) for name, codes in observed.tensors.items()}
-    return Observation(tensors, observed.logits)
+    return Observation(tensors, observed.results)
+
+
+def _check_results(observed: Observation, graph: IntegerGraph) -> None:
+    if len(observed.results) != len(graph.outputs):
+        raise ExecutionError(
+            "verify compares networks with the same results: one of them returns "
+            f"{len(observed.results)} arrays, the integer network {len(graph.outputs)}."
+        )
+
+
+def _flips(left: Sequence[Any], right: Sequence[Any]) -> int:
+    """Return how many images change their class in a result; a result of scores is a vector."""
+    scores = [(np.asarray(a), np.asarray(b)) for a, b in zip(left, right, strict=True)]
+    changed = [a.argmax(-1) != b.argmax(-1) for a, b in scores if a.ndim == 2 and a.shape[1]]
+    return int(np.any(changed, axis=0).sum()) if changed else 0
 
 
 def _after_islands(graph: IntegerGraph, observed: Iterable[str]) -> set[str]:

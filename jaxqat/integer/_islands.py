@@ -32,12 +32,12 @@ class Island:
         return f"{self.name or 'the model'}: {counts}"
 
 
-def find_islands(nodes: Sequence[Node], output: str) -> tuple[Island, ...]:
+def find_islands(nodes: Sequence[Node], results: Sequence[str]) -> tuple[Island, ...]:
     """Return the islands of a graph in the order of their first operation.
 
     Args:
         nodes: Nodes of the graph.
-        output: Name of its result.
+        results: Names of its results.
     """
     operations = [node for node in nodes if isinstance(node, FloatOp)]
     group = {node.output: node.output for node in operations}
@@ -54,13 +54,13 @@ def find_islands(nodes: Sequence[Node], output: str) -> tuple[Island, ...]:
     members: dict[str, list[FloatOp]] = {}
     for node in operations:
         members.setdefault(root(node.output), []).append(node)
-    return tuple(_island(part, nodes, output) for part in members.values())
+    return tuple(_island(part, nodes, results) for part in members.values())
 
 
-def _island(part: list[FloatOp], nodes: Sequence[Node], output: str) -> Island:
+def _island(part: list[FloatOp], nodes: Sequence[Node], results: Sequence[str]) -> Island:
     made = {node.output for node in part}
     read = [name for node in nodes if node.output not in made for name in node.inputs]
-    outside = {*read, output}
+    outside = {*read, *results}
     return Island(
         name="/".join(_common([node.name.split("/")[:-1] for node in part])),
         operations=dict(Counter(node.operation for node in part)),

@@ -5,7 +5,7 @@ The training graph in inference mode, the integer network and an exported file e
 of the same tensors, and logits; `_compare` has the contract.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from jaxqat.errors import ExecutionError
 from jaxqat.integer._compare import Network, Observation, Segments, Verification, compare
 from jaxqat.integer._execute.executor import Executor, make_executor
 from jaxqat.integer._guard import check_graph
+from jaxqat.integer._results import flat
 from jaxqat.integer.graph import IntegerGraph
 from jaxqat.quant._models.bound import QuantizedModel, check_quantized
 
@@ -50,7 +51,7 @@ def verify(
 
     Raises:
         QuantizationError: The model is not quantized, or `batches` is one array.
-        ExecutionError: `graph` is no integer network, or the model has several results.
+        ExecutionError: `graph` is no integer network, or one of another model.
     """
     check_quantized(model, "verify")
     check_graph(graph, "verify", error=ExecutionError)
@@ -72,7 +73,7 @@ def training_network(
         evaluator = rebuild(arrays).record(_prepared(images, preprocess))
         return {"/".join(k): c.codes for k, c in evaluator.codes.items()}, evaluator.results
 
-    return lambda images: _one_result(*run(arrays, images))
+    return lambda images: Observation(*run(arrays, images))
 
 
 def float_network(
@@ -86,24 +87,24 @@ def float_network(
         evaluator = rebuild(arrays).observe(_prepared(images, preprocess))
         return {"/".join(k): x for k, x in evaluator.observed.items()}, evaluator.results
 
-    return lambda images: _one_result(*run(arrays, images))
+    return lambda images: Observation(*run(arrays, images))
 
 
 def integer_network(executor: Executor) -> Network:
     """Return the integer network."""
-    return lambda images: Observation(executor.codes(images), executor(images))
+    outputs = executor.graph.outputs
+    return lambda images: Observation(executor.codes(images), flat(outputs, executor(images)))
 
 
 def integer_segments(executor: Executor) -> Segments:
     """Return the integer network with given codes at the end of each float island."""
-    return lambda images, entries: Observation(*executor.segments(images, entries))
+
+    def segments(images: Any, entries: Any) -> Observation:
+        codes, result = executor.segments(images, entries)
+        return Observation(codes, flat(executor.graph.outputs, result))
+
+    return segments
 
 
 def _prepared(images: Any, preprocess: Preprocess) -> Any:
     return images if preprocess is None else preprocess(images)
-
-
-def _one_result(tensors: Mapping[str, Any], results: list[Any]) -> Observation:
-    if len(results) != 1:
-        raise ExecutionError(f"verify needs a model with one result, this one has {len(results)}.")
-    return Observation(tensors, results[0])

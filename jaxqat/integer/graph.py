@@ -35,6 +35,7 @@ from jaxqat.integer._nodes.requantize import Requantize
 from jaxqat.integer._nodes.sum_pool import SumPool
 from jaxqat.integer._nodes.table import Table
 from jaxqat.integer._packing import packed_size
+from jaxqat.integer._results import Output
 
 __all__ = [
     "CODE_MAX",
@@ -51,6 +52,7 @@ __all__ = [
     "Move",
     "Multiply",
     "Node",
+    "Output",
     "Product",
     "Quantize",
     "Requantization",
@@ -91,9 +93,8 @@ class IntegerGraph:
             the `Quantize` node has a table, unless `input_type` says otherwise.
         tensors: Tensors by name.
         nodes: Nodes in order of execution.
-        output: Name of the network's result: a tensor of `tensors`, whose real values are the
-            result, or otherwise a real tensor.
-        output_shape: Shape of one result, without the batch.
+        outputs: The arrays of the network's result, each a tensor of `tensors`, whose real values
+            are returned, or otherwise a real tensor.
         requantization: 'float' (one float32 multiplication and a rounding) or 'fixed_point'
             (int32 multiplier and rounding shift).
         metadata: Free-form description, such as 'labels' (class names) and the origin.
@@ -106,8 +107,7 @@ class IntegerGraph:
     input_shape: tuple[int, ...]
     tensors: dict[str, Tensor]
     nodes: tuple[Node, ...]
-    output: str
-    output_shape: tuple[int, ...]
+    outputs: tuple[Output, ...]
     requantization: Requantization = "float"
     metadata: dict[str, object] = dataclasses.field(default_factory=dict[str, object])
     input_type: InputType = "float32"
@@ -117,6 +117,7 @@ class IntegerGraph:
         real: dict[str, tuple[int, ...]] = {INPUT: self.input_shape}
         for tensor in self.tensors.values():
             tensor.check()
+        self._check_outputs()
         # Only these nodes read real tensors.
         real_readers = (node for node in self.nodes if isinstance(node, Quantize | FloatOp))
         read = {name for node in real_readers for name in node.inputs}
@@ -126,7 +127,8 @@ class IntegerGraph:
             node.check(inputs, self.tensors.get(node.output))
             self._check_shape(node, real)
             available.add(node.output)
-        missing = [name for name in (*self.tensors, self.output) if name not in available]
+        results = [output.name for output in self.outputs]
+        missing = [name for name in (*self.tensors, *results) if name not in available]
         if missing:
             raise GraphError(f"no node makes {missing[0]!r}.")
         inputs = sum(isinstance(node, Quantize) and not node.inputs for node in self.nodes)
@@ -139,8 +141,9 @@ class IntegerGraph:
 
     def __repr__(self) -> str:
         islands = f", {count} float islands" if (count := len(self.islands)) else ""
+        shapes = ", ".join(f"{o} {o.shape}".strip() for o in self.outputs)
         return (
-            f"IntegerGraph({self.input_shape} -> {self.output_shape}, {len(self.nodes)} nodes, "
+            f"IntegerGraph({self.input_shape} -> {shapes}, {len(self.nodes)} nodes, "
             f"{self.size_bytes():,} bytes of weights{islands})"
         )
 
@@ -157,6 +160,23 @@ class IntegerGraph:
         raise GraphError("no Quantize node reads the input: float operations do.")
 
     @property
+    def output(self) -> Output:
+        """The only array of the result.
+
+        Raises:
+            GraphError: If there are several.
+        """
+        if len(self.outputs) != 1:
+            names = ", ".join(map(str, self.outputs))
+            raise GraphError(f"the network returns {len(self.outputs)} arrays ({names}), not one.")
+        return self.outputs[0]
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        """Shape of the only array of the result, without the batch."""
+        return self.output.shape
+
+    @property
     def takes_uint8(self) -> bool:
         """Whether the input may be uint8 images, for which a node has a table."""
         return any(isinstance(node, Quantize) and node.table is not None for node in self.nodes)
@@ -169,7 +189,7 @@ class IntegerGraph:
     @property
     def islands(self) -> tuple[Island, ...]:
         """The parts that are computed in float: connected operations without an integer form."""
-        return find_islands(self.nodes, self.output)
+        return find_islands(self.nodes, [output.name for output in self.outputs])
 
     @property
     def float_ops(self) -> tuple[FloatOp, ...]:
@@ -187,6 +207,10 @@ class IntegerGraph:
         """Return the nodes that read the tensor of this name."""
         return [node for node in self.nodes if tensor in node.inputs]
 
+    def is_output(self, tensor: str) -> bool:
+        """Return whether the network returns the tensor of this name."""
+        return any(output.name == tensor for output in self.outputs)
+
     def size_bytes(self) -> int:
         """Return the bytes of weights, biases and multipliers, packed, and of float constants."""
         constants = (c.nbytes for node in self.float_ops for c in node.constants if c is not None)
@@ -194,6 +218,15 @@ class IntegerGraph:
             packed_size(p.weights.size, p.weight_bits) + p.bias.nbytes + p.multiplier.nbytes
             for p in self.products()
         )
+
+    def _check_outputs(self) -> None:
+        paths = [output.path for output in self.outputs]
+        if not paths or len(set(paths)) != len(paths):
+            raise GraphError(f"the places of the network's results must be unique, got {paths}.")
+        for path in paths:
+            inside = [p for p in paths if p != path and p[: len(path)] == path]
+            if inside or any(not isinstance(k, str) and k < 0 for k in path):
+                raise GraphError(f"{path} cannot be the place of a result among {paths}.")
 
     def _check_order(self, node: Node, available: set[str], read: set[str]) -> None:
         missing = [name for name in node.inputs if name not in available]
@@ -203,14 +236,14 @@ class IntegerGraph:
             raise node.error(f"reads {missing[0]!r}, which no node before it makes.")
         if node.output in available:
             raise node.error(f"makes {node.output!r}, which an earlier node makes already.")
-        real = node.may_be_real and (node.output == self.output or node.output in read)
+        real = node.may_be_real and (self.is_output(node.output) or node.output in read)
         if node.output not in self.tensors and not real:
             raise node.error(f"makes {node.output!r}, which is not a tensor of the graph.")
 
     def _check_shape(self, node: Node, real: dict[str, tuple[int, ...]]) -> None:
         """Check the shape that a node makes; note that of a real tensor in `real`."""
         if isinstance(node, FloatOp):
-            if node.output != self.output and not self._is_quantized(node.output):
+            if not self.is_output(node.output) and not self._is_quantized(node.output):
                 return  # Its batch may be anywhere.
             shapes = list[tuple[int, ...]]()
         elif isinstance(node, Quantize):
@@ -223,8 +256,7 @@ class IntegerGraph:
         declared: list[tuple[int, ...]] = []
         if node.output in self.tensors:
             declared.append(self.tensors[node.output].shape)
-        if node.output == self.output:
-            declared.append(self.output_shape)
+        declared += [output.shape for output in self.outputs if output.name == node.output]
         for other in declared:
             if other != shape:
                 raise node.error(

@@ -67,7 +67,7 @@ def test_a_network_of_tokens_takes_integers(tmp_path):
     assert path == tmp_path / "network"
     loaded = load_stablehlo(path)
     assert loaded.description["input"] == {"shape": [4], "dtype": "int32", "batch": None}
-    assert loaded.description["output"] == {"shape": [3], "dtype": "float32"}
+    assert loaded.description["outputs"] == [{"path": [], "shape": [3], "dtype": "float32"}]
     expected = jaxqat.make_executor(graph)(tokens)
     for batch in (tokens, tokens.astype(np.int32)):
         np.testing.assert_array_equal(np.asarray(loaded(batch)), expected)
@@ -83,7 +83,7 @@ def test_the_description_has_the_type_of_the_result(tmp_path):
     model = jaxqat.calibrate(function, {"params": {"kernel": rows[:4, :3]}}, batches=[rows])
     graph = jaxqat.convert(model, rows)
     loaded = load_stablehlo(export_stablehlo(graph, tmp_path / "network", platforms=("cpu",)))
-    assert loaded.description["output"] == {"shape": [], "dtype": "int32"}
+    assert loaded.description["outputs"] == [{"path": [], "shape": [], "dtype": "int32"}]
     np.testing.assert_array_equal(np.asarray(loaded(rows)), model(rows))
 
 

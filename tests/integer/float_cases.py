@@ -56,8 +56,8 @@ class Case(NamedTuple):
     def graph(self) -> g.IntegerGraph:
         node = self.node()
         return g.IntegerGraph(
-            input_shape=self.shape, tensors={}, nodes=(node,), output="result",
-            output_shape=tuple(node.shape[1:]),
+            input_shape=self.shape, tensors={}, nodes=(node,),
+            outputs=(g.Output(name="result", shape=tuple(node.shape[1:])),),
             input_type="int32" if self.kind == "rows" else "float32",
         )  # fmt: skip
 

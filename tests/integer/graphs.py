@@ -271,8 +271,8 @@ class Maker:
         else:
             shape = self._run(self.nodes[-1], self.tensors).shape[1:]
         return g.IntegerGraph(
-            input_shape=self.shape, tensors=self.tensors, nodes=tuple(self.nodes), output=output,
-            output_shape=shape, requantization=self.requantization,
+            input_shape=self.shape, tensors=self.tensors, nodes=tuple(self.nodes),
+            outputs=(g.Output(name=output, shape=shape),), requantization=self.requantization,
             metadata={"labels": [f"class {i}" for i in range(shape[-1])], "origin": "a test"},
         )  # fmt: skip
 

@@ -71,11 +71,14 @@ def test_a_node_that_makes_no_tensor_of_the_graph_is_refused():
         dataclasses.replace(GRAPH, tensors=tensors)
 
 
+SCORES = (g.Output(name="scores", shape=GRAPH.output_shape),)
+
+
 def test_an_output_that_no_node_makes_is_refused():
     with refused("node 'head': makes 'logits', which is not a tensor"):
-        dataclasses.replace(GRAPH, output="scores")
+        dataclasses.replace(GRAPH, outputs=SCORES)
     with refused("no node makes 'scores'"):
-        dataclasses.replace(GRAPH, nodes=GRAPH.nodes[:-1], output="scores")
+        dataclasses.replace(GRAPH, nodes=GRAPH.nodes[:-1], outputs=SCORES)
 
 
 @pytest.mark.parametrize("count", [0, 2])
@@ -219,7 +222,7 @@ def test_a_tensor_of_another_shape_than_its_node_makes_is_refused(graph):
             with refused(rf"{node.name!r}: makes .*of shape .*, which is declared|need|table"):
                 with_tensor(graph, node.output, shape=bad)
     with refused(r"of shape .*, which is declared as \(77,\)"):
-        dataclasses.replace(graph, output_shape=(77,))
+        dataclasses.replace(graph, outputs=(g.Output(name=graph.output.name, shape=(77,)),))
 
 
 def test_a_reshape_to_another_number_of_codes_is_refused():
@@ -256,8 +259,7 @@ def product_of(codes_high, inputs, bias):
         input_shape=(inputs,),
         tensors={"x": tensor},
         nodes=(quantize, product),
-        output="y",
-        output_shape=(1,),
+        outputs=(g.Output(name="y", shape=(1,)),),
     )
 
 

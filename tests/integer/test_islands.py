@@ -311,9 +311,9 @@ REFUSED = {
         "'pure_callback' is a call of Python",
     ),
     "a sort": (network(lambda x: jnp.sort(x, -1)), "'sort' is an operation that float islands"),
-    "two results": (
-        lambda p, x: (conv(x, p["first"]), head(p, conv(x, p["first"]))),
-        "the model's output: has 2 arrays; an integer network has one",
+    "a result without a batch": (
+        lambda p, x: (head(p, conv(x, p["first"])), jnp.float32(3.5)),
+        r"the model's output/1: \(\) is the same for every input",
     ),
 }  # fmt: skip
 
@@ -407,4 +407,5 @@ def test_the_input_is_read():
         shape=[{"batch": 1}], dtype="float32",
     )  # fmt: skip
     with pytest.raises(GraphError, match="one Quantize node must quantize the input"):
-        g.IntegerGraph(input_shape=(2,), tensors={}, nodes=(node,), output="one", output_shape=())
+        outputs = (g.Output(name="one", shape=()),)
+        g.IntegerGraph(input_shape=(2,), tensors={}, nodes=(node,), outputs=outputs)

@@ -122,7 +122,7 @@ def test_a_last_layer_that_changes_no_class_is_found_by_its_results():
 def observed(codes, logits):
     """A network of these codes in the first tensor of the graph, and these results."""
     name = next(iter(example()[1].tensors))
-    return lambda _: Observation({name: codes}, logits)
+    return lambda _: Observation({name: codes}, [logits])
 
 
 def test_a_differing_code_explains_the_results_of_its_own_image_only():
@@ -216,7 +216,7 @@ def test_each_network_s_classes_are_compared_with_the_integer_network_s():
     _, graph = example()
 
     def network(classes):
-        return lambda _: Observation({}, np.eye(5)[classes])
+        return lambda _: Observation({}, [np.eye(5)[classes]])
 
     real, training, integers = network([1, 0, 3, 4]), network([0, 1, 1, 3]), network([0, 1, 2, 3])
     found = compare(training, integers, graph, [np.zeros(4)], real)
@@ -244,18 +244,20 @@ def test_networks_that_share_no_tensor_are_no_proof():
     model, graph = example()
     found = jaxqat.verify(model.model, model.variables, graph=graph, batches=[], train=False)
     assert found.images == 0 and "no codes were compared" in found.failures[0]
-    observed = Observation({"one": np.zeros((2, 3), np.int8)}, np.eye(2))
-    other = Observation({"two": np.zeros((2, 3), np.int8)}, np.eye(2))
+    observed = Observation({"one": np.zeros((2, 3), np.int8)}, [np.eye(2)])
+    other = Observation({"two": np.zeros((2, 3), np.int8)}, [np.eye(2)])
     found = compare(lambda _: observed, lambda _: other, graph, [np.zeros(2)])
     assert found.tensors == () and found.failures
 
 
-def test_a_model_of_several_results_is_refused():
+def test_a_graph_with_another_number_of_results_is_refused():
     weights = {"w": np.ones((3, 2), np.float32)}
-    x = np.ones((2, 3), np.float32)
+    x = np.ones((2, 8, 8, 3), np.float32)
     model = jaxqat.quantize(lambda p, x: (x @ p["w"], x))
     variables = model.calibrate({"params": weights}, x)
-    with pytest.raises(jaxqat.ExecutionError, match="with one result, this one has 2"):
+    with pytest.raises(
+        jaxqat.ExecutionError, match="one of them returns 2 arrays, the integer network 1"
+    ):
         jaxqat.verify(model, variables, graph=example()[1], batches=[x])
 
 

@@ -12,6 +12,7 @@ from references import float_ops
 
 from jaxqat.integer import graph as g
 from jaxqat.integer._nodes.float_op import at_batch
+from jaxqat.integer._results import nested
 
 
 def run(graph, images):
@@ -28,7 +29,9 @@ def run(graph, images):
             reals[node.output] = steps
             continue
         codes[node.output] = stored(graph.tensors[node.output], steps)
-    return codes, real(graph.output, graph.tensors, codes, reals).astype(np.float32)
+    results = [real(output.name, graph.tensors, codes, reals) for output in graph.outputs]
+    results = [x.astype(np.float32) if x.dtype == np.float64 else x for x in results]
+    return codes, nested(graph.outputs, results)
 
 
 def real(name, tensors, codes, reals):

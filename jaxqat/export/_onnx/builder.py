@@ -13,6 +13,7 @@ import numpy as np
 
 import jaxqat
 from jaxqat.errors import ExportError, MissingPackageError
+from jaxqat.integer.graph import Output
 
 # Current ONNX Runtime and OpenVINO support opset 17; 13 is the oldest with all operators used.
 OPSET, OLDEST_OPSET = 17, 13
@@ -80,7 +81,9 @@ class Builder:
 
     def add(self, kind: str, inputs: list[str], output: str, **attributes) -> str:
         """Add a node and return the name of its output: `output`, or `output` with a number."""
-        output = self.name(output)
+        return self._append(kind, inputs, self.name(output), **attributes)
+
+    def _append(self, kind: str, inputs: list[str], output: str, **attributes) -> str:
         node = self._onnx.helper.make_node(kind, inputs, [output], f"{kind}:{output}", **attributes)
         self.nodes.append(node)
         return output
@@ -91,8 +94,21 @@ class Builder:
             return x
         return self.add("Transpose", [x], output, perm=axes)
 
-    def rename(self, old: str, new: str) -> None:
-        """Rename a tensor in all nodes."""
+    def rename_all(self, old: list[str], new: list[str]) -> None:
+        """Rename tensors in all nodes; one that has several new names is copied."""
+        renamed: dict[str, str] = {}
+        for before, after in zip(old, new, strict=True):
+            if before in renamed or before not in self._made():
+                self._append("Identity", [renamed.get(before, before)], after)
+            else:
+                renamed[before] = after
+                self._rename(before, after)
+
+    def _made(self) -> set[str]:
+        """Return the names of all tensors that nodes make."""
+        return {name for node in self.nodes for name in node.output}
+
+    def _rename(self, old: str, new: str) -> None:
         for node in self.nodes:
             for names in (node.input, node.output):
                 names[:] = [new if name == old else name for name in names]
@@ -132,6 +148,14 @@ class Builder:
         )
         helper.set_model_props(model, {**properties, "sha256": digest(graph)})
         return model
+
+
+def output_name(output: Output) -> str:
+    """Return a name for a result: 'logits' for the only one, else from its place."""
+    if not output.path:
+        return "logits"
+    first = () if isinstance(output.path[0], str) else ("output",)
+    return "_".join(map(str, (*first, *output.path)))
 
 
 def digest(graph: Any) -> str:

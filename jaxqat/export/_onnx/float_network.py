@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxqat.errors import ExportError
 from jaxqat.export._onnx import moves as onnx_moves
-from jaxqat.export._onnx.builder import OPSET, Builder, channels_first, channels_last
+from jaxqat.export._onnx.builder import OPSET, Builder, channels_first, channels_last, output_name
 from jaxqat.export._onnx.products import geometry, oriented_weights
 from jaxqat.integer._float_visitor import FloatVisitor
 from jaxqat.integer.graph import (
@@ -38,13 +38,16 @@ def float_model(graph: IntegerGraph, *, opset: int = OPSET) -> Any:
         MissingPackageError: If the package `onnx` is not installed.
     """
     writer = OnnxFloatWriter(graph)
-    result = writer.visit(writer.builder.name("images"))[graph.output]
-    rank = 1 + len(graph.output_shape)
-    builder = writer.builder
-    builder.rename(builder.transpose(result, channels_last(rank), "last"), "logits")
+    builder, outputs = writer.builder, graph.outputs
+    values = writer.visit(builder.name("images"))
+    names = [builder.name(output_name(output)) for output in outputs]
+    real = [
+        builder.transpose(values[o.name], channels_last(1 + len(o.shape)), "last") for o in outputs
+    ]
+    builder.rename_all(real, names)
     return builder.model(
         [("images", np.float32, graph.input_shape)],
-        [("logits", np.float32, graph.output_shape)],
+        [(name, np.float32, o.shape) for name, o in zip(names, outputs, strict=True)],
         opset=opset,
         properties={},
     )

@@ -29,7 +29,7 @@ from jaxqat.integer.graph import IntegerGraph
 
 Input = Literal["float", "uint8"]
 
-INPUT, OUTPUT = "images", "logits"
+INPUT = "images"
 
 
 def onnx_model(
@@ -62,7 +62,7 @@ def onnx_model(
             "products, for which ONNX has no operation; convert with requantization='float'."
         )
     uint8 = input == "uint8"
-    writer = OnnxWriter(graph, INPUT, OUTPUT, uint8=uint8, opset=opset, by_segment=by_segment)
+    writer = OnnxWriter(graph, INPUT, uint8=uint8, opset=opset, by_segment=by_segment)
     writer.write()
     inputs = [(INPUT, np.uint8 if uint8 else np.dtype(graph.input_type), graph.input_shape)]
     for name, entry in writer.entries.items():
@@ -71,7 +71,7 @@ def onnx_model(
         inputs.append((entry, np.uint8, tuple(shape[axis - 1] for axis in order)))
     return writer.builder.model(
         inputs,
-        [(OUTPUT, _result_type(graph), graph.output_shape)],
+        _results(graph, writer),
         opset=opset,
         properties=_properties(graph, input, writer),
     )
@@ -109,9 +109,13 @@ def export_onnx(
     return path
 
 
-def _result_type(graph: IntegerGraph) -> np.dtype[Any]:
+def _results(graph: IntegerGraph, writer: OnnxWriter) -> list[tuple[str, Any, tuple[int, ...]]]:
+    """Return name, type and shape of each result."""
     made = {node.output: node.dtype for node in graph.float_ops}
-    return np.dtype(made.get(graph.output, "float32"))
+    return [
+        (name, np.dtype(made.get(output.name, "float32")), output.shape)
+        for name, output in zip(writer.results, graph.outputs, strict=True)
+    ]
 
 
 def _properties(graph: IntegerGraph, input: Input, writer: OnnxWriter) -> dict[str, str]:
@@ -135,4 +139,5 @@ def _properties(graph: IntegerGraph, input: Input, writer: OnnxWriter) -> dict[s
         "metadata": json.dumps(metadata, default=str),
         "input": json.dumps(input_description),
         "codes": json.dumps(codes),
+        "outputs": json.dumps([list(output.path) for output in graph.outputs]),
     }

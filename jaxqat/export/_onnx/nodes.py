@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxqat.errors import ExportError
 from jaxqat.export._onnx import moves as onnx_moves
-from jaxqat.export._onnx.builder import Builder, channels_first, channels_last
+from jaxqat.export._onnx.builder import Builder, channels_first, channels_last, output_name
 from jaxqat.export._onnx.float_ops import FloatOpWriter
 from jaxqat.export._onnx.grids import UINT8_MAX, offsets, pool_scale, sum_scales, weight_scales
 from jaxqat.export._onnx.products import geometry, oriented_weights
@@ -55,13 +55,13 @@ class OnnxWriter(GraphVisitor[str]):
         offsets: For each tensor, its uint8 codes minus its int8 codes.
         codes: For each tensor, the name of the ONNX tensor of its uint8 codes.
         entries: Name in ONNX of each tensor that is an input of the file, if `by_segment`.
+        results: Name in ONNX of each of the network's outputs.
     """
 
     def __init__(
         self,
         graph: IntegerGraph,
         image: str,
-        result: str,
         *,
         uint8: bool,
         opset: int,
@@ -72,7 +72,6 @@ class OnnxWriter(GraphVisitor[str]):
         Args:
             graph: The network.
             image: Name of its input.
-            result: Name of its result.
             uint8: Whether the input is uint8 images, looked up in the table.
             opset: Version of ONNX's operators.
             by_segment: Whether the tensors that float islands make are inputs of the file, so that
@@ -88,12 +87,13 @@ class OnnxWriter(GraphVisitor[str]):
         self.codes: dict[str, str] = {}
         self._real: dict[tuple[str, float], str] = {}
         self._image, self._uint8 = self.builder.name(image), uint8
-        self._result = self.builder.name(result)
+        self.results = [self.builder.name(output_name(output)) for output in graph.outputs]
 
     def write(self) -> None:
-        """Write all nodes, and give the network's real result its name."""
+        """Write all nodes, and give the network's real results their names."""
         values = self.visit(self._image)
-        self.builder.rename(self._in_jax(self.graph.output, values), self._result)
+        real = [self._in_jax(output.name, values) for output in self.graph.outputs]
+        self.builder.rename_all(real, self.results)
 
     def _in_jax(self, name: str, values: Mapping[str, str]) -> str:
         """Return real numbers in JAX's layout; a tensor of codes is dequantized."""

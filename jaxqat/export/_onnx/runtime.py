@@ -6,13 +6,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxqat.errors import ExportError
 from jaxqat.export._onnx.builder import channels_first, channels_last, digest, library
+from jaxqat.integer._results import Output, nested
 
 # From a batch, and codes of the entries of a file by segment, to the result and codes.
-Runner = Callable[..., tuple[np.ndarray, dict[str, np.ndarray]]]
+Runner = Callable[..., tuple[Any, dict[str, np.ndarray]]]
 
 
 def load_onnx(source: str | os.PathLike | bytes) -> Any:
@@ -97,9 +99,9 @@ def make_runner(source: str | os.PathLike | bytes, *, expose: bool = False) -> R
 
     Returns:
         A function from images (n, *input_shape) of the type that the file declares, and int8 codes
-        by tensor if it was written by segment, to the
-        results, float32 (n, *output_shape), and the codes by name of the graph's tensor, int8 in
-        JAX's layout (empty without `expose`). It raises `ExportError` for other images.
+        by tensor if it was written by segment, to the result, as the integer network returns it,
+        and the codes by name of the graph's tensor, int8 in JAX's layout (empty without `expose`).
+        It raises `ExportError` for other images.
 
     Raises:
         ExportError: If the file cannot be read.
@@ -110,12 +112,17 @@ def make_runner(source: str | os.PathLike | bytes, *, expose: bool = False) -> R
     declared, *given_codes = session.get_inputs()
     described = json.loads(_described(model, "codes")) if expose or given_codes else {}
     entries = described if expose else {}
-    result = model.graph.output[0].name
-    names = [result, *{entry["output"] for entry in entries.values()}]
+    places = json.loads(_described(model, "outputs"))
+    results = [output.name for output in model.graph.output[: len(places)]]
+    outputs = [
+        Output(name=name, shape=(), path=tuple(path))
+        for name, path in zip(results, places, strict=True)
+    ]
+    names = [*results, *{entry["output"] for entry in entries.values()}]
 
     def run(
         images: np.ndarray, given: Mapping[str, Any] | None = None
-    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    ) -> tuple[Any, dict[str, np.ndarray]]:
         _check_images(images, declared)
         feed = {declared.name: images}
         for name, entry in described.items():
@@ -126,7 +133,7 @@ def make_runner(source: str | os.PathLike | bytes, *, expose: bool = False) -> R
             tensor: _as_codes(values[entry["output"]], entry["offset"])
             for tensor, entry in entries.items()
         }
-        return values[result], codes
+        return nested(outputs, [values[name] for name in results]), codes
 
     return run
 
@@ -137,7 +144,7 @@ def run_onnx(
     *,
     batch_size: int = 256,
     expose: bool = False,
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+) -> tuple[Any, dict[str, np.ndarray]]:
     """Run an exported file in ONNX Runtime on many images, and return as `make_runner`'s function.
 
     With `expose`, the codes of all images are in memory at once: about 0.9 MB per image for a
@@ -152,7 +159,7 @@ def run_onnx(
     run = make_runner(source, expose=expose)
     starts = range(0, max(len(images), 1), batch_size)
     results, codes = zip(*(run(images[i : i + batch_size]) for i in starts), strict=True)
-    return np.concatenate(results), {
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *results), {
         name: np.concatenate([batch[name] for batch in codes]) for name in codes[0]
     }
 

@@ -13,11 +13,12 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import SequenceKey
 
 from jaxqat.errors import ConversionError
 from jaxqat.integer import graph as g
 from jaxqat.integer._convert.batch_sizes import batch_sizes, unlike
-from jaxqat.integer._convert.emit import OUTPUT, Emitter
+from jaxqat.integer._convert.emit import Emitter
 from jaxqat.integer._convert.fields import Deferred
 from jaxqat.integer._convert.geometry import UnconvertibleError
 from jaxqat.integer._convert.table import with_table
@@ -26,7 +27,7 @@ from jaxqat.quant._interpret import Evaluator
 from jaxqat.quant._models.bound import QuantizedModel
 from jaxqat.quant._numerics.promotion import default_promotion
 from jaxqat.quant._plan.plan import STATISTICS
-from jaxqat.quant._trace.arguments import split_arrays
+from jaxqat.quant._trace.arguments import key_of, split_arrays
 
 
 def convert(
@@ -86,8 +87,7 @@ def convert(
     nodes = traced.with_batch_sizes(emitter, values)
     nodes = [cls(**_finish_node(fields, values)) for cls, fields in nodes]
     tensors = {n: g.Tensor(**_finish(fields, values)) for n, fields in emitter.tensors.items()}
-    output, output_shape = emitter.output
-    nodes = _needed(nodes, output)
+    nodes = _needed(nodes, [output.name for output in emitter.outputs])
     kept = {node.output for node in nodes}
     if preprocess is not None:
         if any(g.INPUT in node.inputs for node in nodes):
@@ -102,8 +102,7 @@ def convert(
             input_shape=emitter.input_shape or (),
             tensors={name: t for name, t in tensors.items() if name in kept},
             nodes=tuple(nodes),
-            output=output,
-            output_shape=output_shape,
+            outputs=tuple(emitter.outputs),
             requantization=requantization,
             metadata=metadata or {},
             input_type=emitter.input_type,
@@ -142,7 +141,7 @@ class _ModelEmitter(Emitter):
         super().__init__(strict, as_products, batch)
         self.problems: list[str] = []
         self.hint = ""  # What the reason for problems may be.
-        self.output: tuple[str, tuple[int, ...]] = (OUTPUT, ())
+        self.outputs: list[g.Output] = []
 
     @default_promotion
     def model(self, evaluator: Evaluator) -> None:
@@ -164,7 +163,10 @@ class _ModelEmitter(Emitter):
             form, before = evaluator.forms[name], evaluator.before[name]
             emit = functools.partial(self.quantized, name, form, before, codes)
             self._try(path, emit, tensor="/".join(name))
-        self._try("the model's output", lambda: self._result(evaluator.outputs))
+        places = [_place(path) for path in evaluator.paths]
+        for place, operand in zip(places, evaluator.outputs, strict=True):
+            where = "/".join(("the model's output", *map(str, place or ())))
+            self._try(where, functools.partial(self._result, place, operand))
         if self.problems and self.hint:
             self.problems.append(self.hint)
 
@@ -189,20 +191,24 @@ class _ModelEmitter(Emitter):
             if not self.problems:
                 raise
 
-    def _result(self, outputs: list[forms.Operand]) -> None:
-        if len(outputs) != 1:
-            raise UnconvertibleError(f"has {len(outputs)} arrays; an integer network has one")
-        form, values = outputs[0].form, outputs[0].values
+    def _result(self, path: tuple[str | int, ...] | None, output: forms.Operand) -> None:
+        form, values = output.form, output.values
         shape = () if values is None else tuple(values.shape)
+        if path is None:
+            raise UnconvertibleError(
+                f"{shape} is the new value of a variable of the model{_AS_IN_INFERENCE}"
+            )
         name = self.attempt(lambda: self._integer_result(form))
         if name is None and self.strict:
             name = self._integer_result(form)
         if name is None and not self.strict:
-            name = self.islands.real(outputs[0])
+            name = self.islands.result(output)
+            if output.constant and shape[:1] != (self.batch,):
+                raise UnconvertibleError(f"{shape} is the same for every input, without a batch")
         if name is not None:
-            self.output = (name, shape[1:])
+            self.outputs.append(g.Output(name=name, shape=shape[1:], path=path))
             return
-        reason = outputs[0].float_reason or (
+        reason = output.float_reason or (
             "an addition, a clipping or a reshaping of the last product" if form else "the input"
         )
         raise UnconvertibleError(
@@ -213,7 +219,7 @@ class _ModelEmitter(Emitter):
     def _integer_result(self, form: forms.Form | None) -> str | None:
         """Emit the result of a last product, or codes; return its name, None for other forms."""
         if isinstance(form, forms.Accumulator):
-            return self.accumulate(form, None, OUTPUT)
+            return self.islands.exact(form)
         return self.read(form) if isinstance(form, forms.Codes) else None
 
 
@@ -348,6 +354,14 @@ class _TracedModel:
         return emitter.arrays
 
 
+def _place(path: tuple[Any, ...]) -> tuple[str | int, ...] | None:
+    """Return a place in the model's result from a path in (result, new variables)."""
+    number, *keys = path
+    if number.idx != 0:
+        return None
+    return tuple(k.idx if isinstance(k, SequenceKey) else key_of((k,))[0] for k in keys)
+
+
 def _hinted(emitter: _ModelEmitter) -> str:
     """Return the hint as a sentence behind another one."""
     return f" {emitter.hint[0].upper()}{emitter.hint[1:]}." if emitter.hint else ""
@@ -386,9 +400,9 @@ def _finish_node(fields: dict[str, Any], values: list[np.ndarray]) -> dict[str, 
     return done
 
 
-def _needed(nodes: list[g.Node], output: str) -> list[g.Node]:
-    """Return the nodes that the output depends on."""
-    needed, kept = {output}, list[g.Node]()
+def _needed(nodes: list[g.Node], outputs: list[str]) -> list[g.Node]:
+    """Return the nodes that the outputs depend on."""
+    needed, kept = set(outputs), list[g.Node]()
     for node in reversed(nodes):
         if node.output in needed or (isinstance(node, g.Quantize) and not node.inputs):
             needed.update(node.inputs)

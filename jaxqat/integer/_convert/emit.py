@@ -25,7 +25,6 @@ from jaxqat.integer._convert.products import ProductEmitter, as_array, scalar
 from jaxqat.quant import _forms as forms
 from jaxqat.quant._numerics.grids import Grid
 
-OUTPUT = "output"
 _Result = TypeVar("_Result")
 
 

@@ -85,6 +85,11 @@ class Islands:
             return value
         return self._reshape(value, jnp.asarray(value), "constant")
 
+    def result(self, operand: forms.Operand) -> str:
+        """Return the name of a tensor that the network returns; its own input is copied."""
+        name = self.real(operand)
+        return self._reshape(name, operand.values, "result") if name == g.INPUT else name
+
     def quantize(self, name: str, before: forms.Operand, grid: Grid) -> None:
         """Quantize a tensor whose first axis is not the batch, as float operations.
 
@@ -172,6 +177,10 @@ class Islands:
         """Return the name of a tensor of codes, or of a product's real result."""
         if isinstance(form, forms.Codes):
             return self.time_major(form) or self._emitter.read(form)
+        return self.exact(form)
+
+    def exact(self, form: forms.Accumulator) -> str:
+        """Return the name of the real result of a product or an average, emitted once."""
         if form not in self._results:
             self._results[form] = self._emitter.real_result(form)
         return self._results[form]

@@ -18,6 +18,7 @@ from jaxtyping import Array, Int
 from jaxqat.integer import graph as g
 from jaxqat.integer._execute.arithmetic import FixedPoint, rescale, rescale_fixed, shift_to_even
 from jaxqat.integer._execute.float_ops import evaluate
+from jaxqat.integer._results import nested
 from jaxqat.integer._visitor import GraphVisitor
 from jaxqat.quant._numerics import windows
 from jaxqat.quant._numerics.promotion import default_promotion
@@ -304,9 +305,10 @@ class Platform(GraphVisitor[Array]):
         return (stored.astype(jnp.int32) - offset).astype(jnp.int8)
 
     @default_promotion
-    def result(self, values: dict[str, Array]) -> Array:
-        """Return the network's real result."""
-        return self.real(self.graph.output, values[self.graph.output])
+    def result(self, values: dict[str, Array]) -> Any:
+        """Return the network's real result: an array, or tuples and dictionaries of arrays."""
+        outputs = self.graph.outputs
+        return nested(outputs, [self.real(o.name, values[o.name]) for o in outputs])
 
 
 def is_depthwise(node: g.Product) -> bool:

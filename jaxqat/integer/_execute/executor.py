@@ -55,8 +55,11 @@ class Executor:
         """Options of `jax.jit` to compile `apply` for this platform."""
         return self._platform.compiler_options
 
-    def __call__(self, images: Any) -> Array:
+    def __call__(self, images: Any) -> Any:
         """Return the network's result, float32.
+
+        Several results are in tuples and dictionaries, as the model returns them
+        (`graph.outputs`).
 
         Args:
             images: (batch, *input_shape), float32; or uint8 if the graph has a table.
@@ -70,7 +73,7 @@ class Executor:
         """Return the codes of all tensors by name, except those of fused branches."""
         return self._codes(self._device_parameters(), self._checked(images))
 
-    def segments(self, images: Any, entries: Any) -> tuple[dict[str, Int8[Array, "..."]], Array]:
+    def segments(self, images: Any, entries: Any) -> tuple[dict[str, Int8[Array, "..."]], Any]:
         """Return codes and the result where the readers of some tensors see given codes.
 
         So each part between two float islands is computed by itself. The codes that are returned
@@ -83,10 +86,10 @@ class Executor:
         entries = {name: entries[name] for name in self.graph.entries if name in entries}
         return self._segments(self._device_parameters(), self._checked(images), entries)
 
-    def apply(self, parameters: Any, images: Array) -> Array:
+    def apply(self, parameters: Any, images: Array) -> Any:
         """Compute the result as a pure function of the parameters, for callers that compile it."""
 
-        def result(images: Array) -> Array:
+        def result(images: Array) -> Any:
             return self._platform.result(self._platform.visit(images, parameters))
 
         return self._platform.batched(result)(images)
@@ -99,7 +102,7 @@ class Executor:
 
     def _by_segment(
         self, parameters: Any, images: Array, entries: Any
-    ) -> tuple[dict[str, Array], Array]:
+    ) -> tuple[dict[str, Array], Any]:
         values = self._platform.visit(images, parameters, entries)
         return self._codes_of(values), self._platform.result(values)
 

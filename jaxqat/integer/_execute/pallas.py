@@ -56,7 +56,7 @@ class PallasCuda(Cuda):
 
     def _fused_branch(self, graph: g.IntegerGraph, add: g.Add) -> g.Product | None:
         """Return a convolution whose result nothing but this addition reads; None without one."""
-        if graph.output in add.inputs or add.inputs[0] == add.inputs[1]:
+        if any(map(graph.is_output, add.inputs)) or add.inputs[0] == add.inputs[1]:
             return None
         made_by = {p.output: p for p in graph.products() if self._geometry[p.name] is not None}
         alone = (name for name in add.inputs if len(graph.readers(name)) == 1)

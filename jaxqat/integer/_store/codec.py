@@ -18,7 +18,7 @@ from jaxqat.integer import graph as g
 from jaxqat.integer._packing import pack, stored_bits, unpack
 from jaxqat.integer._store.typed_json import CodecError, Encoding, TypedJson, at, wrong
 
-FORMAT = 4
+FORMAT = 5
 
 _CLASSES = {kind.__name__: kind for kind in g.NODE_KINDS}
 

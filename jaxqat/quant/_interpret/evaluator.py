@@ -47,6 +47,7 @@ class Evaluator:
             the last iteration.
         outputs: The results with their forms.
         results: The results.
+        paths: Place of each in what the function returned (`jax.tree_util`), once it is known.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Evaluator:
         self.layers: dict[int, EvaluatedLayer] = {}
         self.outputs: list[forms.Operand] = []
         self.results: list[Any] = []
+        self.paths: list[tuple[Any, ...]] = []
         self._mode, self._switches = mode, LayerSwitches(plan, switches)
         self._states = States(plan, state, mode, recipe)
         self._known: dict[int, forms.Operand] = {}

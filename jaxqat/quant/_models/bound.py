@@ -1,4 +1,4 @@
-# pyright: strict, reportUnknownMemberType=false
+# pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 """One interface for all kinds of models: a quantized model bound to its variables.
 
 Linen modules, functions and Equinox modules take their variables as an argument; NNX modules hold
@@ -205,7 +205,10 @@ class BoundModel(QuantizedModel):
             _check_state(plan, self.variables, state)
         _check_calls(plan, state)
         evaluator = Evaluator(plan, self.recipe, state, mode, switches)
-        return jax.tree.unflatten(structure, evaluator.run(call.flat)), evaluator
+        returned = jax.tree.unflatten(structure, evaluator.run(call.flat))
+        leaves: Any = jax.tree_util.tree_flatten_with_path(returned)[0]
+        evaluator.paths = [path for path, _ in leaves]
+        return returned, evaluator
 
     def checked_plan(self, inputs: tuple[Any, ...]) -> Plan:
         """Return the plan for a call; every rule of the recipe must match something.

@@ -45,8 +45,8 @@ def real_values(graph, images):
             high = out.high - out.zero_point if out.high < 127 else np.inf
             value = np.clip(value, low, high)
         units[node.output] = value
-    out = tensors.get(graph.output)
-    return units[graph.output] * (1 if out is None else np.float64(out.scale))
+    out = tensors.get(graph.output.name)
+    return units[graph.output.name] * (1 if out is None else np.float64(out.scale))
 
 
 def moved(node, tensors, inputs):

@@ -32,8 +32,7 @@ def network(tensors, nodes, output):
         input_shape=tensors[0].shape,
         tensors={t.name: t for t in tensors},
         nodes=tuple(nodes),
-        output=output,
-        output_shape=tensors[-1].shape,
+        outputs=(g.Output(name=output, shape=tensors[-1].shape),),
     )
 
 

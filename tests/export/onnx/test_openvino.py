@@ -58,8 +58,8 @@ def disturbed(graph, images, seed):
             off = rng.choice([-1, 1], units.shape) * (rng.random(units.shape) < share)
             units = units + off
         codes[node.output] = integer_graph.stored(graph.tensors[node.output], units)
-    tensor = graph.tensors[graph.output]
-    return (codes[graph.output].astype(np.float32) - tensor.zero_point) * tensor.scale
+    tensor = graph.tensors[graph.output.name]
+    return (codes[graph.output.name].astype(np.float32) - tensor.zero_point) * tensor.scale
 
 
 @BY_CASE

@@ -213,7 +213,7 @@ def test_the_result_may_be_codes_and_what_it_does_not_need_is_left_out():
 
     graph, actual, expected = converted(model)
     assert list(products(graph)) == ["a"]
-    assert graph.output == "b/input" and graph.output_shape == (8, 8, 8)
+    assert graph.output.name == "b/input" and graph.output_shape == (8, 8, 8)
     assert_same(actual, expected, every=False)
 
 

@@ -39,9 +39,9 @@ REFUSED = {
         lambda p, x: relu(head(p, features(p, x))),
         "the model's output: .*a clipping.* of the last product",
     ),
-    "two results": (
-        lambda p, x: (head(p, features(p, x)), conv(x, p["a"])),
-        "the model's output: has 2 arrays; an integer network has one",
+    "the second of two results": (
+        lambda p, x: {"logits": head(p, features(p, x)), "mean": relu(head(p, features(p, x)))},
+        "the model's output/mean: .*a clipping.* of the last product",
     ),
     "its own input": (lambda p, x: x, "the model's output: .* comes from the input"),
     "slopes by channel": (

@@ -170,7 +170,8 @@ def extremes(kind: Any, shape, weights, *, symmetric, groups=1):
     bias = (1 - sums[0].reshape(-1, weights.shape[-1])[0]).astype(np.int32)
     quantize = g.Quantize(name="q", inputs=(), output="x", inverse=np.float32(1))
     graph = g.IntegerGraph(
-        input_shape=shape, tensors={"x": tensor}, output="y", output_shape=sums.shape[1:],
+        input_shape=shape, tensors={"x": tensor},
+        outputs=(g.Output(name="y", shape=sums.shape[1:]),),
         nodes=(quantize, dataclasses.replace(node, bias=bias)),
     )  # fmt: skip
     return graph, images.astype(np.float32), sums, sums + bias

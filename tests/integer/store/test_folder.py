@@ -224,7 +224,7 @@ def double(graph):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (put("format", value=2), "format is 2; this version of jaxqat reads 4"),
+        (put("format", value=2), "format is 2; this version of jaxqat reads 5"),
         (put("format", value=True), "format is True"),
         (drop("format"), "has no 'format'"),
         (put("nodes", 1, "node", value="Softmax"), r"nodes\[1\].node must be .* got 'Softmax'"),
@@ -253,7 +253,7 @@ def double(graph):
         (put("requantization", value="int"), "requantization: must be one of float, fixed_point"),
         (put("tensors", 0, "zero_point", value=-200), "not a valid network: tensor 'input': codes"),
         (put("nodes", 1, "output", value="x"), "not a valid network: node 'stem': makes 'x'"),
-        (put("output", value="nothing"), "is not a valid network: "),
+        (put("outputs", 0, "name", value="nothing"), "is not a valid network: "),
     ],
 )
 def test_an_invalid_graph_raises_an_error_that_names_the_field(copy, change, message):
