@@ -41,7 +41,16 @@ INSIDE = {
         "aqt",
     ),
     "integer": (
-        *("_packing", "_nodes", "_islands", "graph", "_guard", "_visitor", "_float_visitor"),
+        *(
+            "_packing",
+            "_nodes",
+            "_islands",
+            "_results",
+            "graph",
+            "_guard",
+            "_visitor",
+            "_float_visitor",
+        ),
         *("_convert", "_execute", "_store", "_compare", "_verify"),
     ),
     "pipeline": (

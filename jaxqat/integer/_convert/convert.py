@@ -8,7 +8,7 @@ number is computed by other code than in training, so none can differ.
 
 import functools
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from jaxqat.errors import ConversionError
 from jaxqat.integer import graph as g
 from jaxqat.integer._convert.batch_sizes import batch_sizes, unlike
 from jaxqat.integer._convert.emit import Emitter
-from jaxqat.integer._convert.fields import Deferred
+from jaxqat.integer._convert.fields import finished, finished_node, indices
 from jaxqat.integer._convert.geometry import UnconvertibleError
 from jaxqat.integer._convert.table import with_table
 from jaxqat.quant import _forms as forms
@@ -85,8 +85,8 @@ def convert(
     traced = _TracedModel(model, arguments, kwargs, strict)
     emitter, values = traced.run()
     nodes = traced.with_batch_sizes(emitter, values)
-    nodes = [cls(**_finish_node(fields, values)) for cls, fields in nodes]
-    tensors = {n: g.Tensor(**_finish(fields, values)) for n, fields in emitter.tensors.items()}
+    nodes = [cls(**finished_node(fields, values)) for cls, fields in nodes]
+    tensors = {n: g.Tensor(**finished(fields, values)) for n, fields in emitter.tensors.items()}
     nodes = _needed(nodes, [output.name for output in emitter.outputs])
     kept = {node.output for node in nodes}
     if preprocess is not None:
@@ -370,34 +370,7 @@ def _hinted(emitter: _ModelEmitter) -> str:
 def _name_of(index: int, emitter: Emitter) -> str:
     """Return the name of the node or tensor that has a deferred array."""
     owners = [*(fields for _, fields in emitter.nodes), *emitter.tensors.values()]
-    return next((f["name"] for f in owners if index in _indices(tuple(f.values()))), "a condition")
-
-
-def _indices(value: Any) -> set[int]:
-    if isinstance(value, Deferred):
-        return {value.index}
-    parts = cast("tuple[Any, ...]", value) if isinstance(value, tuple) else ()
-    return set[int]().union(*map(_indices, parts))
-
-
-def _finish(fields: dict[str, Any], values: list[np.ndarray]) -> dict[str, Any]:
-    def finished(value: Any) -> Any:
-        if isinstance(value, Deferred):
-            return value.finish(values[value.index])
-        if isinstance(value, tuple):
-            return tuple(map(finished, cast("tuple[Any, ...]", value)))
-        return value
-
-    return {key: finished(value) for key, value in fields.items()}
-
-
-def _finish_node(fields: dict[str, Any], values: list[np.ndarray]) -> dict[str, Any]:
-    done = _finish(fields, values)
-    done.pop("unbatched", None)
-    signs = done.pop("weight_signs", None)
-    if signs is not None:
-        done["weights"] = done["weights"] * signs  # -1 negates a channel, 0 removes it.
-    return done
+    return next((f["name"] for f in owners if index in indices(tuple(f.values()))), "a condition")
 
 
 def _needed(nodes: list[g.Node], outputs: list[str]) -> list[g.Node]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -47,3 +47,34 @@ class Bounds:
     def hold_zero(self) -> bool:
         """Return whether a real zero, as padding adds it, is within."""
         return (self.low is None or self.low <= 0) and (self.high is None or self.high >= 0)
+
+
+def indices(value: Any) -> set[int]:
+    """Return the indices of the arrays that a field waits for."""
+    if isinstance(value, Deferred):
+        return {value.index}
+    parts = cast("tuple[Any, ...]", value) if isinstance(value, tuple) else ()
+    return set[int]().union(*map(indices, parts))
+
+
+def finished(fields: dict[str, Any], values: list[np.ndarray]) -> dict[str, Any]:
+    """Return fields with their arrays in the places of deferred ones."""
+
+    def done(value: Any) -> Any:
+        if isinstance(value, Deferred):
+            return value.finish(values[value.index])
+        if isinstance(value, tuple):
+            return tuple(map(done, cast("tuple[Any, ...]", value)))
+        return value
+
+    return {key: done(value) for key, value in fields.items()}
+
+
+def finished_node(fields: dict[str, Any], values: list[np.ndarray]) -> dict[str, Any]:
+    """Return the fields of a node with their arrays."""
+    node = finished(fields, values)
+    node.pop("unbatched", None)
+    signs = node.pop("weight_signs", None)
+    if signs is not None:
+        node["weights"] = node["weights"] * signs  # -1 negates a channel, 0 removes it.
+    return node
