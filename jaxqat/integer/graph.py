@@ -212,8 +212,9 @@ class IntegerGraph:
         return any(output.name == tensor for output in self.outputs)
 
     def size_bytes(self) -> int:
-        """Return the bytes of weights, biases and multipliers, packed, and of float constants."""
-        constants = (c.nbytes for node in self.float_ops for c in node.constants if c is not None)
+        """Return the bytes of weights, packed, biases, multipliers, tables and float constants."""
+        constants = [c.nbytes for node in self.float_ops for c in node.constants if c is not None]
+        constants += [node.table.nbytes for node in self.nodes if isinstance(node, Table)]
         return sum(constants) + sum(
             packed_size(p.weights.size, p.weight_bits) + p.bias.nbytes + p.multiplier.nbytes
             for p in self.products()

@@ -215,9 +215,10 @@ class Maker:
         node = g.Requantize(name=name, inputs=(x,), output=f"{name}/output", multiplier=multiplier)
         return self.emit(node, grid)
 
-    def table(self, name, x, function):
+    def table(self, name, x, function, channels=False):
         tensor = self.tensors[x]
         every = (np.arange(-128, 128).astype(F) - tensor.zero_point) * tensor.scale
+        every = every[:, None] if channels else every
         grid = self.grid(function(self.real(x)))
         table = np.clip(
             np.round(function(every) / grid.scale) + grid.zero_point, grid.low, grid.high
@@ -360,6 +361,8 @@ def gated(m: Maker):
     gate = m.table("sigmoid", gate, lambda real: 1 / (1 + np.exp(-real)))
     gate = m.same(g.Move, "pixel", gate, kind="reshape", shape=(1, 1, 8))
     x = m.multiply("gate", gate, x)
+    slopes = np.linspace(-0.5, 1.5, 8).astype(F)
+    x = m.table("prelu", x, lambda real: np.where(real > 0, real, real * slopes), channels=True)
     x = m.multiply("square", m.conv("after", x, 6, window=1, relu=False), "after/output")
     m.head(m.average("mean2", x))
     return m.finish()

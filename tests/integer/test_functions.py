@@ -68,6 +68,9 @@ def pooled(x):
 BETWEEN = {
     "a gate of channels": gate_of_channels,
     "a gated half": gated_half,
+    "slopes by channel": lambda x: jnp.where(x > 0, x, jnp.linspace(-0.3, 0.5, 8) * x),
+    "a function by channel": lambda x: jnp.sin(x * jnp.linspace(0.5, 2, 8)) - jnp.arange(8.0) / 4,
+    "slopes of factors": lambda x: jax.nn.elu(jax.nn.relu(x) * jnp.linspace(-1, 2, 8) - 0.5),
     "a product of functions": lambda x: jnp.tanh(x) * jax.nn.swish(jnp.flip(x, 1)),
     "factors behind relu": norm_behind_relu,
     "factors behind a function": lambda x: jnp.tanh(x) * jnp.linspace(-1, 2, 8),

@@ -58,7 +58,10 @@ def evaluate(operation: str, attributes: dict[str, Any], operands: list[Any]) ->
         case "window_max" | "window_min" | "window_sum":
             return window(operation, x, a)
         case "gather":
-            return operands[0][operands[1][..., 0]]
+            (axis,), index = a["collapsed"], operands[1][..., 0]
+            found = np.take(operands[0], index, axis)
+            rest = [n for n in range(found.ndim) if not axis <= n < axis + index.ndim]
+            return np.moveaxis(found, rest, a["offset_axes"])
     raise ValueError(operation)
 
 

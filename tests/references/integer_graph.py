@@ -82,7 +82,11 @@ def step(node, tensors, codes, images=None, requantization="float", reals=None) 
             return rescaled(total.squeeze(axes) if node.drop_axes else total, node.multiplier)
         case g.Table():
             entries = inputs[0] + tensors[node.inputs[0]].zero_point + 128
-            return node.table[entries].astype(np.int64) - tensors[node.output].zero_point
+            if node.table.ndim == 2:
+                found = node.table[entries, np.arange(node.table.shape[1])]
+            else:
+                found = node.table[entries]
+            return found.astype(np.int64) - tensors[node.output].zero_point
         case g.MaxPool():
             return windows(inputs[0], node, fill=-1000).max(0)
         case g.Move():

@@ -40,6 +40,16 @@ def cross_entropy(logits: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, LABELS).mean()
 
 
+def squared_error(result: Any) -> jax.Array:
+    """Of each array of a result, against one number for each class."""
+
+    def error(array: jax.Array) -> jax.Array:
+        targets = (LABELS / CLASSES).reshape(-1, *([1] * (array.ndim - 1)))
+        return jnp.mean((array - targets) ** 2)
+
+    return sum((error(leaf) for leaf in jax.tree.leaves(result)), start=jnp.float32(0))
+
+
 @dataclasses.dataclass
 class Quantized:
     """A model quantized and calibrated on its inputs, and how it is trained.
@@ -127,6 +137,8 @@ def initialized(shapes: Any) -> Any:
             values = rng.normal(size=leaf.shape) / np.sqrt(fan_in)
         elif name in ("scale", "var"):
             values = np.ones(leaf.shape)
+        elif name.startswith(("gamma", "slope")):
+            values = np.full(leaf.shape, 0.25)
         else:
             values = 0.02 * rng.normal(size=leaf.shape) if "pos" in name else np.zeros(leaf.shape)
         return jnp.asarray(values, leaf.dtype)
@@ -135,13 +147,19 @@ def initialized(shapes: Any) -> Any:
 
 
 def linen_variables(module: nn.Module, inputs: np.ndarray) -> Any:
-    return initialized(jax.eval_shape(module.init, jax.random.key(0), inputs))
+    keys = {"params": jax.random.key(0), "dropout": jax.random.key(0)}
+    return initialized(jax.eval_shape(module.init, keys, inputs))
 
 
 def linen(
-    module: nn.Module, inputs: np.ndarray, recipe: jaxqat.Recipe | str = "int8", *, modes: bool
+    module: nn.Module,
+    inputs: np.ndarray,
+    recipe: jaxqat.Recipe | str = "int8",
+    *,
+    modes: bool,
+    objective: Callable[[Any], jax.Array] = cross_entropy,
 ) -> Quantized:
-    """A Linen module; with `modes` it takes `train`."""
+    """A Linen module; with `modes` it takes `train`. `objective` is the loss of its result."""
     kwargs: dict[str, Any] = {"train": False} if modes else {}
     variables = linen_variables(module, inputs)
     names, before, copy = set(variables), copied(variables["params"]), module.clone()
@@ -154,7 +172,7 @@ def linen(
             {**rest, **parameters}, inputs, mutable=list(rest), rngs={"dropout": key},
             **({"train": True} if modes else {}),
         )  # fmt: skip
-        return cross_entropy(logits), updates
+        return objective(logits), updates
 
     arguments = lambda parameters, rest: (model, ({**rest, **parameters},))  # noqa: E731
     return Quantized(

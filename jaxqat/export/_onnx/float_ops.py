@@ -290,15 +290,27 @@ class FloatOpWriter:
         return self._add(node, "Transpose", [y], perm=channels_last(rank))
 
     def gather(self, node: FloatOp, operands: list[str], dims: list[list[Any]]) -> str:
-        """Write a look-up of rows, the one kind of gather that ONNX's Gather is."""
+        """Write a look-up along one axis, the one kind of gather that ONNX's Gather is."""
         a, (table, indices) = node.attributes, dims
-        rows = a["sizes"] == [1, *table[1:]] and a["start_axes"] == a["collapsed"] == [0]
-        last = list(range(len(indices) - 1, len(indices) - 1 + len(table) - 1))
-        if not rows or a["batch_axes"] or a["offset_axes"] != last:
-            raise _error(node, "it is no look-up of rows")
-        axis = self._numbers([len(indices) - 1], "axes")
-        index = self._part(node, "Squeeze", [operands[1], axis])
-        return self._add(node, "Gather", [operands[0], index], axis=0)
+        axis = a["collapsed"][0] if a["collapsed"] else 0
+        whole = [1 if i == axis else size for i, size in enumerate(table)]
+        if (
+            a["sizes"] != whole
+            or not a["start_axes"] == a["collapsed"] == [axis]
+            or a["batch_axes"]
+        ):
+            raise _error(node, "it is no look-up along one axis")
+        count = len(indices) - 1
+        index = self._part(node, "Squeeze", [operands[1], self._numbers([count], "axes")])
+        # ONNX puts the axes of the indices in the place of the table's axis.
+        offsets = [i if i < axis else i + count for i in range(len(table) - 1)]
+        rest = iter(range(axis, axis + count))
+        places = dict(zip(a["offset_axes"], offsets, strict=True))
+        order = [places[i] if i in places else next(rest) for i in range(len(table) - 1 + count)]
+        if order == sorted(order):
+            return self._add(node, "Gather", [operands[0], index], axis=axis)
+        found = self._part(node, "Gather", [operands[0], index], axis=axis)
+        return self._add(node, "Transpose", [found], perm=order)
 
     def composed(self, node: FloatOp, operands: list[str], dims: list[list[Any]]) -> str:
         """Write an operation of two operators."""

@@ -293,7 +293,12 @@ class OnnxWriter(GraphVisitor[str]):
         entries = node.table[np.clip(codes - CODE_MIN, 0, UINT8_MAX)].astype(np.int16)
         stored = (entries + self.offsets[node.output]).astype(np.uint8)
         index = builder.add("Cast", [x], f"{node.name}/index", to=INT32)
-        table = builder.constant(stored, f"{node.name}/entries")
+        if stored.ndim == 2:  # A table for each channel, one behind the other.
+            channels = np.arange(stored.shape[1], dtype=np.int32)
+            first = (256 * channels).reshape(-1, *[1] * (len(self.graph.tensors[source].shape) - 1))
+            first = builder.constant(first, f"{node.name}/first_entry")
+            index = builder.add("Add", [index, first], f"{node.name}/entry")
+        table = builder.constant(stored.T.ravel(), f"{node.name}/entries")
         return builder.add("Gather", [table, index], f"{node.output}/codes")
 
     def max_pool(self, node: MaxPool, x: str) -> str:

@@ -21,6 +21,7 @@ from jaxqat.integer._execute.float_ops import evaluate
 from jaxqat.integer._results import nested
 from jaxqat.integer._visitor import GraphVisitor
 from jaxqat.quant._numerics import windows
+from jaxqat.quant._numerics.lookup import look_up
 from jaxqat.quant._numerics.promotion import default_promotion
 
 Parameters = dict[str, dict[str, np.ndarray]]
@@ -175,10 +176,8 @@ class Platform(GraphVisitor[Array]):
         """
         tensor = self.graph.tensors[node.output]
         if images.dtype == jnp.uint8 and node.table is not None:
-            channels = node.table.shape[1]
-            index = images.astype(jnp.int32) * channels + np.arange(channels, dtype=np.int32)
             table = (node.table.astype(np.int32) + self.offset(tensor)).astype(self.stored_type)
-            return jnp.take(jnp.asarray(table).reshape(-1), index, mode="clip")
+            return look_up(jnp.asarray(table), images.astype(jnp.int32))
         units = jnp.round(images.astype(jnp.float32) * node.inverse)
         units = jnp.where(jnp.isnan(units), np.float32(0), units)
         return self.clipped(node.output, units + tensor.zero_point)
@@ -233,7 +232,7 @@ class Platform(GraphVisitor[Array]):
     def table(self, node: g.Table, x: Array) -> Array:
         """Look codes up in a table."""
         index = self.codes(node.inputs[0], x).astype(jnp.int32) - g.CODE_MIN
-        return self.stored(node.output, jnp.take(jnp.asarray(node.table), index, mode="clip"))
+        return self.stored(node.output, look_up(jnp.asarray(node.table), index))
 
     def units(self, name: str, stored: Array) -> Int[Array, "..."]:
         """Return the codes of a stored tensor less their zero point, int32."""

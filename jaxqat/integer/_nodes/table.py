@@ -14,7 +14,8 @@ class Table(Node):
     """A function of one tensor, such as swish: code = table[q + 128].
 
     Attributes:
-        table: The output's code for each input code from -128 on, int8 of the shape (256,).
+        table: The output's code for each input code from -128 on, int8 of the shape (256,), or
+            (256, channels) if channels have functions of their own, as in PReLU.
     """
 
     table: np.ndarray
@@ -27,9 +28,11 @@ class Table(Node):
         """Check that there is one input, and a code of the output for each of its codes."""
         if len(inputs) != 1 or output is None:
             raise self.error(f"makes codes of one tensor's codes, and has {len(inputs)} inputs.")
-        if self.table.dtype != np.int8 or self.table.shape != (256,):
+        shapes = [(256,), (256, *inputs[0].shape[-1:])]
+        if self.table.dtype != np.int8 or self.table.shape not in shapes:
             raise self.error(
-                f"its table must be int8[256], got {self.table.dtype}{list(self.table.shape)}."
+                "its table must be int8[256], or int8[256, channels], got "
+                f"{self.table.dtype}{list(self.table.shape)}."
             )
         used = self.table[inputs[0].low - CODE_MIN : inputs[0].high - CODE_MIN + 1]
         if used.min() < output.low or used.max() > output.high:

@@ -6,10 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jex_core
 
+from jaxqat.quant._forms.accumulators import Accumulator
 from jaxqat.quant._forms.forms import Form, Operation
 from jaxqat.quant._forms.operand import Operand, is_number
 from jaxqat.quant._forms.primitives import Kind, Primitive, primitive_of
-from jaxqat.quant._forms.tables import Tabulated, tabled
+from jaxqat.quant._forms.tables import Tabulated, coefficient, tabled
 from jaxqat.quant._trace.program import Atom, Constant, Program, TracedNode, inner_jaxprs
 
 
@@ -28,22 +29,28 @@ def form_of(node: TracedNode, operands: list[Operand], aval: Any, *, tables: boo
     if all(operand.form is None for operand in operands):
         return None
     operation = Operation(node.name, node.equation.params, lambda *x: node.bind(*x)[0])
-    if tables and _may_be_table(primitive, operands):
-        table = tabled(operation, operands)
-        if table is not None and table.codes.codes.shape == tuple(aval.shape):
-            return table  # A number can also repeat a tensor along an axis of size 1.
+    if tables and _may_be_table(primitive, operands, tuple(aval.shape)):
+        table = tabled(operation, operands, tuple(aval.shape))
+        if table is not None:
+            return table
     if primitive.form is None or not jnp.issubdtype(aval.dtype, jnp.floating):
         return None
     return primitive.form(operation, operands, tuple(aval.shape))
 
 
-def _may_be_table(primitive: Primitive, operands: list[Operand]) -> bool:
+def _may_be_table(primitive: Primitive, operands: list[Operand], shape: tuple[int, ...]) -> bool:
     """Return whether an operation can be part of a table, and its form is not a better one."""
     if any(isinstance(operand.form, Tabulated) for operand in operands):
         return primitive.is_elementwise
     if primitive.joins_branches and not any(operand.constant for operand in operands):
         return False  # A residual addition of codes.
-    return primitive.kind in (Kind.AFFINE, Kind.FUNCTION, Kind.SELECT)
+    if primitive.kind is Kind.AFFINE:
+        # Factors and terms by channel are a product, which is faster than a table for each.
+        found = [coefficient(operand, shape) for operand in operands]
+        return not any(isinstance(operand.form, Accumulator) for operand in operands) and all(
+            each is None or each.ndim == 0 for each in found
+        )
+    return primitive.kind in (Kind.FUNCTION, Kind.SELECT)
 
 
 def _form_inside(jaxpr: Any, operands: list[Operand], *, tables: bool) -> Form | None:

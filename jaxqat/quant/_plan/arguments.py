@@ -170,7 +170,8 @@ def _has_form(node: TracedNode, origins: Origins) -> bool:
 def _is_function(node: TracedNode, origins: Origins) -> bool:
     """Return whether an operation computes each element of its result from single elements.
 
-    Besides tensors of the data, of the shape of the result, it reads single numbers.
+    Besides tensors of the data, of the shape of the result, it reads single numbers, or one for
+    each channel.
     """
     program = origins.program
     if node in origins.dropouts or len(node.outputs) != 1 or not _is_elementwise(node.equation):
@@ -179,7 +180,7 @@ def _is_function(node: TracedNode, origins: Origins) -> bool:
     return all(
         program.aval(a).shape == shape
         if isinstance(a, int) and origins.level[a] == DATA
-        else _is_number(a, program) and _is_parameter(a, origins)
+        else _is_by_channel(a, program, len(shape)) and _is_parameter(a, origins)
         for a in node.inputs
     )
 
@@ -194,6 +195,27 @@ def _is_elementwise(equation: Any) -> bool:
 
 def _is_parameter(atom: Atom, origins: Origins) -> bool:
     return isinstance(atom, Constant) or origins.level[atom] <= PARAMETERS
+
+
+def _is_by_channel(atom: Atom, program: Program, rank: int) -> bool:
+    """Return whether an operand is one number, or one for each position of the last axis.
+
+    Args:
+        atom: The operand.
+        program: The program.
+        rank: Number of axes of the result.
+    """
+    aval = program.aval(atom)
+    if _is_number(atom, program) or rank < 2:
+        return _is_number(atom, program)
+    if len(aval.shape) == rank and aval.size == aval.shape[-1]:
+        return True
+    node = program.made_by.get(atom) if isinstance(atom, int) else None
+    if node is None or not primitive_of(node.name).repeats:
+        return False
+    inner, axes = program.aval(node.inputs[0]), node.equation.params.get("broadcast_dimensions")
+    is_vector = bool(inner.shape) and inner.size == inner.shape[-1]
+    return is_vector and axes is not None and axes[-1] == rank - 1
 
 
 def _is_number(atom: Atom, program: Program) -> bool:

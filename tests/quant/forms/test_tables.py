@@ -119,9 +119,45 @@ def test_a_residual_addition_of_a_tensor_to_itself_is_a_sum():
     assert isinstance(derived(lambda x: x + x, codes()).form, forms.Sum)
 
 
-def test_factors_by_channel_are_no_table():
-    slopes = jnp.linspace(0.1, 0.4, 4).reshape(1, 1, 4)
+SLOPES = np.linspace(-0.5, 0.4, 4, dtype=np.float32)
+BY_CHANNEL = {
+    "slopes": lambda x, slopes: jnp.where(x > 0, x, x * slopes),
+    "slopes of rank 3": lambda x, slopes: jnp.where(x > 0, x, slopes.reshape(1, 1, 4) * x),
+    "factors in a function": lambda x, slopes: jnp.tanh(x * slopes + 2 * slopes),
+    "a call": lambda x, slopes: jax.jit(lambda x, s: jnp.where(x > 0, x, x * s))(x, slopes),
+    "terms behind": lambda x, slopes: jnp.tanh(x) - slopes,
+}
+
+
+@pytest.mark.parametrize("name", BY_CHANNEL)
+def test_channels_have_tables_of_their_own(name):
+    function = BY_CHANNEL[name]
+    form = derived(lambda x: function(x, SLOPES), codes()).form
+    assert isinstance(form, forms.Tabulated)
+    out = grid(0.02, -5)
+    assert form.table(out).shape == (256, 4)
+    with jax.enable_x64(True):
+        real = (jnp.asarray(UNITS, jnp.float64) - 11) * np.float64(np.float32(0.0437))
+        wanted = np.asarray(function(real, SLOPES.astype(np.float64))) / np.float64(
+            np.float32(0.02)
+        )
+    assert np.abs(np.asarray(form.in_units(out)) - wanted).max() <= 0.5 + 2**-8
+
+
+@pytest.mark.parametrize("name", BY_CHANNEL)
+def test_every_program_has_the_same_tables_of_channels(name):
+    def units():
+        form = derived(lambda x: BY_CHANNEL[name](x, SLOPES), codes()).form
+        assert isinstance(form, forms.Tabulated)
+        return form.units(grid(0.02, -5))
+
+    np.testing.assert_array_equal(jax.jit(units)(), units())
+
+
+def test_factors_by_row_are_no_table():
+    slopes = jnp.linspace(0.1, 0.4, 5).reshape(1, 5, 1)
     assert derived(lambda x: jnp.where(x > 0, x, x * slopes), codes()).form is None
+    assert derived(lambda x: jnp.sin(x[:, 0, 0] * jnp.arange(3.0)), codes()).form is None
 
 
 def test_a_function_in_training_has_no_form():
@@ -132,7 +168,7 @@ def test_a_function_in_training_has_no_form():
 def test_a_number_may_be_repeated_but_not_several():
     values = derived(lambda x: x + lax.broadcast(jnp.float32(2), x.shape), codes())
     assert isinstance(values.form, forms.Tabulated)
-    several = derived(lambda x: jnp.tanh(x) + np.arange(4, dtype=np.float32), codes())
+    several = derived(lambda x: jnp.tanh(x) + np.arange(5, dtype=np.float32)[:, None], codes())
     assert several.form is None
 
 
