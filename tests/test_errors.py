@@ -1,6 +1,9 @@
 """Public calls that cannot work raise errors of jaxqat that say what to pass instead."""
 
+import importlib.metadata
+import json
 import sys
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -10,6 +13,7 @@ from flax import nnx
 from flax.core import DenyList
 
 import jaxqat
+from jaxqat import errors
 from jaxqat.integer._execute import pallas, pallas_conv
 from jaxqat.integer._execute.arithmetic import FixedPoint
 from jaxqat.integer._execute.pallas_tiles import Geometry
@@ -127,9 +131,50 @@ def test_geometry_and_multipliers_that_no_executor_has():
 
 def test_a_missing_package(graph, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnx", None)
-    with pytest.raises(jaxqat.MissingPackageError, match=r"pip install 'jaxqat\[onnx\]'") as error:
+    with pytest.raises(jaxqat.MissingPackageError, match=r"pip install -e '(.*)\[onnx\]'") as error:
         jaxqat.export_onnx(graph, tmp_path / "network.onnx")
     assert isinstance(error.value, jaxqat.JaxqatError) and isinstance(error.value, ImportError)
+    checkout = Path(__file__).parents[1]  # These tests run from one.
+    assert f"`pip install -e '{checkout}[onnx]'`" in str(error.value)
+
+
+GIT = {"url": "https://example.org/jaxqat.git"}
+SOURCES = {
+    "index": (None, "pip install 'jaxqat[onnx,openvino]'"),
+    "folder": (
+        {"url": "file:///home/a%20b/jaxqat", "dir_info": {}},
+        "pip install '/home/a b/jaxqat[onnx,openvino]'",
+    ),
+    "branch": (
+        GIT | {"vcs_info": {"vcs": "git", "requested_revision": "main", "commit_id": "0123"}},
+        "pip install 'jaxqat[onnx,openvino] @ git+https://example.org/jaxqat.git@main'",
+    ),
+    "commit": (
+        GIT | {"vcs_info": {"vcs": "git", "commit_id": "0123"}},
+        "pip install 'jaxqat[onnx,openvino] @ git+https://example.org/jaxqat.git@0123'",
+    ),
+    "wheel": (
+        {"url": "https://example.org/jaxqat-0.1.0-py3-none-any.whl", "archive_info": {}},
+        "pip install 'jaxqat[onnx,openvino] @ https://example.org/jaxqat-0.1.0-py3-none-any.whl'",
+    ),
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_the_command_that_adds_extras_names_the_source_of_the_package(
+    source, tmp_path, monkeypatch
+):
+    """As in an environment: the package, and pip's record of it (PEP 610)."""
+    record, command = SOURCES[source]
+    monkeypatch.setattr(errors, "__file__", str(tmp_path / "jaxqat" / "errors.py"))
+    info = tmp_path / "jaxqat-0.1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Name: jaxqat\nVersion: 0.1.0\n")
+    if record is not None:
+        (info / "direct_url.json").write_text(json.dumps(record))
+    found = importlib.metadata.PathDistribution(info)
+    monkeypatch.setattr(importlib.metadata, "distribution", {"jaxqat": found}.__getitem__)
+    assert errors.install_command("onnx,openvino") == command
 
 
 class Normalized(nn.Module):
