@@ -48,7 +48,16 @@ INSIDE = {
         *("hashing", "terminal", "reading", "results", "measurements"),
         *("data", "models", "metrics"),
         *("training", "checkpoint", "report"),
-        *("config", "networks", "evaluation", "run", "compilation_choice", "stages", "display"),
+        *(
+            "config",
+            "networks",
+            "evaluation",
+            "run",
+            "compilation_choice",
+            "damage",
+            "stages",
+            "display",
+        ),
         "integer_networks",
         *("post_training", "takeover"),
     ),
@@ -164,6 +173,9 @@ def test_files_are_short(path):
 def test_importing_jaxqat_loads_nothing_heavy_and_starts_no_backend():
     script = f"""
 import sys, jaxqat
+assert "jax" not in sys.modules  # The command watches for signals before it imports JAX.
+names = [n for n in jaxqat.__all__ if n not in ("export_onnx", "export_stablehlo")]
+assert all(getattr(jaxqat, name) is not None for name in names)
 from jax._src import xla_bridge
 assert not xla_bridge._backends, xla_bridge._backends
 loaded = sorted(set({HEAVY + OPTIONAL!r}) & set(sys.modules))
@@ -175,7 +187,7 @@ assert not loaded, loaded
 
 def test_importing_the_command_starts_no_backend_and_needs_no_optional_package():
     script = f"""
-import sys, jaxqat.cli
+import sys, jaxqat.cli.dispatch
 from jax._src import xla_bridge
 assert not xla_bridge._backends, xla_bridge._backends
 loaded = sorted(set({OPTIONAL!r}) & set(sys.modules))
