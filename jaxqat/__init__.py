@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from jaxqat.integer._store.folder import load, save
     from jaxqat.integer._verify import verify
     from jaxqat.integer.graph import IntegerGraph
+    from jaxqat.pipeline.load_run import load_run
     from jaxqat.quant import (
         BatchNormWarning,
         BoundModel,
@@ -75,6 +76,7 @@ _HOMES = {
     "export_stablehlo": "jaxqat.export._stablehlo",
     "jit_step": "jaxqat.quant",
     "load": "jaxqat.integer._store.folder",
+    "load_run": "jaxqat.pipeline.load_run",
     "load_stablehlo": "jaxqat.export._stablehlo",
     "make_executor": "jaxqat.integer._execute.executor",
     "quantize": "jaxqat.quant",
@@ -132,6 +134,7 @@ __all__ = [
     "export_stablehlo",
     "jit_step",
     "load",
+    "load_run",
     "load_stablehlo",
     "make_executor",
     "quantize",
