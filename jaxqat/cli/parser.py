@@ -22,6 +22,7 @@ from jaxqat.commands import (
     evaluate,
     export,
     lowering,
+    predict,
     quantize,
     report,
     runs,
@@ -36,7 +37,7 @@ BAD_INPUT = 2
 # Each module holds the function of the same name.
 _MODULES = (
     *(train, quantize, evaluate, analyze, verify, export, benchmark, lowering, report),
-    runs,
+    *(predict, runs),
 )
 COMMANDS = {module.__name__.rpartition(".")[2]: module for module in _MODULES}
 SUPPLIED = ("console", "command")  # Parameters that `dispatch` fills in; they are no options.
@@ -44,6 +45,8 @@ SUPPLIED = ("console", "command")  # Parameters that `dispatch` fills in; they a
 POSITIONAL = {
     "run": "the run folder",
     "folder": "the folder of runs",
+    "network": "the network",
+    "paths": "the images",
 }
 OPTION_NAMES = {"from_run": "from"}  # A Python parameter cannot be called `from`.
 
