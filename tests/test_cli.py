@@ -279,7 +279,7 @@ def test_a_printed_config_can_be_loaded(tmp_path, config_file, capsys):
     assert run_command(*arguments) == 0
     path = tmp_path / "printed.yaml"
     printed = yaml.safe_load(capsys.readouterr().out)
-    for key in ("workdir", "from"):
+    for key in ("workdir", "from", "repair"):
         printed.pop(key, None)
     path.write_text(yaml.safe_dump(printed))
     expected = config.from_dict(SETTINGS)
@@ -424,7 +424,8 @@ def test_a_preset_is_the_config_of_its_name(tmp_path, monkeypatch, capsys):
 
 def test_an_installed_package_has_its_presets_in_share(tmp_path, monkeypatch):
     folder = tmp_path / "share" / "jaxqat" / "configs"
-    monkeypatch.setattr(presets, "CHECKOUT", tmp_path / "none")
+    (tmp_path / "site-packages/configs").mkdir(parents=True)
+    monkeypatch.setattr(presets, "CHECKOUT", tmp_path / "site-packages/configs")
     monkeypatch.setattr("sysconfig.get_path", lambda name: {"data": str(tmp_path)}[name])
     assert presets.presets() == {}
     shutil.copytree(ROOT / "configs", folder)

@@ -88,7 +88,7 @@ def _check_config_files(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config", action="append", default=[])
     for path in parser.parse_known_args(argv)[0].config:
-        configs.read_yaml(Path(path), also=("workdir", "from"))
+        configs.read_yaml(Path(path), also=("workdir", "from", "repair"))
 
 
 def _set_up_logging() -> None:

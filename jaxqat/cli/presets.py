@@ -17,7 +17,8 @@ CHECKOUT = Path(__file__).parents[2] / "configs"
 def presets() -> dict[str, Path]:
     """Return the files of the presets by name; none if they are not installed."""
     installed = Path(sysconfig.get_path("data")) / "share" / "jaxqat" / "configs"
-    folder = CHECKOUT if CHECKOUT.is_dir() else installed
+    # Beside an installed package there may be a folder of this name that is another's.
+    folder = CHECKOUT if (CHECKOUT.parent / "pyproject.toml").is_file() else installed
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 

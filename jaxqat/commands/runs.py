@@ -66,7 +66,8 @@ def runs(folder: Path, *, console: Console | None = None) -> tuple[RunRow, ...]:
 def _row(base: Path, run: RunFolder) -> RunRow:
     path = run.path.relative_to(base)
     try:
-        results, state = run.find_results(), _state(run)
+        results = run.find_results()
+        state = _state(run, results)
     except JaxqatError as error:
         return RunRow(path=path, state=f"damaged: {error}")
     if results is None:
@@ -84,10 +85,12 @@ def _accuracies(results: Results) -> tuple[float | None, ...]:
     return tuple(None if network is None else network.test.accuracy for network in networks)
 
 
-def _state(run: RunFolder) -> str:
+def _state(run: RunFolder, results: Results | None) -> str:
     """Return 'finished', or the last epoch of the run."""
     if is_finished(run):
         return "finished"
+    if results is not None and results.qat is not None:
+        return "finished, without integer/"
     experiment, records = run.load_config(), run.read_metrics()
     if not records:
         return "not trained yet"

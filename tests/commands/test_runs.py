@@ -18,13 +18,14 @@ console, finished = tiny_run.console, tiny_run.finished
 def folder(finished, tmp_path):
     """A folder with a finished run, one that was stopped in QAT, a fresh and a damaged one."""
     ignored = shutil.ignore_patterns("checkpoints", "figures")
-    for name in ("a/finished", "b_stopped", "c_fresh", "d_damaged"):
+    for name in ("a/finished", "b_stopped", "c_fresh", "d_damaged", "e_moved"):
         shutil.copytree(finished, tmp_path / name, ignore=ignored)
     for name in ("b_stopped", "c_fresh"):
         (tmp_path / name / "results.json").unlink()
     RunFolder(tmp_path / "b_stopped").truncate_metrics("qat", 6)
     (tmp_path / "c_fresh" / "metrics.jsonl").unlink()
     (tmp_path / "d_damaged" / "results.json").write_text("{")
+    shutil.rmtree(tmp_path / "e_moved" / "integer")
     return tmp_path
 
 
@@ -32,7 +33,7 @@ def test_every_run_has_a_row_with_state_accuracies_and_size(folder, finished, co
     before = tiny_run.files(folder)
     rows = {str(row.path): row for row in runs(folder, console=console)}
     results = RunFolder(finished).read_results()
-    assert list(rows) == ["a/finished", "b_stopped", "c_fresh", "d_damaged"]
+    assert list(rows) == ["a/finished", "b_stopped", "c_fresh", "d_damaged", "e_moved"]
     row = rows["a/finished"]
     networks = (results.fp32, results.qat, results.integer)
     assert row.accuracies == tuple(network and network.test.accuracy for network in networks)
@@ -40,6 +41,7 @@ def test_every_run_has_a_row_with_state_accuracies_and_size(folder, finished, co
     assert rows["b_stopped"].state == "qat, epoch 1 of 2"
     assert rows["c_fresh"].state == "not trained yet"
     assert rows["c_fresh"].accuracies == (None, None, None)
+    assert rows["e_moved"].state == "finished, without integer/"
     assert rows["d_damaged"].state.startswith("damaged: ")
     assert "results.json" in rows["d_damaged"].state
     shown = console.file.getvalue()
