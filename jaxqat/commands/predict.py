@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
@@ -168,7 +169,7 @@ def _of_run(folder: RunFolder) -> _Source:
 
     def real(images: np.ndarray) -> np.ndarray:
         with matmul_precision(experiment):
-            return np.asarray(run(variables, images))
+            return np.asarray(run(variables, jnp.asarray(images)))
 
     return dataclasses.replace(source, float=real, resizes=resizes)
 

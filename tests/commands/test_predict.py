@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_run
@@ -65,7 +66,9 @@ def test_a_run_predicts_by_its_integer_and_its_float_network(
     assert_is([each.integer for each in found], expected(run.predict(IMAGES)))
     networks = Networks.build(tiny(), DATA)
     variables = restore_model(networks, RunFolder(finished), "fp32").tree()
-    real = networks.modules["fp32"].apply(variables, networks.normalize(IMAGES), train=False)
+    real = networks.modules["fp32"].apply(
+        variables, networks.normalize(jnp.asarray(IMAGES)), train=False
+    )
     floats = [each.float for each in found]
     assert all(floats)
     # Compiled or not, the same float32 sums, of at most 36 products a layer.
