@@ -79,7 +79,7 @@ def main() -> None:
         try:
             jaxqat.export_onnx(graph, Path(folder) / "network.onnx")
         except ImportError as error:
-            assert "jaxqat[onnx]" in str(error)
+            assert "[onnx]" in str(error)  # The command depends on the source of the package.
         else:
             raise AssertionError("`onnx` is installed: this is not the bare library")
     imported = sorted(set(EXTRAS) & set(sys.modules))

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ import yaml
 from tiny_run import SETTINGS, STEPS, run_command, without_privileges
 
 from jaxqat import cli
+from jaxqat.cli import parser, presets
 from jaxqat.commands import train
 from jaxqat.pipeline import config
 
@@ -150,9 +152,11 @@ def test_evaluate_and_report_need_only_the_folder(tmp_path, finished):
     for stage, arguments in (("ptq", ("--stage", "ptq")), ("integer", ())):
         status, out, err = finish(start("evaluate", run, *arguments))
         assert status == 0, err
-        accuracy = json.loads((run / "results.json").read_text())[stage]["test"]["accuracy"]
-        assert f"accuracy {100 * accuracy:.2f} %" in out
-        assert (run / "evaluations" / f"{stage}_test.json").is_file()
+        entry = json.loads((run / "results.json").read_text())[stage]
+        entry = entry["int8"] if stage == "ptq" else entry
+        assert f"accuracy {100 * entry['test']['accuracy']:.2f} %" in out
+        name = "ptq_int8" if stage == "ptq" else stage
+        assert (run / "evaluations" / f"{name}_test.json").is_file()
     status, out, err = finish(start("report", run))
     assert status == 0, err
     assert (run / "report.html").is_file()
@@ -253,7 +257,7 @@ def test_a_read_only_workdir_exits_with_2(open_tmp, capsys):
     run = open_tmp / "run"
     run.mkdir(mode=0o555)
     with without_privileges():
-        status = cli.main(["train", "--workdir", str(run), "--seed", "1"])
+        status = cli.main(["train", "--config", "quickstart", "--workdir", str(run)])
     assert status == 2
     assert f"workdir {run}: cannot be written: Permission denied" in capsys.readouterr().err
 
@@ -275,7 +279,7 @@ def test_a_printed_config_can_be_loaded(tmp_path, config_file, capsys):
     assert run_command(*arguments) == 0
     path = tmp_path / "printed.yaml"
     printed = yaml.safe_load(capsys.readouterr().out)
-    for key in ("workdir", "from"):
+    for key in ("workdir", "from", "repair"):
         printed.pop(key, None)
     path.write_text(yaml.safe_dump(printed))
     expected = config.from_dict(SETTINGS)
@@ -293,20 +297,20 @@ def test_help_lists_settings_with_meaning_and_default(capsys):
 def test_help_lists_every_command_with_the_first_line_of_its_docstring(capsys):
     assert run_command("--help") == 0
     text = " ".join(capsys.readouterr().out.split())
-    for name, module in cli.COMMANDS.items():
+    for name, module in parser.COMMANDS.items():
         summary = inspect.getdoc(getattr(module, name))
         assert summary is not None and f"{name} {summary.splitlines()[0]}" in text
 
 
-@pytest.mark.parametrize("name", cli.COMMANDS)
+@pytest.mark.parametrize("name", parser.COMMANDS)
 def test_help_of_a_command_describes_every_parameter_as_its_docstring_does(name, capsys):
     assert run_command(name, "--help") == 0
     text = " ".join(capsys.readouterr().out.split())
-    function = getattr(cli.COMMANDS[name], name)
+    function = getattr(parser.COMMANDS[name], name)
     described = "".join(inspect.getdoc(function) or "").split("Args:")[1].split("Returns:")[0]
     for parameter in inspect.signature(function).parameters:
         sentence = described.split(f"    {parameter}: ")[1].split(".")[0]
-        shown = parameter not in cli.SUPPLIED
+        shown = parameter not in parser.SUPPLIED
         # The formatter breaks lines at hyphens.
         sentence, page = (" ".join(t.split()).replace("- ", "-") for t in (sentence, text))
         assert (sentence in page) is shown, parameter
@@ -361,7 +365,7 @@ def test_stops_and_failures_have_their_exit_statuses(monkeypatch, capsys, tmp_pa
             raise error
 
         monkeypatch.setattr(train, "train", fail)
-        assert run_command("train", "--workdir", tmp_path) == status
+        assert run_command("train", "--config", "quickstart", "--workdir", tmp_path) == status
         assert capsys.readouterr().err.startswith("jaxqat: ")
 
 
@@ -389,3 +393,42 @@ def test_a_missing_argument_is_named_as_on_the_command_line(command, missing, ca
     assert run_command(command) == 2
     error = capsys.readouterr().err
     assert missing in error and f"{command}." not in error
+
+
+def test_train_without_a_config_starts_nothing_and_names_the_presets(tmp_path, finished, capsys):
+    run = tmp_path / "run"
+    assert run_command("train", "--workdir", run, "--seed", 1) == 2
+    names = ", ".join(sorted(path.stem for path in (ROOT / "configs").glob("*.yaml")))
+    assert f"train needs --config: the path of a YAML file, or the name of a preset ({names})" in (
+        capsys.readouterr().err
+    )
+    assert not run.exists()
+    assert run_command("train", "--workdir", finished) == 2
+    assert f"pass --config {finished / 'config.yaml'}" in capsys.readouterr().err
+
+
+def test_a_preset_is_the_config_of_its_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    printed = []
+    for path in ("quickstart", ROOT / "configs" / "quickstart.yaml"):
+        assert run_command("train", f"--config={path}", "--print_config") == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] and "width: 8" in printed[0]
+    assert run_command("train", "--config", "quickstar", "--workdir", "run") == 2
+    assert "is neither a file nor one of the presets" in (err := capsys.readouterr().err)
+    assert "the nearest one is quickstart" in err
+    (tmp_path / "quickstart").write_text("seed: 7")  # A file of the same name comes first.
+    assert run_command("train", "--config", "quickstart", "--print_config") == 0
+    assert "seed: 7" in capsys.readouterr().out
+
+
+def test_an_installed_package_has_its_presets_in_share(tmp_path, monkeypatch):
+    folder = tmp_path / "share" / "jaxqat" / "configs"
+    (tmp_path / "site-packages/configs").mkdir(parents=True)
+    monkeypatch.setattr(presets, "CHECKOUT", tmp_path / "site-packages/configs")
+    monkeypatch.setattr("sysconfig.get_path", lambda name: {"data": str(tmp_path)}[name])
+    assert presets.presets() == {}
+    shutil.copytree(ROOT / "configs", folder)
+    assert presets.find_config("quickstart") == folder / "quickstart.yaml"
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert settings["data-files"] == {"share/jaxqat/configs": ["configs/*.yaml"]}

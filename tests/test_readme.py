@@ -73,7 +73,8 @@ def row_of_bits(results):
     """Return the row of a network in the README's table of bits."""
     inner = [layer for layer in results["layers"] if "stage" in layer["path"]]
     ((weights, acts),) = {(layer["weight_bits"], layer["act_bits"]) for layer in inner}
-    tests = (results["fp32"], results["ptq"], results["integer"])
+    (ptq,) = results["ptq"].values()
+    tests = (results["fp32"], ptq, results["integer"])
     scores = " | ".join(f"{100 * each['test']['accuracy']:.2f} %" for each in tests)
     return f"| W{weights}A{acts} | {scores} | {results['size_bytes']['integer']:,} |"
 

@@ -31,3 +31,13 @@ def percent(share: float | None) -> str:
     Two digits: with 10,000 test images, one image is 0.01 %.
     """
     return "–" if share is None else f"{100 * share:.2f}"
+
+
+def duration(seconds: float) -> str:
+    """Return a time as text, such as '1 h 05 min', '2 min 40 s' or '8.3 s'."""
+    if seconds < 59.95:  # A longer time would be rounded to 60.0 s.
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"

@@ -10,7 +10,7 @@ from jaxqat.analysis import analyze as analyze_layers
 from jaxqat.errors import InputError
 from jaxqat.pipeline import config as configs
 from jaxqat.pipeline.data import load_dataset
-from jaxqat.pipeline.display import print_analysis
+from jaxqat.pipeline.display import console_for, print_analysis, print_json
 from jaxqat.pipeline.evaluation import find_split
 from jaxqat.pipeline.measurements import RunAnalysis, SplitName
 from jaxqat.pipeline.networks import matmul_precision
@@ -28,8 +28,10 @@ def analyze(
     run: Path,
     *,
     stage: Literal["qat", "ptq"] = "qat",
+    recipe: str | None = None,
     split: SplitName = "test",
     images: int = 1000,
+    json: bool = False,
     console: Console | None = None,
 ) -> RunAnalysis:
     """Find the layers where the quantized network loses accuracy.
@@ -41,9 +43,13 @@ def analyze(
         run: Run folder.
         stage: Network to analyze, against the same weights in float: that of quantization-aware
             training (qat), or that of post-training quantization, with the recipe and calibration
-            of RUN/ptq (ptq).
+            of RUN/ptq/RECIPE (ptq).
+        recipe: Recipe of the network of post-training quantization, for a run with several; by
+            default that of the run, or the only one.
         split: Images to analyze on.
         images: Number of images, 1 or more, counted from the first of the split.
+        json: Print the content of the file as JSON on standard output, and all else on standard
+            error.
         console: Where the table is printed; None for standard output.
 
     Returns:
@@ -59,7 +65,7 @@ def analyze(
     """
     if images < 1:
         raise InputError(f"--images must be 1 or more, got {images!r}.")
-    console = console or Console()
+    console = console_for(console, as_json=json)
     folder = RunFolder(Path(run))
     experiment = folder.load_config()
     dataset = load_dataset(experiment.data)
@@ -69,7 +75,7 @@ def analyze(
     batches = np.array_split(np.arange(len(chosen)), -(-len(chosen) // ANALYSIS_BATCH_SIZE))
     with matmul_precision(experiment):
         say(f"Analyzing {len(chosen):,} images, layer by layer", console)
-        networks, model = restore_quantized(folder, experiment, dataset, stage)
+        networks, model = restore_quantized(folder, experiment, dataset, stage, recipe)
         analysis = analyze_layers(
             networks.quantized,
             model.tree(),
@@ -89,6 +95,8 @@ def analyze(
     )
     title = f"{experiment.name}: {stage}, {len(chosen):,} images of the {split} split"
     print_analysis(title, result, console)
+    if json:
+        print_json(result)
     folder.write_analysis(result)
     page = write_analysis(folder.path, result)
     say(f"analysis: {page}", console)

@@ -7,9 +7,14 @@ from rich.console import Console
 
 from jaxqat.pipeline.config import Experiment
 from jaxqat.pipeline.data import Dataset, load_dataset
-from jaxqat.pipeline.display import print_evaluation
+from jaxqat.pipeline.display import console_for, print_evaluation, print_json
 from jaxqat.pipeline.evaluation import Measured, Predictor, find_split, measure
-from jaxqat.pipeline.integer_networks import check_network_data, load_network
+from jaxqat.pipeline.integer_networks import (
+    check_network_data,
+    check_recipe,
+    load_network,
+    network_folder,
+)
 from jaxqat.pipeline.measurements import Evaluation, SplitName
 from jaxqat.pipeline.networks import Networks, matmul_precision
 from jaxqat.pipeline.run.folder import RunFolder
@@ -24,19 +29,25 @@ def evaluate(
     run: Path,
     *,
     stage: Literal["fp32", "ptq", "qat", "integer"] = "integer",
+    recipe: str | None = None,
     split: SplitName = "test",
+    json: bool = False,
     console: Console | None = None,
 ) -> Evaluation:
     """Evaluate a network of a run on a split, from the run folder alone.
 
-    Writes RUN/evaluations/STAGE_SPLIT.json and nothing else.
+    Writes RUN/evaluations/STAGE_SPLIT.json (ptq_RECIPE_SPLIT.json for ptq) and nothing else.
 
     Args:
         run: Run folder.
         stage: Network to evaluate: a trained one from its checkpoint (fp32, qat), or an integer
-            network, that of post-training quantization from RUN/ptq (ptq) or that of
+            network, that of post-training quantization from RUN/ptq/RECIPE (ptq) or that of
             quantization-aware training from RUN/integer (integer).
+        recipe: Recipe of the network of post-training quantization, for a run with several; by
+            default that of the run, or the only one.
         split: Images to evaluate on.
+        json: Print the content of the file as JSON on standard output, and all else on standard
+            error.
         console: Where the metrics are printed; None for standard output.
 
     Returns:
@@ -48,14 +59,22 @@ def evaluate(
         CheckpointError: The checkpoint is missing or damaged.
         ArtifactError: The integer network is damaged.
     """
-    console = console or Console()
+    console = console_for(console, as_json=json)
     folder = RunFolder(Path(run))
     experiment = folder.load_config()
-    evaluate_network = _evaluate_integer if stage in INTEGER else _evaluate_checkpoint
-    dataset, step, measured = evaluate_network(folder, experiment, split, stage)
+    check_recipe(stage, recipe)
+    if stage in INTEGER:
+        path = network_folder(folder, INTEGER[stage], recipe)
+        recipe = path.name if stage == "ptq" else None
+        found = _evaluate_integer(folder, experiment, split, stage, recipe)
+    else:
+        found = _evaluate_checkpoint(folder, experiment, split, stage)
+    dataset, step, measured = found
+    name = stage if recipe is None else f"{stage}_{recipe}"
     result = Evaluation(
         **vars(describe_run(experiment, dataset, None)),
         stage=stage,
+        recipe=recipe,
         split=split,
         step=step,
         evaluate_images_per_s=measured.images_per_s,
@@ -63,8 +82,10 @@ def evaluate(
     )
     images = f"{measured.scores.n} images of the {split} split"
     # Print first: the folder may be read-only.
-    print_evaluation(f"{experiment.name}: {stage} at step {step}, {images}", measured, console)
-    folder.write_evaluation(f"{stage}_{split}", result)
+    print_evaluation(f"{experiment.name}: {name} at step {step}, {images}", measured, console)
+    if json:
+        print_json(result)
+    folder.write_evaluation(f"{name}_{split}", result)
     return result
 
 
@@ -84,9 +105,9 @@ def _evaluate_checkpoint(
 
 
 def _evaluate_integer(
-    folder: RunFolder, experiment: Experiment, split: str, name: str
+    folder: RunFolder, experiment: Experiment, split: str, name: str, recipe: str | None
 ) -> tuple[Dataset, int, Measured]:
-    graph = load_network(folder, INTEGER[name])
+    graph = load_network(folder, INTEGER[name], recipe)
     dataset = load_dataset(experiment.data)
     images = find_split(dataset, split)
     check_network_data(folder, graph, dataset)

@@ -18,6 +18,7 @@ def export(
     *,
     format: Literal["onnx", "stablehlo"],
     stage: Literal["qat", "ptq"] = "qat",
+    recipe: str | None = None,
     input: Literal["uint8", "float"] = "uint8",
     overwrite: bool = False,
     console: Console | None = None,
@@ -30,6 +31,8 @@ def export(
         format: Format of the file.
         stage: Stage that made the integer network: quantization-aware training (qat) or
             post-training quantization (ptq).
+        recipe: Recipe of the network of post-training quantization, for a run with several; by
+            default that of the run, or the only one.
         input: Input of the exported network: raw pixels (uint8), or images normalized as in
             training (float).
         overwrite: Replace an existing file.
@@ -47,7 +50,7 @@ def export(
     console = console or Console()
     folder = RunFolder(Path(run))
     folder.load_config()
-    graph = load_network(folder, stage)
+    graph = load_network(folder, stage, recipe)
     if format == "onnx":
         from jaxqat.export._onnx.model import export_onnx as write
     else:

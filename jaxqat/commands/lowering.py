@@ -1,5 +1,7 @@
 """`jaxqat lowering`: show the kernels that a device's compiler makes of an integer network."""
 
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -35,6 +37,7 @@ def lowering(
     executor: str | None = None,
     batch_size: int = 256,
     width: int | None = None,
+    summary: bool = False,
     console: Console | None = None,
 ) -> Compiled:
     """Show the kernels that a device's compiler makes of an integer network.
@@ -48,6 +51,7 @@ def lowering(
             `make_executor` uses on the device.
         batch_size: Images per call, 1 or more.
         width: Width of the random ResNet-18: channels of its first stage; by default 64.
+        summary: Show one row for all kernels of a kind, which fits a terminal of 80 columns.
         console: Where the table is printed; None for standard output.
 
     Returns:
@@ -70,7 +74,7 @@ def lowering(
     compiled = compile_for(
         target, runner.apply, runner.parameters, images, compiler_options=runner.compiler_options
     )
-    print_lowering(compiled, console)
+    (print_summary if summary else print_lowering)(compiled, console)
     return compiled
 
 
@@ -108,6 +112,27 @@ def print_lowering(compiled: Compiled, console: Console) -> None:
     red = [row.is_float for row in lowering.rows]
     print_table(title, texts + numbers, cells, console, texts=len(texts), red=red)
     say(_totals(lowering, compiled.seconds), console)
+
+
+def print_summary(compiled: Compiled, console: Console) -> None:
+    """Print a row for all kernels of a kind, with runs and bytes; kernels with float in red."""
+    lowering, groups = lowering_table(compiled), defaultdict(list)
+    for row in lowering.rows:
+        groups[row.what, row.products, row.is_float].append(row)
+    cells = [(what, types, *_sums(rows)) for (what, types, _), rows in groups.items()]
+    title = f"{compiled.target}, kernels: {len(lowering.rows)}"
+    header = ("what", "multiplies", "kernels", "runs", "read", "written")
+    red = [is_float for _, _, is_float in groups]
+    print_table(title, header, cells, console, texts=2, red=red)
+    say(_totals(lowering, compiled.seconds), console)
+
+
+def _sums(rows: Sequence[Row]) -> tuple[str, ...]:
+    """Return the kernels, their runs, and the bytes of all runs, as text."""
+    read = sum(row.times * row.bytes_read for row in rows)
+    written = sum(row.times * row.bytes_written for row in rows)
+    runs = sum(row.times for row in rows)
+    return f"{len(rows):,}", f"{runs:,}", in_bytes(read), in_bytes(written)
 
 
 def _cells(row: Row) -> tuple[str, ...]:

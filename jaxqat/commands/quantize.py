@@ -6,15 +6,15 @@ from typing import Literal
 
 from rich.console import Console
 
-from jaxqat.integer._store.folder import save
 from jaxqat.pipeline.config import Experiment
 from jaxqat.pipeline.data import DataError, Dataset, load_dataset
 from jaxqat.pipeline.display import print_results
 from jaxqat.pipeline.evaluation import Predictor, measure
-from jaxqat.pipeline.integer_networks import check_network
+from jaxqat.pipeline.integer_networks import check_network, recipe_name, save_ptq
 from jaxqat.pipeline.networks import Networks, matmul_precision
 from jaxqat.pipeline.post_training import (
     calibrated,
+    check_static,
     convert_and_test,
     warn_unconverged,
     with_quantization,
@@ -41,9 +41,9 @@ def quantize(
 ) -> Results:
     """Quantize the trained FP32 network of a run without training; evaluate and report it.
 
-    Writes RUN/ptq, the entry 'ptq' of RUN/results.json and the report, each atomically and only
-    after all measurements. Before quantization-aware training, the results hold only FP32 and PTQ;
-    `train` continues such a run.
+    Writes RUN/ptq/RECIPE, its entry in RUN/results.json and the report, each atomically and only
+    after all measurements. Networks of other recipes stay beside it. Before quantization-aware
+    training, the results hold only FP32 and PTQ; `train` continues such a run.
 
     Args:
         run: Run folder; its FP32 stage must be finished.
@@ -71,25 +71,29 @@ def quantize(
     console = console or Console()
     experiment = RunFolder(Path(run)).load_config()
     quant = experiment.quant if recipe is None else Recipe.preset(recipe)
+    name = recipe_name(quant)
+    check_static(quant, name)
     with claim(Path(run)) as folder, stop_on_signals() as stop, matmul_precision(experiment):
         dataset = load_dataset(experiment.data)
         batches = _check_batches(experiment, dataset, batches)
         networks = Networks.build(with_quantization(experiment, quant, batches), dataset)
         check_finished(StageRun.of("fp32", networks, folder))
         fp32 = restore_model(networks, folder, "fp32")
-        say(f"PTQ: calibrating on {batches} batches, converting and testing", console)
+        say(f"PTQ ({name}): calibrating on {batches} batches, converting and testing", console)
+        if name in folder.ptq_names():
+            say(f"PTQ ({name}): this replaces the earlier network in {folder.ptq / name}", console)
         warn_unconverged(networks, fp32, console)
         model = calibrated(networks, fp32)
-        graph, ptq, speed = convert_and_test(networks, model, stop, preset=recipe)
-        say("PTQ: verifying every code on the test split", console)
+        graph, ptq, speed = convert_and_test(networks, model, stop, name=name)
+        say(f"PTQ ({name}): verifying every code on the test split", console)
         verification = verification_result(check_network(networks, model, graph, console))
         ptq = dataclasses.replace(ptq, verify=verification)
         results = folder.find_results()
         if results is None or results.qat is None:
             results = _float_results(networks, folder, model, command)
         stop.raise_if_set()
-        save(graph, folder.ptq, overwrite=True)
-        results = results.with_network("ptq", ptq, speed)
+        save_ptq(folder, graph)
+        results = results.with_ptq(name, ptq, speed)
         folder.write_results(results)
         report = write_report(folder.path)
     print_results(results, console)

@@ -1,21 +1,22 @@
 """`jaxqat train`: the experiment from end to end.
 
 Both stages are trained before the test split is used. In the results, 'integer' is the integer
-network of QAT in RUN/integer, and 'ptq' the calibrated one in RUN/ptq.
+network of QAT in RUN/integer, and 'ptq' holds the calibrated ones in RUN/ptq, by recipe.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from rich.console import Console
 
 from jaxqat.errors import ConversionError
 from jaxqat.integer._store.files import write_atomically
-from jaxqat.integer._store.folder import save
 from jaxqat.pipeline.compilation_choice import find_compilation
 from jaxqat.pipeline.config import Experiment, to_yaml
+from jaxqat.pipeline.damage import check_undamaged
+from jaxqat.pipeline.damage import repair as move_damaged_aside
 from jaxqat.pipeline.data import DataError, Dataset, load_dataset
 from jaxqat.pipeline.display import print_results, warn
 from jaxqat.pipeline.evaluation import Measured, measure
@@ -24,6 +25,8 @@ from jaxqat.pipeline.integer_networks import (
     is_finished,
     make_network,
     measure_network,
+    recipe_name,
+    save_ptq,
 )
 from jaxqat.pipeline.networks import Networks, matmul_precision
 from jaxqat.pipeline.post_training import calibrated, convert_and_test, warn_unconverged
@@ -32,6 +35,7 @@ from jaxqat.pipeline.results import TRAINED_STAGES, IntegerResult, Results, Spee
 from jaxqat.pipeline.run.folder import RunFolder, RunFolderError, check_config, claim
 from jaxqat.pipeline.run.results import (
     bits_name,
+    count_parameters,
     float_results,
     stage_result,
     verification_result,
@@ -49,6 +53,7 @@ def train(
     workdir: Path,
     *,
     from_run: Path | None = None,
+    repair: bool = False,
     command: str | None = None,
     console: Console | None = None,
 ) -> Results:
@@ -58,10 +63,12 @@ def train(
     integer form, the run ends without an integer network, and its results list the reasons.
 
     Args:
-        experiment: YAML file with any of the options below.
+        experiment: YAML file with any of the options below, or the name of a preset, such as
+            quickstart; required.
         workdir: Run folder; created if it does not exist.
         from_run: Another run; start from its finished FP32 stage. A run with FP32 checkpoints
             continues from its own.
+        repair: Move damaged checkpoints of the run aside, and train again from the last good ones.
         command: The command line, recorded in the results.
         console: Where progress is printed; None for standard output.
 
@@ -73,7 +80,8 @@ def train(
             if the FP32 stage of the other run is not finished, or has other settings or data.
         DataError: If the data is missing, damaged or unusable.
         RecipeError: If the recipe does not fit the network.
-        CheckpointError: If all checkpoints are damaged, or none can be written.
+        CheckpointError: If a finished run has a damaged checkpoint, if all are damaged, or if none
+            can be written.
         ArtifactError: If the integer network cannot be written.
         DivergedError: If the loss or the weights became infinite or NaN.
         Stopped: If a signal came; the state was saved.
@@ -81,7 +89,10 @@ def train(
     console = console or Console()
     with claim(Path(workdir)) as folder, stop_on_signals() as stop:
         check_config(folder, experiment)
+        if repair:
+            _repair(folder, experiment, console)
         if is_finished(folder):
+            check_undamaged(folder, experiment)
             return _already_finished(folder, console)
         dataset = load_dataset(experiment.data)
         stop.raise_if_set()
@@ -96,6 +107,14 @@ def train(
     print_results(results, console)
     console.print(f"report: {folder.report}", highlight=False)
     return results
+
+
+def _repair(folder: RunFolder, experiment: Experiment, console: Console) -> None:
+    found = move_damaged_aside(folder, experiment)
+    for problem in found:
+        say(problem, console)
+    if not found:
+        say(f"{folder.path}: no checkpoint is damaged.", console)
 
 
 def _already_finished(folder: RunFolder, console: Console) -> Results:
@@ -131,9 +150,31 @@ def _float_stage(
     return other
 
 
+def _announce(networks: Networks, runs: Mapping[str, StageRun], console: Console) -> None:
+    """Print what is about to be done: network, data, steps."""
+    experiment, dataset = networks.experiment, networks.dataset
+    model, size = experiment.model, "x".join(map(str, dataset.image_shape))
+    parameters = count_parameters(networks.shapes("fp32")[0])
+    say(f"network: ResNet-{model.depth}, width {model.width}, {parameters:,} parameters", console)
+    say(
+        f"data: {dataset.fingerprint['name']}, {len(dataset.train):,} training and "
+        f"{len(dataset.test):,} test images of {size}, {dataset.num_classes} classes",
+        console,
+    )
+    for name, run in runs.items():
+        say(
+            f"{name}: {run.config.epochs} epochs of {run.steps_per_epoch:,} steps of "
+            f"{run.config.batch_size} images, {run.total_steps:,} steps in all",
+            console,
+        )
+
+
 def _run(
     networks: Networks, folder: RunFolder, stop: StopRequest, console: Console, command: str | None
 ) -> Results:
+    _announce(
+        networks, {name: StageRun.of(name, networks, folder) for name in TRAINED_STAGES}, console
+    )
     compilation = find_compilation(networks, folder, console)
     runs = {name: StageRun.of(name, networks, folder, compilation) for name in TRAINED_STAGES}
     fp32 = runs["fp32"].train(lambda: Model(*networks.init()), stop=stop, console=console)
@@ -207,19 +248,21 @@ def _add_ptq(
     stop: StopRequest,
     console: Console,
 ) -> Results:
-    """Add post-training quantization to the results; keep that of an earlier `quantize`."""
-    if before is not None and before.ptq is not None and folder.ptq.is_dir():
-        return results.with_network("ptq", before.ptq, before.speed["ptq"])
-    if not networks.experiment.qat.test_calibrated:
+    """Add post-training quantization to the results; keep those of an earlier `quantize`."""
+    name = recipe_name(networks.experiment.quant)
+    for each in folder.ptq_names():
+        if before is not None and each in before.ptq:
+            results = results.with_ptq(each, before.ptq[each], before.speed[f"ptq_{each}"])
+    if name in results.ptq or not networks.experiment.qat.test_calibrated:
         return results
     say("PTQ: converting and testing the calibrated FP32 network", console)
     try:
-        graph, ptq, speed = convert_and_test(networks, start(), stop)
+        graph, ptq, speed = convert_and_test(networks, start(), stop, name=name)
     except ConversionError as error:
         warn(f"this run has no integer network of post-training quantization. {error}", console)
         return results
-    save(graph, folder.ptq, overwrite=True)
-    return results.with_network("ptq", ptq, speed)
+    save_ptq(folder, graph)
+    return results.with_ptq(name, ptq, speed)
 
 
 def _measure(run: StageRun, model: Model) -> Measured:

@@ -6,12 +6,13 @@ from typing import Any, Literal
 import numpy as np
 from rich.console import Console
 
+from jaxqat.errors import InputError
 from jaxqat.integer._compare import Network, Observation, Verification, compare
 from jaxqat.integer._execute.executor import make_executor
 from jaxqat.integer._verify import integer_network
 from jaxqat.integer.graph import IntegerGraph
 from jaxqat.pipeline.data import Split, load_dataset
-from jaxqat.pipeline.display import print_verification
+from jaxqat.pipeline.display import console_for, print_json, print_verification
 from jaxqat.pipeline.evaluation import find_split
 from jaxqat.pipeline.integer_networks import (
     check_network_data,
@@ -34,8 +35,11 @@ def verify(
     run: Path,
     *,
     stage: Literal["qat", "ptq"] = "qat",
+    recipe: str | None = None,
     format: Literal["onnx", "openvino"] | None = None,
     split: SplitName = "test",
+    images: int | None = None,
+    json: bool = False,
     console: Console | None = None,
 ) -> Verification:
     """Compare every code of the integer network with the network it was converted from.
@@ -43,21 +47,27 @@ def verify(
     Without a format, the quantized network in inference mode is the reference. The exit status is 1
     if codes differ by more than one, or in 1 of 100,000 places or more, if an image changes its
     class, or if results differ although no code does. Only RUN/evaluations/verify_SPLIT.json is
-    written, with ptq and the format before SPLIT if they are given.
+    written, with ptq_RECIPE and the format before SPLIT if they are given.
 
     Args:
         run: Run folder.
         stage: Stage that made the integer network: quantization-aware training (qat) or
             post-training quantization (ptq).
+        recipe: Recipe of the network of post-training quantization, for a run with several; by
+            default that of the run, or the only one.
         format: Compare with the exported file instead, run by ONNX Runtime (onnx) or OpenVINO
             (openvino). OpenVINO fuses layers and gives no codes, so only classes are compared.
         split: Images to compare on.
+        images: Number of images, 1 or more, counted from the first of the split; by default all.
+        json: Print the content of the file as JSON on standard output, and all else on standard
+            error.
         console: Where the comparison is printed; None for standard output.
 
     Returns:
         The comparison. Its `failures` list the conditions above that do not hold.
 
     Raises:
+        InputError: `images` is below 1.
         RunFolderError: If the folder is not a run folder, holds no such integer network, or was
             trained on other data.
         DataError: If the data is missing or damaged.
@@ -66,27 +76,36 @@ def verify(
         ExportError: If ONNX cannot express the network.
         MissingPackageError: If a package is not installed.
     """
-    console = console or Console()
+    if images is not None and images < 1:
+        raise InputError(f"--images must be 1 or more, got {images!r}.")
+    console = console_for(console, as_json=json)
     folder = RunFolder(Path(run))
     experiment = folder.load_config()
-    graph = load_network(folder, stage)
+    graph = load_network(folder, stage, recipe)
     dataset = load_dataset(experiment.data)
-    images = find_split(dataset, split)
+    chosen = find_split(dataset, split)
+    if images is not None:
+        chosen = chosen.take(np.arange(min(images, len(chosen))))
     check_network_data(folder, graph, dataset)
-    say(f"Comparing every code on {len(images):,} images of the {split} split", console)
+    say(f"Comparing every code on {len(chosen):,} images of the {split} split", console)
     if format is not None:
-        verification = _against_export(graph, images, format)
+        verification = _against_export(graph, chosen, format)
     else:
         with matmul_precision(experiment):
-            networks, model = restore_quantized(folder, experiment, dataset, stage)
-            verification = verify_network(networks, model, graph, images)
-    compared = "the integer network" + ("" if stage == "qat" else " of post-training quantization")
+            networks, model = restore_quantized(folder, experiment, dataset, stage, recipe)
+            verification = verify_network(networks, model, graph, chosen)
+    compared = "the integer network"
+    if stage == "ptq":
+        compared += f" of post-training quantization ({graph.metadata['ptq']})"
     networks_compared = f"{compared} and {REFERENCES[format]}, {split} split"
     counted = verification_result(verification)
     print_verification(f"{experiment.name}: {networks_compared}", counted, console)
     info = describe_run(experiment, dataset, None)
     result = Comparison(**vars(info), **vars(counted), of=networks_compared)
-    parts = ("verify", None if stage == "qat" else stage, format, split)
+    name = None if stage == "qat" else f"ptq_{graph.metadata['ptq']}"
+    parts = ("verify", name, format, split)
+    if json:
+        print_json(result)
     folder.write_evaluation("_".join(filter(None, parts)), result)
     return verification
 

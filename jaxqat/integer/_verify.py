@@ -17,6 +17,7 @@ from jaxqat.integer._execute.executor import Executor, make_executor
 from jaxqat.integer._guard import check_graph
 from jaxqat.integer._results import flat
 from jaxqat.integer.graph import IntegerGraph
+from jaxqat.quant._models.batches import each_batch
 from jaxqat.quant._models.bound import QuantizedModel, check_quantized
 
 # From images to the model's input; None if they are the same.
@@ -51,15 +52,29 @@ def verify(
 
     Raises:
         QuantizationError: The model is not quantized, or `batches` is one array.
-        ExecutionError: `graph` is no integer network, or one of another model.
+        ExecutionError: `graph` is no integer network, or one of another model; or the batches are
+            uint8 images and there is no `preprocess`.
     """
     check_quantized(model, "verify")
     check_graph(graph, "verify", error=ExecutionError)
     trained = training_network(model, *state, preprocess=preprocess, **kwargs)
     real = float_network(model, *state, preprocess=preprocess, **kwargs)
     deployed = executor or make_executor(graph)
+    if preprocess is None and graph.takes_uint8:
+        batches = map(_checked, each_batch(batches))
     segments = integer_segments(deployed) if graph.entries else None
     return compare(trained, integer_network(deployed), graph, batches, real, segments)
+
+
+def _checked(batch: Any) -> Any:
+    """Refuse uint8 images without the function that makes the model's input of them."""
+    if getattr(batch, "dtype", None) == np.uint8:
+        raise ExecutionError(
+            "The batches are uint8 images, which the integer network normalizes itself and the "
+            "model does not: pass the function that `convert` was given, preprocess=..., to "
+            "verify too."
+        )
+    return batch
 
 
 def training_network(

@@ -1,14 +1,26 @@
 """Results as tables in the terminal."""
 
+import json
+
 from rich.console import Console
 
 from jaxqat.analysis import Analysis
 from jaxqat.analysis._text import decibels, percent
 from jaxqat.pipeline.evaluation import Measured
-from jaxqat.pipeline.results import Results, Scores, VerificationResult
+from jaxqat.pipeline.results import Results, RunInfo, Scores, VerificationResult, to_json
 from jaxqat.pipeline.terminal import print_table, say
 
 SCORES = ("accuracy", "precision", "recall", "F1", "loss")
+
+
+def console_for(console: Console | None, *, as_json: bool) -> Console:
+    """Return where a command prints for people: beside its JSON, that is standard error."""
+    return console or Console(stderr=as_json)
+
+
+def print_json(measurement: RunInfo) -> None:
+    """Print a measurement as JSON on standard output."""
+    print(json.dumps(to_json(measurement), indent=1))
 
 
 def print_results(results: Results, console: Console) -> None:
@@ -16,8 +28,8 @@ def print_results(results: Results, console: Console) -> None:
     title = f"{results.name}: {results.data['name']}, test split"
     rows = [(network.name, *_scores(network.test)) for network in results.tested()]
     print_table(title, ("network", *SCORES), rows, console)
-    ptq = None if results.ptq is None else results.ptq.verify
-    for stage, check in (("PTQ", ptq), ("QAT", results.verify)):
+    ptq = [(f"PTQ ({name})", each.verify) for name, each in results.ptq.items()]
+    for stage, check in (*ptq, ("QAT", results.verify)):
         if check is not None:
             say(f"{stage}: {_verdict(check)}", console)
 

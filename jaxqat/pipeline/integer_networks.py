@@ -1,6 +1,6 @@
 """Convert, save, load, test and verify the integer networks of a run.
 
-RUN/integer holds that of QAT, RUN/ptq that of post-training quantization.
+RUN/integer holds that of QAT, RUN/ptq/RECIPE those of post-training quantization (PTQ).
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import numpy as np
 from rich.console import Console
 
 import jaxqat
-from jaxqat.errors import ArtifactError
+from jaxqat.errors import ArtifactError, RunError
 from jaxqat.integer._compare import Verification
 from jaxqat.integer._convert.convert import convert
 from jaxqat.integer._store.folder import load, save
@@ -28,10 +28,15 @@ from jaxqat.pipeline.evaluation import Measured, Predictor, measure
 from jaxqat.pipeline.networks import Networks
 from jaxqat.pipeline.run.folder import RunFolder, RunFolderError
 from jaxqat.pipeline.run.snapshots import Model, check_same_data
+from jaxqat.quant import Recipe
 
 # Pixels of a batch that is verified: of 100 images of 32x32 pixels, each of which needs a few MB
 # for the codes and float values of all tensors.
 VERIFY_PIXELS = 100 * 32 * 32
+
+
+class DamagedNetworkError(ArtifactError, RunError):
+    """The integer network of a run is damaged; as for all damage, the exit status is 1."""
 
 
 def make_network(networks: Networks, folder: RunFolder, model: Model) -> IntegerGraph:
@@ -47,6 +52,20 @@ def make_network(networks: Networks, folder: RunFolder, model: Model) -> Integer
         ArtifactError: If it cannot be written.
     """
     return load(save(convert_network(networks, model, stage="qat"), folder.integer, overwrite=True))
+
+
+def save_ptq(folder: RunFolder, graph: IntegerGraph) -> None:
+    """Save an integer network of PTQ beside those by other recipes.
+
+    Raises:
+        ArtifactError: If it cannot be written.
+    """
+    name: Any = graph.metadata["ptq"]
+    try:
+        folder.ptq.mkdir(exist_ok=True)
+    except OSError as error:
+        raise ArtifactError(f"{folder.ptq}: cannot be made: {error.strerror}.") from error
+    save(graph, folder.ptq / name, overwrite=True)
 
 
 def convert_network(networks: Networks, model: Model, *, stage: str, **more: Any) -> IntegerGraph:
@@ -134,34 +153,81 @@ def in_batches(split: Split) -> Iterator[np.ndarray]:
         yield split.images[start : start + size]
 
 
-def network_folder(folder: RunFolder, stage: str) -> Path:
-    """Return the folder of a stage's integer network: RUN/integer for 'qat', RUN/ptq for 'ptq'."""
-    return {"qat": folder.integer, "ptq": folder.ptq}[stage]
+def recipe_name(recipe: Recipe) -> str:
+    """Return the name by which PTQ with a recipe is kept: its preset's, or 'config'."""
+    return next((name for name, preset in Recipe.presets().items() if preset == recipe), "config")
 
 
-def load_network(folder: RunFolder, stage: str = "qat") -> IntegerGraph:
-    """Load the integer network of a stage from RUN/integer or RUN/ptq.
+def check_recipe(stage: str, recipe: str | None) -> None:
+    """Refuse the name of a recipe for a stage that has only one.
+
+    Raises:
+        RunFolderError: The stage is not 'ptq'.
+    """
+    if recipe is not None and stage != "ptq":
+        raise RunFolderError(
+            f"--recipe chooses a network of --stage ptq, and the stage is {stage}."
+        )
+
+
+def network_folder(folder: RunFolder, stage: str, recipe: str | None = None) -> Path:
+    """Return the folder of a stage's integer network.
+
+    Args:
+        folder: The run folder.
+        stage: 'qat' (RUN/integer) or 'ptq' (RUN/ptq/RECIPE).
+        recipe: Name of the recipe of PTQ; None for that of the run, or for the only one.
+
+    Raises:
+        RunFolderError: If there is none, or several of which none is chosen.
+    """
+    check_recipe(stage, recipe)
+    if stage == "qat":
+        if not folder.integer.is_dir():
+            raise _no_network(folder, "integer", _why_not_converted(folder))
+        return folder.integer
+    names, own = folder.ptq_names(), recipe_name(folder.load_config().quant)
+    if recipe is None and len(names) > 1 and own not in names:
+        raise RunFolderError(
+            f"{folder.ptq}: holds several networks ({', '.join(names)}): choose one by --recipe."
+        )
+    name = recipe or (own if own in names or not names else names[0])
+    if name not in names:
+        found = f"; there are {', '.join(names)}" if names else ""
+        raise _no_network(folder, f"ptq/{name}", f"{_quantize(folder, name)} creates it{found}.")
+    return folder.ptq / name
+
+
+def _no_network(folder: RunFolder, name: str, reason: str) -> RunFolderError:
+    return RunFolderError(f"{folder.path}: holds no integer network ({name}/): {reason}")
+
+
+def _quantize(folder: RunFolder, name: str) -> str:
+    """Return the command that makes a network of PTQ."""
+    own = name == recipe_name(folder.load_config().quant)
+    return f"`jaxqat quantize {folder.path}{'' if own else f' --recipe {name}'}`"
+
+
+def load_network(folder: RunFolder, stage: str = "qat", recipe: str | None = None) -> IntegerGraph:
+    """Load the integer network of a stage from the run folder.
 
     Args:
         folder: The run folder.
         stage: 'qat' or 'ptq'.
+        recipe: Name of the recipe of PTQ; None as in `network_folder`.
 
     Raises:
         RunFolderError: If the run has none; gives the reason.
         ArtifactError: If it is damaged.
     """
-    path, command = network_folder(folder, stage), "the same `jaxqat train`"
-    if stage == "ptq":
-        command = f"`jaxqat quantize {folder.path}`"
-    if not path.is_dir():
-        reason = f"{command} creates it." if stage == "ptq" else _why_not_converted(folder)
-        raise RunFolderError(f"{folder.path}: holds no integer network ({path.name}/): {reason}")
+    path = network_folder(folder, stage, recipe)
     try:
         return load(path)
     except ArtifactError as error:
-        raise ArtifactError(
+        again = "the same `jaxqat train`" if stage == "qat" else _quantize(folder, path.name)
+        raise DamagedNetworkError(
             f"{error} To create the network again from the run's checkpoint, delete {path} and run "
-            f"{command} again."
+            f"{again} again."
         ) from error
 
 
@@ -172,7 +238,7 @@ def check_network_data(folder: RunFolder, graph: IntegerGraph, dataset: Dataset)
         RunFolderError: If not; names what differs.
     """
     origin: Any = graph.metadata
-    path = network_folder(folder, origin["stage"])
+    path = network_folder(folder, origin["stage"], origin.get("ptq"))
     check_same_data(str(path), origin["data"], dataset.fingerprint)
 
 

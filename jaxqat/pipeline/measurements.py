@@ -19,6 +19,7 @@ class Evaluation(RunInfo):
     Attributes:
         stage: The network: a trained one (fp32, qat), or the integer network of post-training
             quantization (ptq) or of quantization-aware training (integer).
+        recipe: Name of the recipe of post-training quantization; None for another stage.
         split: The split.
         step: Training step of its checkpoint.
         evaluate_images_per_s: Images per second.
@@ -32,6 +33,7 @@ class Evaluation(RunInfo):
     step: int
     evaluate_images_per_s: float
     metrics: Scores
+    recipe: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -83,7 +83,10 @@ class Networks:
         """Return parameters and collections of a stage as shapes and dtypes."""
 
         def init(key):
-            variables = dict(self.modules[stage].init(key, self.one_image(), train=False))
+            image = self.one_image()
+            variables = dict(self.modules["fp32"].init(key, image, train=False))
+            if stage == "qat":
+                variables = self.quantized.init_quant(variables, image, train=False)
             return variables.pop("params"), variables
 
         return jax.eval_shape(init, jax.random.key(0))

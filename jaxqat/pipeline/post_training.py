@@ -1,9 +1,9 @@
 """Post-training quantization of a run: calibrate, convert and test its float network.
 
 Nothing is trained (Krishnamoorthi 2018, arXiv:1806.08342, section 3.1): the activation ranges come
-from a few training batches, the weights from FP32. The integer network is saved in RUN/ptq, its
-test scores are 'ptq' in results.json. `train` ends with the same, but does not verify the network,
-which would take longer than the rest.
+from a few training batches, the weights from FP32. The integer network of a recipe is saved in
+RUN/ptq/RECIPE, and its test scores are in 'ptq' of results.json. `train` ends with the same for its
+own recipe, but does not verify the network, which would take longer than the rest.
 """
 
 import dataclasses
@@ -11,17 +11,23 @@ from typing import Any
 
 from rich.console import Console
 
+from jaxqat.errors import RecipeError
 from jaxqat.integer.graph import IntegerGraph
 from jaxqat.pipeline import config as configs
 from jaxqat.pipeline.config import Experiment
 from jaxqat.pipeline.data import Dataset
 from jaxqat.pipeline.display import warn
-from jaxqat.pipeline.integer_networks import convert_network, load_network, measure_network
+from jaxqat.pipeline.integer_networks import (
+    check_recipe,
+    convert_network,
+    load_network,
+    measure_network,
+)
 from jaxqat.pipeline.networks import Networks
 from jaxqat.pipeline.results import PtqResult, Speed
 from jaxqat.pipeline.run.folder import RunFolder
 from jaxqat.pipeline.run.results import bits_name
-from jaxqat.pipeline.run.snapshots import Model, restore_model
+from jaxqat.pipeline.run.snapshots import Model, check_step, restore_model
 from jaxqat.pipeline.training import StopRequest
 from jaxqat.quant import Recipe
 
@@ -44,8 +50,23 @@ def warn_unconverged(networks: Networks, fp32: Model, console: Console) -> None:
         warn(f"{warning} Set qat.reestimate_batch_norm to true, or train FP32 longer.", console)
 
 
+def check_static(recipe: Recipe, name: str) -> None:
+    """Refuse a recipe whose activation ranges are dynamic: there would be nothing to calibrate.
+
+    Raises:
+        RecipeError: It names the recipe.
+    """
+    every = (recipe, *(rule.over(recipe) for rule in recipe.rules))
+    if any(settings.act_range == "dynamic" for settings in every):
+        raise RecipeError(
+            f"the recipe {name!r} takes activation ranges from each input as it comes (act_range "
+            "'dynamic'): there is nothing to calibrate, and no integer network with fixed scales. "
+            "Choose a recipe with ranges from calibration, such as int8, int8_symmetric or w4a8."
+        )
+
+
 def convert_and_test(
-    networks: Networks, model: Model, stop: StopRequest, *, preset: str | None = None
+    networks: Networks, model: Model, stop: StopRequest, *, name: str
 ) -> tuple[IntegerGraph, PtqResult, Speed]:
     """Convert a calibrated network and test it.
 
@@ -53,7 +74,7 @@ def convert_and_test(
         networks: Networks of the experiment.
         model: The calibrated network.
         stop: Checked after conversion and after the test.
-        preset: Name of the recipe's preset, if there is one.
+        name: Name of the recipe.
 
     Raises:
         ConversionError: Lists each part of the network that has no integer form, and the reason.
@@ -61,7 +82,7 @@ def convert_and_test(
     """
     quant, qat = networks.experiment.quant, networks.experiment.qat
     graph = convert_network(
-        networks, model, stage="ptq", calibration_batches=qat.calibration_batches
+        networks, model, stage="ptq", ptq=name, calibration_batches=qat.calibration_batches
     )
     stop.raise_if_set()
     measured = measure_network(networks, graph)
@@ -73,7 +94,6 @@ def convert_and_test(
         bits=bits_name(quant),
         calibration_batches=qat.calibration_batches,
         calibration_images=qat.calibration_batches * qat.batch_size,
-        preset=preset,
         recipe=configs.to_dict(networks.experiment)["quant"],
         size_bytes=graph.size_bytes(),
     )
@@ -81,7 +101,7 @@ def convert_and_test(
 
 
 def experiment_of(experiment: Experiment, graph: IntegerGraph) -> Experiment:
-    """Return the run's experiment with the recipe and the calibration batches of RUN/ptq."""
+    """Return the run's experiment with the recipe and the batches of an integer network of PTQ."""
     origin: Any = graph.metadata
     quant = configs.from_dict({"quant": origin["recipe"]}).quant
     return with_quantization(experiment, quant, origin["calibration_batches"])
@@ -94,29 +114,48 @@ def with_quantization(experiment: Experiment, quant: Recipe, batches: int) -> Ex
 
 
 def restore_quantized(
-    folder: RunFolder, experiment: Experiment, dataset: Dataset, stage: str
+    folder: RunFolder,
+    experiment: Experiment,
+    dataset: Dataset,
+    stage: str,
+    recipe: str | None = None,
 ) -> tuple[Networks, Model]:
     """Restore the quantized network of a stage, with its parameters and ranges.
 
     'qat' comes from its checkpoint. 'ptq' is the FP32 network, calibrated again: with the recipe
-    and the batches of RUN/ptq, as `quantize` can override those of the config, or with those of the
-    config if there is no RUN/ptq.
+    and the batches of its integer network in RUN/ptq, as `quantize` can override those of the
+    config, or with those of the config if RUN/ptq holds none.
 
     Args:
         folder: Run folder.
         experiment: Experiment of the run.
         dataset: Data of the run.
         stage: 'qat' or 'ptq'.
+        recipe: Name of the recipe of PTQ; None as in `load_network`.
 
     Raises:
-        CheckpointError: If the checkpoint is damaged.
+        CheckpointError: If the checkpoint is damaged, or not the one that was converted.
         RunFolderError: If there are no checkpoints, or the run was trained on other data.
         ArtifactError: If RUN/ptq is damaged.
     """
     if stage == "qat":
+        check_recipe(stage, recipe)
         networks = Networks.build(experiment, dataset)
-        return networks, restore_model(networks, folder, "qat")
-    if folder.ptq.is_dir():
-        experiment = experiment_of(experiment, load_network(folder, "ptq"))
+        model = restore_model(networks, folder, "qat")
+        if folder.integer.is_dir():
+            _check_step(folder, "qat", model, load_network(folder))
+        return networks, model
+    graph = None
+    if folder.ptq_names() or recipe is not None:
+        graph = load_network(folder, "ptq", recipe)
+        experiment = experiment_of(experiment, graph)
     networks = Networks.build(experiment, dataset)
-    return networks, calibrated(networks, restore_model(networks, folder, "fp32"))
+    fp32 = restore_model(networks, folder, "fp32")
+    if graph is not None:
+        _check_step(folder, "fp32", fp32, graph)
+    return networks, calibrated(networks, fp32)
+
+
+def _check_step(folder: RunFolder, stage: str, model: Model, graph: IntegerGraph) -> None:
+    origin: Any = graph.metadata
+    check_step(folder, stage, model, origin["step"])

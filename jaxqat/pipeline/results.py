@@ -1,7 +1,7 @@
 """The results of a run: the content of results.json as typed data.
 
-All parts of the pipeline access this file and those of `measurements` by `write` and `read`, and so
-agree on their content. Keys missing from a file have their default.
+All parts of the pipeline access this file and those of `measurements` by `write` and `read`. Keys
+missing from a file have their default.
 """
 
 import dataclasses
@@ -177,12 +177,11 @@ class IntegerResult:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PtqResult(IntegerResult):
-    """The integer network of post-training quantization.
+    """An integer network of post-training quantization.
 
     Attributes:
         calibration_batches: Number of training batches used for calibration.
         calibration_images: Number of images in these batches.
-        preset: Name of the preset used instead of the config's recipe; None without one.
         recipe: The recipe.
         size_bytes: Bytes of the network's saved arrays.
         verify: The comparison with the quantized network; None if there was none.
@@ -190,7 +189,6 @@ class PtqResult(IntegerResult):
 
     calibration_batches: int
     calibration_images: int
-    preset: str | None
     recipe: dict[str, Any]
     size_bytes: int
     verify: VerificationResult | None = None
@@ -225,13 +223,10 @@ class LayerResult:
         path: Path of its module.
         kind: 'conv', 'dense', 'embed' or 'attention'.
         weight_shape: Shape of its weights.
-        weight_bits: Bits of the weights' codes; None in float.
-        act_bits: Bits of its input's codes; None in float.
+        weight_bits, act_bits: Bits of the codes of its weights and its input; None in float.
         macs: Multiply-accumulate operations for one image.
-        weight_min: Smallest weight.
-        weight_max: Largest weight.
-        act_min: Lower end of the activation range; None if there is none.
-        act_max: Upper end of the activation range; None if there is none.
+        weight_min, weight_max: Smallest and largest weight.
+        act_min, act_max: Ends of the activation range; None if there is none.
         float_reason: Why it stays in float; None if it is quantized.
     """
 
@@ -316,7 +311,7 @@ class Results(RunInfo):
         size_bytes: Bytes of the weights.
         layers: Every product of the network.
         speed: Speed of each tested network.
-        ptq: Post-training quantization; None if there was none.
+        ptq: Post-training quantization, by the name of the recipe.
         qat: The QAT stage; None if it is not finished.
         integer: QAT's integer network; None if there is none.
         conversion_error: Why QAT's network could not be converted; None if it was.
@@ -329,7 +324,7 @@ class Results(RunInfo):
     size_bytes: SizeBytes
     layers: tuple[LayerResult, ...]
     speed: dict[str, Speed]
-    ptq: PtqResult | None = None
+    ptq: dict[str, PtqResult] = dataclasses.field(default_factory=dict)
     qat: StageResult | None = None
     integer: IntegerResult | None = None
     conversion_error: str | None = None
@@ -343,8 +338,8 @@ class Results(RunInfo):
     def tested(self) -> Iterator[Tested]:
         """Yield the tested networks, in the order in which a run makes them."""
         yield Tested("fp32", "FP32", self.fp32.test)
-        if self.ptq is not None:
-            yield Tested("ptq", f"PTQ {self.ptq.bits}, integer", self.ptq.test)
+        for key, ptq in self.ptq.items():
+            yield Tested(f"ptq_{key}", f"PTQ {ptq.bits} ({key}), integer", ptq.test)
         if self.qat is not None:
             yield Tested("qat", f"QAT {self.qat.bits}, quantized", self.qat.test)
         if self.integer is not None:
@@ -352,8 +347,13 @@ class Results(RunInfo):
 
     def with_network(self, network: str, result: Any, speed: Speed, **more: Any) -> "Results":
         """Return these results with a network added or replaced."""
-        speeds = {**self.speed, network: speed}
-        return dataclasses.replace(self, **{network: result}, speed=speeds, **more)
+        more["speed"] = {**self.speed, network: speed}
+        return dataclasses.replace(self, **{network: result}, **more)
+
+    def with_ptq(self, name: str, result: PtqResult, speed: Speed) -> "Results":
+        """Return these results with PTQ by a recipe added or replaced."""
+        speeds, ptq = {**self.speed, f"ptq_{name}": speed}, {**self.ptq, name: result}
+        return dataclasses.replace(self, ptq=ptq, speed=speeds)
 
 
 def to_json(value: Any) -> dict[str, Any]:

@@ -257,9 +257,19 @@ class Recipe(Settings):
         Raises:
             RecipeError: There is no such preset.
         """
+        presets = cls.presets()
+        if name not in presets:
+            near = difflib.get_close_matches(str(name), presets, 1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise RecipeError(f"Recipe must be one of {', '.join(presets)}, got {name!r}.{hint}")
+        return presets[name]
+
+    @classmethod
+    def presets(cls) -> dict[str, Self]:
+        """Return all presets by name (`preset`); the usual name of a recipe comes first."""
         symmetric = cls(activations="symmetric")
         lsq = cls(weight_range="lsq", act_range="lsq", first_last_bits=8)
-        presets = {
+        return {
             "int8": cls(),
             "int8_symmetric": symmetric,
             "int8_dynamic": cls(activations="symmetric", act_range="dynamic"),
@@ -270,11 +280,6 @@ class Recipe(Settings):
             "w4a4_lsq": dataclasses.replace(lsq, weight_bits=4, act_bits=4),
             "w2a2_lsq": dataclasses.replace(lsq, weight_bits=2, act_bits=2),
         }
-        if name not in presets:
-            near = difflib.get_close_matches(str(name), presets, 1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise RecipeError(f"Recipe must be one of {', '.join(presets)}, got {name!r}.{hint}")
-        return presets[name]
 
     def settings(self, path: str, kind: str, *, at_edge: bool = False) -> Settings | None:
         """Return the settings of a layer; None leaves it in float.

@@ -11,6 +11,7 @@ import tiny_run
 from tiny_run import STEPS, files, run_command
 
 from jaxqat import cli
+from jaxqat.cli import dispatch
 from jaxqat.commands import analyze as diagnosis
 from jaxqat.commands import quantize, train
 from jaxqat.errors import InputError
@@ -42,9 +43,9 @@ def unpainted(monkeypatch):
 def test_the_command_writes_data_and_page_and_nothing_else(
     run, small_network, console, monkeypatch
 ):
-    monkeypatch.setattr(cli, "Console", lambda **_: console)
+    monkeypatch.setattr(dispatch, "Console", lambda **_: console)
     before = files(run)
-    assert cli.main(["analyze", str(run)]) == cli.DONE
+    assert cli.main(["analyze", str(run)]) == dispatch.DONE
     after = files(run)
     assert {name for name in after if after[name] != before.get(name)} == {
         "analysis.json",
@@ -71,7 +72,7 @@ def test_the_post_training_network_is_that_of_fp32_before_fine_tuning(
     found = diagnosis.analyze(run, stage="ptq", console=console)
     results = json.loads((run / "results.json").read_text())
     assert found.real.accuracy == results["fp32"]["test"]["accuracy"]
-    assert found.quantized.accuracy == results["ptq"]["test"]["accuracy"]
+    assert found.quantized.accuracy == results["ptq"]["int8"]["test"]["accuracy"]
     assert read(run / "analysis.json", RunAnalysis, error=RunFolderError) == found
 
 
@@ -80,12 +81,11 @@ def test_the_post_training_network_is_that_of_the_recipe_it_was_made_with(
 ):
     monkeypatch.setattr(quantize, "write_report", lambda path: path)  # Spares seconds.
     results = quantize.quantize(run, recipe="w4a8", batches=1, console=console)
-    found = diagnosis.analyze(run, stage="ptq", console=console)
+    found = diagnosis.analyze(run, stage="ptq", recipe="w4a8", console=console)
     assert [layer.weight_bits for layer in found.layers] == [4, 4, 4]
     assert (found.recipe["weight_bits"], found.calibration_batches) == (4, 1)
     # The very network that `verify --stage ptq` finds equal to RUN/ptq, code by code.
-    assert results.ptq is not None
-    assert found.quantized.accuracy == results.ptq.test.accuracy
+    assert found.quantized.accuracy == results.ptq["w4a8"].test.accuracy
 
 
 def test_a_run_without_an_integer_network_of_ptq_is_calibrated_by_its_config(
@@ -101,7 +101,7 @@ def test_a_run_with_dynamic_ranges_has_a_page(tmp_path, small_network, console, 
     run = tmp_path / "run"
     changes = {"quant__act_range": "dynamic", "quant__activations": "symmetric"}
     train.train(tiny_run.tiny(**changes, fp32__epochs=1, qat__epochs=1), run, console=console)
-    assert run_command("analyze", run) == cli.DONE
+    assert run_command("analyze", run) == dispatch.DONE
     found = json.loads((run / "analysis.json").read_text())
     assert found["tensors"] == [] and [layer["path"] for layer in found["layers"]] == LAYERS
     page = (run / "analysis.html").read_text()
@@ -124,7 +124,7 @@ def test_a_run_that_was_never_quantized_is_named(run, small_network, console):
     shutil.rmtree(run / "checkpoints" / "qat")
     with pytest.raises(RunFolderError, match="there are no checkpoints of qat"):
         diagnosis.analyze(run, console=console)
-    assert cli.main(["analyze", str(run)]) == cli.BAD_INPUT
+    assert cli.main(["analyze", str(run)]) == dispatch.BAD_INPUT
     assert not list(run.glob("analysis*"))
 
 
@@ -143,5 +143,5 @@ def test_a_network_without_quantized_layers_is_named(tmp_path, small_network, co
     rules = [{"weight_bits": None, "act_bits": None}]
     settings = tiny_run.tiny(quant__rules=rules, fp32__epochs=1, qat__epochs=1)
     train.train(settings, float_run, console=console)
-    assert cli.main(["analyze", str(float_run)]) == cli.BAD_INPUT
+    assert cli.main(["analyze", str(float_run)]) == dispatch.BAD_INPUT
     assert not list(float_run.glob("analysis*"))

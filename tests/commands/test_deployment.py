@@ -11,6 +11,7 @@ from tiny_run import files, tiny
 
 from jaxqat import cli, load, make_executor, save
 from jaxqat.bench import BenchmarkError
+from jaxqat.cli import dispatch
 from jaxqat.commands import evaluate, export, lowering, verify
 from jaxqat.commands.benchmark import benchmark
 from jaxqat.errors import ExportError
@@ -77,8 +78,8 @@ def test_verify_fails_if_the_network_is_not_the_trained_one(
     assert check.differing > 0
     assert check.failures
     assert check.failures[0] in " ".join(console.file.getvalue().split())
-    monkeypatch.setattr(cli, "Console", lambda **_: console)
-    assert cli.main(["verify", str(run)]) == cli.FAILED
+    monkeypatch.setattr(dispatch, "Console", lambda **_: console)
+    assert cli.main(["verify", str(run)]) == dispatch.FAILED
 
 
 def test_verify_compares_every_code_with_onnx_runtimes(run, console):

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +16,7 @@ from tiny_run import STEPS, SmallNet, files, run_command, tiny
 import jaxqat
 from jaxqat.commands import evaluate, export, quantize, train, verify
 from jaxqat.pipeline.data import epoch_permutation, load_dataset, normalize
+from jaxqat.pipeline.integer_networks import load_network
 from jaxqat.pipeline.metrics import classification_metrics
 from jaxqat.pipeline.networks import Networks
 from jaxqat.pipeline.results import to_json
@@ -68,29 +70,26 @@ def recomputed(run: Path, batches: int = 2, recipe: str = "int8"):
     return graph, logits, to_json(scores)
 
 
-def assert_ptq_is(run: Path, graph, logits, metrics) -> None:
+def assert_ptq_is(run: Path, graph, logits, metrics, name="int8") -> None:
     """Assert that a run's PTQ network, its logits and its scores are these."""
-    saved = jaxqat.load(run / "ptq")
+    saved = jaxqat.load(run / "ptq" / name)
     assert [content(n) for n in saved.nodes] == [content(n) for n in graph.nodes]
     assert content(saved.tensors) == content(graph.tensors)
     _, found = integer_graph.run(saved, load_dataset(tiny().data).test.images)
     assert np.array_equal(found, logits)
-    assert results_of(run)["ptq"]["test"] == metrics
+    assert results_of(run)["ptq"][name]["test"] == metrics
 
 
 def test_train_also_tests_the_calibrated_network(finished, small_network):
     assert_ptq_is(finished, *recomputed(finished))
-    entry = results_of(finished)["ptq"]
+    entry = results_of(finished)["ptq"]["int8"]
     assert (entry["calibration_batches"], entry["calibration_images"]) == (2, 32)
-    assert (entry["step"], entry["preset"]) == (STEPS, None)
+    assert entry["step"] == STEPS
     assert "verify" not in entry  # Only `quantize` verifies it.
-    assert entry["size_bytes"] == jaxqat.load(finished / "ptq").size_bytes()
-    metadata = jaxqat.load(finished / "ptq").metadata
-    assert (metadata["stage"], metadata["step"], metadata["calibration_batches"]) == (
-        "ptq",
-        STEPS,
-        2,
-    )
+    assert entry["size_bytes"] == jaxqat.load(finished / "ptq" / "int8").size_bytes()
+    metadata = jaxqat.load(finished / "ptq" / "int8").metadata
+    keys = ("stage", "ptq", "step", "calibration_batches")
+    assert tuple(metadata[key] for key in keys) == ("ptq", "int8", STEPS, 2)
 
 
 def test_the_command_needs_only_fp32_and_train_continues_from_there(
@@ -99,73 +98,94 @@ def test_the_command_needs_only_fp32_and_train_continues_from_there(
     checkpoints = files(float_run / "checkpoints")
     assert run_command("quantize", float_run) == 0
     shown = capsys.readouterr().out
-    calibrates, verifies = "PTQ: calibrating on 2 batches", "PTQ: verifying every code"
-    assert 0 == shown.index(calibrates) < shown.index(verifies) < shown.index("PTQ W8A8, integer")
-    assert "PTQ W8A8, integer" in shown
+    calibrates, verifies = "PTQ (int8): calibrating on 2 batches", "PTQ (int8): verifying every"
+    assert (
+        0
+        == shown.index(calibrates)
+        < shown.index(verifies)
+        < shown.index("PTQ W8A8 (int8), integer")
+    )
+    assert "PTQ W8A8 (int8), integer" in shown
     assert_ptq_is(float_run, *recomputed(float_run))
     found, whole = results_of(float_run), results_of(finished)
     assert "qat" not in found and "integer" not in found
-    verification = found["ptq"].pop("verify")
+    verification = found["ptq"]["int8"].pop("verify")
     assert verification["differing"] == 0 and verification["images"] == 40
     assert found["fp32"] == whole["fp32"] and found["ptq"] == whole["ptq"]
     assert found["parameters"] == whole["parameters"]
     assert found["command"] == f"jaxqat quantize {float_run}"
     page = (float_run / "report.html").read_text()
-    assert "PTQ W8A8, integer" in page and "QAT W8A8, integer" not in page
-    assert (float_run / "figures/confusion_ptq.png").is_file()
+    assert "PTQ W8A8 (int8), integer" in page and "QAT W8A8, integer" not in page
+    assert (float_run / "figures/confusion_ptq_int8.png").is_file()
     assert files(float_run / "checkpoints") == checkpoints
     with monkeypatch.context() as patch:
         patch.setattr(quantize, "write_report", lambda path: path)  # Saves seconds.
         quantize.quantize(float_run, batches=1, console=console)
     one_batch, network = results_of(float_run)["ptq"], files(float_run / "ptq")
-    assert one_batch["calibration_batches"] == 1
+    assert one_batch["int8"]["calibration_batches"] == 1
     results = to_json(train.train(tiny(), float_run, console=console))
     assert results["integer"] == whole["integer"] and results["ptq"] == one_batch
     assert files(float_run / "ptq") == network
     page = (float_run / "report.html").read_text()
-    assert "PTQ W8A8, integer" in page and "QAT W8A8, integer" in page
+    assert "PTQ W8A8 (int8), integer" in page and "QAT W8A8, integer" in page
 
 
-def test_another_recipe_and_other_batches_replace_the_network_and_are_recorded(
-    run, small_network, console
-):
-    before = results_of(run)
+def test_networks_by_several_recipes_stand_side_by_side(run, small_network, console, capsys):
+    before, first = results_of(run), files(run / "ptq")
     command = ("quantize", run, "--method", "ptq", "--batches", 3, "--recipe", "int8_symmetric")
     assert run_command(*command) == 0
-    assert_ptq_is(run, *recomputed(run, 3, "int8_symmetric"))
+    assert "replaces" not in capsys.readouterr().out
+    assert_ptq_is(run, *recomputed(run, 3, "int8_symmetric"), name="int8_symmetric")
     after = results_of(run)
-    entry = after.pop("ptq")
-    assert (entry["preset"], entry["calibration_batches"]) == ("int8_symmetric", 3)
-    assert entry["recipe"]["activations"] == "symmetric"
-    assert before.pop("ptq")["recipe"]["activations"] == "affine"
-    for results in (before, after):
-        results["speed"].pop("ptq")
-    assert after == before
+    entry = after["ptq"].pop("int8_symmetric")
+    assert entry["calibration_batches"] == 3 and entry["recipe"]["activations"] == "symmetric"
+    assert after["speed"].pop("ptq_int8_symmetric")
+    assert after == before and files(run / "ptq").items() > first.items()
     page = (run / "report.html").read_text()
-    assert "48 training images (3 batches); preset int8_symmetric" in page
-    for name in ("PTQ W8A8, integer", "QAT W8A8, integer"):
+    assert "48 training images (3 batches; recipe int8_symmetric)" in page
+    for name in ("PTQ W8A8 (int8), integer", "PTQ W8A8 (int8_symmetric), integer"):
         assert f"Confusion matrix of {name}" in page
     # `verify` calibrates FP32 again with this recipe and not with that of the config.
-    verification = verify.verify(run, stage="ptq", console=console)
+    chosen: Any = {"stage": "ptq", "recipe": "int8_symmetric"}
+    verification = verify.verify(run, **chosen, console=console)
     assert verification.differing == 0 and not verification.failures
-    assert (run / "evaluations/verify_ptq_test.json").is_file()
-    scores = evaluate.evaluate(run, stage="ptq", console=console)
+    assert (run / "evaluations/verify_ptq_int8_symmetric_test.json").is_file()
+    scores = evaluate.evaluate(run, **chosen, console=console)
     assert to_json(scores.metrics) == entry["test"] and scores.step == STEPS
+    assert scores.recipe == "int8_symmetric"
+    own = evaluate.evaluate(run, stage="ptq", console=console)  # That of the run.
+    assert to_json(own.metrics) == before["ptq"]["int8"]["test"] and own.recipe == "int8"
     output = run / "ptq.stablehlo"
-    export.export(run, output, format="stablehlo", stage="ptq", console=console)
+    export.export(run, output, format="stablehlo", **chosen, console=console)
     from jaxqat.export._stablehlo import load_stablehlo
 
     images = load_dataset(tiny().data).test.images
-    _, logits = integer_graph.run(jaxqat.load(run / "ptq"), images)
+    _, logits = integer_graph.run(jaxqat.load(run / "ptq" / "int8_symmetric"), images)
     assert np.array_equal(load_stablehlo(output)(images), logits)
+    assert run_command("evaluate", run, "--stage", "ptq", "--recipe", "w4a4") == 2
+    assert f"`jaxqat quantize {run} --recipe w4a4` creates it; there are int8, int8_symmetric" in (
+        capsys.readouterr().err
+    )
+    shutil.rmtree(run / "ptq" / "int8")
+    assert load_network(RunFolder(run), "ptq").metadata["ptq"] == "int8_symmetric"
+    shutil.copytree(run / "ptq" / "int8_symmetric", run / "ptq" / "w4a8")
+    assert run_command("evaluate", run, "--stage", "ptq") == 2
+    assert "several networks (int8_symmetric, w4a8): choose one by --recipe" in (
+        capsys.readouterr().err
+    )
+    assert run_command("verify", run, "--recipe", "w4a8") == 2
+    assert "--recipe chooses a network of --stage ptq" in capsys.readouterr().err
 
 
-def test_the_same_command_gives_the_same_network_and_scores(run, small_network, monkeypatch):
+def test_the_same_command_gives_the_same_network_and_scores(
+    run, small_network, monkeypatch, console
+):
     monkeypatch.setattr(quantize, "write_report", lambda path: path)  # Saves seconds.
     before, network = results_of(run), files(run / "ptq")
-    quantize.quantize(run)
+    quantize.quantize(run, console=console)
+    assert "this replaces the earlier network" in console.file.getvalue()
     assert files(run / "ptq") == network
-    assert results_of(run)["ptq"].items() > before["ptq"].items()
+    assert results_of(run)["ptq"]["int8"].items() > before["ptq"]["int8"].items()
 
 
 @pytest.mark.parametrize(
@@ -173,6 +193,7 @@ def test_the_same_command_gives_the_same_network_and_scores(run, small_network, 
     [
         (("--batches", "7"), "--batches must be in 1..6, the whole batches of 16"),
         (("--recipe", "int9"), "Recipe must be one of int8,"),
+        (("--recipe", "int8_dynamic"), "'int8_dynamic' takes activation ranges from each input"),
     ],
 )
 def test_invalid_options_are_named_and_change_nothing(
@@ -213,10 +234,13 @@ def test_an_interrupted_measurement_changes_nothing(run, small_network, monkeypa
 
 
 def test_errors_of_a_missing_or_damaged_network_say_how_to_create_it(run, small_network, capsys):
-    path = run / "ptq/graph.json"
+    path = run / "ptq/int8/graph.json"
     path.write_text(path.read_text()[:-1])
     assert run_command("evaluate", run, "--stage", "ptq") == 2
-    assert f"delete {run / 'ptq'} and run `jaxqat quantize {run}` again" in capsys.readouterr().err
+    assert (
+        f"delete {run / 'ptq' / 'int8'} and run `jaxqat quantize {run}` again"
+        in capsys.readouterr().err
+    )
     shutil.rmtree(run / "ptq")
     assert run_command("evaluate", run, "--stage", "ptq") == 2
     assert f"`jaxqat quantize {run}` creates it" in capsys.readouterr().err

@@ -47,6 +47,17 @@ def losses(run: Path) -> list[tuple]:
     return [(r["stage"], r["epoch"], r["loss"]) for r in RunFolder(run).read_metrics()]
 
 
+def test_a_run_says_first_what_it_will_do(finished):
+    lines = finished.with_suffix(".log").read_text().splitlines()
+    parameters = json.loads((finished / "results.json").read_text())["parameters"]
+    assert lines[:4] == [
+        f"network: ResNet-18, width 64, {parameters:,} parameters",
+        "data: digits, 100 training and 40 test images of 8x8x1, 10 classes",
+        "fp32: 2 epochs of 6 steps of 16 images, 12 steps in all",
+        "qat: 2 epochs of 6 steps of 16 images, 12 steps in all",
+    ]
+
+
 def test_a_finished_run_has_its_files_and_results(finished):
     assert {p.name for p in finished.iterdir()} == {
         "checkpoints",
@@ -78,7 +89,7 @@ def test_a_finished_run_has_its_files_and_results(finished):
     for metrics in (
         results["fp32"]["test"],
         results["qat"]["test"],
-        results["ptq"]["test"],
+        results["ptq"]["int8"]["test"],
         results["integer"]["test"],
     ):
         assert metrics["n"] == 40
@@ -172,8 +183,6 @@ def test_a_run_keeps_how_it_was_compiled(tmp_path, monkeypatch, no_report, small
     assert arrays(run) == arrays(named)
 
 
-# Orbax closes its event loop when a read fails; reads still in progress then warn.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_damaged_checkpoint_is_named_and_trained_again_with_the_same_bits(
     finished, tmp_path, no_report, small_network, console, caplog
 ):
@@ -183,7 +192,7 @@ def test_a_damaged_checkpoint_is_named_and_trained_again_with_the_same_bits(
         (run / name).unlink()
     for path in (run / "checkpoints" / "qat" / str(STEPS)).rglob("d/*"):
         path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(CheckpointError, match=rf"(?s)qat/{STEPS} is damaged.*delete .*results"):
+    with pytest.raises(CheckpointError, match=rf"(?s)qat/{STEPS} is damaged.*train --repair"):
         evaluate.evaluate(run, stage="qat", console=console)
     train.train(tiny(), run, console=console)
     assert f"{STEPS} is damaged" in caplog.text
@@ -379,7 +388,7 @@ def test_checkpoints_are_saved_every_n_epochs_and_at_the_end(
     results = train.train(settings, tmp_path, console=console)
     steps = sorted(map(int, os.listdir(tmp_path / "checkpoints" / "fp32")))
     assert steps == [2 * STEPS_PER_EPOCH, 3 * STEPS_PER_EPOCH]
-    assert results.ptq is None
+    assert results.ptq == {}
     assert not (tmp_path / "ptq").exists()
 
 

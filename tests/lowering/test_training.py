@@ -43,7 +43,9 @@ def training_step(recipe: str, width: int, batch: int):
         return normalize(images, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
 
     def start(key):
-        variables = dict(model.init(key, jnp.zeros((1, 32, 32, 3)), train=False))
+        image = jnp.zeros((1, 32, 32, 3))
+        variables = model.init(key, image, train=False)
+        variables = dict(model.init_quant(variables, image, train=False))
         return init_state(variables.pop("params"), variables, optimizer)
 
     step = make_step(

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Int8
 
 from jaxqat.errors import ExecutionError
@@ -14,6 +15,7 @@ from jaxqat.integer import graph as g
 from jaxqat.integer._execute import Cpu, Cuda, PallasCuda, Platform
 from jaxqat.integer._execute.pallas_conv import COMPUTE_CAPABILITY
 from jaxqat.integer._guard import check_graph
+from jaxqat.integer._nodes.quantize import Quantize
 
 # By name; "cuda" and "cuda_pallas" run on the same device.
 PLATFORMS: dict[str, type[Platform]] = {
@@ -49,6 +51,7 @@ class Executor:
         self._codes: _Compiled = jax.jit(self._all_codes, compiler_options=options)
         self._segments: Callable[..., Any] = jax.jit(self._by_segment, compiler_options=options)
         self._on_device: Any = None
+        self._seen_floats = False
 
     @property
     def compiler_options(self) -> dict[str, Any] | None:
@@ -65,7 +68,8 @@ class Executor:
             images: (batch, *input_shape), float32; or uint8 if the graph has a table.
 
         Raises:
-            ExecutionError: If the images have another shape or type.
+            ExecutionError: If the images have another shape or type, or those of the first call
+                are floats of 0 to 255 and the network's input is not.
         """
         return self._apply(self._device_parameters(), self._checked(images))
 
@@ -134,7 +138,28 @@ class Executor:
             )
         if images.dtype != jnp.uint8 and not jnp.issubdtype(images.dtype, jnp.floating):
             raise ExecutionError(f"images must be float32 or uint8, got {images.dtype}.")
+        if images.dtype != jnp.uint8 and not self._seen_floats and not isinstance(images, Tracer):
+            self._seen_floats = True  # Whoever normalizes one batch normalizes all of them.
+            _check_normalized(self.graph, np.asarray(images))
         return images
+
+
+def _check_normalized(graph: g.IntegerGraph, images: np.ndarray) -> None:
+    """Refuse pixel values where the network's input has a far smaller range."""
+    inputs = [n for n in graph.nodes if isinstance(n, Quantize) and not n.inputs]
+    if not inputs or not images.size:
+        return
+    tensor = graph.tensors[inputs[0].output]
+    high = float((tensor.high - tensor.zero_point) * tensor.scale)
+    if images.min() < 0 or not 4 * high < images.max() <= 255:
+        return
+    if np.array_equal(images, np.round(images)) or images.mean() > high:
+        repair = "uint8 images, which it normalizes itself, or " if graph.takes_uint8 else ""
+        raise ExecutionError(
+            f"images are {images.dtype} of {images.min():g} to {images.max():g}, and the network's "
+            f"input reaches no further than {high:.3g}: pass {repair}images normalized as in "
+            "training."
+        )
 
 
 def make_executor(graph: g.IntegerGraph, *, platform: str | None = None) -> Executor:

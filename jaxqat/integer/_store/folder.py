@@ -79,8 +79,13 @@ def load(folder: str | os.PathLike[str]) -> IntegerGraph:
         ArtifactError: If the folder holds no network or a damaged one; names the file.
     """
     folder = Path(folder)
+    if folder.is_file():
+        raise ArtifactError(
+            f"{folder}: holds no integer network: it is a file, and `load` reads the folder that "
+            "`jaxqat.save` wrote. ONNX Runtime runs ONNX files, `jaxqat.load_stablehlo` StableHLO."
+        )
     if not folder.is_dir():
-        raise ArtifactError(f"{folder}: holds no integer network: it is not a folder.")
+        raise ArtifactError(f"{folder}: holds no integer network: there is no such folder.")
     files = {name: _read(folder / name) for name in (SUMS_FILE, GRAPH_FILE, ARRAYS_FILE)}
     _check_sums(folder, files)
     arrays = _unpack(folder / ARRAYS_FILE, files[ARRAYS_FILE])

@@ -39,6 +39,18 @@ def _signature(leaf: Any) -> dict[str, Any]:
     return {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
 
 
+def dictionary(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the tree of nested dictionaries that a manifest describes, of shapes and types."""
+    tree: dict[str, Any] = {}
+    for path, array in saved.items():
+        *parents, name = path.split("/")
+        inner = tree
+        for parent in parents:
+            inner = inner.setdefault(parent, {})
+        inner[name] = jax.ShapeDtypeStruct(tuple(array["shape"]), array["dtype"])
+    return tree
+
+
 def check_fits(where: Path, saved: Mapping[str, Any], name: str, target: Any) -> None:
     """Check that saved arrays have the names, shapes and dtypes that the caller expects.
 

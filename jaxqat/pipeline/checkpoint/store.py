@@ -20,10 +20,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxqat.pipeline.checkpoint.config import CheckpointConfig, KeepLastAndBest, best
+from jaxqat.pipeline.checkpoint.late_reports import late_reports_dropped
 from jaxqat.pipeline.checkpoint.manifest import (
     CheckpointError,
     DamagedCheckpointError,
     check_fits,
+    dictionary,
     manifest,
 )
 from jaxqat.pipeline.hashing import json_sha256
@@ -205,6 +207,14 @@ class CheckpointStore:
                     )
         return Restored(step, parts, info)
 
+    def check(self, step: int) -> None:
+        """Read the model in a checkpoint and verify it, without knowing which model it is.
+
+        Raises:
+            DamagedCheckpointError: If it cannot be read or differs from what was saved.
+        """
+        self.restore({MODEL: dictionary(self._info(step)["arrays"][MODEL])}, step=step)
+
     def restore_newest_good(self, target: Mapping[str, Any]) -> Restored | None:
         """Restore the newest undamaged checkpoint; move damaged newer ones aside and log them.
 
@@ -224,7 +234,7 @@ class CheckpointStore:
                 damaged.append(step)
                 continue
             for bad in damaged:
-                self._move_aside(bad)
+                self.move_aside(bad)
             return restored
         if damaged:
             raise CheckpointError(
@@ -233,7 +243,7 @@ class CheckpointStore:
             )
         return None
 
-    def _move_aside(self, step: int) -> None:
+    def move_aside(self, step: int) -> None:
         """Move a checkpoint to another folder of the run, as its step will be saved again."""
         aside = self.directory.parent / "damaged" / f"{self.directory.name}-{step}"
         shutil.rmtree(aside, ignore_errors=True)
@@ -247,7 +257,8 @@ class CheckpointStore:
             for name, part in targets.items()
         }
         try:
-            read = self._manager.restore(step, args=ocp.args.Composite(**items))
+            with late_reports_dropped():
+                read = self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:  # Orbax, TensorStore and JSON raise many types on damage.
             raise DamagedCheckpointError(
                 f"{self.directory / str(step)} is damaged: it cannot be read "

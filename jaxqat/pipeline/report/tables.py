@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from jaxqat.analysis._text import decibels, percent
+from jaxqat.analysis._text import decibels, duration, percent
 from jaxqat.pipeline.report import paper
 from jaxqat.pipeline.report.figures import MAX_NAMED_CLASSES
 from jaxqat.pipeline.report.read import Run
@@ -21,7 +21,7 @@ MAX_CONFUSIONS = 8
 
 def title(results: Results) -> str:
     """Return the bits before and after quantization, such as 'FP32 to W4A4'."""
-    last = results.qat or results.ptq
+    last = results.qat or next(iter(results.ptq.values()), None)
     return "FP32" if last is None else f"FP32 to {last.bits}"
 
 
@@ -47,9 +47,8 @@ def scores(run: Run) -> list[dict[str, Any]]:
     rows = []
     for network in run.results.tested():
         rows.append({"name": network.name, "source": "this run", "cells": _scores(network.test)})
-        if network.key in paper.ACCURACY and paper.is_on_paper_data(run):
-            accuracy = percent(paper.ACCURACY[network.key])
-            cells = [accuracy, DASH, DASH, DASH, DASH]
+        if network.key in paper.SCORES and paper.is_on_paper_data(run):
+            cells = [*map(percent, paper.SCORES[network.key]), DASH]  # It gives no loss.
             rows.append({"name": paper.NAMES[network.key], "source": "paper", "cells": cells})
     return rows
 
@@ -143,24 +142,24 @@ def _differences(counted: TensorDifferences | VerificationResult) -> list[str]:
     return [count(n) for n in (counted.codes, counted.differing, counted.largest)]
 
 
-def post_training(results: Results) -> dict[str, Any] | None:
-    """Return the calibration and the failures of post-training quantization; None without it."""
-    ptq = results.ptq
-    if ptq is None:
-        return None
-    return {
-        "batches": count(ptq.calibration_batches),
-        "images": count(ptq.calibration_images),
-        "preset": ptq.preset,
-        "failures": () if ptq.verify is None else ptq.verify.failures,
-    }
+def post_training(results: Results) -> list[dict[str, Any]]:
+    """Return the calibration and the failures of post-training quantization, by each recipe."""
+    return [
+        {
+            "name": name,
+            "batches": count(ptq.calibration_batches),
+            "images": count(ptq.calibration_images),
+            "failures": () if ptq.verify is None else ptq.verify.failures,
+        }
+        for name, ptq in results.ptq.items()
+    ]
 
 
 def size(results: Results) -> dict[str, str]:
     """Return the bytes of the FP32 network and of the integer network, and their ratio."""
     fp32, integer = results.size_bytes.fp32, results.size_bytes.integer
-    if integer is None and results.ptq is not None:
-        integer = results.ptq.size_bytes
+    if integer is None and results.ptq:
+        integer = next(iter(results.ptq.values())).size_bytes
     return {
         "fp32": count(fp32),
         "integer": count(integer),
@@ -174,24 +173,13 @@ def speed(results: Results) -> list[dict[str, Any]]:
     """Return training speed, evaluation speed and training time of each network."""
     rows = []
     for network in results.tested():
-        measured, stage = results.speed.get(network.key), getattr(results, network.key)
-        trained = isinstance(stage, StageResult)
+        measured, stage = results.speed.get(network.key), getattr(results, network.key, None)
         cells = [
             rate(measured and measured.train_images_per_s),
             rate(measured and measured.evaluate_images_per_s),
-            duration(stage.train_seconds) if trained else DASH,
-            count(stage.epochs) if trained else DASH,
+            duration(stage.train_seconds) if isinstance(stage, StageResult) else DASH,
+            count(stage.epochs) if isinstance(stage, StageResult) else DASH,
         ]
         if measured is not None:
             rows.append({"name": network.name, "cells": cells})
     return rows
-
-
-def duration(seconds: float) -> str:
-    """Return a time as text, such as '1 h 05 min', '2 min 40 s' or '8.3 s'."""
-    if seconds < 59.95:  # A longer time would be rounded to 60.0 s.
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"

@@ -1,7 +1,8 @@
 """The run folder: its files and the lock on them.
 
-    config.yaml, compilation.json, checkpoints/{fp32,qat}/STEP/, integer/, ptq/, metrics.jsonl,
-    results.json, report_data.npz, report.html, figures/, analysis.json, analysis.html, evaluations/
+    config.yaml, compilation.json, checkpoints/{fp32,qat}/STEP/, integer/, ptq/RECIPE/,
+    metrics.jsonl, results.json, report_data.npz, report.html, figures/, analysis.json,
+    analysis.html, evaluations/
 
 One process trains in a folder at a time, and a folder belongs to one experiment.
 """
@@ -15,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from jaxqat.errors import InputError
+from jaxqat.errors import InputError, RunError
 from jaxqat.integer._store.files import write_atomically
 from jaxqat.pipeline import config as configs
 from jaxqat.pipeline import results
@@ -28,6 +29,10 @@ from jaxqat.pipeline.training import COMPILATIONS
 
 class RunFolderError(InputError):
     """An unusable run folder; the message names it and the reason."""
+
+
+class DamagedFileError(RunFolderError, RunError):
+    """A file that jaxqat wrote into a run folder is damaged; the exit status is 1."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,8 +94,12 @@ class RunFolder:
 
     @property
     def ptq(self) -> Path:
-        """The integer network of post-training quantization (PTQ)."""
+        """The integer networks of post-training quantization (PTQ), a folder for each recipe."""
         return self.path / "ptq"
+
+    def ptq_names(self) -> list[str]:
+        """Return the names of the recipes with an integer network of PTQ."""
+        return sorted(p.name for p in self.ptq.glob("[!.]*") if p.is_dir())
 
     def checkpoints(self, stage: str) -> Path:
         """Return the folder of a stage's checkpoints."""
@@ -141,7 +150,8 @@ class RunFolder:
         Raises:
             RunFolderError: If it is missing or broken; names the key.
         """
-        return results.read(self.results, Results, error=RunFolderError)
+        error = DamagedFileError if self.results.exists() else RunFolderError
+        return results.read(self.results, Results, error=error)
 
     def find_results(self) -> Results | None:
         """Read results.json; None if there is none yet.
@@ -213,7 +223,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise RunFolderError(f"{path}: cannot be read: {error}") from error
+        raise DamagedFileError(f"{path}: cannot be read: {error}") from error
 
 
 @contextmanager

@@ -89,10 +89,35 @@ def restore_model(networks: Networks, folder: RunFolder, stage: str) -> Model:
         try:
             return Model.of(restore_selected(store, networks, stage))
         except DamagedCheckpointError as error:
-            raise DamagedCheckpointError(
-                f"{error} To train from the last good checkpoint on, delete "
-                f"{folder.path / 'results.json'} and run the same `jaxqat train` again."
-            ) from error
+            raise DamagedCheckpointError(f"{error} {repair_hint(folder)}") from error
+
+
+def repair_hint(folder: RunFolder) -> str:
+    """Return how to train again from the last good checkpoint."""
+    return (
+        "To train again from the last good checkpoint: `jaxqat train --repair --config "
+        f"{folder.config} --workdir {folder.path}`."
+    )
+
+
+def check_step(folder: RunFolder, stage: str, model: Model, converted: int) -> None:
+    """Check that a network is the one that an integer network was converted from.
+
+    Args:
+        folder: The run folder.
+        stage: Stage of the network's checkpoint.
+        model: The network.
+        converted: Step of the checkpoint that was converted.
+
+    Raises:
+        DamagedCheckpointError: If not; names the step that is damaged.
+    """
+    if model.step != converted:
+        raise DamagedCheckpointError(
+            f"{folder.checkpoints(stage) / str(converted)} is damaged: it is missing or "
+            f"incomplete. The integer network was converted from it, and the newest that can be "
+            f"restored, of step {model.step}, is another network. {repair_hint(folder)}"
+        )
 
 
 def check_data(restored: Restored, fingerprint: dict[str, Any]) -> None:

@@ -1,11 +1,21 @@
-"""Progress of a stage in the terminal: a bar with images/s and ETA, and a line per epoch."""
+"""Progress of a stage in the terminal: a bar with images/s and ETA, and a line per epoch.
 
+After the first steps a line says how long the stage will take.
+"""
+
+import time
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from jaxqat.analysis._text import duration
+
+# Seconds of training before its speed is known well enough, and how long the rest of a stage must
+# take to be worth a line.
+MEASURED_SECONDS, WORTH_SECONDS = 3.0, 10.0
 
 
 class StageProgress:
@@ -26,6 +36,9 @@ class StageProgress:
     ):
         self._console, self._stage, self._epochs = console, stage, epochs
         self._batch_size = batch_size
+        self._done, self._total = done, epochs * steps_per_epoch
+        self._first: tuple[float, int] | None = None  # Time and steps at the first report.
+        self._estimated = False
         self._progress = Progress(
             TextColumn(f"{stage} {{task.fields[epoch]}}/{epochs}"),
             BarColumn(),
@@ -59,12 +72,34 @@ class StageProgress:
 
     def advance(self, steps: int) -> None:
         """Move the bar by `steps` training steps."""
+        self._done += steps
+        self._estimate()
         self._progress.advance(self._task, steps)
         task = self._progress.tasks[0]
         if task.speed:
             rate = f"{task.speed * self._batch_size:,.0f}"
             epoch = min(int(task.completed) // self._steps_per_epoch + 1, self._epochs)
             self._progress.update(self._task, epoch=epoch, rate=rate)
+
+    def _estimate(self) -> None:
+        """Print once how long the rest will take, from the steps after the first report.
+
+        The first report comes after steps that were slow for reasons of their own.
+        """
+        now = time.monotonic()
+        if self._first is None:
+            self._first = now, self._done
+        seconds, steps = now - self._first[0], self._done - self._first[1]
+        if self._estimated or seconds < MEASURED_SECONDS or not steps:
+            return
+        self._estimated, rest = True, self._total - self._done
+        if rest * seconds / steps >= WORTH_SECONDS:
+            self._console.print(
+                f"{self._stage}: about {duration(rest * seconds / steps)} for the remaining "
+                f"{rest:,} steps",
+                highlight=False,
+                soft_wrap=True,
+            )
 
     def epoch(self, record: Mapping[str, Any]) -> None:
         """Print the line of an epoch."""

@@ -47,18 +47,21 @@ class StopRequest:
 def stop_on_signals() -> Iterator[StopRequest]:
     """Turn SIGINT and SIGTERM into a `StopRequest` during a block.
 
-    The previous handlers receive a second signal, so that a hanging run can be interrupted. Python
-    delivers signals to the main thread only; in another thread the request is never set.
+    The previous handlers receive a second signal, so that a hanging run can be interrupted; so does
+    who had asked for the first by `signal.set_wakeup_fd`. Python delivers signals to the main
+    thread only; in another thread the request is never set.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
     previous = {signum: signal.getsignal(signum) for signum in SIGNALS}
+    woken = signal.set_wakeup_fd(-1)
 
     def restore() -> None:
         for signum, handler in previous.items():
             signal.signal(signum, handler)
+        signal.set_wakeup_fd(woken)
 
     def on_signal(signum: int, frame: FrameType | None) -> None:
         request.signum = signum

@@ -15,6 +15,7 @@ import jax
 from jaxqat.errors import QuantizationError
 from jaxqat.quant._interpret import Evaluator, Mode, Switches
 from jaxqat.quant._models.aqt_calls import collected, with_rules
+from jaxqat.quant._models.checks import check_input_types, check_seen
 from jaxqat.quant._models.state import (
     QUANT,
     QUANT_PARAMS,
@@ -196,13 +197,16 @@ class BoundModel(QuantizedModel):
 
         Raises:
             QuantizationError: The variables lack ranges, or hold those of another model, or of
-                another number of calls of a layer.
+                another number of calls of a layer; frozen ranges have seen no data; or a layer
+                reads uint8 images as they are.
         """
         call = self._call(inputs)
         plan, structure = self._plan(call)
         state = self.state
         if mode is not Mode.CALIBRATE:
             _check_state(plan, self.variables, state)
+        if mode is Mode.FROZEN:
+            check_seen(plan, state)
         _check_calls(plan, state)
         evaluator = Evaluator(plan, self.recipe, state, mode, switches)
         returned = jax.tree.unflatten(structure, evaluator.run(call.flat))
@@ -239,7 +243,9 @@ class BoundModel(QuantizedModel):
         with collected() as found:
             program, structure = trace(flat_function, call.flat)
         recipe = with_rules(self.recipe, found)
-        return make_plan(program, call.names, call.kinds, recipe), structure
+        plan = make_plan(program, call.names, call.kinds, recipe)
+        check_input_types(plan)
+        return plan, structure
 
 
 def _check_state(plan: Plan, variables: Mapping[str, Any], state: Mapping[Key, Range]) -> None:

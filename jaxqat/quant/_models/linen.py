@@ -62,14 +62,15 @@ class QuantizedModule(StatelessModel):
     recipe: Recipe
 
     def init(self, rngs: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Return the module's variables, and ranges that have seen nothing yet.
+        """Return the module's variables, without ranges: `calibrate` adds them from data.
 
         The arguments are those of Linen's `init`.
         """
         mutable = kwargs.pop("mutable", _IN_INIT)
         variables = unfreeze(self.module.init(rngs, *args, mutable=mutable, **kwargs))
         # As in Linen's `init`, which may run in training mode, every collection may change.
-        return self.init_quant(variables, *args, mutable=True, rngs=rngs, **kwargs)
+        self._bound(variables, {"rngs": rngs, **kwargs}, mutable=True).checked_plan(args)
+        return variables
 
     def init_with_output(self, rngs: Any, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
         """Return the module's result on these inputs, and the variables of `init`.
@@ -78,7 +79,8 @@ class QuantizedModule(StatelessModel):
         """
         variables = self.init(rngs, *args, **kwargs)
         kwargs.pop("mutable", None)
-        result, _ = self.apply(variables, *args, mutable=_IN_INIT, rngs=rngs, **kwargs)
+        empty = self.init_quant(variables, *args, mutable=True, rngs=rngs, **kwargs)
+        result, _ = self.apply(empty, *args, mutable=_IN_INIT, rngs=rngs, **kwargs)
         return result, variables
 
     def tabulate(self, rngs: Any, *args: Any, **kwargs: Any) -> str:

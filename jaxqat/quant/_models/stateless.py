@@ -12,6 +12,7 @@ from flax.core.scope import in_filter
 from jaxqat.errors import QuantizationError
 from jaxqat.quant._interpret import Mode
 from jaxqat.quant._models.bound import BoundModel, PureFunction, QuantizedModel
+from jaxqat.quant._models.checks import check_mutable
 from jaxqat.quant._models.state import QUANT, QUANT_PARAMS
 from jaxqat.quant.recipe import Recipe
 
@@ -66,9 +67,12 @@ class StatelessModel(QuantizedModel):
             The model's result; if `mutable` names collections, a pair of it and their updates.
 
         Raises:
-            QuantizationError: The variables hold no ranges, or not this model's.
+            QuantizationError: The variables hold no ranges, or not this model's; frozen ranges
+                have seen no data; or `mutable` has 'batch_stats' without 'quant'.
         """
         moves = in_filter(mutable, QUANT)
+        if isinstance(variables, Mapping):
+            check_mutable(mutable, cast("Mapping[str, Any]", variables))
         bound = self._bound(variables, kwargs, mutable=_of_model(mutable))
         mode = Mode.TRAIN if moves else Mode.FROZEN
         (result, updates), evaluator = bound.evaluate(inputs, mode)

@@ -43,7 +43,8 @@ class Network(nn.Module):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_step_of_training_gives_the_bits_of_the_transformed_model(recipe):
     """The same checkpoint fits both, and ranges, results and gradients are equal."""
-    variables = jaxqat.quantize(Network(), recipe).init(jax.random.key(0), IMAGES)
+    variables = Network().init(jax.random.key(0), IMAGES)
+    variables = jaxqat.quantize(Network(), recipe).init_quant(variables, IMAGES)
     assert jax.tree.structure(variables) == jax.tree.structure(
         {"quant": {}, **Network(recipe).init(jax.random.key(0), IMAGES)}
     )

@@ -98,9 +98,11 @@ def test_calibration_observes_inference_of_a_module_that_tells_training_by_mutab
     assert float(high) > 2 * float(other)
 
 
-def test_init_makes_the_ranges_of_training_and_of_inference_alike():
-    model, key = jaxqat.quantize(Flagged()), jax.random.key(0)
-    variables = [model.init(key, ROWS, train=train) for train in (False, True)]
+def test_init_quant_makes_the_ranges_of_training_and_of_inference_alike():
+    model, variables = jaxqat.quantize(Flagged()), Flagged().init(jax.random.key(0), ROWS, False)
+    variables = [
+        model.init_quant(variables, ROWS, mutable=train, train=train) for train in (False, True)
+    ]
     assert set(variables[0]) == {"params", "batch_stats", "quant"}
     jax.tree.map(np.testing.assert_array_equal, *variables)
     assert set(variables[0]["quant"]) == {"in", "out"}

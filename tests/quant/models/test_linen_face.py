@@ -41,7 +41,8 @@ def test_init_with_output_gives_the_variables_of_init_and_a_quantized_result(tra
     jax.tree.map(np.testing.assert_array_equal, variables, expected)
     assert "intermediates" not in variables
     # A training step from ranges that have seen nothing takes those of its batch.
-    first, _ = model.apply(expected, ROWS, train=train, rngs=rngs, mutable=["batch_stats", "quant"])
+    empty = model.init_quant(expected, ROWS, train=train, rngs=rngs, mutable=True)
+    first, _ = model.apply(empty, ROWS, train=train, rngs=rngs, mutable=["batch_stats", "quant"])
     np.testing.assert_array_equal(result, first)
     real, _ = Perceptron().init_with_output(rngs, ROWS, train=train)
     assert result.shape == real.shape and np.any(result != real)

@@ -97,6 +97,7 @@ def test_dropout_neither_moves_nor_loses_a_range():
     model, key = jaxqat.quantize(Dropped()), jax.random.key(0)
     rngs = {"params": key, "dropout": key}
     variables = model.init(rngs, IMAGES, train=True)
+    variables = model.init_quant(variables, IMAGES, train=True, rngs=rngs)
     assert keys(variables["quant"]) == {"conv/input", "head/pool", "head/input"}
     empty = model.init_quant(variables, IMAGES, train=False)
     assert keys(empty["quant"]) == keys(variables["quant"])

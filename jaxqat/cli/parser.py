@@ -1,50 +1,53 @@
-"""The `jaxqat` command line: parse the options, call one command, return the exit status.
+"""The options of every command, made from the signature and docstring of its function.
 
-Each command is a function in `jaxqat.commands`. The signature of the function gives the options of
-the command, their types and defaults; its docstring gives the help. The parameter `run` is
-positional, every other parameter is an option of the same name. Bad input ends with the exit status
-2, a failure on valid input with 1.
+The signature gives options, types and defaults; the docstring gives the help. The parameters
+in `POSITIONAL` are positional, every other one is an option of the same name.
 """
 
-import argparse
 import inspect
-import logging
 import re
-import shlex
 import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import docstring_parser
 import jsonargparse
-from rich.console import Console
-from rich.logging import RichHandler
 
+import jaxqat
 from jaxqat.commands import (
     analyze,
     benchmark,
     evaluate,
     export,
     lowering,
+    predict,
     quantize,
     report,
+    runs,
     train,
     verify,
 )
-from jaxqat.errors import InputError, RunError
 from jaxqat.pipeline import config as configs
 from jaxqat.pipeline.config import Experiment
-from jaxqat.pipeline.training import Stopped
 
-DONE, FAILED, BAD_INPUT = 0, 1, 2
+BAD_INPUT = 2
 
 # Each module holds the function of the same name.
-_MODULES = (train, quantize, evaluate, analyze, verify, export, benchmark, lowering, report)
+_MODULES = (
+    *(train, quantize, evaluate, analyze, verify, export, benchmark, lowering, report),
+    *(predict, runs),
+)
 COMMANDS = {module.__name__.rpartition(".")[2]: module for module in _MODULES}
-SUPPLIED = ("console", "command")  # Parameters that `main` fills in; they are no options.
+SUPPLIED = ("console", "command")  # Parameters that `dispatch` fills in; they are no options.
+# Positional parameters, and what a message calls them.
+POSITIONAL = {
+    "run": "the run folder",
+    "folder": "the folder of runs",
+    "network": "the network",
+    "paths": "the images",
+}
 OPTION_NAMES = {"from_run": "from"}  # A Python parameter cannot be called `from`.
 
 
@@ -67,7 +70,8 @@ class Parser(jsonargparse.ArgumentParser):
             message += f"; the nearest right one is {configs.nearest(unknown[1], options)}"
         # jsonargparse names a missing argument by its place in the namespace.
         commands = "|".join(COMMANDS)
-        message = re.sub(rf"\b({commands})\.run\b", "the run folder", message)
+        for name, meaning in POSITIONAL.items():
+            message = re.sub(rf"\b({commands})\.{name}\b", meaning, message)
         message = re.sub(rf"\b({commands})\.(workdir|format|output|target)\b", r"--\2", message)
         print(f"{self.prog}: error: {' '.join(message.split())}", file=sys.stderr)
         print(f"All options: {self.prog} --help", file=sys.stderr)
@@ -78,6 +82,7 @@ def make_parser() -> Parser:
     """Return the parser of all commands."""
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = Parser(prog="jaxqat", description="Quantization-aware training for JAX.")
+    parser.add_argument("--version", action="version", version=f"jaxqat {jaxqat.__version__}")
     commands = parser.add_subcommands(
         dest="command", required=True, description="`jaxqat COMMAND --help` lists the options."
     )
@@ -117,7 +122,7 @@ def _add_options(
         settings["help"] = helps[name]
         if not required and "action" not in settings:
             settings["default"] = parameter.default
-        if name != "run":
+        if name not in POSITIONAL:
             option = OPTION_NAMES.get(name, name)
             parser.add_argument(f"--{option}", **settings, required=required)
         elif required:
@@ -141,71 +146,3 @@ def _type_settings(hint: Any, choices: Sequence[str] | None) -> dict[str, Any]:
     if typing.get_origin(inner) is Sequence:
         return {"type": typing.get_args(inner)[0], "nargs": "+"}
     return {"type": hint}
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command.
-
-    Returns:
-        Exit status: 0 if all was done, 2 for bad input, 130 or 143 after a signal, 1 otherwise.
-    """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    console = Console()
-    _set_up_logging()
-    try:
-        return _dispatch(argv, console)
-    except Stopped as stopped:
-        _complain(f"stopped by {stopped}; the state is saved. Run the same command to resume.")
-        return 128 + stopped.signum
-    except KeyboardInterrupt:
-        _complain("interrupted.")
-        return 130
-    except InputError as error:
-        _complain(f"error: {error}")
-        return BAD_INPUT
-    except (RunError, OSError, ImportError) as error:
-        _complain(f"error: {error}")
-        return FAILED
-
-
-def _dispatch(argv: list[str], console: Console) -> int:
-    _check_config_files(argv)
-    parsed = make_parser().parse_args(argv)
-    name, options = parsed.command, parsed[parsed.command]
-    function = getattr(COMMANDS[name], name)
-    supplied = {"console": console, "command": shlex.join(["jaxqat", *argv])}
-    hints = typing.get_type_hints(function)
-    arguments = {}
-    for parameter in inspect.signature(function).parameters:
-        if hints[parameter] is Experiment:
-            arguments[parameter] = configs.build(options)
-        elif parameter in SUPPLIED:
-            arguments[parameter] = supplied[parameter]
-        else:
-            arguments[parameter] = options[OPTION_NAMES.get(parameter, parameter)]
-    # A comparison that found too many differences returns them as its `failures`.
-    return FAILED if getattr(function(**arguments), "failures", ()) else DONE
-
-
-def _check_config_files(argv: list[str]) -> None:
-    """Check the keys of config files first: jsonargparse would not name the nearest right one."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--config", action="append", default=[])
-    for path in parser.parse_known_args(argv)[0].config:
-        configs.read_yaml(Path(path), also=("workdir", "from"))
-
-
-def _set_up_logging() -> None:
-    handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=False)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
-    logging.getLogger("jaxqat").setLevel(logging.INFO)
-    # Orbax warns of its own deprecations, and of read-only folders, which are meant here.
-    logging.getLogger("absl").setLevel(logging.ERROR)
-
-
-def _complain(message: str) -> None:
-    print(f"jaxqat: {message}", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,103 @@
+"""One call of the command line: parse the options, call the command, return the exit status."""
+
+import argparse
+import inspect
+import logging
+import shlex
+import sys
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+
+import jsonargparse
+from rich.console import Console
+from rich.logging import RichHandler
+
+from jaxqat.cli import presets
+from jaxqat.cli.parser import BAD_INPUT, COMMANDS, OPTION_NAMES, SUPPLIED, make_parser
+from jaxqat.errors import InputError, RunError
+from jaxqat.pipeline import config as configs
+from jaxqat.pipeline.config import Experiment
+from jaxqat.pipeline.training import Stopped
+
+DONE, FAILED = 0, 1
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run the command.
+
+    Returns:
+        Exit status: 0 if all was done, 2 for bad input, 130 or 143 after a signal, 1 otherwise.
+    """
+    argv = list(argv)
+    console = Console()
+    _set_up_logging()
+    try:
+        return _dispatch(argv, console)
+    except Stopped as stopped:
+        _complain(f"stopped by {stopped}; the state is saved. Run the same command to resume.")
+        return 128 + stopped.signum
+    except KeyboardInterrupt:
+        _complain("interrupted.")
+        return 130
+    except (RunError, OSError, ImportError) as error:  # Damage is bad input, too, and a failure.
+        _complain(f"error: {error}")
+        return FAILED
+    except InputError as error:
+        _complain(f"error: {error}")
+        return BAD_INPUT
+
+
+def _dispatch(argv: list[str], console: Console) -> int:
+    arguments = presets.with_paths(argv)
+    _check_config_files(arguments)
+    parsed = make_parser().parse_args(arguments)
+    name, options = parsed.command, parsed[parsed.command]
+    function = getattr(COMMANDS[name], name)
+    if options.get("json") is True:  # What people read goes beside the JSON.
+        console = Console(stderr=True)
+    supplied = {"console": console, "command": shlex.join(["jaxqat", *argv])}
+    hints = typing.get_type_hints(function)
+    values = {}
+    for parameter in inspect.signature(function).parameters:
+        if hints[parameter] is Experiment:
+            values[parameter] = _experiment(options)
+        elif parameter in SUPPLIED:
+            values[parameter] = supplied[parameter]
+        else:
+            values[parameter] = options[OPTION_NAMES.get(parameter, parameter)]
+    # A comparison that found too many differences returns them as its `failures`.
+    return FAILED if getattr(function(**values), "failures", ()) else DONE
+
+
+def _experiment(options: jsonargparse.Namespace) -> Experiment:
+    """Return the experiment of a config; nobody should train the defaults by accident."""
+    if not options["config"]:
+        own = Path(options["workdir"]) / "config.yaml"
+        resume = f" To resume the run in {own.parent}, pass --config {own}." if own.exists() else ""
+        names = ", ".join(presets.presets()) or "none is installed"
+        raise InputError(
+            "train needs --config: the path of a YAML file, or the name of a preset "
+            f"({names}).{resume}"
+        )
+    return configs.build(options)
+
+
+def _check_config_files(argv: list[str]) -> None:
+    """Check the keys of config files first: jsonargparse would not name the nearest right one."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config", action="append", default=[])
+    for path in parser.parse_known_args(argv)[0].config:
+        configs.read_yaml(Path(path), also=("workdir", "from", "repair"))
+
+
+def _set_up_logging() -> None:
+    handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=False)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
+    logging.getLogger("jaxqat").setLevel(logging.INFO)
+    # Orbax warns of its own deprecations, and of read-only folders, which are meant here.
+    logging.getLogger("absl").setLevel(logging.ERROR)
+
+
+def _complain(message: str) -> None:
+    print(f"jaxqat: {message}", file=sys.stderr)
