@@ -78,7 +78,7 @@ def picked(x):
     x = jnp.tanh(x * x[:, :1])[:, jnp.array([0, 0, 2, 3, 3, 5, 6, 7])]
     numbers = jax.lax.GatherDimensionNumbers((1, 2, 3), (2,), (2,))
     sizes = (x.shape[0], 8, 1, 8)
-    return jax.lax.gather(x, jnp.array([[1], [4]]), numbers, sizes).transpose(1, 2, 0, 3)
+    return jax.lax.gather(x, jnp.array([[1], [4], [5]]), numbers, sizes).transpose(1, 2, 0, 3)
 
 
 def with_token(x):
