@@ -93,7 +93,7 @@ def quantize(
         folder.write_results(results)
         report = write_report(folder.path)
     print_results(results, console)
-    console.print(f"report: {report}", highlight=False)
+    say(f"report: {report}", console)
     return results
 
 
