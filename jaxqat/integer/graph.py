@@ -18,12 +18,12 @@ Execution and export are subclasses of `GraphVisitor`, which has one method per 
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, cast
 
 from jaxqat.errors import GraphError
 from jaxqat.integer._islands import Island, find_islands
 from jaxqat.integer._nodes.add import Add
-from jaxqat.integer._nodes.base import CODE_MAX, CODE_MIN, Node, Tensor
+from jaxqat.integer._nodes.base import CODE_MAX, CODE_MIN, Node, Tensor, check_shape
 from jaxqat.integer._nodes.concat import Concat
 from jaxqat.integer._nodes.float_op import FloatOp
 from jaxqat.integer._nodes.max_pool import MaxPool
@@ -83,8 +83,9 @@ class IntegerGraph:
 
     The constructor checks these invariants: each node reads only tensors of earlier nodes; each
     tensor is the output of exactly one node and has its output shape; moves and max pools keep
-    zero point and bounds; arrays have the declared dtypes and shapes; codes fit int8; scales and
-    multipliers are positive and finite; no accumulator can overflow int32.
+    zero point and bounds; arrays have the declared dtypes and shapes; sizes, strides and windows
+    are positive; labels are as many as classes; codes fit int8; scales and multipliers are positive
+    and finite; no accumulator can overflow int32.
 
     Attributes:
         input_shape: Shape of one input, without the batch. The input is float32, or also uint8 if
@@ -117,6 +118,8 @@ class IntegerGraph:
         real: dict[str, tuple[int, ...]] = {INPUT: self.input_shape}
         for tensor in self.tensors.values():
             tensor.check()
+        check_shape("input_shape", self.input_shape)
+        check_shape("output_shape", self.output_shape)
         # Only these nodes read real tensors.
         real_readers = (node for node in self.nodes if isinstance(node, Quantize | FloatOp))
         read = {name for node in real_readers for name in node.inputs}
@@ -136,6 +139,7 @@ class IntegerGraph:
                 f"exactly one Quantize node must quantize the input, or FloatOp nodes read it: got "
                 f"{inputs} and {read - inputs}."
             )
+        self._check_labels()
 
     def __repr__(self) -> str:
         islands = f", {count} float islands" if (count := len(self.islands)) else ""
@@ -194,6 +198,16 @@ class IntegerGraph:
             packed_size(p.weights.size, p.weight_bits) + p.bias.nbytes + p.multiplier.nbytes
             for p in self.products()
         )
+
+    def _check_labels(self) -> None:
+        labels, classes = self.metadata.get("labels"), self.output_shape[-1:]
+        if isinstance(labels, list | tuple):
+            count = len(cast("list[object]", labels))
+            if (count,) != classes:
+                raise GraphError(
+                    f"metadata.labels names {count} classes, and the network's results have the "
+                    f"shape {self.output_shape}."
+                )
 
     def _check_order(self, node: Node, available: set[str], read: set[str]) -> None:
         missing = [name for name in node.inputs if name not in available]
