@@ -16,6 +16,7 @@ from jaxqat.errors import ExportError, MissingPackageError
 
 # Current ONNX Runtime and OpenVINO support opset 17; 13 is the oldest with all operators used.
 OPSET, OLDEST_OPSET = 17, 13
+DIGEST = "sha256"  # Key of the digest in the metadata.
 
 
 def library(name: str) -> ModuleType:
@@ -130,10 +131,15 @@ class Builder:
             producer_name="jaxqat",
             producer_version=jaxqat.__version__,
         )
-        helper.set_model_props(model, {**properties, "sha256": digest(graph)})
+        helper.set_model_props(model, properties)
+        helper.set_model_props(model, {**properties, DIGEST: digest(model)})
         return model
 
 
-def digest(graph: Any) -> str:
-    """Return the SHA-256 of an ONNX graph, including weights."""
-    return hashlib.sha256(graph.SerializeToString(deterministic=True)).hexdigest()
+def digest(model: Any) -> str:
+    """Return the SHA-256 of an ONNX model: graph, weights, opset and all metadata but itself."""
+    rest = type(model)()
+    rest.CopyFrom(model)
+    del rest.metadata_props[:]
+    rest.metadata_props.extend(e for e in model.metadata_props if e.key != DIGEST)
+    return hashlib.sha256(rest.SerializeToString(deterministic=True)).hexdigest()

@@ -241,7 +241,10 @@ def double(graph):
         (put("nodes", 0, "inverse", value=0.5), "inverse: must be a float32 in hexadecimal"),
         (put("nodes", 0, "inverse", value="0x1.0000001p+0"), "must be a float32 in hexadecimal"),
         (put("nodes", 0, "inverse", value="0x1p+200"), "must be a float32 in hexadecimal"),
-        (put("nodes", 1, "bias", value=[0]), "must be an object with array, dtype, shape and sha256"),
+        (
+            put("nodes", 1, "bias", value=[0]),
+            "must be an object with array, dtype, shape and sha256",
+        ),
         (drop("nodes", 1, "weight_bits"), r"nodes\[1\].weight_bits: is missing"),
         (put("nodes", 1, "weight_bits", value="8"), r"weight_bits: must be a whole number"),
         (put("nodes", 1, "weight_bits", value=9), "node 'stem': weight_bits must .* got 9 and"),
@@ -345,7 +348,10 @@ def swapped(members):
         (lambda m: [*m, ("/etc/escaped", b"x")], "'/etc/escaped' is not an array of the graph"),
         (lambda m: [*m, m[0]], "occurs twice"),
         (lambda m: [(n, d[:-1]) for n, d in m], "is not an archive of arrays"),
-        (lambda m: [(n, b"\x93NUMPY\x01\x00\xff\xff" + b"(" * 9000) for n, _ in m[:1]], "is not an"),
+        (
+            lambda m: [(n, b"\x93NUMPY\x01\x00\xff\xff" + b"(" * 9000) for n, _ in m[:1]],
+            "is not an",
+        ),
         (lambda m: [(n, d.replace(b"(", b"[", 1)) for n, d in m], "is not an archive of arrays"),
         (lambda m: [(n, d.replace(b"NUMPY\1", b"NUMPY\2")) for n, d in m], "unknown version"),
         (swapped, "is not the one that was saved"),
