@@ -2,9 +2,10 @@
 
 `TypedJson` checks every field against its declared type. This module adds the types that plain JSON
 lacks: a float32 in hexadecimal ('0x1.8p-5'), which is exact; an array as its name, dtype, shape
-and SHA-256; a node as its class name and fields. A field with `code_bits` in its metadata names the field that
-holds the width of its codes. Narrow codes are packed (`_packing`): dtype and shape stay those of
-the codes, and `packed` is the number of bits per code. The decoded graph checks its invariants.
+and SHA-256; a node as its class name and fields. A field with `code_bits` in its metadata names the
+field that holds the width of its codes. Narrow codes are packed (`_packing`): dtype, shape and
+SHA-256 stay those of the codes, and `packed` is the number of bits per code. The decoded graph
+checks its invariants.
 """
 
 import dataclasses
