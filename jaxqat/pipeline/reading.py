@@ -41,7 +41,7 @@ def parse_metrics(
             continue
         try:
             record = json.loads(line)
-        except ValueError as problem:
+        except (ValueError, RecursionError) as problem:
             if error is None:
                 return
             raise error(f"{path}, line {number} is not JSON: {problem}.") from problem
