@@ -6,7 +6,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 from jaxqat.integer._store.files import read_regular
 from jaxqat.integer._store.typed_json import CodecError, TypedJson
@@ -23,8 +23,8 @@ _NUMBERS: dict[str, Any] = {
     "epoch": Count,
     "loss": Amount,
     "accuracy": Share,
-    "validation_loss": Amount | None,
-    "validation_accuracy": Share | None,
+    "validation_loss": Optional[Amount],  # noqa: UP045 - pyright refuses `|` on a value.
+    "validation_accuracy": Optional[Share],  # noqa: UP045
 }
 
 
