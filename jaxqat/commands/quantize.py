@@ -82,7 +82,7 @@ def quantize(
         model = calibrated(networks, fp32)
         graph, ptq, speed = convert_and_test(networks, model, stop, preset=recipe)
         say("PTQ: verifying every code on the test split", console)
-        verification = verification_result(check_network(networks, model, graph, console))
+        verification = verification_result(check_network(networks, model, graph, stop, console))
         ptq = dataclasses.replace(ptq, verify=verification)
         results = folder.find_results()
         if results is None or results.qat is None:

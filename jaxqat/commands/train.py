@@ -193,7 +193,7 @@ def _add_integer(
         "integer",
         integer,
         Speed(evaluate_images_per_s=measured.images_per_s),
-        verify=verification_result(check_network(networks, qat, graph, console)),
+        verify=verification_result(check_network(networks, qat, graph, stop, console)),
         size_bytes=dataclasses.replace(results.size_bytes, integer=graph.size_bytes()),
     )
 
