@@ -54,7 +54,8 @@ INSIDE = {
         *("_convert", "_execute", "_store", "_compare", "_verify"),
     ),
     "pipeline": (
-        *("hashing", "terminal", "reading", "results", "measurements"),
+        *("hashing", "terminal", "bounded_yaml", "bounded_json", "reading"),
+        *("scores", "results", "measurements"),
         *("data", "models", "metrics"),
         *("training", "checkpoint", "report"),
         *(
@@ -72,7 +73,7 @@ INSIDE = {
     ),
 }
 # Of the pipeline, independent modules import no others but the shared ones.
-SHARED = ("hashing", "reading", "results", "measurements")
+SHARED = ("hashing", "bounded_yaml", "bounded_json", "reading", "scores", "results", "measurements")
 INDEPENDENT = ("data", "models", "metrics", "training", "checkpoint", "report")
 # Third-party packages that only the named parts import.
 OWNERS = {

@@ -204,6 +204,17 @@ def test_invalid_options_are_named_and_leave_no_folder(
         ("qat: {epochs: many}", '"qat.epochs"'),
         ("qat: {epochs: [", "is not YAML"),
         ("quant: {rules: [{path: '['}]}", "quant.rules.path must be a regular expression"),
+        ("quant: {rules: [{path: null}]}", "quant.rules.path must be str, got null"),
+        ("fp32: {epochs: null}", "fp32.epochs must be int, got null"),
+        ("name: 2020-13-45", "name: cannot be read: month must be in 1..12"),
+        (f"seed: {'9' * 5000}", "seed: cannot be read"),
+        (f"seed: {'[' * 5000}{']' * 5000}", "0: is nested more than 16 deep"),
+        ("model: {width: 100000000000000000000}", "model.width must be"),
+        ("data: {image_size: 1000000}", "data.image_size must be at most 4096, got 1000000"),
+        ("fp32: {epochs: 100000000000000000000}", "fp32.epochs must be at most 2**32"),
+        ("fp32: {optimizer: {learning_rate: .inf}}", "fp32.optimizer.learning_rate must be finite"),
+        ("seed: 1\nfp32: {epochs: 1, epochs: 2}", "fp32.epochs: occurs twice"),
+        ("seed: !!python/object/apply:os.getcwd []", "seed: cannot be read: could not determine"),
     ],
 )
 def test_invalid_config_files_are_named_and_leave_no_folder(tmp_path, capsys, text, message):

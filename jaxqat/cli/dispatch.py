@@ -95,8 +95,8 @@ def _set_up_logging() -> None:
     handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
     logging.getLogger("jaxqat").setLevel(logging.INFO)
-    # Orbax warns of its own deprecations, and of read-only folders, which are meant here.
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    # Orbax warns of what is meant here, and logs whole tracebacks of errors that it also raises.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 def _complain(message: str) -> None:

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from jaxqat.pipeline.integer_networks import load_network
 from jaxqat.pipeline.run.folder import RunFolder
+from jaxqat.pipeline.terminal import say
 
 
 def export(
@@ -57,5 +58,5 @@ def export(
         from jaxqat.export._stablehlo import export_stablehlo as write
     output = Path(output)
     write(graph, output, input=input, overwrite=overwrite)
-    console.print(f"{output}: {output.stat().st_size:,} bytes", highlight=False, soft_wrap=True)
+    say(f"{output}: {output.stat().st_size:,} bytes", console)
     return output

@@ -86,7 +86,7 @@ def quantize(
         model = calibrated(networks, fp32)
         graph, ptq, speed = convert_and_test(networks, model, stop, name=name)
         say(f"PTQ ({name}): verifying every code on the test split", console)
-        verification = verification_result(check_network(networks, model, graph, console))
+        verification = verification_result(check_network(networks, model, graph, stop, console))
         ptq = dataclasses.replace(ptq, verify=verification)
         results = folder.find_results()
         if results is None or results.qat is None:
@@ -97,7 +97,7 @@ def quantize(
         folder.write_results(results)
         report = write_report(folder.path)
     print_results(results, console)
-    console.print(f"report: {report}", highlight=False)
+    say(f"report: {report}", console)
     return results
 
 

@@ -6,6 +6,7 @@ from rich.console import Console
 
 from jaxqat.pipeline.report import write_report
 from jaxqat.pipeline.run.folder import RunFolder
+from jaxqat.pipeline.terminal import say
 
 
 def report(run: Path, *, console: Console | None = None) -> Path:
@@ -25,5 +26,5 @@ def report(run: Path, *, console: Console | None = None) -> Path:
     folder = RunFolder(Path(run))
     folder.load_config()
     page = write_report(folder.path)
-    (console or Console()).print(f"report: {page}", highlight=False)
+    say(f"report: {page}", console or Console())
     return page

@@ -105,7 +105,7 @@ def train(
                 other.copy_to(folder)
             results = _run(networks, folder, stop, console, command)
     print_results(results, console)
-    console.print(f"report: {folder.report}", highlight=False)
+    say(f"report: {folder.report}", console)
     return results
 
 
@@ -119,7 +119,7 @@ def _repair(folder: RunFolder, experiment: Experiment, console: Console) -> None
 
 def _already_finished(folder: RunFolder, console: Console) -> Results:
     results = folder.read_results()
-    console.print(f"{folder.path}: this run is finished; there is nothing to do.", highlight=False)
+    say(f"{folder.path}: this run is finished; there is nothing to do.", console)
     if not folder.report.exists():
         write_report(folder.path)
     print_results(results, console)
@@ -143,10 +143,10 @@ def _float_stage(
     if from_run is None:
         return None
     if folder.has_checkpoints("fp32"):
-        console.print("FP32: continuing from this run's own checkpoints", highlight=False)
+        say("FP32: continuing from this run's own checkpoints", console)
         return None
     other = find_float_stage(networks, Path(from_run))
-    console.print(f"FP32: starting from {from_run}", highlight=False)
+    say(f"FP32: starting from {from_run}", console)
     return other
 
 
@@ -234,7 +234,7 @@ def _add_integer(
         "integer",
         integer,
         Speed(evaluate_images_per_s=measured.images_per_s),
-        verify=verification_result(check_network(networks, qat, graph, console)),
+        verify=verification_result(check_network(networks, qat, graph, stop, console)),
         size_bytes=dataclasses.replace(results.size_bytes, integer=graph.size_bytes()),
     )
 

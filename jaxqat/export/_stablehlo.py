@@ -24,12 +24,13 @@ from jaxqat.export._files import check_target
 from jaxqat.integer._execute import Platform
 from jaxqat.integer._execute.executor import PLATFORMS
 from jaxqat.integer._guard import check_graph
-from jaxqat.integer._results import flat
-from jaxqat.integer._store.files import write_atomically
+from jaxqat.integer._results import Output, check_places, flat
+from jaxqat.integer._store.files import read_regular, write_atomically
 from jaxqat.integer.graph import IntegerGraph
 
 EXPORT_PLATFORMS = ("cpu", "cuda", "tpu")
-_MAGIC = b"jaxqat.stablehlo.1"
+_MAGIC = b"jaxqat.stablehlo.2"
+_MAX_BYTES = 2**34
 
 
 class StableHloNetwork:
@@ -184,22 +185,49 @@ def load_stablehlo(path: str | os.PathLike[str]) -> StableHloNetwork:
     """
     path = Path(path)
     try:
-        content = path.read_bytes()
+        content = read_regular(path, limit=_MAX_BYTES)
     except OSError as error:
         raise ExportError(f"{path}: cannot be read: {error.strerror or error}.") from error
     program, description = _opened(path, content)
     try:
         exported = export.deserialize(bytearray(program))
-    except ValueError as error:
-        raise ExportError(f"{path}: this version of JAX cannot read it: {error}") from error
+    except Exception as error:  # The reader of flatbuffers raises many types.
+        reason = str(error) or type(error).__name__
+        raise ExportError(f"{path}: this version of JAX cannot read it: {reason}") from error
+    _check_description(path, description, exported)
     return StableHloNetwork(exported, description)
 
 
+def _check_description(path: Path, description: Any, exported: export.Exported) -> None:
+    """Check that a file's description is that of its program.
+
+    Raises:
+        ExportError: If not.
+    """
+    try:
+        (images,) = exported.in_avals
+        given, made = description["input"], description["outputs"]
+        outputs = [Output(name="", shape=(), path=tuple(entry["path"])) for entry in made]
+        check_places([output.path for output in outputs])
+        result = jax.tree.unflatten(exported.out_tree, exported.out_avals)
+        results = flat(outputs, result)
+        batch = images.shape[0] if isinstance(images.shape[0], int) else None
+        wanted = [list(images.shape[1:]), images.dtype.name, batch, list(exported.platforms)]
+        wanted += [[list(x.shape[1:]), x.dtype.name] for x in results]
+        found = [given["shape"], given["dtype"], given["batch"], description["platforms"]]
+        found += [[entry["shape"], entry["dtype"]] for entry in made]
+        same = found == wanted and len(results) == len(exported.out_avals)
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise ExportError(f"{path}: its description is incomplete: {error!r}.") from error
+    if not same or not isinstance(description.get("metadata"), dict):
+        raise ExportError(f"{path}: its description does not fit its program.")
+
+
 def _sealed(program: bytes, description: dict[str, Any]) -> bytes:
-    """Join program, description, checksum of both, length of the description, and magic."""
+    """Join program, description, its length, the checksum of all three, and magic."""
     text = json.dumps(description).encode()
-    digest = hashlib.sha256(program + text).digest()
-    return program + text + digest + len(text).to_bytes(8, "little") + _MAGIC
+    body = program + text + len(text).to_bytes(8, "little")
+    return body + hashlib.sha256(body).digest() + _MAGIC
 
 
 def _opened(path: Path, content: bytes) -> tuple[bytes, dict[str, Any]]:
@@ -207,8 +235,11 @@ def _opened(path: Path, content: bytes) -> tuple[bytes, dict[str, Any]]:
     if not content.endswith(_MAGIC):
         raise ExportError(f"{path}: is truncated, or was not written by `export_stablehlo`.")
     rest = content[: -len(_MAGIC)]
-    length = int.from_bytes(rest[-8:], "little")
-    digest, body = rest[-40:-8], rest[:-40]
-    if hashlib.sha256(body).digest() != digest or length > len(body):
+    body, digest = rest[:-32], rest[-32:]
+    size = len(body) - 8 - int.from_bytes(body[-8:], "little")  # Of the program.
+    if hashlib.sha256(body).digest() != digest or size < 0:
         raise ExportError(f"{path}: is damaged: its content does not match its checksum.")
-    return body[: len(body) - length], json.loads(body[len(body) - length :])
+    try:
+        return body[:size], json.loads(body[size:-8])
+    except (ValueError, RecursionError) as error:
+        raise ExportError(f"{path}: its description is not JSON: {error}.") from error

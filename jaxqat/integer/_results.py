@@ -5,6 +5,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, cast
 
+MAX_PLACES = 10_000  # In a tuple of a result.
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Output:
@@ -24,6 +26,29 @@ class Output:
 
     def __str__(self) -> str:
         return "/".join(map(str, self.path))
+
+
+def check_places(paths: Sequence[tuple[object, ...]]) -> None:
+    """Check that arrays have places of their own in one result.
+
+    Raises:
+        ValueError: If not; names the place.
+    """
+    if not paths or len(set(paths)) != len(paths):
+        raise ValueError(f"the places of results must be unique, got {list(paths)}")
+    for path in paths:
+        inside = [p for p in paths if p != path and p[: len(path)] == path]
+        depth = len(path)
+        beside = [
+            p[depth - 1] for p in paths if len(p) >= depth > 0 and p[: depth - 1] == path[:-1]
+        ]
+        mixed = len({isinstance(key, str) for key in beside}) > 1
+        if not all(map(_is_key, path)) or inside or mixed:
+            raise ValueError(f"{path} cannot be the place of a result among {list(paths)}")
+
+
+def _is_key(key: object) -> bool:
+    return isinstance(key, str) or (type(key) is int and 0 <= key < MAX_PLACES)
 
 
 def nested(outputs: Sequence[Output], arrays: Sequence[Any]) -> Any:

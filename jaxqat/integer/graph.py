@@ -18,12 +18,12 @@ Execution and export are subclasses of `GraphVisitor`, which has one method per 
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, cast
 
 from jaxqat.errors import GraphError
 from jaxqat.integer._islands import Island, find_islands
 from jaxqat.integer._nodes.add import Add
-from jaxqat.integer._nodes.base import CODE_MAX, CODE_MIN, Node, Tensor
+from jaxqat.integer._nodes.base import CODE_MAX, CODE_MIN, Node, Tensor, check_shape
 from jaxqat.integer._nodes.concat import Concat
 from jaxqat.integer._nodes.float_op import FloatOp
 from jaxqat.integer._nodes.max_pool import MaxPool
@@ -35,7 +35,7 @@ from jaxqat.integer._nodes.requantize import Requantize
 from jaxqat.integer._nodes.sum_pool import SumPool
 from jaxqat.integer._nodes.table import Table
 from jaxqat.integer._packing import packed_size
-from jaxqat.integer._results import Output
+from jaxqat.integer._results import Output, check_places
 
 __all__ = [
     "CODE_MAX",
@@ -85,8 +85,9 @@ class IntegerGraph:
 
     The constructor checks these invariants: each node reads only tensors of earlier nodes; each
     tensor is the output of exactly one node and has its output shape; moves and max pools keep
-    zero point and bounds; arrays have the declared dtypes and shapes; codes fit int8; scales and
-    multipliers are positive and finite; no accumulator can overflow int32.
+    zero point and bounds; arrays have the declared dtypes and shapes; sizes, strides and windows
+    are positive; labels are as many as classes; codes fit int8; scales and multipliers are positive
+    and finite; no accumulator can overflow int32.
 
     Attributes:
         input_shape: Shape of one input, without the batch. The input is float32, or also uint8 if
@@ -117,6 +118,7 @@ class IntegerGraph:
         real: dict[str, tuple[int, ...]] = {INPUT: self.input_shape}
         for tensor in self.tensors.values():
             tensor.check()
+        check_shape("input_shape", self.input_shape)
         self._check_outputs()
         # Only these nodes read real tensors.
         real_readers = (node for node in self.nodes if isinstance(node, Quantize | FloatOp))
@@ -138,6 +140,7 @@ class IntegerGraph:
                 f"exactly one Quantize node must quantize the input, or FloatOp nodes read it: got "
                 f"{inputs} and {read - inputs}."
             )
+        self._check_labels()
 
     def __repr__(self) -> str:
         islands = f", {count} float islands" if (count := len(self.islands)) else ""
@@ -221,13 +224,24 @@ class IntegerGraph:
         )
 
     def _check_outputs(self) -> None:
-        paths = [output.path for output in self.outputs]
-        if not paths or len(set(paths)) != len(paths):
-            raise GraphError(f"the places of the network's results must be unique, got {paths}.")
-        for path in paths:
-            inside = [p for p in paths if p != path and p[: len(path)] == path]
-            if inside or any(not isinstance(k, str) and k < 0 for k in path):
-                raise GraphError(f"{path} cannot be the place of a result among {paths}.")
+        for output in self.outputs:
+            check_shape(f"outputs: {output.name}", output.shape)
+        try:
+            check_places([output.path for output in self.outputs])
+        except ValueError as error:
+            raise GraphError(f"outputs: {error}.") from error
+
+    def _check_labels(self) -> None:
+        labels = self.metadata.get("labels")
+        if not isinstance(labels, list | tuple):
+            return
+        count = len(cast("list[object]", labels))
+        if not any(output.shape[-1:] == (count,) for output in self.outputs):
+            shapes = ", ".join(str(output.shape) for output in self.outputs)
+            raise GraphError(
+                f"metadata.labels names {count} classes, and the network's results have the shapes "
+                f"{shapes}."
+            )
 
     def _check_order(self, node: Node, available: set[str], read: set[str]) -> None:
         missing = [name for name in node.inputs if name not in available]

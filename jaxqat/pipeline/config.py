@@ -9,7 +9,10 @@ import difflib
 import functools
 import hashlib
 import json
+import math
+import reprlib
 import typing
+import unicodedata
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +21,8 @@ import jsonargparse
 import yaml
 
 from jaxqat.errors import InputError
+from jaxqat.integer._store.files import read_regular
+from jaxqat.pipeline.bounded_yaml import MAX_BYTES
 from jaxqat.pipeline.checkpoint import CheckpointConfig
 from jaxqat.pipeline.data import AugmentConfig, DataConfig
 from jaxqat.pipeline.models import ModelConfig
@@ -26,6 +31,7 @@ from jaxqat.pipeline.training import COMPILATIONS, QatConfig, StageConfig
 from jaxqat.quant import Recipe
 
 PRECISIONS = ("float32", "tf32", "bfloat16")
+LARGEST = 2**32  # Of a whole number, in magnitude.
 
 
 class ConfigError(InputError):
@@ -149,8 +155,8 @@ def read_yaml(path: Path, also: Collection[str] = ()) -> dict[str, Any]:
         ConfigError: If the file cannot be read, is not YAML, or has an unknown key.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_regular(path, limit=MAX_BYTES).decode()
+    except (OSError, ValueError) as error:  # A path may hold a NUL.
         raise ConfigError(f"{path}: cannot be read: {error}.") from error
     values = parse_settings(text, path, error=ConfigError)
     try:
@@ -235,8 +241,21 @@ def _build_field(hint: Any, value: Any, key: str) -> Any:
         return _build(typing.cast(type, hint), value, key)
     item = _item_dataclass(hint)
     if item is not None:
-        return tuple(_build(item, entry, key) for entry in value)
+        return tuple(_build(item, entry, key) for entry in value or ())
+    _check_value(hint, value, key)
     return value
+
+
+def _check_value(hint: Any, value: Any, key: str) -> None:
+    """Check what jsonargparse lets through: null, numbers without bound, text that is none."""
+    if value is None and type(None) not in typing.get_args(hint):
+        raise ConfigError(f"{key} must be {getattr(hint, '__name__', hint)}, got null.")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{key} must be finite, got {value!r}.")
+    if isinstance(value, int) and abs(value) > LARGEST:
+        raise ConfigError(f"{key} must be at most 2**32 in magnitude, got {reprlib.repr(value)}.")
+    if isinstance(value, str) and any(unicodedata.category(c) in ("Cc", "Cs") for c in value):
+        raise ConfigError(f"{key} must be printable text, got {reprlib.repr(value)}.")
 
 
 def _item_dataclass(hint: Any) -> type | None:
@@ -270,7 +289,7 @@ def check_keys(cls: type, values: Mapping[str, Any], key: str = "") -> None:
 def _check_section(cls: type, values: Any, key: str) -> None:
     if not isinstance(values, Mapping):
         names = ", ".join(field.name for field in dataclasses.fields(cls))
-        raise ConfigError(f'"{key}" must hold settings ({names}), got {values!r}.')
+        raise ConfigError(f'"{key}" must hold settings ({names}), got {reprlib.repr(values)}.')
     check_keys(cls, values, key)
 
 

@@ -28,6 +28,7 @@ from jaxqat.pipeline.evaluation import Measured, Predictor, measure
 from jaxqat.pipeline.networks import Networks
 from jaxqat.pipeline.run.folder import RunFolder, RunFolderError
 from jaxqat.pipeline.run.snapshots import Model, check_same_data
+from jaxqat.pipeline.training import StopRequest
 from jaxqat.quant import Recipe
 
 # Pixels of a batch that is verified: of 100 images of 32x32 pixels, each of which needs a few MB
@@ -116,17 +117,25 @@ def measure_network(networks: Networks, graph: IntegerGraph) -> Measured:
 
 
 def check_network(
-    networks: Networks, model: Model, graph: IntegerGraph, console: Console
+    networks: Networks, model: Model, graph: IntegerGraph, stop: StopRequest, console: Console
 ) -> Verification:
-    """Compare an integer network with its quantized network on the test split; print failures."""
-    verification = verify_network(networks, model, graph, networks.dataset.test)
+    """Compare an integer network with its quantized network on the test split; print failures.
+
+    Raises:
+        Stopped: If a signal came, after the batch that is being compared.
+    """
+    verification = verify_network(networks, model, graph, networks.dataset.test, stop)
     for failure in verification.failures:
         warn(f"the integer network differs from the quantized one: {failure}.", console)
     return verification
 
 
 def verify_network(
-    networks: Networks, model: Model, graph: IntegerGraph, split: Split
+    networks: Networks,
+    model: Model,
+    graph: IntegerGraph,
+    split: Split,
+    stop: StopRequest | None = None,
 ) -> Verification:
     """Compare every code of the quantized network, in inference mode, with the integer network.
 
@@ -135,21 +144,24 @@ def verify_network(
         model: The quantized network that was converted.
         graph: The integer network.
         split: Images to compare them on.
+        stop: Checked before each batch.
     """
     return verify(
         networks.quantized,
         model.tree(),
         graph=graph,
-        batches=in_batches(split),
+        batches=in_batches(split, stop),
         preprocess=networks.normalize,
         train=False,
     )
 
 
-def in_batches(split: Split) -> Iterator[np.ndarray]:
-    """Yield the images of a split in batches, without padding."""
+def in_batches(split: Split, stop: StopRequest | None = None) -> Iterator[np.ndarray]:
+    """Yield the images of a split in batches, without padding; stop before one if a signal came."""
     size = max(1, VERIFY_PIXELS // math.prod(split.images.shape[1:3]))
     for start in range(0, len(split), size):
+        if stop is not None:
+            stop.raise_if_set()
         yield split.images[start : start + size]
 
 

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from scipy.special import log_softmax
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
-from jaxqat.pipeline.results import ClassScores, Scores
+from jaxqat.pipeline.scores import ClassScores, Scores
 
 
 def classification_metrics(

@@ -1,27 +1,27 @@
 """Readers of files in a run folder that more than one part of the pipeline reads."""
 
 import json
+import reprlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from jaxqat.errors import JaxqatError
+from jaxqat.pipeline import bounded_yaml
 
 
 def parse_settings(text: str, path: Path, *, error: type[JaxqatError]) -> dict[str, Any]:
     """Return the settings in the text of a YAML file.
 
     Raises:
-        error: If it is not YAML or holds no settings; names the file.
+        error: If it is not YAML, holds no settings, or is too large; names the file and the key.
     """
     try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as problem:
-        raise error(f"{path}: is not YAML: {problem}") from problem
+        values = bounded_yaml.parse(text)
+    except bounded_yaml.SettingsError as problem:
+        raise error(f"{path}: {problem}") from problem
     if not isinstance(values, dict):
-        raise error(f"{path}: must hold settings such as 'seed: 0', got {values!r}.")
+        raise error(f"{path}: must hold settings such as 'seed: 0', got {reprlib.repr(values)}.")
     return values
 
 
@@ -41,7 +41,7 @@ def parse_metrics(
             continue
         try:
             record = json.loads(line)
-        except ValueError as problem:
+        except (ValueError, RecursionError) as problem:
             if error is None:
                 return
             raise error(f"{path}, line {number} is not JSON: {problem}.") from problem

@@ -11,66 +11,17 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from jaxqat.errors import JaxqatError
-from jaxqat.integer._store.files import write_json
+from jaxqat.integer._store.files import read_regular, write_json
 from jaxqat.integer._store.typed_json import CodecError, TypedJson
+from jaxqat.pipeline.bounded_json import BOUNDS, Amount, Count, Real
+from jaxqat.pipeline.scores import Scores
+
+MAX_BYTES = 2**28  # Of a file; the tensors of a large network take megabytes.
 
 TRAINED_STAGES = ("fp32", "qat")
 """Stages that are trained, in order; each has checkpoints."""
 
-_JSON = TypedJson(defaults=True)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ClassScores:
-    """Scores of the predictions for one class.
-
-    Attributes:
-        name: Name of the class.
-        precision: Share of its predictions that are correct, 0..1.
-        recall: Share of its images that are classified correctly, 0..1.
-        f1: Harmonic mean of the two.
-        support: Number of its images.
-    """
-
-    name: str
-    precision: float
-    recall: float
-    f1: float
-    support: int
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Scores:
-    """Scores of a classifier on a split.
-
-    Attributes:
-        accuracy: Share of the images that are classified correctly, 0..1.
-        precision: Precision, mean over the classes with equal weights.
-        recall: Recall, mean over the classes with equal weights.
-        f1: F1, mean over the classes with equal weights.
-        loss: Mean cross-entropy, in nats.
-        confusion_matrix: Counts of images, by true class (row) and predicted class (column).
-        per_class: Scores of each class, in the order of the matrix.
-        n: Number of images.
-    """
-
-    accuracy: float
-    precision: float
-    recall: float
-    f1: float
-    loss: float
-    confusion_matrix: tuple[tuple[int, ...], ...]
-    per_class: tuple[ClassScores, ...]
-    n: int
-
-    def __post_init__(self):
-        k = len(self.per_class)
-        lengths = [len(row) for row in self.confusion_matrix]
-        if lengths != [k] * k:
-            raise ValueError(
-                f"confusion_matrix must be {k} lists of {k} counts, one for each class of "
-                f"per_class; got lists of {lengths}."
-            )
+_JSON = TypedJson(encodings=BOUNDS, defaults=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,8 +45,8 @@ class StageResult:
     """
 
     test: Scores
-    train_seconds: float
-    epochs: int
+    train_seconds: Amount
+    epochs: Count
     bits: str | None = None
     from_run: Origin | None = None
 
@@ -114,10 +65,10 @@ class TensorDifferences:
     """
 
     name: str
-    codes: int
-    differing: int
-    largest: int
-    sqnr_db: float | None
+    codes: Count
+    differing: Count
+    largest: Count
+    sqnr_db: Real | None
     of_island: bool = False
 
 
@@ -142,20 +93,20 @@ class VerificationResult:
     """
 
     tensors: tuple[TensorDifferences, ...]
-    images: int
-    codes: int
-    differing: int
-    largest: int
-    top1_flips: int
-    top1_flips_fp32: int | None
+    images: Count
+    codes: Count
+    differing: Count
+    largest: Count
+    top1_flips: Count
+    top1_flips_fp32: Count | None
     logits_only: bool
     failures: tuple[str, ...]
-    results: int
-    differing_results: int
-    largest_result_difference: float
-    nan_inputs: int
-    unexplained_results: int
-    end_to_end: int | None = None
+    results: Count
+    differing_results: Count
+    largest_result_difference: Amount
+    nan_inputs: Count
+    unexplained_results: Count
+    end_to_end: Count | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -171,7 +122,7 @@ class IntegerResult:
 
     test: Scores
     requantization: str
-    step: int
+    step: Count
     bits: str
 
 
@@ -187,10 +138,10 @@ class PtqResult(IntegerResult):
         verify: The comparison with the quantized network; None if there was none.
     """
 
-    calibration_batches: int
-    calibration_images: int
+    calibration_batches: Count
+    calibration_images: Count
     recipe: dict[str, Any]
-    size_bytes: int
+    size_bytes: Count
     verify: VerificationResult | None = None
 
 
@@ -198,8 +149,8 @@ class PtqResult(IntegerResult):
 class Speed:
     """Images per second of a network; those of training are None if nothing was trained."""
 
-    evaluate_images_per_s: float
-    train_images_per_s: float | None = None
+    evaluate_images_per_s: Amount
+    train_images_per_s: Amount | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -211,8 +162,8 @@ class SizeBytes:
         integer: The saved arrays of QAT's integer network; None if there is none.
     """
 
-    fp32: int
-    integer: int | None = None
+    fp32: Count
+    integer: Count | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -232,14 +183,14 @@ class LayerResult:
 
     path: str
     kind: str
-    weight_shape: tuple[int, ...]
-    weight_bits: int | None
-    act_bits: int | None
-    macs: int
-    weight_min: float
-    weight_max: float
-    act_min: float | None
-    act_max: float | None
+    weight_shape: tuple[Count, ...]
+    weight_bits: Count | None
+    act_bits: Count | None
+    macs: Count
+    weight_min: Real
+    weight_max: Real
+    act_min: Real | None
+    act_max: Real | None
     float_reason: str | None
 
 
@@ -257,8 +208,8 @@ class Environment:
     numpy: str
     device: str
     platform: str
-    devices: int
-    cpu_count: int | None
+    devices: Count
+    cpu_count: Count | None
     processor: str
     date: str
 
@@ -281,7 +232,7 @@ class RunInfo:
     WRITTEN_BY: ClassVar[str] = "jaxqat train"
 
     name: str
-    seed: int
+    seed: Count
     precision: str
     config_hash: str
     data: dict[str, Any]
@@ -319,8 +270,8 @@ class Results(RunInfo):
     """
 
     fp32: StageResult
-    parameters: int
-    macs: int
+    parameters: Count
+    macs: Count
     size_bytes: SizeBytes
     layers: tuple[LayerResult, ...]
     speed: dict[str, Speed]
@@ -331,6 +282,8 @@ class Results(RunInfo):
     verify: VerificationResult | None = None
 
     def __post_init__(self):
+        if not isinstance(name := self.data.get("name"), str):
+            raise ValueError(f"data.name must be the name of the data set, got {name!r}.")
         counts = {len(network.test.per_class) for network in self.tested()}
         if len(counts) > 1:
             raise ValueError(f"the networks have different numbers of classes: {sorted(counts)}.")
@@ -387,14 +340,14 @@ def read(path: Path, of: type[Measurement], *, error: type[JaxqatError]) -> Meas
         error: If the file is missing or its content invalid; names the file and the key.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_regular(path, limit=MAX_BYTES).decode())
     except FileNotFoundError as problem:
         raise error(f"{path} is missing: `{of.WRITTEN_BY}` writes it.") from problem
     except (OSError, UnicodeDecodeError) as problem:
         raise error(f"{path} cannot be read: {problem}.") from problem
-    except ValueError as problem:
+    except (ValueError, RecursionError) as problem:
         raise error(f"{path} is not JSON ({problem}); `{of.WRITTEN_BY}` writes it.") from problem
     try:
         return _JSON.decode(content, of)
-    except ValueError as problem:
+    except (ValueError, RecursionError) as problem:
         raise error(f"{path} is broken: {problem}") from problem

@@ -1,8 +1,10 @@
 """Tables and lines in the terminal, all of one form.
 
-Text is printed as it is: a name may hold brackets, which `rich` would read as markup.
+Text is printed as it is: a name may hold brackets, which `rich` would read as markup. Control
+characters, which would steer the terminal, and bytes that are no text are printed as escapes.
 """
 
+import unicodedata
 from collections.abc import Iterable, Sequence
 from itertools import repeat
 
@@ -37,20 +39,26 @@ def print_table(
         dense: Whether to leave out the frame, for tables of many columns.
     """
     table = Table(
-        title=Text(title, "table.title"),
-        caption=Text(caption, "table.caption") if caption else None,
+        title=_as_it_is(title, "table.title"),
+        caption=_as_it_is(caption, "table.caption") if caption else None,
         box=SIMPLE_HEAD if dense else HEAVY_HEAD,
         padding=0 if dense else (0, 1),
     )
     for name in header[:texts]:
-        table.add_column(Text(name), overflow="fold")
+        table.add_column(_as_it_is(name), overflow="fold")
     for name in header[texts:]:
-        table.add_column(Text(name), justify="right", no_wrap=True)
+        table.add_column(_as_it_is(name), justify="right", no_wrap=True)
     for cells, is_red in zip(rows, red, strict=False):
-        table.add_row(*map(Text, cells), style="bold red" if is_red else None)
+        table.add_row(*map(_as_it_is, cells), style="bold red" if is_red else None)
     console.print(table)
 
 
 def say(text: str, console: Console, *, style: str = "") -> None:
     """Print a line; the terminal, and not a line break, folds it."""
-    console.print(Text(text, style), soft_wrap=True)
+    console.print(_as_it_is(text, style), soft_wrap=True)
+
+
+def _as_it_is(text: str, style: str = "") -> Text:
+    """Return text without markup, its control characters and lone surrogates escaped."""
+    odd = {c for c in text if c != "\n" and unicodedata.category(c) in ("Cc", "Cs")}
+    return Text(text.translate({ord(c): ascii(c)[1:-1] for c in odd}), style)

@@ -14,7 +14,13 @@ from references import integer_graph
 
 import jaxqat
 from jaxqat.errors import ExportError
-from jaxqat.export._stablehlo import export_stablehlo, load_stablehlo
+from jaxqat.export._stablehlo import (
+    _MAGIC,
+    _opened,
+    _sealed,
+    export_stablehlo,
+    load_stablehlo,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -131,6 +137,53 @@ def test_every_damage_is_detected(file, tmp_path):
         damaged.write_bytes(content[:length])
         with pytest.raises(ExportError, match=r"checksum|truncated"):
             load_stablehlo(damaged)
+
+
+def test_a_changed_length_of_the_description_is_detected(file, tmp_path):
+    content = file.read_bytes()
+    damaged = tmp_path / "network"
+    for position in range(8):  # Between the description and the checksum.
+        broken = bytearray(content)
+        broken[len(content) - len(_MAGIC) - 32 - 8 + position] ^= 1
+        damaged.write_bytes(broken)
+        with pytest.raises(ExportError, match="checksum"):
+            load_stablehlo(damaged)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d["input"].update(shape=[9, 9, 3]), "does not fit its program"),
+        (lambda d: d["input"].update(dtype="int64"), "does not fit its program"),
+        (lambda d: d["outputs"][0].update(shape="many"), "does not fit its program"),
+        (lambda d: d.update(platforms=["cpu"]), "does not fit its program"),
+        (lambda d: d.update(metadata=None), "does not fit its program"),
+        (lambda d: d.pop("input"), "is incomplete"),
+        (lambda d: d.update(outputs=[]), "is incomplete"),
+    ],
+)
+def test_a_resealed_description_of_another_program_is_refused(file, tmp_path, change, message):
+    program, description = _opened(file, file.read_bytes())
+    change(description)
+    (tmp_path / "network").write_bytes(_sealed(program, description))
+    with pytest.raises(ExportError, match=message):
+        load_stablehlo(tmp_path / "network")
+
+
+def test_resealed_damage_of_the_program_is_an_export_error_or_harmless(file, tmp_path):
+    program, description = _opened(file, file.read_bytes())
+    for position in np.random.default_rng(1).integers(0, len(program), 12):
+        broken = bytearray(program)
+        broken[position] ^= 1
+        (tmp_path / "network").write_bytes(_sealed(bytes(broken), description))
+        try:
+            load_stablehlo(tmp_path / "network")
+        except ExportError as error:
+            assert str(tmp_path / "network") in str(error)
+    for broken in (b"", b"\0" * 64, program[:100], b"\xff" * 100):
+        (tmp_path / "network").write_bytes(_sealed(broken, description))
+        with pytest.raises(ExportError, match="cannot read it"):
+            load_stablehlo(tmp_path / "network")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The integer graph's invariants: each broken once, and named by the error."""
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -344,3 +345,42 @@ def test_the_reference_interpreter_runs_the_unchanged_graph():
     """So each error above comes from the change alone."""
     codes, _ = integer_graph.run(GRAPH, graphs.pixels(GRAPH, 2))
     assert set(codes) == set(GRAPH.tensors)
+
+
+@pytest.mark.parametrize(
+    ("graph", "node_type", "changes", "message"),
+    [
+        (GRAPH, g.Product, {"strides": (0, 1)}, "strides (0, 1) and dilation (1, 1) must be"),
+        (GRAPH, g.Product, {"dilation": (1, -1)}, "dilation (1, -1) must be positive"),
+        (GRAPH, g.Product, {"strides": (1,)}, "needs window, strides, padding and dilation of 2"),
+        (GRAPH, g.Product, {"padding": ((2**40, 0), (1, 1))}, "input with padding: sizes must be"),
+        (GRAPH, g.Product, {"padding": ((-99, 0), (1, 1))}, "input with padding: sizes must be"),
+        (GRAPH, g.Product, {"groups": 0}, "are not in 0 equal group(s)"),
+        (GRAPH, g.Product, {"kind": "dense"}, "weights of a dense"),
+        (GRAPH, g.MaxPool, {"strides": (0, 0)}, "must be positive"),
+        (GRAPH, g.MaxPool, {"window": (2**40, 1), "padding": ((2**40, 0), (0, 0))}, "2**31"),
+        (POOLED, g.SumPool, {"strides": (0, 1)}, "must be positive"),
+        (POOLED, g.Concat, {"axis": 9}, "concatenates along axis 9, which an input lacks"),
+        (graphs.build("moves"), g.Move, {"kind": "slice", "strides": (0,)}, "slice of"),
+        (graphs.build("moves"), g.Move, {"kind": "transpose", "axes": (0, 1, 1, 3)}, "transpose"),
+    ],
+)
+def test_an_impossible_geometry_is_refused(graph, node_type, changes, message):
+    with refused(re.escape(message)):
+        with_node(graph, node_type, **changes)
+
+
+@pytest.mark.parametrize("shape", [(0, 8, 8), (-4, 8, 8), (2**40, 1, 1), (2**16, 2**16, 1)])
+def test_sizes_that_no_tensor_has_are_refused(shape):
+    with refused("tensor 'input': sizes must be positive, with fewer than 2\\*\\*31 elements"):
+        with_tensor(GRAPH, "input", shape=shape)
+    with refused("put_shape: sizes must be positive"):
+        dataclasses.replace(GRAPH, output_shape=shape)
+
+
+@pytest.mark.parametrize("labels", [[], ["cat"], [str(i) for i in range(6)]])
+def test_labels_are_as_many_as_classes(labels):
+    names = [str(i) for i in range(5)]
+    assert dataclasses.replace(GRAPH, metadata={"labels": names}).metadata["labels"] == names
+    with refused(f"metadata.labels names {len(labels)} classes"):
+        dataclasses.replace(GRAPH, metadata={"labels": labels})

@@ -1,5 +1,6 @@
 """Networks with several results: heads, features, and results of every shape."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +11,8 @@ from integer.test_islands import PARAMS, X, conv, head
 from references import integer_graph, sqnr
 
 import jaxqat
-from jaxqat.integer._results import flat
+from jaxqat.errors import GraphError
+from jaxqat.integer._results import check_places, flat
 
 pytestmark = pytest.mark.slow
 
@@ -96,3 +98,30 @@ def test_every_result_is_the_model_s_in_its_place(name, tmp_path):
     for one, other in zip(flat(graph.outputs, own), real, strict=True):
         if jnp.issubdtype(other.dtype, jnp.floating):
             assert sqnr.decibels(other, one) > 20
+
+
+@pytest.mark.parametrize(
+    "paths",
+    [
+        [],
+        [("a",), ("a",)],
+        [("a",), ("a", 0)],
+        [("a",), (0,)],
+        [("a", 0), ("a", "b")],
+        [(-1,)],
+        [(10**9,)],
+        [(True,)],
+        [(), ("a",)],
+    ],
+)
+def test_places_that_no_result_can_have_are_refused(paths):
+    with pytest.raises(ValueError, match="place"):
+        check_places(paths)
+
+
+def test_labels_are_those_of_one_of_the_results():
+    graph = jaxqat.convert(calibrated(two_heads), X[:2])
+    names = [f"action {n}" for n in range(5)]
+    assert dataclasses.replace(graph, metadata={"labels": names}).metadata["labels"] == names
+    with pytest.raises(GraphError, match=r"labels names 4 classes, .* have the shapes"):
+        dataclasses.replace(graph, metadata={"labels": names[:4]})

@@ -90,6 +90,10 @@ def test_a_value_of_a_wrong_type_names_its_key(settings, key):
         ({"checkpoint": {"keep_last": 0}}, "checkpoint.keep_last must be 1 or more"),
         ({"seed": -1}, "seed must be in"),
         ({"evaluation_batch_size": 0}, "evaluation_batch_size must be 1 or more"),
+        ({"name": "\ud800"}, "name must be printable text"),
+        ({"data": {"data_dir": "a\0b"}}, "data.data_dir must be printable text"),
+        ({"seed": None}, "seed must be int, got null"),
+        ({"augment": {"crop_padding": 10**6}}, "augment.crop_padding must be in 0..4096"),
         ({"select": "best"}, "select 'best' needs a validation split"),
     ],
 )

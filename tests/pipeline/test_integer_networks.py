@@ -17,6 +17,8 @@ from jaxqat.commands import evaluate, train
 from jaxqat.integer._store.folder import ArtifactError
 from jaxqat.pipeline.config import config_hash
 from jaxqat.pipeline.data import load_dataset
+from jaxqat.pipeline.data.arrays import Split
+from jaxqat.pipeline.integer_networks import in_batches
 from jaxqat.pipeline.metrics import classification_metrics
 from jaxqat.pipeline.results import to_json
 from jaxqat.pipeline.run.folder import RunFolder, RunFolderError
@@ -189,3 +191,24 @@ def test_uint8_images_and_normalized_ones_have_the_same_codes(finished):
     # Half a code, and a few roundings of a float32 number of at most 256 codes.
     assert np.abs(steps - exact).max() <= 0.5 + 256 * 2**-21
     assert RunFolder(finished).integer == finished / "integer"
+
+
+def test_a_signal_stops_the_verification_before_its_next_batch(
+    run, small_network, no_report, console, monkeypatch
+):
+    """The run is compared in batches of one image; the signal comes with the second."""
+    (run / "results.json").unlink()
+    seen = []
+
+    def interrupted(split, stop=None):
+        for image in split.images:
+            seen.append(image)
+            if len(seen) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield from in_batches(Split(image[None], split.labels[:1]), stop)
+
+    monkeypatch.setattr("jaxqat.pipeline.integer_networks.in_batches", interrupted)
+    with pytest.raises(Stopped):
+        train.train(tiny(), run, console=console)
+    assert len(seen) == 2
+    assert not (run / "results.json").exists()

@@ -17,6 +17,7 @@ from jaxqat.integer.graph import Output
 
 # Current ONNX Runtime and OpenVINO support opset 17; 13 is the oldest with all operators used.
 OPSET, OLDEST_OPSET = 17, 13
+DIGEST = "sha256"  # Key of the digest in the metadata.
 
 
 def library(name: str) -> ModuleType:
@@ -146,7 +147,8 @@ class Builder:
             producer_name="jaxqat",
             producer_version=jaxqat.__version__,
         )
-        helper.set_model_props(model, {**properties, "sha256": digest(graph)})
+        helper.set_model_props(model, properties)
+        helper.set_model_props(model, {**properties, DIGEST: digest(model)})
         return model
 
 
@@ -158,6 +160,10 @@ def output_name(output: Output) -> str:
     return "_".join(map(str, (*first, *output.path)))
 
 
-def digest(graph: Any) -> str:
-    """Return the SHA-256 of an ONNX graph, including weights."""
-    return hashlib.sha256(graph.SerializeToString(deterministic=True)).hexdigest()
+def digest(model: Any) -> str:
+    """Return the SHA-256 of an ONNX model: graph, weights, opset and all metadata but itself."""
+    rest = type(model)()
+    rest.CopyFrom(model)
+    del rest.metadata_props[:]
+    rest.metadata_props.extend(e for e in model.metadata_props if e.key != DIGEST)
+    return hashlib.sha256(rest.SerializeToString(deterministic=True)).hexdigest()

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,12 @@ import jax
 import numpy as np
 
 from jaxqat.errors import ExportError
-from jaxqat.export._onnx.builder import channels_first, channels_last, digest, library
-from jaxqat.integer._results import Output, nested
+from jaxqat.export._onnx.builder import DIGEST, channels_first, channels_last, digest, library
+from jaxqat.integer._results import Output, check_places, nested
+from jaxqat.integer._store.files import read_regular
+
+MAX_BYTES = 2**31  # Of a protobuf message.
+MAX_OFFSET = 255  # Between the numbers of a file and int8 codes.
 
 # From a batch, and codes of the entries of a file by segment, to the result and codes.
 Runner = Callable[..., tuple[Any, dict[str, np.ndarray]]]
@@ -30,17 +34,70 @@ def load_onnx(source: str | os.PathLike | bytes) -> Any:
     onnx = library("onnx")
     name = "the ONNX model" if isinstance(source, bytes) else str(source)
     try:
-        content = source if isinstance(source, bytes) else Path(source).read_bytes()
+        is_bytes = isinstance(source, bytes)
+        content = source if is_bytes else read_regular(Path(source), limit=MAX_BYTES)
     except OSError as error:
         raise ExportError(f"{name}: cannot be read: {error.strerror or error}.") from error
     try:
         model = onnx.load_model_from_string(content)
+        _check_self_contained(model, name)
         onnx.checker.check_model(model)
+    except ExportError:
+        raise
     except Exception as error:  # The checker's, and protobuf's, whose class depends on the version.
         raise ExportError(f"{name}: is not a complete ONNX file: {error}") from error
-    if _described(model, "sha256") != digest(model.graph):
+    if _described(model, DIGEST) != digest(model):
         raise ExportError(f"{name}: is damaged: its content does not match its checksum.")
+    _check_metadata(model, name)
     return model
+
+
+def _check_self_contained(model: Any, name: str) -> None:
+    """Refuse data in other files, which a runtime would read, and functions and training.
+
+    Raises:
+        ExportError: Names the tensor.
+    """
+    if model.functions or model.training_info:
+        raise ExportError(f"{name}: holds functions or training, which jaxqat does not write.")
+    for tensor in _tensors(model.graph):
+        if tensor.data_location or tensor.external_data:
+            raise ExportError(f"{name}: the tensor {tensor.name!r} is in another file.")
+
+
+def _tensors(graph: Any) -> Iterator[Any]:
+    """Yield every stored tensor of a graph and of the graphs in its nodes."""
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    for attribute in (a for node in graph.node for a in node.attribute):
+        yield from (attribute.t, *attribute.tensors)
+        for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
+            yield from (sparse.values, sparse.indices)
+        for inner in (attribute.g, *attribute.graphs):
+            yield from _tensors(inner)
+
+
+def _check_metadata(model: Any, name: str) -> None:
+    """Check the metadata that say where the codes of each tensor and the results are.
+
+    Raises:
+        ExportError: If they are not in the form that `export_onnx` writes.
+    """
+    try:
+        for entry in json.loads(_described(model, "codes")).values():
+            parts = entry["output"], entry["offset"], entry.get("entry", "")
+            if [type(part) for part in parts] != [str, int, str] or abs(parts[1]) > MAX_OFFSET:
+                raise TypeError(f"an entry is {entry}")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ExportError(f"{name}: its metadata 'codes' is invalid: {error}.") from error
+    try:
+        places = json.loads(_described(model, "outputs"))
+        check_places([tuple(path) for path in places])
+        if len(places) > len(model.graph.output):
+            raise ValueError(f"{len(places)} places of {len(model.graph.output)} results")
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ExportError(f"{name}: its metadata 'outputs' is invalid: {error}.") from error
 
 
 def with_codes(model: Any) -> Any:

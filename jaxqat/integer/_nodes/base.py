@@ -2,6 +2,7 @@
 """Base of all node kinds: tensors of codes, and the interface of a node."""
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import ClassVar
@@ -11,6 +12,8 @@ import numpy as np
 from jaxqat.errors import GraphError
 
 CODE_MIN, CODE_MAX = -128, 127
+MAX_ELEMENTS = 2**31
+"""No tensor of one example has as many elements; nor has one with its padding."""
 
 Shape = tuple[int, ...]
 Padding = tuple[tuple[int, int], ...]
@@ -43,6 +46,7 @@ class Tensor:
         Raises:
             GraphError: If they do not; names the tensor and the problem.
         """
+        check_shape(f"tensor {self.name!r}", self.shape)
         ordered = CODE_MIN <= self.low <= self.high <= CODE_MAX
         if not ordered or not CODE_MIN <= self.zero_point <= CODE_MAX:
             raise GraphError(
@@ -106,6 +110,33 @@ class Node(ABC):
         if not all(np.isfinite(value) and value > 0 for value in values):
             raise self.error(f"{field} is not positive and finite, got {values}.")
 
+    def check_window(self, source: Tensor, *, dilation: Shape | None = None) -> None:
+        """Check the geometry of a window: one entry per spatial axis, of a possible size.
+
+        Args:
+            source: The tensor that the window moves over.
+            dilation: Dilation along each spatial axis; None for 1.
+
+        Raises:
+            GraphError: If a list has another length, a size is not positive, or the padded tensor
+                is too large; names the node.
+        """
+        window, strides, padding = (getattr(self, k) for k in ("window", "strides", "padding"))
+        spacing = (1,) * len(window) if dilation is None else dilation
+        spatial, channels = source.shape[:-1], source.shape[-1:]
+        lengths = {len(part) for part in (window, strides, padding, spacing)}
+        if lengths != {len(spatial)} or not channels:
+            raise self.error(
+                f"needs window, strides, padding and dilation of {len(spatial)} axes, got {window},"
+                f" {strides}, {padding} and {spacing}."
+            )
+        if min((*window, *strides, *spacing), default=1) < 1:
+            raise self.error(
+                f"window {window}, strides {strides} and dilation {spacing} must be positive."
+            )
+        padded = (low + size + high for size, (low, high) in zip(spatial, padding, strict=True))
+        check_shape(f"node {self.name!r}: input with padding", (*padded, *channels))
+
     def check_same_grid(
         self, source: Tensor, output: Tensor, bounds: tuple[int, int] | None
     ) -> None:
@@ -122,6 +153,18 @@ class Node(ABC):
                 f"{source.name!r} to {output.name!r}, which has codes {output.low}..{output.high} "
                 f"with zero point {output.zero_point}; they must be the same."
             )
+
+
+def check_shape(what: str, shape: Shape) -> None:
+    """Check that the sizes in a shape are positive, and that no more elements are in it than fit.
+
+    Raises:
+        GraphError: If not; begins with `what`.
+    """
+    if min(shape, default=1) < 1 or math.prod(shape) >= MAX_ELEMENTS:
+        raise GraphError(
+            f"{what}: sizes must be positive, with fewer than 2**31 elements, got {shape}."
+        )
 
 
 def window_shape(

@@ -20,6 +20,8 @@ class Concat(Node):
     def output_shape(self, inputs: Sequence[Shape]) -> Shape:
         """Return the shape of the inputs, with the sum of their sizes along the axis."""
         axis = self.axis - 1
+        if not all(0 <= axis < len(shape) for shape in inputs):
+            raise self.error(f"concatenates along axis {self.axis}, which an input lacks.")
         others = {(*shape[:axis], *shape[axis + 1 :]) for shape in inputs}
         if len(others) != 1:
             raise self.error(

@@ -27,7 +27,8 @@ class MaxPool(Node):
         return (*window_shape(tuple(spatial), self.window, self.strides, self.padding), channels)
 
     def check(self, inputs: Sequence[Tensor], output: Tensor | None) -> None:
-        """Check that the output has the zero point and the bounds of the input."""
-        if output is not None:
-            for source in inputs:
+        """Check the window, and that the output has the zero point and the bounds of the input."""
+        for source in inputs:
+            self.check_window(source)
+            if output is not None:
                 self.check_same_grid(source, output, (source.low, source.high))

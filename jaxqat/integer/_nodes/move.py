@@ -61,7 +61,28 @@ class Move(Node):
         if output is None:
             return
         (source,) = inputs
+        self._check_axes(len(source.shape) + 1)
         low, high = source.low, source.high
         if self.kind == "pad":
             low, high = min(low, source.zero_point), max(high, source.zero_point)
         self.check_same_grid(source, output, (low, high))
+
+    def _check_axes(self, rank: int) -> None:
+        """Check that each list has an entry for each axis, the batch included."""
+        match self.kind:
+            case "transpose":
+                ok = sorted(self.axes) == list(range(rank)) and self.axes[:1] == (0,)
+            case "reverse":
+                ok = len({*self.axes}) == len(self.axes) and {*self.axes} <= {*range(1, rank)}
+            case "pad":
+                ok = len(self.padding) == rank
+            case "slice":
+                lengths = {len(part) for part in (self.starts, self.stops, self.strides)}
+                ok = lengths == {rank} and min(self.strides) >= 1
+            case _:
+                ok = True
+        if not ok:
+            raise self.error(
+                f"{self.kind} of {rank} axes has axes {self.axes}, padding {self.padding}, starts "
+                f"{self.starts}, stops {self.stops} and strides {self.strides}."
+            )

@@ -76,6 +76,7 @@ class Product(Node):
         del output
         (source,) = inputs
         self._check_arrays()
+        self._check_geometry(source)
         expected, channels = self.weights.shape[-2] * self.groups, source.shape[-1]
         if expected != channels:
             raise self.error(
@@ -89,6 +90,18 @@ class Product(Node):
         bound = self.accumulator_bound(source)
         if bound > np.iinfo(np.int32).max:
             raise self.error(f"its accumulator, bias included, can reach {bound}, beyond int32.")
+
+    def _check_geometry(self, source: Tensor) -> None:
+        rank = len(source.shape) + 1 if self.kind == "conv" else 2
+        if self.weights.ndim != rank:
+            raise self.error(
+                f"weights of a {self.kind} on {source.shape} have {rank} axes, got "
+                f"{self.weights.shape}."
+            )
+        if self.kind == "conv":
+            self.check_window(source, dilation=self.dilation)
+        if self.groups < 1 or self.channels % self.groups:
+            raise self.error(f"{self.channels} channels are not in {self.groups} equal group(s).")
 
     def _check_arrays(self) -> None:
         types = {"weights": np.int8, "bias": np.int32}

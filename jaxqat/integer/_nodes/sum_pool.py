@@ -41,6 +41,8 @@ class SumPool(Node):
         return (*window_shape(tuple(spatial), self.window, self.strides, self.padding), channels)
 
     def check(self, inputs: Sequence[Tensor], output: Tensor | None) -> None:
-        """Check that the multiplier is positive and finite."""
-        del inputs, output
+        """Check the window, and that the multiplier is positive and finite."""
+        del output
+        for source in inputs:
+            self.check_window(source)
         self.check_factors("multiplier", (self.multiplier,))

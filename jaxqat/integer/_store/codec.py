@@ -1,25 +1,30 @@
 """Conversion of an integer graph to JSON text and arrays, and back.
 
 `TypedJson` checks every field against its declared type. This module adds the types that plain JSON
-lacks: a float32 in hexadecimal ('0x1.8p-5'), which is exact; an array as its name, dtype and shape;
-a node as its class name and fields. A field with `code_bits` in its metadata names the field that
-holds the width of its codes. Narrow codes are packed (`_packing`): dtype and shape stay those of
-the codes, and `packed` is the number of bits per code. The decoded graph checks its invariants.
+lacks: a float32 in hexadecimal ('0x1.8p-5'), which is exact; an array as its name, dtype, shape
+and SHA-256; a node as its class name and fields. A field with `code_bits` in its metadata names the
+field that holds the width of its codes. Narrow codes are packed (`_packing`): dtype, shape and
+SHA-256 stay those of the codes, and `packed` is the number of bits per code. The decoded graph
+checks its invariants.
 """
 
 import dataclasses
+import hashlib
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from jaxqat.integer import graph as g
-from jaxqat.integer._packing import pack, stored_bits, unpack
+from jaxqat.integer._packing import pack, packed_size, stored_bits, unpack
 from jaxqat.integer._store.typed_json import CodecError, Encoding, TypedJson, at, wrong
 
 FORMAT = 5
 
+_MAX_ITEM = 16  # Bytes of the largest number.
+_ARRAY_KEYS = {"array", "dtype", "shape", "sha256"}
 _CLASSES = {kind.__name__: kind for kind in g.NODE_KINDS}
 
 
@@ -42,15 +47,56 @@ def decode(text: str, arrays: Mapping[str, np.ndarray]) -> g.IntegerGraph:
             type and the value.
         GraphError: If the graph breaks an invariant of `IntegerGraph`.
     """
+    return decode_content(parse(text), arrays)
+
+
+def parse(text: str) -> dict[str, Any]:
+    """Return the fields of a graph as JSON values, after a check of the format's version.
+
+    Raises:
+        CodecError: If the text is not JSON, or of another version.
+    """
     try:
         content = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CodecError(f"is not JSON: {error}.") from error
     if not isinstance(content, dict) or "format" not in content:
         raise CodecError("has no 'format'.")
     version = content.pop("format")
     if type(version) is not int or version != FORMAT:
         raise CodecError(f"format is {version!r}; this version of jaxqat reads {FORMAT}.")
+    return content
+
+
+def stored_sizes(content: Mapping[str, Any]) -> dict[str, int]:
+    """Return the bytes of each array that the nodes declare, by name, as they are stored."""
+    sizes: dict[str, int] = {}
+    for value in _declared(content.get("nodes")):
+        shape, width = value["shape"], value.get("packed")
+        if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 2**31 for n in shape):
+            shape = [0]  # `decode_content` names the field.
+        is_packed = width in (2, 4)
+        size = packed_size(math.prod(shape), width) if is_packed else math.prod(shape) * _MAX_ITEM
+        sizes[str(value["array"])] = size
+    return sizes
+
+
+def _declared(nodes: Any) -> Iterator[dict[str, Any]]:
+    """Yield what describes an array: a field of a node, or an entry of a list in one."""
+    for node in nodes if isinstance(nodes, list) else []:
+        for field in node.values() if isinstance(node, dict) else []:
+            for value in field if isinstance(field, list) else [field]:
+                if isinstance(value, dict) and value.keys() - {"packed"} == _ARRAY_KEYS:
+                    yield value
+
+
+def decode_content(content: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> g.IntegerGraph:
+    """Return the graph of fields that `parse` returned.
+
+    Raises:
+        CodecError: As `decode`.
+        GraphError: If the graph breaks an invariant of `IntegerGraph`.
+    """
     codec = _GraphCodec(dict(arrays))
     return g.IntegerGraph(**codec.json.decode_fields(content, g.IntegerGraph, ""))
 
@@ -119,11 +165,12 @@ class _GraphCodec:
         if type(array) is not np.ndarray or array.dtype.hasobject:
             raise wrong(key, array, "a NumPy array of numbers")
         self.arrays[name := f"{len(self.arrays)}:{key}"] = array
-        return {"array": name, "dtype": array.dtype.name, "shape": list(array.shape)}
+        described = {"array": name, "dtype": array.dtype.name, "shape": list(array.shape)}
+        return {**described, "sha256": _sha256(array)}
 
     def _decode_array(self, value: Any, key: str) -> np.ndarray:
-        if not isinstance(value, dict) or value.keys() - {"packed"} != {"array", "dtype", "shape"}:
-            raise wrong(key, value, "an object with array, dtype and shape")
+        if not isinstance(value, dict) or value.keys() - {"packed"} != _ARRAY_KEYS:
+            raise wrong(key, value, "an object with array, dtype, shape and sha256")
         array = self.arrays.get(value["array"]) if isinstance(value["array"], str) else None
         if array is None:
             raise CodecError(f"{key}: there is no array {value['array']!r}.")
@@ -134,7 +181,13 @@ class _GraphCodec:
                 f"{key}: the array must be {value['dtype']}{value['shape']}, "
                 f"got {array.dtype.name}{list(array.shape)}."
             )
+        if value["sha256"] != _sha256(array):
+            raise CodecError(f"{key}: the array {value['array']!r} is not the one that was saved.")
         return array
+
+
+def _sha256(array: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
 
 
 def _code_bits(node: g.Node) -> list[tuple[str, int]]:

@@ -1,7 +1,9 @@
-"""Atomic file writes: neither readers nor crashes see a half-written file."""
+"""Atomic file writes, which leave no half-written file, and bounded reads of regular files."""
 
+import errno
 import json
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -49,6 +51,27 @@ def write_json(path: Path, value: Any, *, error: type[JaxqatError] | None = None
         TypeError: If the value has no JSON form.
     """
     write_atomically(path, json.dumps(value, indent=1) + "\n", error=error)
+
+
+def read_regular(path: Path, *, limit: int) -> bytes:
+    """Return the content of a regular file of at most `limit` bytes.
+
+    A pipe would block and a device may never end, so neither is read.
+
+    Raises:
+        OSError: If the file is missing, no regular file or larger; `strerror` has the reason.
+    """
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    descriptor = os.open(path, flags)
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    with open(descriptor, "rb") as file:
+        content = file.read(limit + 1) if status.st_size <= limit else b""
+    if status.st_size > limit or len(content) > limit:
+        raise OSError(errno.EFBIG, f"it is larger than {limit:,} bytes", str(path))
+    return content
 
 
 def _write(path: Path, content: Content) -> None:

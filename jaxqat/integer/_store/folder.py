@@ -3,9 +3,10 @@
 
     jaxqat.save(graph, "network")       graph = jaxqat.load("network")
 
-The folder appears complete or not at all. `load` checks the SHA-256 of both files first (as does
-`sha256sum -c SHA256SUMS`). It needs no model and no checkpoint, and runs no code from the files:
-arrays are read without pickle.
+The folder appears complete or not at all. `load` checks the SHA-256 of each file before it reads
+it (as does `sha256sum -c SHA256SUMS`). It needs no model and no checkpoint, and runs no code from
+the files: arrays are read without pickle. It reads regular files only, and of `arrays.npz` no more
+than the graph declares.
 """
 
 import contextlib
@@ -13,20 +14,22 @@ import hashlib
 import io
 import os
 import shutil
-import zipfile
 from collections.abc import Generator, Mapping
 from pathlib import Path
 
 import numpy as np
 
-from jaxqat.errors import ArtifactError, GraphError
+from jaxqat.errors import ArtifactError
 from jaxqat.integer._guard import check_graph
-from jaxqat.integer._store.codec import CodecError, decode, encode
-from jaxqat.integer._store.files import write_atomically
+from jaxqat.integer._store.arrays import read_arrays
+from jaxqat.integer._store.codec import CodecError, decode_content, encode, parse, stored_sizes
+from jaxqat.integer._store.files import read_regular, write_atomically
 from jaxqat.integer.graph import IntegerGraph
 
 GRAPH_FILE, ARRAYS_FILE, SUMS_FILE = "graph.json", "arrays.npz", "SHA256SUMS"
 _FILES = {GRAPH_FILE, ARRAYS_FILE, SUMS_FILE}
+_MAX_SUMS, _MAX_GRAPH = 2**12, 2**26
+_MEMBER = 2**10  # Bytes of an archive's headers for one member, without its name.
 
 
 def save(graph: IntegerGraph, folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
@@ -86,15 +89,33 @@ def load(folder: str | os.PathLike[str]) -> IntegerGraph:
         )
     if not folder.is_dir():
         raise ArtifactError(f"{folder}: holds no integer network: there is no such folder.")
-    files = {name: _read(folder / name) for name in (SUMS_FILE, GRAPH_FILE, ARRAYS_FILE)}
-    _check_sums(folder, files)
-    arrays = _unpack(folder / ARRAYS_FILE, files[ARRAYS_FILE])
+    sums = _read(folder / SUMS_FILE, _MAX_SUMS)
+    files = {GRAPH_FILE: _read(folder / GRAPH_FILE, _MAX_GRAPH)}
+    _check_sums(folder, sums, files)
+    with _refused(folder / GRAPH_FILE, "is not a valid network"):
+        content = parse(files[GRAPH_FILE].decode())
+        sizes = stored_sizes(content)
+        limit = sum(size + _MEMBER + 4 * len(name) for name, size in sizes.items()) + _MEMBER
+    files[ARRAYS_FILE] = _read(folder / ARRAYS_FILE, limit)
+    _check_sums(folder, sums, files)
+    with _refused(folder / ARRAYS_FILE, "is not an archive of arrays"):
+        arrays, others = read_arrays(files[ARRAYS_FILE], sizes)
+    with _refused(folder / GRAPH_FILE, "is not a valid network"):
+        graph = decode_content(content, arrays)
+    if others:
+        raise ArtifactError(f"{folder / ARRAYS_FILE}: {others[0]!r} is not an array of the graph.")
+    return graph
+
+
+@contextlib.contextmanager
+def _refused(path: Path, problem: str) -> Generator[None]:
+    """Turn whatever invalid content raises into one error that names the file."""
     try:
-        return decode(files[GRAPH_FILE].decode(), arrays)
+        yield
     except (CodecError, UnicodeDecodeError) as error:
-        raise ArtifactError(f"{folder / GRAPH_FILE}: {error}") from error
-    except (GraphError, IndexError, ValueError) as error:  # Arrays with too few axes.
-        raise ArtifactError(f"{folder / GRAPH_FILE}: is not a valid network: {error}") from error
+        raise ArtifactError(f"{path}: {error}") from error
+    except Exception as error:  # NumPy and zipfile raise many types, and so do wrong ranks.
+        raise ArtifactError(f"{path}: {problem}: {error or type(error).__name__}") from error
 
 
 def _check_target(folder: Path, overwrite: bool) -> None:
@@ -149,9 +170,9 @@ def _sync(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path, limit: int) -> bytes:
     try:
-        return path.read_bytes()
+        return read_regular(path, limit=limit)
     except FileNotFoundError as error:
         raise ArtifactError(f"{path}: is missing.") from error
     except OSError as error:
@@ -160,28 +181,16 @@ def _read(path: Path) -> bytes:
 
 def _sums(files: Mapping[str, bytes]) -> bytes:
     """Return the checksums in the format of `sha256sum`."""
-    lines = (
-        f"{hashlib.sha256(files[name]).hexdigest()}  {name}\n" for name in (GRAPH_FILE, ARRAYS_FILE)
-    )
+    lines = (f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in files.items())
     return "".join(lines).encode()
 
 
-def _check_sums(folder: Path, files: Mapping[str, bytes]) -> None:
+def _check_sums(folder: Path, sums: bytes, files: Mapping[str, bytes]) -> None:
     """Compare the checksums as text, so that a changed byte in SUMS_FILE is detected too."""
-    expected, actual = files[SUMS_FILE].splitlines(True), _sums(files).splitlines(True)
-    if expected == actual:
+    expected, actual = sums.splitlines(True), _sums(files).splitlines(True)
+    compared = expected if ARRAYS_FILE in files else expected[:1]
+    if compared == actual:
         return
-    damaged = [
-        name for name, line in zip((GRAPH_FILE, ARRAYS_FILE), actual, strict=True)
-        if line not in expected
-    ]  # fmt: skip
+    damaged = [name for name, line in zip(files, actual, strict=True) if line not in expected]
     names = " and ".join(str(folder / name) for name in damaged) or str(folder / SUMS_FILE)
     raise ArtifactError(f"{names}: damaged: content and SHA-256 in {folder / SUMS_FILE} differ.")
-
-
-def _unpack(path: Path, content: bytes) -> dict[str, np.ndarray]:
-    try:
-        with np.load(io.BytesIO(content), allow_pickle=False) as packed:
-            return {name: packed[name] for name in packed.files}
-    except (AttributeError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise ArtifactError(f"{path}: is not an archive of arrays: {error}") from error

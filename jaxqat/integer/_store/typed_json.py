@@ -12,6 +12,7 @@ expected type and the value. These types are supported, and those with an `Encod
     dict[str, X], Mapping[str, X]   an object
     X | None, X | Y                 the first alternative that fits
     dataclasses                     an object with one key for each field
+    Annotated[X, ...]               as X
     Any, object                     any JSON value, unchanged
 """
 
@@ -94,7 +95,7 @@ class TypedJson:
         Raises:
             CodecError: If a field is not of its declared type.
         """
-        hints = typing.get_type_hints(type(value))
+        hints = typing.get_type_hints(type(value), include_extras=True)
         fields: dict[str, Any] = {}
         for field in dataclasses.fields(value):
             part = getattr(value, field.name)
@@ -108,7 +109,7 @@ class TypedJson:
         Raises:
             CodecError: If a key is unknown or missing, or a value does not fit its declared type.
         """
-        hints = typing.get_type_hints(cls)
+        hints = typing.get_type_hints(cls, include_extras=True)
         fields = {field.name: field for field in dataclasses.fields(cls)}
         if not isinstance(content, dict):
             raise wrong(key, content, f"an object with the fields of {cls.__name__}")
@@ -191,6 +192,8 @@ def _walk(codec: TypedJson, direction: _Direction, value: Any, hint: Any, key: s
     if dataclasses.is_dataclass(hint):
         return direction.instance(codec, value, typing.cast(type, hint), key)
     origin = typing.get_origin(hint) or hint
+    if origin is typing.Annotated:
+        return _walk(codec, direction, value, typing.get_args(hint)[0], key)
     if origin in (typing.Union, types.UnionType):
         return _union(codec, direction, value, typing.get_args(hint), key)
     if origin is typing.Literal:

@@ -4,9 +4,12 @@ Every source decodes through this module, so a wrong shape or label is reported 
 split before anything is compiled.
 """
 
+import contextlib
 import dataclasses
 import io
-from collections.abc import Iterable
+import math
+import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from jaxqat.errors import InputError
+
+MAX_PIXELS = 2**26  # Of an image file: 8192x8192.
 
 
 class DataError(InputError):
@@ -135,11 +140,11 @@ def decode_image(record: Encoded, *, channels: int, image_size: int | None) -> n
     Grey images become RGB if `channels` is 3; transparency is dropped.
 
     Raises:
-        DataError: If it is not an image, truncated, not of 8 bits, or in colour although
+        DataError: If it is not an image, truncated, too large, not of 8 bits, or in colour although
             `channels` is 1.
     """
     try:
-        with Image.open(io.BytesIO(record.data)) as image:
+        with _open(io.BytesIO(record.data)) as image:
             image.load()
             mode = image.mode
             if mode.startswith(("I", "F")):
@@ -149,12 +154,29 @@ def decode_image(record: Encoded, *, channels: int, image_size: int | None) -> n
             wanted = "L" if channels == 1 else "RGB"
             converted = image if mode == wanted else image.convert(wanted)
             return _to_array(converted, image_size)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        # Pillow reports a broken PNG as SyntaxError, everything else as OSError.
+    except DataError:
+        raise
+    except Exception as error:  # Pillow raises many types on damage.
         raise DataError(
             f"{record.where}: cannot be decoded ({error}; {len(record.data)} bytes); "
             "expected a whole PNG or JPEG image. Fetch it again."
         ) from error
+
+
+@contextlib.contextmanager
+def _open(source: Any) -> Iterator[Image.Image]:
+    """Open an image of at most `MAX_PIXELS`; no pixel is decoded yet.
+
+    Raises:
+        ValueError: If it is larger. On damage, Pillow raises many other types.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        image = Image.open(source)
+    with image:
+        if math.prod(image.size) > MAX_PIXELS:
+            raise ValueError(f"{image.width}x{image.height} pixels, more than {MAX_PIXELS:,}")
+        yield image
 
 
 def _to_array(image: Image.Image, image_size: int | None) -> np.ndarray:
@@ -168,9 +190,9 @@ def _to_array(image: Image.Image, image_size: int | None) -> np.ndarray:
 def is_grey(path: Path) -> bool:
     """Return whether an image file has one channel, by its header; False if it is not an image."""
     try:
-        with Image.open(path) as image:
+        with _open(path) as image:
             return image.mode in ("1", "L")
-    except OSError:
+    except Exception:  # `decode_image` names the file and the reason.
         return False
 
 

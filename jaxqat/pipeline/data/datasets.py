@@ -16,6 +16,8 @@ from jaxqat.pipeline.data.tfds_source import NAME, locate_tfds
 
 logger = logging.getLogger(__name__)
 
+MAX_IMAGE_SIZE = 4096
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -75,6 +77,10 @@ class DataConfig:
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise ValueError(f"data.{key} must be 1 or more, or null, got {value!r}.")
+        if self.image_size is not None and self.image_size > MAX_IMAGE_SIZE:
+            raise ValueError(
+                f"data.image_size must be at most {MAX_IMAGE_SIZE}, got {self.image_size!r}."
+            )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

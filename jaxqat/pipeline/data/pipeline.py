@@ -17,6 +17,7 @@ from jaxqat.pipeline.data.arrays import Split
 
 # Folded into the shuffle's key, so that other uses of the same seed have other random streams.
 SHUFFLE_STREAM = 0x5F0F
+MAX_CROP_PADDING = 4096
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,8 +31,10 @@ class AugmentConfig:
     """Whether to mirror each image left to right with probability one half."""
 
     def __post_init__(self):
-        if self.crop_padding < 0:
-            raise ValueError(f"augment.crop_padding must be >= 0, got {self.crop_padding!r}.")
+        if not 0 <= self.crop_padding <= MAX_CROP_PADDING:
+            raise ValueError(
+                f"augment.crop_padding must be in 0..{MAX_CROP_PADDING}, got {self.crop_padding!r}."
+            )
 
 
 def epoch_permutation(seed: int | Array, epoch: int | Array, n: int) -> Int32[Array, " n"]:

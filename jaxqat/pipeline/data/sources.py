@@ -7,6 +7,7 @@ network. It is decoded only if the cache does not hold it.
 import dataclasses
 import hashlib
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ logger = logging.getLogger(__name__)
 TEST_FRACTION = 0.2
 SPLIT_SEED = 0
 
+MAX_FILE_BYTES = 2**28
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
 
@@ -62,7 +64,8 @@ def content_sha256(root: Path, files: Iterable[Path]) -> str:
             digest = file_sha256(path)
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror}).") from error
-        total.update(f"{path.relative_to(root).as_posix()} {digest}\n".encode())
+        line = f"{path.relative_to(root).as_posix()} {digest}\n"
+        total.update(line.encode(errors="surrogateescape"))  # A name may be any bytes.
     return total.hexdigest()
 
 
@@ -96,8 +99,8 @@ def locate_folder(
 
     Raises:
         SourceMissingError: If `root` does not exist.
-        DataError: If only one of the split folders exists, their classes differ, or there are
-            fewer than two classes.
+        DataError: If only one of the split folders exists, their classes differ, there are fewer
+            than two classes, or a class has too few images for both splits.
     """
     if not root.is_dir():
         raise SourceMissingError(f"data.data_dir: no folder {root}.")
@@ -109,6 +112,8 @@ def locate_folder(
         )
     bases = [root / name for name in present] or [root]
     listings = [_list_classes(base) for base in bases]
+    if len(listings) == 1:
+        _check_divisible(root, listings[0])
     classes = tuple(sorted(listings[0]))
     for base, listing in zip(bases, listings, strict=True):
         if tuple(sorted(listing)) != classes:
@@ -141,9 +146,31 @@ def _list_classes(base: Path) -> dict[str, list[Path]]:
         ignored += len(files) - len(listing[folder.name])
         if not listing[folder.name]:
             raise DataError(f"{folder}: a class without images ({', '.join(IMAGE_SUFFIXES)}).")
+        _check_files(folder, listing[folder.name])
     if ignored:
         logger.warning("%s: ignored %d files that are not images.", base, ignored)
     return listing
+
+
+def _check_files(folder: Path, files: Iterable[Path]) -> None:
+    try:
+        folder.name.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{os.fsencode(folder)!r}: the name of a class must be UTF-8. Rename the folder."
+        ) from error
+    for path in files:
+        if (size := path.stat().st_size) > MAX_FILE_BYTES:
+            raise DataError(f"{path}: {size:,} bytes, more than {MAX_FILE_BYTES:,} for an image.")
+
+
+def _check_divisible(root: Path, listing: dict[str, list[Path]]) -> None:
+    for name, files in listing.items():
+        if len(files) < 2:
+            raise DataError(
+                f"{root / name}: 1 image. A class needs 2 or more, one to train and one to test; "
+                "or give one folder of classes for each split (data.train_split, data.test_split)."
+            )
 
 
 def _decode_folder(

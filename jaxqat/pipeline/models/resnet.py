@@ -20,6 +20,7 @@ STAGE_SIZES = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
 BOTTLENECK_DEPTHS = (50,)
 BOTTLENECK_EXPANSION = 4
 STEMS = ("cifar", "imagenet")
+MAX_WIDTH = 1024  # Three billion parameters in ResNet-18.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,8 +39,11 @@ class ModelConfig:
     def __post_init__(self):
         if self.depth not in STAGE_SIZES:
             raise ValueError(f"model.depth must be one of 18, 34, 50, got {self.depth!r}.")
-        if isinstance(self.width, bool) or not isinstance(self.width, int) or self.width < 1:
-            raise ValueError(f"model.width must be an integer of 1 or more, got {self.width!r}.")
+        whole = isinstance(self.width, int) and not isinstance(self.width, bool)
+        if not whole or not 1 <= self.width <= MAX_WIDTH:
+            raise ValueError(
+                f"model.width must be an integer in 1..{MAX_WIDTH}, got {self.width!r}."
+            )
         if self.stem not in STEMS:
             raise ValueError(f"model.stem must be 'cifar' or 'imagenet', got {self.stem!r}.")
 

@@ -6,15 +6,26 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
+from jaxqat.integer._store.files import read_regular
+from jaxqat.integer._store.typed_json import CodecError, TypedJson
 from jaxqat.pipeline import results
+from jaxqat.pipeline.bounded_json import BOUNDS, Amount, Count, Share
 from jaxqat.pipeline.reading import parse_metrics, parse_settings
 from jaxqat.pipeline.report.files import ReportError, check
 from jaxqat.pipeline.report.samples import Samples, read_samples
-from jaxqat.pipeline.results import Results
+from jaxqat.pipeline.results import TRAINED_STAGES, Results
 
-_NUMBER = (int, float)
+MAX_BYTES = 2**26  # Of config.yaml and metrics.jsonl.
+_JSON = TypedJson(encodings=BOUNDS)
+_NUMBERS: dict[str, Any] = {
+    "epoch": Count,
+    "loss": Amount,
+    "accuracy": Share,
+    "validation_loss": Optional[Amount],  # noqa: UP045 - pyright refuses `|` on a value.
+    "validation_accuracy": Optional[Share],  # noqa: UP045
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +65,7 @@ def read_run(workdir: Path) -> Run:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_regular(path, limit=MAX_BYTES).decode()
     except FileNotFoundError as error:
         raise ReportError(
             f"{path} is missing: a report needs the folder of an evaluated run."
@@ -76,18 +87,11 @@ def _read_epochs(path: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def _check_record(record: Any, path: Path, number: int) -> None:
-    ok = (
-        isinstance(record, dict)
-        and isinstance(record.get("stage"), str)
-        and type(record.get("epoch")) is int
-        and all(key in record for key in ("loss", "accuracy"))
-        and all(
-            record.get(key) is None or _is_number(record[key])
-            for key in ("loss", "accuracy", "validation_loss", "validation_accuracy")
-        )
-    )
+    ok = isinstance(record, dict) and record.get("stage") in TRAINED_STAGES
+    ok = ok and all(key in record for key in ("epoch", "loss", "accuracy"))
     check(ok, path, f"line {number} must hold stage, epoch and the numbers loss and accuracy")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, _NUMBER) and not isinstance(value, bool)
+    for key, hint in _NUMBERS.items():
+        try:
+            _JSON.decode(record.get(key), hint, key)
+        except CodecError as error:
+            raise ReportError(f"{path}, line {number} is broken: {error}") from error

@@ -1,6 +1,5 @@
 """The sample images of a report: a few test images in the run folder."""
 
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +8,13 @@ from typing import IO
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from jaxqat.integer._store.files import write_atomically
+from jaxqat.integer._store.arrays import read_arrays
+from jaxqat.integer._store.files import read_regular, write_atomically
 from jaxqat.pipeline.report.files import ReportError, check
 
 SAMPLES_FILE = "report_data.npz"
+MAX_BYTES = 2**30
+_ARRAYS = ("images", "labels", "class_names")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,13 +34,17 @@ def read_samples(workdir: Path) -> Samples | None:
     """
     path = workdir / SAMPLES_FILE
     try:
-        with np.load(path, allow_pickle=False) as data:
-            images, labels, names = (data[key] for key in ("images", "labels", "class_names"))
+        data, _ = read_arrays(read_regular(path, limit=MAX_BYTES), _ARRAYS)
+        images, labels, names = (data[key] for key in _ARRAYS)
     except FileNotFoundError:
         return None
-    except (AttributeError, EOFError, KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
+    except Exception as error:  # NumPy and zipfile raise many types on damage.
         raise ReportError(f"{path} is broken: {error}.") from error
-    check(_are_samples(images, labels), path, "must hold uint8[m, h, w, c] images and m labels")
+    check(
+        names.ndim == 1 and _are_samples(images, labels),
+        path,
+        "must hold uint8[m, h, w, c] images and m labels",
+    )
     in_range = not labels.size or 0 <= labels.min() <= labels.max() < len(names)
     check(in_range, path, f"labels must be in 0..{len(names) - 1}")
     return Samples(images=images, labels=labels, class_names=tuple(map(str, names)))

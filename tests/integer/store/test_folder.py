@@ -7,6 +7,8 @@ import json
 import os
 import pathlib
 import shutil
+import warnings
+import zipfile
 
 import numpy as np
 import pytest
@@ -130,8 +132,8 @@ def test_checksums_are_those_of_the_command_sha256sum(saved):
 
 
 def test_tuples_in_the_metadata_come_back_as_lists(tmp_path):
-    graph = dataclasses.replace(graphs.build("mlp"), metadata={"labels": ("cat", ("a", 1))})
-    assert load(save(graph, tmp_path / "net")).metadata == {"labels": ["cat", ["a", 1]]}
+    graph = dataclasses.replace(graphs.build("mlp"), metadata={"tags": ("cat", ("a", 1))})
+    assert load(save(graph, tmp_path / "net")).metadata == {"tags": ["cat", ["a", 1]]}
 
 
 @pytest.mark.parametrize(
@@ -139,7 +141,7 @@ def test_tuples_in_the_metadata_come_back_as_lists(tmp_path):
     [
         ({"scale": np.float32(1)}, r"metadata.scale: must be a JSON value"),
         ({"loss": float("nan")}, r"metadata.loss: must be a JSON value"),
-        ({"labels": [{1: "cat"}]}, r"metadata.labels\[0\]: the key 1 must be a string"),
+        ({"tags": [{1: "cat"}]}, r"metadata.tags\[0\]: the key 1 must be a string"),
     ],
 )
 def test_metadata_that_json_would_change_raises_an_error(tmp_path, metadata, message):
@@ -239,7 +241,10 @@ def double(graph):
         (put("nodes", 0, "inverse", value=0.5), "inverse: must be a float32 in hexadecimal"),
         (put("nodes", 0, "inverse", value="0x1.0000001p+0"), "must be a float32 in hexadecimal"),
         (put("nodes", 0, "inverse", value="0x1p+200"), "must be a float32 in hexadecimal"),
-        (put("nodes", 1, "bias", value=[0]), "must be an object with array, dtype and shape"),
+        (
+            put("nodes", 1, "bias", value=[0]),
+            "must be an object with array, dtype, shape and sha256",
+        ),
         (drop("nodes", 1, "weight_bits"), r"nodes\[1\].weight_bits: is missing"),
         (put("nodes", 1, "weight_bits", value="8"), r"weight_bits: must be a whole number"),
         (put("nodes", 1, "weight_bits", value=9), "node 'stem': weight_bits must .* got 9 and"),
@@ -300,7 +305,9 @@ class Trap:
 
 def test_invalid_arrays_raise_an_error_and_nothing_is_unpickled(copy, tmp_path):
     trap = tmp_path / "unpickled"
-    pickled = archive(a=np.array([Trap(trap)], object))
+    with np.load(copy / "arrays.npz") as packed:
+        name = next(name for name in packed.files if name.endswith("stem.weights"))
+    pickled = archive(**{name: np.array([Trap(trap)], object)})
     for content, message in (
         (pickled, "is not an archive of arrays: Object arrays cannot be loaded"),
         (b"PK\x03\x04", "is not an archive of arrays"),
@@ -312,6 +319,79 @@ def test_invalid_arrays_raise_an_error_and_nothing_is_unpickled(copy, tmp_path):
         with pytest.raises(ArtifactError, match=message):
             load(copy)
     assert not trap.exists()
+
+
+def repacked(folder, change, *, compression=zipfile.ZIP_STORED):
+    """Write the members of arrays.npz again, as `change` returns them, with right checksums."""
+    path = folder / "arrays.npz"
+    with zipfile.ZipFile(path) as old:
+        members = [(name, old.read(name)) for name in old.namelist()]
+    with zipfile.ZipFile(path, "w", compression) as new, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Of names that occur twice.
+        for name, data in change(members):
+            new.writestr(name, data)
+    sign(folder)
+
+
+def swapped(members):
+    """Exchange two arrays of one size: bias and multiplier would be too easy to detect."""
+    names = [n for n, _ in members if n.endswith(("multiplier.npy", "weight_scale.npy"))]
+    data = dict(members)
+    one, other = next((a, b) for a in names for b in names if a < b and data[a] != data[b])
+    return list({**data, one: data[other], other: data[one]}.items())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: [*m, ("../../escaped.npy", m[0][1])], "'../../escaped.npy' is not an array"),
+        (lambda m: [*m, ("/etc/escaped", b"x")], "'/etc/escaped' is not an array of the graph"),
+        (lambda m: [*m, m[0]], "occurs twice"),
+        (lambda m: [(n, d[:-1]) for n, d in m], "is not an archive of arrays"),
+        (
+            lambda m: [(n, b"\x93NUMPY\x01\x00\xff\xff" + b"(" * 9000) for n, _ in m[:1]],
+            "is not an",
+        ),
+        (lambda m: [(n, d.replace(b"(", b"[", 1)) for n, d in m], "is not an archive of arrays"),
+        (lambda m: [(n, d.replace(b"NUMPY\1", b"NUMPY\2")) for n, d in m], "unknown version"),
+        (swapped, "is not the one that was saved"),
+    ],
+)
+def test_an_archive_with_other_members_is_refused_though_its_checksums_are_right(
+    copy, change, message
+):
+    repacked(copy, change)
+    with pytest.raises(ArtifactError, match=message):
+        load(copy)
+    assert os.listdir(copy.parent) == ["net"]
+
+
+def test_a_compressed_member_is_never_inflated(copy):
+    bomb = lambda m: [*m, ("bomb.npy", bytes(2**24))]  # noqa: E731
+    repacked(copy, bomb, compression=zipfile.ZIP_DEFLATED)
+    assert (copy / "arrays.npz").stat().st_size < 2**17
+    with pytest.raises(ArtifactError, match=r"is compressed|are larger than the file"):
+        load(copy)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_only_regular_files_no_larger_than_declared_are_read(copy, name):
+    path = copy / name
+    size = path.stat().st_size
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ArtifactError, match=rf"{name}: cannot be read: it is not a regular file"):
+        load(copy)
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    with pytest.raises(ArtifactError, match=rf"{name}: cannot be read: it is not a regular file"):
+        load(copy)
+    path.unlink()
+    with path.open("wb") as file:
+        file.truncate(2**40)  # A sparse file takes no space.
+    assert size < 2**16
+    with pytest.raises(ArtifactError, match=rf"{name}: cannot be read: it is larger than"):
+        load(copy)
 
 
 def test_arrays_of_another_dtype_or_shape_raise_an_error(copy):

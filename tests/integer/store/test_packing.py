@@ -135,10 +135,7 @@ def packed(tmp_path):
         (lambda a: np.append(a, a[:1]), r"got uint8\[109\]"),
         (lambda a: a.reshape(2, -1), r"got uint8\[2, 54\]"),
         (lambda a: a.view(np.int8), r"got int8\[108\]"),
-        (
-            lambda a: np.full_like(a, 0x88),
-            r"node 'stem': weight_bits .* got 4 and .* magnitude 8\.",
-        ),
+        (lambda a: np.full_like(a, 0x88), r"stem.weights' is not the one that was saved"),
     ],
 )
 def test_a_damaged_packed_array_raises_an_error_that_names_its_field(packed, damage, message):

@@ -204,5 +204,5 @@ def test_a_batch_size_below_one_is_an_error(batch_size):
 
 
 def test_a_negative_padding_is_named_by_its_dotted_key():
-    with pytest.raises(ValueError, match=r"augment.crop_padding must be >= 0, got -1"):
+    with pytest.raises(ValueError, match=r"augment.crop_padding must be in 0..4096, got -1"):
         AugmentConfig(crop_padding=-1)

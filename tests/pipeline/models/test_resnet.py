@@ -339,8 +339,8 @@ def test_initial_kernels_have_the_variances_of_pytorchs():
     ("values", "message"),
     [
         ({"depth": 20}, "model.depth must be one of 18, 34, 50, got 20"),
-        ({"width": 0}, "model.width must be an integer of 1 or more, got 0"),
-        ({"width": 2.5}, "model.width must be an integer of 1 or more, got 2.5"),
+        ({"width": 0}, "model.width must be an integer in 1..1024, got 0"),
+        ({"width": 2.5}, "model.width must be an integer in 1..1024, got 2.5"),
         ({"stem": "foo"}, "model.stem must be 'cifar' or 'imagenet', got 'foo'"),
     ],
 )

@@ -30,6 +30,23 @@ def test_missing_file_is_named(write_run, name):
         ("results.json", b"\xff\xfe", r"results\.json cannot be read"),
         ("metrics.jsonl", b'{"stage": "fp32", "ep', r"metrics\.jsonl, line 1 is not JSON"),
         ("metrics.jsonl", b'\n{"stage": "fp32"}\n', "line 2 must hold stage, epoch"),
+        (
+            "metrics.jsonl",
+            b'{"stage": "[/x]", "epoch": 1, "loss": 1, "accuracy": 1}',
+            "line 1 must",
+        ),
+        (
+            "metrics.jsonl",
+            b'{"stage": "qat", "epoch": 1, "loss": NaN, "accuracy": 1}',
+            "line 1 is broken: loss: must be a finite number",
+        ),
+        (
+            "metrics.jsonl",
+            b'{"stage": "qat", "epoch": -1, "loss": 1, "accuracy": 1}',
+            "line 1 is broken: epoch: must be a whole number in 0",
+        ),
+        ("metrics.jsonl", b"[" * 100_000, r"metrics\.jsonl, line 1 is not JSON"),
+        ("results.json", b"[" * 100_000, r"results\.json is not JSON"),
         ("metrics.jsonl", b"", r"metrics\.jsonl is broken: holds no epoch"),
         ("config.yaml", b"a: [", r"config\.yaml: is not YAML"),
         ("config.yaml", b"- a", r"config\.yaml: must hold settings"),
@@ -63,10 +80,37 @@ def test_broken_file_is_named_with_its_problem(write_run, name, content, message
         ),
         (
             lambda r: r["qat"].update(
-                test=r["qat"]["test"] | {"per_class": [], "confusion_matrix": []}
+                test=r["qat"]["test"] | {"per_class": [], "confusion_matrix": [], "n": 0}
             ),
             "different numbers of classes",
         ),
+        (
+            lambda r: r["fp32"]["test"].update(accuracy=7.0),
+            r"fp32\.test\.accuracy: must be a number in 0..1, got 7.0",
+        ),
+        (
+            lambda r: r["qat"]["test"].update(loss=float("nan")),
+            r"qat\.test\.loss: must be a finite number, got nan",
+        ),
+        (
+            lambda r: r["fp32"]["test"]["confusion_matrix"][0].__setitem__(0, -5),
+            r"confusion_matrix\[0\]\[0\]: must be a whole number in 0\.\..*, got -5",
+        ),
+        (
+            lambda r: r["fp32"]["test"]["per_class"][2].update(support=10**30),
+            r"fp32\.test\.per_class\[2\]\.support: must be a whole number in 0",
+        ),
+        (
+            lambda r: r["fp32"]["test"].update(n=5),
+            "confusion_matrix counts 1000 images, and n is 5",
+        ),
+        (lambda r: r.update(macs=-1), "macs: must be a whole number in 0"),
+        (
+            lambda r: r["speed"]["qat"].update(evaluate_images_per_s=-1),
+            "evaluate_images_per_s: must",
+        ),
+        (lambda r: r["layers"][0].update(weight_min=1e300), r"layers\[0\]\.weight_min: must be a"),
+        (lambda r: r.update(data={}), "data.name must be the name of the data set, got None"),
         (lambda r: r.update(layers=[{"kind": "conv"}]), r"layers\[0\]\.path: is missing"),
         (lambda r: r.update(speed=[1]), "speed: must be an object"),
         (lambda r: r.update(integer={"step": 1}), r"integer\.test: is missing"),
