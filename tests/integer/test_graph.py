@@ -374,8 +374,10 @@ def test_an_impossible_geometry_is_refused(graph, node_type, changes, message):
 def test_sizes_that_no_tensor_has_are_refused(shape):
     with refused("tensor 'input': sizes must be positive, with fewer than 2\\*\\*31 elements"):
         with_tensor(GRAPH, "input", shape=shape)
-    with refused("put_shape: sizes must be positive"):
-        dataclasses.replace(GRAPH, output_shape=shape)
+    with refused("outputs: .*: sizes must be positive"):
+        dataclasses.replace(GRAPH, outputs=(g.Output(name=GRAPH.output.name, shape=shape),))
+    with refused("input_shape: sizes must be positive"):
+        dataclasses.replace(GRAPH, input_shape=shape)
 
 
 @pytest.mark.parametrize("labels", [[], ["cat"], [str(i) for i in range(6)]])

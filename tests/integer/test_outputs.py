@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from integer.test_islands import PARAMS, X, conv, head
+from integer.test_islands import PARAMS, X, calibrated, conv, head
 from references import integer_graph, sqnr
 
 import jaxqat
