@@ -21,7 +21,7 @@ from jaxqat.integer._convert.layout import Layout
 from jaxqat.quant import _forms as forms
 from jaxqat.quant._forms.primitives import Kind, primitive_of
 from jaxqat.quant._numerics.grids import Grid
-from jaxqat.quant._trace.program import TracedNode, bind_equation, inner_jaxprs, is_jaxpr
+from jaxqat.quant._trace.program import TracedNode, as_others, bind_equation, inner_jaxprs, is_jaxpr
 
 # A value of the graph by its name, or an array of the program.
 Value = str | Any
@@ -206,10 +206,13 @@ class Islands:
         if name in _REFUSED:
             raise _refusal(equation, scope)
         if any(True for _ in inner_jaxprs(equation)):
-            return self._call(equation, operands, scope)
-        compose = _COMPOSED.get(name)
-        if compose is not None:
-            return compose(self, equation, operands, scope)
+            body = next(p for p in equation.params.values() if is_jaxpr(p))
+            return self._body(body, operands, scope)
+        simpler = as_others(equation)
+        if simpler is not None:
+            return self._body(simpler, operands, scope)
+        if name == "clamp":
+            return self._clamp(equation, operands, scope)
         encode = ENCODERS.get(name)
         if encode is None:
             raise _refusal(equation, scope)
@@ -226,34 +229,12 @@ class Islands:
             x = self._add(_named(scope, operation), operation, {}, [x, bound], aval)
         return [x]
 
-    def _stack(self, equation: Any, operands: list[Value], scope: str) -> list[Value]:
-        axis, out = equation.params["axis"], equation.outvars[0].aval
-        part = jax.ShapeDtypeStruct((*out.shape[:axis], 1, *out.shape[axis + 1 :]), out.dtype)
-        parts = [self._reshape(x, part, scope) for x in operands]
-        attributes = {"axis": axis, "unbatched": [1]}
-        return [self._add(_named(scope, "concatenate"), "concatenate", attributes, parts, out)]
-
-    def _unstack(self, equation: Any, operands: list[Value], scope: str) -> list[Value]:
-        axis, aval = equation.params["axis"], equation.invars[0].aval
-        parts = self._slices(operands, aval, axis, [1] * aval.shape[axis], scope)
-        pairs = zip(parts, equation.outvars, strict=True)
-        return [self._reshape(part, v.aval, scope) for part, v in pairs]
-
-    def _tile(self, equation: Any, operands: list[Value], scope: str) -> list[Value]:
-        out, sizes = equation.outvars[0].aval, equation.invars[0].aval.shape
-        shape = [n for pair in zip(equation.params["reps"], sizes, strict=True) for n in pair]
-        attributes = {"shape": shape, "axes": [2 * i + 1 for i in range(len(sizes))]}
-        aval = jax.ShapeDtypeStruct(shape, out.dtype)
-        tiles = self._add(_named(scope, "broadcast"), "broadcast", attributes, operands, aval)
-        return [self._reshape(tiles, out, scope)]
-
     def _reshape(self, x: Value, aval: Any, scope: str) -> str:
         attributes = {"shape": list(aval.shape)}
         return self._add(_named(scope, "reshape"), "reshape", attributes, [x], aval)
 
-    def _call(self, equation: Any, operands: list[Value], scope: str) -> list[Value]:
-        """Return the results of a call, from the operations in its body."""
-        body = next(p for p in equation.params.values() if is_jaxpr(p))
+    def _body(self, body: Any, operands: list[Value], scope: str) -> list[Value]:
+        """Return the results of a call from its body, a jaxpr."""
         jaxpr = getattr(body, "jaxpr", body)
         known: dict[Any, Value] = dict(zip(jaxpr.invars, operands, strict=True))
         known.update(zip(jaxpr.constvars, getattr(body, "consts", ()), strict=True))
@@ -267,29 +248,6 @@ class Islands:
             results = self._equation(equation, [read(v) for v in equation.invars], here)
             known.update(zip(equation.outvars, results, strict=True))
         return [read(v) for v in jaxpr.outvars]
-
-    def _split(self, equation: Any, operands: list[Value], scope: str) -> list[Value]:
-        axis, aval = equation.params["axis"], equation.invars[0].aval
-        return self._slices(operands, aval, axis, equation.params["sizes"], scope)
-
-    def _slices(
-        self, operands: list[Value], aval: Any, axis: int, sizes: Sequence[int], scope: str
-    ) -> list[Value]:
-        """Emit the parts of these sizes along an axis."""
-        shape, parts, start = aval.shape, list[Value](), 0
-        for size in sizes:
-            stops = [start + size if i == axis else n for i, n in enumerate(shape)]
-            attributes = {
-                "starts": [start if i == axis else 0 for i in range(len(shape))],
-                "stops": stops,
-                "strides": [1] * len(shape),
-                "unbatched": [shape[axis]],
-            }
-            part = [size if i == axis else n for i, n in enumerate(shape)]
-            out = jax.ShapeDtypeStruct(part, aval.dtype)
-            parts.append(self._add(_named(scope, "slice"), "slice", attributes, operands, out))
-            start += size
-        return parts
 
     def _add(
         self,
@@ -327,18 +285,6 @@ class Islands:
         }
         emitter.nodes.append((g.FloatOp, fields))
         return fields["output"]
-
-
-# What is composed of several operations, by the name of JAX's primitive.
-_COMPOSED = MappingProxyType(
-    {
-        "clamp": Islands._clamp,
-        "split": Islands._split,
-        "stack": Islands._stack,
-        "tile": Islands._tile,
-        "unstack": Islands._unstack,
-    }
-)
 
 
 def _is_integer(operand: forms.Operand) -> bool:

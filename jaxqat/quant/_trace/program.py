@@ -57,6 +57,16 @@ _AS_OTHERS: Mapping[str, Callable[..., Any]] = MappingProxyType(
 )
 
 
+def as_others(equation: Any) -> Any:
+    """Return the jaxpr of the simpler operations that an operation consists of; None if of none."""
+    same = _AS_OTHERS.get(equation.primitive.name)
+    if same is None:
+        return None
+    return jax.make_jaxpr(functools.partial(same, **equation.params))(
+        *(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in equation.invars)
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Constant:
     """A number in the trace."""
@@ -250,9 +260,7 @@ class Program:
                 results = self._inline(inner[0], closed, operands, here, loop)
             elif name == "scan" and _is_unrolled(equation):
                 results = self._unroll(equation, operands, here, (*loop, id(equation)))
-            elif name in _AS_OTHERS:
-                same = jax.make_jaxpr(functools.partial(_AS_OTHERS[name], **equation.params))
-                body = same(*map(self.aval, operands))
+            elif (body := as_others(equation)) is not None:
                 results = self._inline(body.jaxpr, body.consts, operands, here, loop)
             elif name == "convert_element_type" and isinstance(operands[0], Constant):
                 dtype = equation.params["new_dtype"]
