@@ -63,6 +63,7 @@ class TensorCheck:
             sum((x - q)**2)), in decibels; None if there is no float network to compare with.
         of_island: Whether a float island makes the tensor, or one that the reference does not show
             is before it.
+        island: The module of the float island that makes it; empty if it is no result of one.
     """
 
     name: str
@@ -71,6 +72,7 @@ class TensorCheck:
     largest: int
     sqnr_db: float | None
     of_island: bool = False
+    island: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +172,12 @@ class Verification:
             count = self.codes + self.island_codes
             islands = [
                 f"float islands: {self.island_differing:,} of {self.island_codes:,} codes that "
-                f"they make differ; end to end {self.end_to_end:,} of {count:,}"
+                f"they make differ; end to end {self.end_to_end:,} of {count:,}",
+                *(
+                    f"  {t.name}, made by {t.island}: {t.differing:,} of {t.codes:,}"
+                    for t in self.tensors
+                    if t.island and t.differing
+                ),
             ]
         lines = [
             f"{self.differing:,} of {self.codes:,} codes differ; "
@@ -236,9 +243,11 @@ def compare(
         if floats is not None:
             flips_fp32 += _flips(floats.results, right.results)
     # In the order of the graph.
-    of_island = _after_islands(graph, sums)
+    of_island, islands = _after_islands(graph, sums), _made_by_islands(graph)
     checks = tuple(
-        dataclasses.replace(sums[name].check(name), of_island=name in of_island)
+        dataclasses.replace(
+            sums[name].check(name), of_island=name in of_island, island=islands.get(name, "")
+        )
         for name in graph.tensors
         if name in sums
     )
@@ -282,6 +291,13 @@ def _flips(left: Sequence[Any], right: Sequence[Any]) -> int:
     scores = [(np.asarray(a), np.asarray(b)) for a, b in zip(left, right, strict=True)]
     changed = [a.argmax(-1) != b.argmax(-1) for a, b in scores if a.ndim == 2 and a.shape[1]]
     return int(np.any(changed, axis=0).sum()) if changed else 0
+
+
+def _made_by_islands(graph: IntegerGraph) -> dict[str, str]:
+    """Return the module of the island that makes each tensor that is quantized from a real one."""
+    modules = {x: island.name or "the model" for island in graph.islands for x in island.outputs}
+    readers = [node for node in graph.nodes if node.output in graph.entries]
+    return {node.output: modules[x] for node in readers for x in node.inputs if x in modules}
 
 
 def _after_islands(graph: IntegerGraph, observed: Iterable[str]) -> set[str]:

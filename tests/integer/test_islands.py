@@ -1,6 +1,7 @@
 """Networks with float islands: convert, run, verify, store, and refuse what no island can hold."""
 
 import dataclasses
+import json
 
 import flax.linen as nn
 import jax
@@ -12,6 +13,7 @@ from references import integer_graph
 
 import jaxqat
 from jaxqat.errors import GraphError
+from jaxqat.export._onnx.model import onnx_model
 from jaxqat.integer import graph as g
 from jaxqat.integer._compare import TensorCheck, Verification
 
@@ -200,6 +202,14 @@ def test_islands_have_a_place_operations_inputs_and_outputs():
     assert island.name == "Block"
     assert island.operations["rsqrt"] == island.operations["tanh"] == 1
     assert island.inputs == ("first/real",)
+    graph = jaxqat.convert(model, x)
+    by_name = {
+        tensor.name: tensor.island
+        for tensor in jaxqat.verify(model, graph=graph, batches=[x]).tensors
+    }
+    assert by_name == {"first/input": "", "second/input": "Block"}
+    told = {entry.key: entry.value for entry in onnx_model(graph).metadata_props}
+    assert json.loads(told["islands"]) == [str(island)]
     text = str(jaxqat.describe(model, x))
     assert "100.0 % of the MACs multiply integers" in text
     assert "no integer form: second/input: the normalization Block/norm" in text
@@ -290,7 +300,7 @@ def test_a_long_recurrence_converts():
 
 
 def test_codes_that_an_island_makes_are_judged_apart():
-    island = TensorCheck("a", 10_000, 9, 1, None, of_island=True)
+    island = TensorCheck("a", 10_000, 9, 1, None, of_island=True, island="block/norm")
     integer = TensorCheck("b", 10_000, 0, 0, None)
 
     def check(*tensors, flips=0):
@@ -300,6 +310,7 @@ def test_codes_that_an_island_makes_are_judged_apart():
     assert "float islands: 9 of 10,000 codes that they make differ; end to end 9 of 20,000" in str(
         check(island, integer)
     )
+    assert "a, made by block/norm: 9 of 10,000" in str(check(island, integer))
     worse = dataclasses.replace(island, differing=50)
     assert "codes that float islands make differ" in check(worse, integer).failures[0]
     assert "differs by 2" in check(dataclasses.replace(island, largest=2), integer).failures[0]

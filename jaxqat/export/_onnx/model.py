@@ -139,5 +139,6 @@ def _properties(graph: IntegerGraph, input: Input, writer: OnnxWriter) -> dict[s
         "metadata": json.dumps(metadata, default=str),
         "input": json.dumps(input_description),
         "codes": json.dumps(codes),
+        "islands": json.dumps([str(island) for island in graph.islands]),
         "outputs": json.dumps([list(output.path) for output in graph.outputs]),
     }
