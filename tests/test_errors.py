@@ -78,9 +78,9 @@ def test_variables_of_a_module_that_holds_them():
         model.bind(VARIABLES)
 
 
-def test_several_results_cannot_be_verified(graph):
+def test_a_model_of_two_results_cannot_be_verified_against_a_graph_of_one(graph):
     model = jaxqat.calibrate(two_results, VARIABLES, batches=[ROWS])
-    with pytest.raises(jaxqat.ExecutionError, match=r"needs a model with one result, .* has 2"):
+    with pytest.raises(jaxqat.ExecutionError, match=r"returns 2 arrays, the integer network 1"):
         jaxqat.verify(model, graph=graph, batches=[ROWS])
 
 

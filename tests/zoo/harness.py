@@ -100,9 +100,13 @@ class Quantized:
         return jaxqat.verify(model, *before, graph=graph, batches=[self.inputs], **self.kwargs)
 
     def train(self, steps: int, learning_rate: float) -> tuple[list[float], Any]:
-        """Trains, and returns the losses and the gradients of the first step."""
+        """Trains; returns the losses, and the largest magnitude of each gradient over all steps.
+
+        In the first step a layer may have none: ranges are from inference, and what they clip has
+        no gradient until they have followed batch norm's own statistics.
+        """
         optimizer = optax.adam(learning_rate)
-        first: Any = None
+        largest: Any = None
 
         # Compiled for a few steps of a tiny network: optimizing takes longer than running.
         @jax.jit(compiler_options={"xla_backend_optimization_level": 0})
@@ -118,9 +122,11 @@ class Quantized:
             self.parameters, self.rest, state, loss, gradients = step(
                 self.parameters, self.rest, state, key
             )
-            first = gradients if first is None else first
+            magnitudes = jax.tree.map(lambda x: np.abs(np.asarray(x)), gradients)
+            before = magnitudes if largest is None else largest
+            largest = jax.tree.map(np.maximum, before, magnitudes)
             losses.append(float(loss))
-        return losses, first
+        return losses, largest
 
 
 def initialized(shapes: Any) -> Any:

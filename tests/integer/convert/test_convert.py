@@ -173,8 +173,9 @@ def test_fixed_point_is_a_way_to_execute_the_same_graph():
 
 
 def test_metadata_is_kept_and_shapes_are_told():
-    graph = example("residual", "int8")[0].convert(metadata={"labels": ["a", "b"]})
-    assert graph.metadata == {"labels": ["a", "b"]}
+    names = [str(number) for number in range(models.CLASSES)]
+    graph = example("residual", "int8")[0].convert(metadata={"labels": names})
+    assert graph.metadata == {"labels": names}
     assert (graph.input_shape, graph.output_shape) == ((8, 8, 3), (models.CLASSES,))
     shapes = {name: tensor.shape for name, tensor in graph.tensors.items()}
     codes, _ = integer_graph.run(graph, inputs(1))
