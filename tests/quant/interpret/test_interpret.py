@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.core.scope import DenyList
 from flax.traverse_util import flatten_dict
 from references.network import LAYERS, TENSORS, IntegerResidual, Residual, randomized
 
@@ -106,17 +107,16 @@ def test_training_and_inference_quantize_the_same_tensors(images):
     quantized, variables = calibrated(Residual(), "int8", images)
     empty = quantized.init_quant(variables, images, train=True, mutable=["batch_stats"])
     assert jax.tree.structure(empty["quant"]) == jax.tree.structure(variables["quant"])
-    key = jax.random.key(0)
-    init = jax.eval_shape(jitted(quantized.init, train=True), key, images)
-    assert jax.tree.structure(init["quant"]) == jax.tree.structure(variables["quant"])
 
 
 def test_the_parameter_tree_is_the_models_own(images):
     model = Residual()
     options = {"train": False, "compiler_options": QUICKLY}
     plain = jitted(model.init, **options)(jax.random.key(0), images)
-    variables = jitted(jaxqat.quantize(model).init, **options)(jax.random.key(0), images)
-    assert set(variables) == {*plain, "quant"}
+    quantized = jaxqat.quantize(model)
+    initial = jitted(quantized.init, **options)(jax.random.key(0), images)
+    variables = quantized.init_quant(initial, images, train=False)
+    assert (set(initial), set(variables)) == ({*plain}, {*plain, "quant"})
     for name in plain:
         jax.tree.map(np.testing.assert_array_equal, variables[name], plain[name])
 
@@ -164,7 +164,12 @@ def test_every_product_of_the_forward_pass_lowers_to_integers(train, platform):
     images = jnp.zeros((4, 16, 16, 3))
     model = ResNet(depth=18, width=4, num_classes=10, stem="cifar")
     quantized = jaxqat.quantize(model, "int8_symmetric")
-    variables = jax.eval_shape(jitted(quantized.init, train=False), jax.random.key(0), images)
+
+    def initial(key, images):
+        variables = quantized.init(key, images, train=False)
+        return quantized.init_quant(variables, images, train=False)
+
+    variables = jax.eval_shape(initial, jax.random.key(0), images)
 
     def forward(variables, images):
         mutable = ["batch_stats", "quant"] if train else False
@@ -196,7 +201,9 @@ def test_ranges_move_in_training_only(images):
     # The second batch counts half: the mean of the two maxima.
     np.testing.assert_allclose(new["max"], 1.5 * old["max"], rtol=1e-6)
     assert int(new["count"]) == 2
-    step = jitted(quantized.apply, train=True, mutable=["batch_stats"])
+    step = jitted(
+        quantized.apply, train=True, mutable=DenyList(("params", "quant", "quant_params"))
+    )
     _, updates = step(variables, images)
     assert set(updates) == {"batch_stats"}
 
@@ -283,10 +290,10 @@ def test_variables_without_ranges_are_an_error_that_says_what_to_do(images):
     variables = plain_variables()
     with pytest.raises(jaxqat.QuantizationError, match=r"No activation ranges\. Call `calibrate`"):
         quantized.apply(variables, images, train=False)
-    empty = quantized.init_quant(variables, images, train=False)
-    del empty["quant"]["conv0"]
+    calibrated = quantized.calibrate(variables, images, train=False)
+    del calibrated["quant"]["conv0"]
     with pytest.raises(jaxqat.QuantizationError, match=r"No range for 'conv0/input' \(ranges "):
-        quantized.apply(empty, images, train=False)
+        quantized.apply(calibrated, images, train=False)
 
 
 @pytest.mark.parametrize("model", [3, None, "resnet", {"params": {}}, np.ones(3)], ids=str)
