@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.core import unfreeze
+from flax.core import DenyList, unfreeze
 
 from jaxqat.errors import QuantizationError
 from jaxqat.quant._models.batches import as_arguments, each_batch, preparing
@@ -197,7 +197,8 @@ def _of_linen(
 
     def update(arrays: Any, statistics: Any, inputs: tuple[Any, ...]) -> Any:
         given = {**rebuild(arrays), collection: statistics}
-        _, updates = model.apply(given, *inputs, mutable=[collection], **kwargs)
+        frozen = DenyList(tuple(name for name in given if name != collection))
+        _, updates = model.apply(given, *inputs, mutable=frozen, **kwargs)
         return unfreeze(updates[collection])
 
     return update, arrays, unfreeze(variables.get(collection, {}))
