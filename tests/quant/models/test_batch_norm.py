@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from flax.core import DenyList
 from references.sqnr import decibels
 
 import jaxqat
@@ -130,7 +131,8 @@ def test_a_quantized_module_gets_those_of_its_integers_and_its_ranges_stay():
     assert new["quant"] is bound.variables["quant"]
     zeros = jax.tree.map(jnp.zeros_like, bound.variables["batch_stats"])
     zeros["fixed"] = bound.variables["batch_stats"]["fixed"]
-    _, updates = jax.jit(lambda v, x: model.apply(v, x, train=True, mutable=["batch_stats"]))(
+    frozen = DenyList(("params", "quant"))
+    _, updates = jax.jit(lambda v, x: model.apply(v, x, train=True, mutable=frozen))(
         {**bound.variables, "batch_stats": zeros}, batches(1)[0]
     )
     var = updates["batch_stats"]["bn1"]["var"] / (1 - 0.99)
