@@ -63,7 +63,7 @@ def interrupted(process: subprocess.Popen[str], signum: int = signal.SIGINT) -> 
     return err
 
 
-@pytest.mark.parametrize("seconds", [0, 0.3, 1])
+@pytest.mark.parametrize("seconds", [0, 0.3])
 @pytest.mark.parametrize("command", ["verify", "analyze", "evaluate", "report"])
 def test_while_it_imports(tmp_path, command, seconds):
     process = start(REAL, command, tmp_path)
@@ -72,7 +72,7 @@ def test_while_it_imports(tmp_path, command, seconds):
     assert interrupted(process) == "jaxqat: interrupted.\n"
 
 
-@pytest.mark.parametrize("seconds", [0, 0.5, 1, 2])
+@pytest.mark.parametrize("seconds", [0, 0.5])
 @pytest.mark.parametrize("command", ["verify", "analyze"])
 def test_while_it_traces_and_compiles(finished, command, seconds):
     process = start(SMALL, command, finished)
@@ -87,7 +87,7 @@ def test_while_it_traces_and_compiles(finished, command, seconds):
 def test_while_it_evaluates(finished, stage):
     process = start(SMALL, "evaluate", finished, "--stage", stage)
     wait_until_watched(process)
-    time.sleep(1)
+    time.sleep(0.1)  # The small network is compiled and evaluated in less than a second.
     assert interrupted(process) == "jaxqat: interrupted.\n"
 
 
