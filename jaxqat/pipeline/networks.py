@@ -83,10 +83,10 @@ class Networks:
         """Return parameters and collections of a stage as shapes and dtypes."""
 
         def init(key):
-            image = self.one_image()
-            variables = dict(self.modules["fp32"].init(key, image, train=False))
-            if stage == "qat":
-                variables = self.quantized.init_quant(variables, image, train=False)
+            module, image = self.modules[stage], self.one_image()
+            variables = dict(module.init(key, image, train=False))
+            if isinstance(module, QuantizedModule):
+                variables = module.init_quant(variables, image, train=False)
             return variables.pop("params"), variables
 
         return jax.eval_shape(init, jax.random.key(0))
