@@ -62,6 +62,7 @@ class TensorDifferences:
         largest: Largest difference, in codes.
         sqnr_db: Signal to quantization noise against the float network, in dB; None without one.
         of_island: Whether a float island makes the tensor.
+        island: The module of that island; empty if it is no result of one.
     """
 
     name: str
@@ -70,6 +71,7 @@ class TensorDifferences:
     largest: Count
     sqnr_db: Real | None
     of_island: bool = False
+    island: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -169,13 +169,9 @@ def bits_name(recipe: Recipe) -> str:
 
 def verification_result(found: Verification) -> VerificationResult:
     """Return a comparison in the form of results.json, with its totals."""
-
-    def fields(of: Any, kind: type) -> dict[str, Any]:
-        names = {field.name for field in dataclasses.fields(kind)} - {"tensors"}
-        return {name: getattr(of, name) for name in names}
-
-    tensors = tuple(TensorDifferences(**fields(t, TensorDifferences)) for t in found.tensors)
-    return VerificationResult(tensors=tensors, **fields(found, VerificationResult))
+    tensors = tuple(TensorDifferences(**vars(tensor)) for tensor in found.tensors)
+    names = {field.name for field in dataclasses.fields(VerificationResult)} - {"tensors"}
+    return VerificationResult(tensors=tensors, **{name: getattr(found, name) for name in names})
 
 
 def write_test_samples(folder: RunFolder, dataset: Dataset) -> None:
