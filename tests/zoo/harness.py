@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from flax import nnx
 
 import jaxqat
+from jaxqat.integer._results import flat
 
 CLASSES, BATCH, WORDS = 5, 20, 12
 LABELS = np.arange(BATCH) % CLASSES
@@ -127,6 +129,26 @@ class Quantized:
             largest = jax.tree.map(np.maximum, before, magnitudes)
             losses.append(float(loss))
         return losses, largest
+
+
+def check_in_onnx_runtime(quantized: Quantized, graph: jaxqat.IntegerGraph) -> None:
+    """Check each integer part in ONNX Runtime, from JAX's codes at its entry, and the results."""
+    pytest.importorskip("onnxruntime")
+    from jaxqat.export._onnx.model import onnx_model
+    from jaxqat.export._onnx.runtime import make_runner
+
+    run = make_runner(onnx_model(graph, by_segment=True).SerializeToString(), expose=True)
+    executor = jaxqat.make_executor(graph)
+    for count in (1, 3, BATCH):
+        inputs = quantized.inputs[:count].astype(graph.input_type)
+        codes = executor.codes(inputs)
+        result, found = run(inputs, codes)
+        for tensor, wanted in codes.items():
+            np.testing.assert_array_equal(found[tensor], wanted, err_msg=tensor)
+        for one, other in zip(
+            flat(graph.outputs, result), flat(graph.outputs, executor(inputs)), strict=True
+        ):
+            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
 def initialized(shapes: Any) -> Any:

@@ -3,14 +3,12 @@
 import functools
 import json
 
-import jax
 import numpy as np
 import pytest
 from zoo import table
-from zoo.harness import Quantized, at
+from zoo.harness import Quantized, at, check_in_onnx_runtime
 
 import jaxqat
-from jaxqat.integer._results import flat
 
 pytestmark = pytest.mark.slow
 
@@ -47,9 +45,6 @@ def test_a_model_converts_as_recorded_and_is_good(name):
 
 @pytest.mark.parametrize("name", table.MODELS)
 def test_a_model_trains_and_its_network_is_stored_and_exported(name, tmp_path):
-    from jaxqat.export._onnx.model import onnx_model
-    from jaxqat.export._onnx.runtime import make_runner
-
     quantized = calibrated(name)
     losses, gradients = quantized.train(15, LEARNING_RATES.get(name, 5e-3))
     assert np.mean(losses[-3:]) < 0.9 * losses[0]
@@ -59,14 +54,4 @@ def test_a_model_trains_and_its_network_is_stored_and_exported(name, tmp_path):
             assert np.abs(np.asarray(at(gradients, layer.weight_path))).max() > 0, layer.path
     graph = jaxqat.load(jaxqat.save(quantized.convert(), tmp_path / "network"))
     assert quantized.verify(graph).failures == ()
-    run = make_runner(onnx_model(graph, by_segment=True).SerializeToString(), expose=True)
-    executor = jaxqat.make_executor(graph)
-    for count in (1, 3, 20):
-        inputs = quantized.inputs[:count].astype(graph.input_type)
-        codes = executor.codes(inputs)
-        result, found = run(inputs, codes)
-        jax.tree.map(np.testing.assert_array_equal, found, codes)
-        for one, other in zip(
-            flat(graph.outputs, result), flat(graph.outputs, executor(inputs)), strict=True
-        ):
-            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+    check_in_onnx_runtime(quantized, graph)

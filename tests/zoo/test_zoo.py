@@ -14,7 +14,17 @@ import numpy as np
 import pytest
 from flax import nnx
 from zoo import equinox_models, models, nnx_models
-from zoo.harness import IMAGES, TOKENS, Quantized, at, copied, function, linen, nnx_module
+from zoo.harness import (
+    IMAGES,
+    TOKENS,
+    Quantized,
+    at,
+    check_in_onnx_runtime,
+    copied,
+    function,
+    linen,
+    nnx_module,
+)
 
 import jaxqat
 from jaxqat import Recipe, Rule
@@ -342,19 +352,7 @@ def test_a_model_with_such_parts_becomes_a_network_with_float_islands(name, tmp_
     check = quantized.verify(graph)
     assert (check.differing, check.failures) == (0, ())
     assert check.codes + check.island_codes > 20 * 12
-    pytest.importorskip("onnxruntime")
-    from jaxqat.export._onnx.model import onnx_model
-    from jaxqat.export._onnx.runtime import make_runner
-
-    run = make_runner(onnx_model(graph, by_segment=True).SerializeToString(), expose=True)
-    executor = jaxqat.make_executor(graph)
-    for count in (1, 3, 20):
-        inputs = quantized.inputs[:count].astype(graph.input_type)
-        codes = executor.codes(inputs)
-        result, found = run(inputs, codes)
-        for tensor, wanted in codes.items():
-            np.testing.assert_array_equal(found[tensor], wanted, err_msg=tensor)
-        np.testing.assert_allclose(result, executor(inputs), rtol=1e-4, atol=1e-5)
+    check_in_onnx_runtime(quantized, graph)
 
 
 @pytest.mark.parametrize("name", ["vit", "encoder"])
