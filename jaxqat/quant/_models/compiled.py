@@ -89,7 +89,11 @@ class CallPlanner:
 
     def _planned_once(self, flat: list[Any]) -> PlannedCall:
         """Return the plan of a trace of its own."""
-        closed, result = jax.make_jaxpr(self._flat_function, return_shape=True)(flat)
+
+        def function(flat: list[Any]) -> Any:  # Another one at each call: JAX keeps traces by it.
+            return self._flat_function(flat)
+
+        closed, result = jax.make_jaxpr(function, return_shape=True)(flat)
         return self._plan(closed, result, self._found)
 
     def run(self, flat: list[Any], state: State, mode: Mode) -> tuple[Any, dict[Key, Range]] | None:
