@@ -18,7 +18,10 @@ Execution and export are subclasses of `GraphVisitor`, which has one method per 
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Literal, cast
+from hashlib import sha256
+from typing import Any, Literal, cast
+
+import numpy as np
 
 from jaxqat.errors import GraphError
 from jaxqat.integer._islands import Island, find_islands
@@ -215,13 +218,28 @@ class IntegerGraph:
         return any(output.name == tensor for output in self.outputs)
 
     def size_bytes(self) -> int:
-        """Return the bytes of weights, packed, biases, multipliers, tables and float constants."""
-        constants = [c.nbytes for node in self.float_ops for c in node.constants if c is not None]
-        constants += [node.table.nbytes for node in self.nodes if isinstance(node, Table)]
-        return sum(constants) + sum(
-            packed_size(p.weights.size, p.weight_bits) + p.bias.nbytes + p.multiplier.nbytes
-            for p in self.products()
-        )
+        """Return the bytes of weights, packed, biases, multipliers, tables and float constants.
+
+        Equal arrays count once, as they are stored: a layer of a loop has its weights in each
+        iteration.
+        """
+        sizes: dict[tuple[str, tuple[int, ...], bytes], int] = {}
+
+        def add(array: np.ndarray[Any, Any], size: int) -> None:
+            sizes[array.dtype.str, array.shape, sha256(array.tobytes()).digest()] = size
+
+        for node in self.float_ops:
+            for constant in node.constants:
+                if constant is not None:
+                    add(constant, constant.nbytes)
+        for node in self.nodes:
+            if isinstance(node, Table):
+                add(node.table, node.table.nbytes)
+        for product in self.products():
+            add(product.weights, packed_size(product.weights.size, product.weight_bits))
+            add(product.bias, product.bias.nbytes)
+            add(product.multiplier, product.multiplier.nbytes)
+        return sum(sizes.values())
 
     def _check_outputs(self) -> None:
         for output in self.outputs:

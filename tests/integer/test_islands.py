@@ -215,6 +215,32 @@ def test_islands_have_a_place_operations_inputs_and_outputs():
     assert "no integer form: second/input: the normalization Block/norm" in text
 
 
+def test_each_step_of_a_recurrent_layer_is_an_integer_product_and_its_weights_are_stored_once(
+    tmp_path,
+):
+    class Recurrent(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.RNN(nn.SimpleCell(8))(nn.Dense(8)(x))
+            return nn.Dense(5)(x[:, -1])
+
+    x = X[..., 0]  # 8 times of 8 numbers.
+    variables = Recurrent().init(jax.random.key(0), x)
+    model = jaxqat.calibrate(Recurrent(), variables, batches=[x])
+    graph = jaxqat.convert(model, x[:2])
+    assert not any(op.operation in ("dot", "conv") for op in graph.float_ops)
+    assert sum(1 for _ in graph.products()) == 2 + 2 * 8
+    check = jaxqat.verify(model, graph=graph, batches=[x])
+    assert (check.differing, check.failures) == (0, ())
+    stored = jaxqat.save(graph, tmp_path / "network") / "arrays.npz"
+    with np.load(stored) as arrays:
+        weights = [a for name in arrays if (a := arrays[name]).dtype == np.int8 and a.size == 64]
+    assert len(weights) == 3  # The first layer, what the cell reads, what it had before.
+    pairs = zip(jaxqat.load(tmp_path / "network").nodes, graph.nodes, strict=True)
+    for loaded, node in pairs:
+        jax.tree.map(np.testing.assert_array_equal, vars(loaded), vars(node))
+
+
 def test_float_constants_count_as_bytes():
     model = calibrated(MODELS["normalization"])
     before = jaxqat.convert(model, X[:2]).size_bytes()

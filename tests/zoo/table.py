@@ -22,10 +22,12 @@ import jax
 import numpy as np
 from references import sqnr
 from zoo import more_models as models
+from zoo.cases import ZOO
 from zoo.harness import BATCH, IMAGES, Quantized, linen, squared_error
 
 import jaxqat
 from jaxqat.integer._results import flat
+from jaxqat.pipeline.run.results import processor
 
 RESULTS = Path(__file__).parents[2] / "configs" / "results" / "zoo.json"
 RNG = np.random.default_rng(2)
@@ -44,7 +46,7 @@ def case(
     return functools.partial(linen, module, inputs, modes=modes, **options)
 
 
-MODELS: Mapping[str, Case] = {
+MORE: Mapping[str, Case] = {
     "ResNet v2": case(models.ResNetV2()),
     "ResNet-D": case(models.ResNetD()),
     "ResNeXt": case(models.ResNetD(groups=4)),
@@ -72,6 +74,27 @@ MODELS: Mapping[str, Case] = {
     "backbone of features": case(models.Backbone(), scores=False),
     "PReLU": case(models.PReLUNet(), modes=False),
     "gated MLP": case(models.GatedMLP(), modes=False),
+}
+# Models of other hands, under the names of their cases.
+OF_OTHERS = {
+    "CNN": "cnn",
+    "MobileNet": "mobilenet",
+    "ViT": "vit",
+    "LSTM": "lstm",
+    "transformer encoder": "encoder",
+    "shared encoder": "shared module",
+    "scan and remat": "scan and remat",
+    "ResNet in bfloat16": "bfloat16",
+    "NNX CNN": "nnx cnn",
+    "NNX MobileNetV2": "nnx mobilenet",
+    "NNX ViT": "nnx vit",
+    "NNX LSTM": "nnx lstm",
+    "Equinox CNN": "equinox cnn",
+    "function": "function",
+}
+MODELS: Mapping[str, Case] = {
+    **MORE,
+    **{name: functools.partial(ZOO[case].make, "int8") for name, case in OF_OTHERS.items()},
 }
 
 
@@ -155,7 +178,12 @@ def main() -> None:
     for name in MODELS:
         rows[name] = first_weights(name)
         print(f"measured {name}", file=sys.stderr)
-    content = {"jax": jax.__version__, "inputs": BATCH, "models": rows}
+    content = {
+        "jax": jax.__version__,
+        "processor": processor(),
+        "inputs": BATCH,
+        "models": rows,
+    }
     RESULTS.write_text(json.dumps(content, indent=1) + "\n")
     print(markdown(rows))
 

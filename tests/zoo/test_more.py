@@ -43,7 +43,7 @@ def test_a_model_converts_as_recorded_and_is_good(name):
     assert found["largest_onnx_difference"] <= (1e-5 if found["islands"] else 0)
 
 
-@pytest.mark.parametrize("name", table.MODELS)
+@pytest.mark.parametrize("name", table.MORE)
 def test_a_model_trains_and_its_network_is_stored_and_exported(name, tmp_path):
     quantized = calibrated(name)
     losses, gradients = quantized.train(15, LEARNING_RATES.get(name, 5e-3))

@@ -65,13 +65,14 @@ class Builder:
         return name
 
     def constant(self, values, name: str) -> str:
-        """Add an initializer and return its name. Equal scalars share one; arrays do not.
+        """Add an initializer and return its name. Equal ones share it, but for arrays of codes.
 
         ONNX Runtime with exact products rewrites int8 weights as uint8, which fails for weights
         that two nodes share.
         """
         array = np.ascontiguousarray(values).reshape(np.shape(values))
-        key = (array.dtype.str, array.tobytes()) if array.ndim == 0 else None
+        shared = array.ndim == 0 or array.dtype.itemsize > 1
+        key = (array.dtype.str, array.shape, array.tobytes()) if shared else None
         if key in self._numbers:
             return self._numbers[key]
         name = self.name(name)

@@ -20,7 +20,7 @@ from jaxqat.integer._convert.geometry import (
     move_fields,
 )
 from jaxqat.integer._convert.islands import Islands
-from jaxqat.integer._convert.layout import Layout, reshaped
+from jaxqat.integer._convert.layout import Layout, batch_first, reshaped
 from jaxqat.integer._convert.products import ProductEmitter, as_array, scalar
 from jaxqat.quant import _forms as forms
 from jaxqat.quant._numerics.grids import Grid
@@ -149,6 +149,9 @@ class Emitter(ProductEmitter):
             self._sources.append(codes)
         if codes.moved is None:
             return "/".join(codes.name)
+        if id(codes) not in self._moved and (same := batch_first(codes)) is not codes:
+            self._moved[id(codes)] = self.read(same)
+            self._sources.append(codes)
         if id(codes) not in self._moved:
             operation, before = codes.moved
             source = self.read(before)

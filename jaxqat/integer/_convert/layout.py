@@ -191,6 +191,54 @@ def dilated(codes: forms.Codes, dilation: Axes) -> forms.Codes:
     return reshaped(codes, (batch, *after, channels))
 
 
+def batch_first(codes: forms.Codes) -> forms.Codes:
+    """Return moved codes, made without tensors whose first axis is not the batch.
+
+    A recurrent layer exchanges the axes of batch and time, and takes one time from the result. That
+    is a slice of the codes before.
+    """
+    source, axes = _untransposed(codes)
+    return transposed(source, axes) if _mixes_batch(codes) and axes[0] == 0 else codes
+
+
+def _mixes_batch(codes: forms.Codes) -> bool:
+    """Return whether an axis other than the batch comes first in between."""
+    if codes.moved is None:
+        return False
+    operation, before = codes.moved
+    exchanged = operation.name == "transpose" and operation.params["permutation"][0] != 0
+    return exchanged or _mixes_batch(before)
+
+
+def _untransposed(codes: forms.Codes) -> tuple[forms.Codes, Axes]:
+    """Return codes and axes whose transposition are the given codes; moves come before it."""
+    as_it_is = codes, tuple(range(codes.codes.ndim))
+    if codes.moved is None:
+        return as_it_is
+    operation, before = codes.moved
+    source, axes = _untransposed(before)
+    if operation.name == "transpose":
+        return source, tuple(axes[i] for i in operation.params["permutation"])
+    if source is before:
+        return as_it_is
+    shape = before.codes.shape
+    if operation.name == "slice":
+        params = operation.params
+        bounds = [params["start_indices"], params["limit_indices"], params["strides"]]
+        order = [axes.index(axis) for axis in range(len(axes))]
+        starts, stops, strides = (x and [x[i] for i in order] for x in bounds)
+        moved = {"start_indices": starts, "limit_indices": stops, "strides": strides}
+        return _moved(source, "slice", moved, lambda x: lax.slice(x, starts, stops, strides)), axes
+    dropped = operation.params.get("dimensions") or [i for i, n in enumerate(shape) if n == 1]
+    kept = [axis for i, axis in enumerate(axes) if i not in dropped]
+    if operation.name not in ("reshape", "squeeze") or codes.codes.shape != tuple(
+        source.codes.shape[axis] for axis in kept
+    ):
+        return as_it_is
+    smaller = reshaped(source, tuple(source.codes.shape[axis] for axis in sorted(kept)))
+    return smaller, tuple(sorted(kept).index(axis) for axis in kept)
+
+
 def _moved(codes: forms.Codes, name: str, params: dict[str, Any], bind: Any) -> forms.Codes:
     operation = forms.Operation(name, params, bind)
     return forms.Codes(bind(codes.codes), codes.grid, moved=(operation, codes))

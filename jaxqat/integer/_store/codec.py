@@ -2,10 +2,10 @@
 
 `TypedJson` checks every field against its declared type. This module adds the types that plain JSON
 lacks: a float32 in hexadecimal ('0x1.8p-5'), which is exact; an array as its name, dtype, shape
-and SHA-256; a node as its class name and fields. A field with `code_bits` in its metadata names the
-field that holds the width of its codes. Narrow codes are packed (`_packing`): dtype, shape and
-SHA-256 stay those of the codes, and `packed` is the number of bits per code. The decoded graph
-checks its invariants.
+and SHA-256, where equal arrays have one name; a node as its class name and fields. A field with
+`code_bits` in its metadata names the field that holds the width of its codes. Narrow codes are
+packed (`_packing`): dtype, shape and SHA-256 stay those of the codes, and `packed` is the number of
+bits per code. The decoded graph checks its invariants.
 """
 
 import dataclasses
@@ -36,6 +36,7 @@ def encode(graph: g.IntegerGraph) -> tuple[str, dict[str, np.ndarray]]:
     """
     codec = _GraphCodec({})
     content = {"format": FORMAT, **codec.json.encode_fields(graph, "")}
+    _share_equal(content["nodes"], codec.arrays)
     return json.dumps(content, indent=1, allow_nan=False) + "\n", codec.arrays
 
 
@@ -79,6 +80,17 @@ def stored_sizes(content: Mapping[str, Any]) -> dict[str, int]:
         size = packed_size(math.prod(shape), width) if is_packed else math.prod(shape) * _MAX_ITEM
         sizes[str(value["array"])] = size
     return sizes
+
+
+def _share_equal(nodes: Any, arrays: dict[str, np.ndarray]) -> None:
+    """Let equal arrays be stored once: a layer of a loop has its weights in each iteration."""
+    first: dict[str, str] = {}
+    for value in _declared(nodes):
+        key = json.dumps([value["sha256"], value["dtype"], value["shape"], value.get("packed")])
+        name = first.setdefault(key, value["array"])
+        if name != value["array"]:
+            del arrays[value["array"]]
+            value["array"] = name
 
 
 def _declared(nodes: Any) -> Iterator[dict[str, Any]]:

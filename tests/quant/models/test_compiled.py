@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -152,7 +153,7 @@ def test_modes_of_nnx_modules_are_told_apart_and_their_state_moves():
         def __call__(self, x):
             return self.norm(self.dense(x))
 
-    model = jaxqat.quantize(Net(nnx.Rngs(0)), "int8")
+    model: Any = jaxqat.quantize(Net(nnx.Rngs(0)), "int8")
     model.eval()
     model.calibrate(X)
     frozen = model(X)
