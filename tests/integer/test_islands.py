@@ -222,7 +222,7 @@ def test_each_step_of_a_recurrent_layer_is_an_integer_product_and_its_weights_ar
         @nn.compact
         def __call__(self, x):
             x = nn.RNN(nn.SimpleCell(8))(nn.Dense(8)(x))
-            return nn.Dense(5)(x[:, -1])
+            return nn.Dense(5)(jnp.asarray(x)[:, -1])
 
     x = X[..., 0]  # 8 times of 8 numbers.
     variables = Recurrent().init(jax.random.key(0), x)

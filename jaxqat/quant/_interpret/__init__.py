@@ -17,6 +17,7 @@ With frozen ranges, the codes are those of the deployed network, bit for bit.
 
 from jaxqat.quant._interpret.evaluator import Evaluator
 from jaxqat.quant._interpret.layers import EvaluatedLayer
-from jaxqat.quant._interpret.modes import Mode, Switches
+from jaxqat.quant._interpret.modes import Memory, Mode, Switches
+from jaxqat.quant._interpret.segments import SegmentedEvaluator
 
-__all__ = ["EvaluatedLayer", "Evaluator", "Mode", "Switches"]
+__all__ = ["EvaluatedLayer", "Evaluator", "Memory", "Mode", "SegmentedEvaluator", "Switches"]

@@ -102,14 +102,20 @@ class Evaluator:
             *program.constants.items(),
         ):
             self._write(number, value, None, None)
-        for node in program.nodes:
-            if node in self.plan.layers:
-                self._run_layer(node)
-            else:
-                self._run_operation(node)
+        self._run_nodes()
         self.outputs = [self._read(a) for a in program.outputs]
         self.results = [self._result(output) for output in self.outputs]
         return self.results
+
+    def _run_nodes(self) -> None:
+        for node in self.plan.program.nodes:
+            self._run_node(node)
+
+    def _run_node(self, node: TracedNode) -> None:
+        if node in self.plan.layers:
+            self._run_layer(node)
+        else:
+            self._run_operation(node)
 
     def _run_layer(self, node: TracedNode) -> None:
         layer = self.plan.layers[node]

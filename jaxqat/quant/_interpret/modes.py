@@ -3,7 +3,7 @@
 
 import enum
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from jaxqat.quant._forms.operand import any_of
 from jaxqat.quant._plan.plan import LayerInfo, Plan, QuantizedTensor
@@ -17,6 +17,9 @@ class Mode(enum.Enum):
     TRAIN = enum.auto()
     FROZEN = enum.auto()
 
+
+# What training keeps of quantized tensors for the backward pass.
+Memory = Literal["values", "codes"]
 
 # Whether each layer is quantized, by its path: booleans, known only when the program runs.
 Switches = Mapping[str, Any]

@@ -39,6 +39,23 @@ class States:
         self.after: dict[Key, ranges.Range] = dict(state)
         self._observed: dict[Key, _Observed] = {}
 
+    def snapshot(self) -> tuple[dict[Key, ranges.Range], dict[Key, _Observed]]:
+        """Return what is known so far, for `since`."""
+        return dict(self.after), dict(self._observed)
+
+    def since(self, snapshot: Any) -> Any:
+        """Return what has changed since a snapshot, for `update`."""
+        return tuple(
+            {key: value for key, value in now.items() if value is not before.get(key)}
+            for now, before in zip((self.after, self._observed), snapshot, strict=True)
+        )
+
+    def update(self, changes: Any) -> None:
+        """Take over what `since` returned."""
+        after, observed = changes
+        self.after.update(after)
+        self._observed.update(observed)
+
     def of(self, key: Key) -> ranges.Range:
         """Return the state of a tensor or of weights before the evaluation.
 

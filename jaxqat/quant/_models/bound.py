@@ -15,7 +15,7 @@ import jax
 from jaxqat.errors import QuantizationError
 from jaxqat.quant._interpret import Evaluator, Mode, Switches
 from jaxqat.quant._models.checks import check_seen
-from jaxqat.quant._models.compiled import PlannedCall, planner_of
+from jaxqat.quant._models.compiled import CallPlanner, PlannedCall, evaluator_class, planner_of
 from jaxqat.quant._models.state import (
     QUANT,
     QUANT_PARAMS,
@@ -200,7 +200,8 @@ class BoundModel(QuantizedModel):
         """
         call, state = self._call(inputs), self.state
         plan, structure = self._checked_call(call, state, mode)
-        evaluator = Evaluator(plan, self.recipe, state, mode, switches)
+        kind = evaluator_class(mode, self.model.memory)
+        evaluator = kind(plan, self.recipe, state, mode, switches)
         returned = jax.tree.unflatten(structure, evaluator.run(call.flat))
         leaves: Any = jax.tree_util.tree_flatten_with_path(returned)[0]
         evaluator.paths = [path for path, _ in leaves]
@@ -216,7 +217,7 @@ class BoundModel(QuantizedModel):
             QuantizationError: As for `evaluate`.
         """
         call, state = self._call(inputs), self.state
-        planner = planner_of(self.function, call, self.recipe)
+        planner = self._planner(call)
         self._checked_call(call, state, mode)
         result = planner.run(call.flat, state, mode)
         if result is None:
@@ -224,8 +225,11 @@ class BoundModel(QuantizedModel):
             return returned, evaluator.new_ranges
         return result
 
+    def _planner(self, call: Call) -> CallPlanner:
+        return planner_of(self.function, call, self.recipe, self.model.memory)
+
     def _checked_call(self, call: Call, state: Mapping[Key, Range], mode: Mode) -> PlannedCall:
-        planned = planner_of(self.function, call, self.recipe).planned(call.flat)
+        planned = self._planner(call).planned(call.flat)
         if mode is not Mode.CALIBRATE:
             _check_state(planned.plan, self.variables, state)
         if mode is Mode.FROZEN:
@@ -240,7 +244,7 @@ class BoundModel(QuantizedModel):
             RecipeError: A rule of the recipe matches no layer.
         """
         call = self._call(inputs)
-        plan = planner_of(self.function, call, self.recipe).planned(call.flat).plan
+        plan = self._planner(call).planned(call.flat).plan
         plan.check_rules(self.recipe)
         return plan
 

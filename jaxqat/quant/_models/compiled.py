@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.core import Tracer
 
-from jaxqat.quant._interpret import Evaluator, Mode
+from jaxqat.quant._interpret import Evaluator, Memory, Mode, SegmentedEvaluator
 from jaxqat.quant._models.aqt_calls import Configurations, collected, with_rules
 from jaxqat.quant._models.checks import check_input_types
 from jaxqat.quant._numerics import cpu
@@ -47,10 +47,12 @@ class CallPlanner:
         function: The model's computation (`bound.PureFunction`).
         call: A call of it; its arrays are not kept.
         recipe: How the model is quantized.
+        memory: What training keeps for the backward pass.
     """
 
-    def __init__(self, function: Any, call: Call, recipe: Recipe):
+    def __init__(self, function: Any, call: Call, recipe: Recipe, memory: Memory):
         self._function, self._recipe = function, recipe
+        self._memory: Memory = memory
         self._call = dataclasses.replace(call, flat=[])
         self._jitted = jax.jit(self._flat_function)
         self._compiled = {mode: jax.jit(functools.partial(self._evaluate, mode)) for mode in Mode}
@@ -112,7 +114,8 @@ class CallPlanner:
     def _evaluate(
         self, mode: Mode, flat: list[Any], state: State
     ) -> tuple[list[Any], dict[Key, Range]]:
-        evaluator = Evaluator(self.planned(flat).plan, self._recipe, state, mode)
+        plan = self.planned(flat).plan
+        evaluator = evaluator_class(mode, self._memory)(plan, self._recipe, state, mode)
         results = evaluator.run(flat)
         return results, {} if mode is Mode.FROZEN else evaluator.new_ranges
 
@@ -134,20 +137,26 @@ class _Calls:
 
     function: Any
     recipe: Recipe
+    memory: Memory
     static: Any
     call: Call = dataclasses.field(compare=False)
 
 
-def planner_of(function: Any, call: Call, recipe: Recipe) -> CallPlanner:
+def evaluator_class(mode: Mode, memory: Memory) -> type[Evaluator]:
+    """Return what evaluates a plan in a mode."""
+    return SegmentedEvaluator if memory == "codes" and mode is Mode.TRAIN else Evaluator
+
+
+def planner_of(function: Any, call: Call, recipe: Recipe, memory: Memory) -> CallPlanner:
     """Return what plans and runs a call: the same for calls that differ in their arrays alone."""
-    key = _Calls(function, recipe, call.static, dataclasses.replace(call, flat=[]))
+    key = _Calls(function, recipe, memory, call.static, dataclasses.replace(call, flat=[]))
     try:
         hash(key)
     except TypeError:  # An argument, or an attribute of the module, has no hash.
-        return CallPlanner(function, call, recipe)
+        return CallPlanner(function, call, recipe, memory)
     return _kept(key)
 
 
 @functools.lru_cache(maxsize=KEPT)
 def _kept(key: _Calls) -> CallPlanner:
-    return CallPlanner(key.function, key.call, key.recipe)
+    return CallPlanner(key.function, key.call, key.recipe, key.memory)

@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 from flax.core import DenyList, unfreeze  # pyright: ignore[reportUnknownVariableType]
 
+from jaxqat.quant._interpret import Memory
 from jaxqat.quant._models.aqt_calls import linen_products
 from jaxqat.quant._models.bound import BoundModel, PureFunction
 from jaxqat.quant._models.stateless import Mutable, StatelessModel
@@ -56,10 +57,12 @@ class QuantizedModule(StatelessModel):
     Attributes:
         module: The module as it was given.
         recipe: How it is quantized.
+        memory: What training keeps for the backward pass (`jaxqat.quantize`).
     """
 
     module: nn.Module
     recipe: Recipe
+    memory: Memory = "values"
 
     def init(self, rngs: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Return the module's variables, without ranges: `calibrate` adds them from data.

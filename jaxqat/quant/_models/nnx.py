@@ -9,7 +9,7 @@ import jax
 from flax import nnx
 
 from jaxqat.errors import QuantizationError
-from jaxqat.quant._interpret import Mode
+from jaxqat.quant._interpret import Memory, Mode
 from jaxqat.quant._models.aqt_calls import nnx_products
 from jaxqat.quant._models.bound import BoundModel, QuantizedModel
 from jaxqat.quant._models.nnx_scopes import name_calls
@@ -41,6 +41,7 @@ class QuantizedNNX(QuantizedModel, nnx.Module):
     Attributes:
         module: A copy of the module that was given.
         recipe: How it is quantized.
+        memory: What training keeps for the backward pass (`jaxqat.quantize`).
         quant: Activation ranges, as nested dictionaries; empty before calibration.
         quant_params: Learned step sizes and bounds, likewise; empty if nothing is learned.
         use_running_average: Whether ranges are frozen; `train` and `eval` set it.
@@ -48,9 +49,9 @@ class QuantizedNNX(QuantizedModel, nnx.Module):
 
     state_arguments: ClassVar[int] = 0
 
-    def __init__(self, module: nnx.Module, recipe: Recipe):
+    def __init__(self, module: nnx.Module, recipe: Recipe, memory: Memory = "values"):
         self.module = nnx.clone(module)
-        self.recipe = recipe
+        self.recipe, self.memory = recipe, memory
         self.quant, self.quant_params = QuantState({}), QuantParam({})
         self.use_running_average = False
 

@@ -2,12 +2,13 @@
 """`jaxqat.quantize`: the quantized form of a model of any kind."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, get_args, overload
 
 import flax.linen as nn
 
 from jaxqat.errors import QuantizationError, RecipeError
 from jaxqat.quant._aqt import AqtConfiguration, from_aqt, is_configuration
+from jaxqat.quant._interpret import Memory
 from jaxqat.quant._models.bound import QuantizedModel
 from jaxqat.quant._models.linen import QuantizedModule
 from jaxqat.quant._models.stateless import QuantizedEquinox, QuantizedFunction
@@ -22,17 +23,22 @@ if TYPE_CHECKING:  # Importing flax.nnx imports optax.
 # A module is callable too; the first overload that fits gives the type.
 @overload
 def quantize(  # pyright: ignore[reportOverlappingOverload]
-    model: nn.Module, recipe: Recipe | str | AqtConfiguration = ...
+    model: nn.Module, recipe: Recipe | str | AqtConfiguration = ..., *, memory: Memory = ...
 ) -> QuantizedModule: ...
 @overload
 def quantize(
-    model: "nnx.Module", recipe: Recipe | str | AqtConfiguration = ...
+    model: "nnx.Module", recipe: Recipe | str | AqtConfiguration = ..., *, memory: Memory = ...
 ) -> "QuantizedNNX": ...
 @overload
 def quantize(
-    model: Callable[..., Any], recipe: Recipe | str | AqtConfiguration = ...
+    model: Callable[..., Any],
+    recipe: Recipe | str | AqtConfiguration = ...,
+    *,
+    memory: Memory = ...,
 ) -> QuantizedFunction: ...
-def quantize(model: Any, recipe: Recipe | str | AqtConfiguration = "int8") -> Any:
+def quantize(
+    model: Any, recipe: Recipe | str | AqtConfiguration = "int8", *, memory: Memory = "values"
+) -> Any:
     """Return a model whose convolutions and dense layers multiply int8 codes.
 
     The given model is not changed: its computation is traced when the quantized model is called,
@@ -43,6 +49,10 @@ def quantize(model: Any, recipe: Recipe | str | AqtConfiguration = "int8") -> An
             (params, *inputs).
         recipe: A `Recipe`, the name of a preset (`Recipe.preset`), or an AQT configuration
             (`aqt.from_aqt`).
+        memory: What a training step keeps of quantized tensors for its backward pass: 'values',
+            as in float, or 'codes', a quarter of it. With 'codes' the operations between quantized
+            tensors are computed again in the backward pass; the gradients are the same. It takes
+            effect where the compiler schedules by memory, on GPUs and TPUs.
 
     Returns:
         For a Linen module, an object with Linen's `init` and `apply` (`QuantizedModule`). For an
@@ -51,11 +61,14 @@ def quantize(model: Any, recipe: Recipe | str | AqtConfiguration = "int8") -> An
         (`QuantizedEquinox`): its inputs are batches, over which the module is mapped.
 
     Raises:
-        QuantizationError: The model is none of these, or quantized already.
+        QuantizationError: The model is none of these, or quantized already; or there is no such
+            `memory`.
         RecipeError: The recipe is none of these, or the AQT configuration has fields without an
             equivalent.
     """
     recipe = as_recipe(recipe)
+    if memory not in get_args(Memory):
+        raise QuantizationError(f"memory must be 'values' or 'codes', got {memory!r}.")
     if isinstance(model, QuantizedModel):
         raise QuantizationError(
             f"{type(model).__name__} is quantized already; pass the model that it was made from."
@@ -63,15 +76,15 @@ def quantize(model: Any, recipe: Recipe | str | AqtConfiguration = "int8") -> An
     if isinstance(model, type):  # The metaclasses of NNX and Equinox would pass for modules.
         raise _no_model(model)
     if isinstance(model, nn.Module):
-        return QuantizedModule(model, recipe)
+        return QuantizedModule(model, recipe, memory)
     if _is_of("flax.nnx", model):
         from jaxqat.quant._models.nnx import QuantizedNNX
 
-        return QuantizedNNX(model, recipe)
+        return QuantizedNNX(model, recipe, memory)
     if _is_of("equinox", model) and callable(model):
-        return QuantizedEquinox(model, recipe)
+        return QuantizedEquinox(model, recipe, memory)
     if callable(model):
-        return QuantizedFunction(model, recipe)
+        return QuantizedFunction(model, recipe, memory)
     raise _no_model(model)
 
 

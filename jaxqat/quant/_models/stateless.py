@@ -10,7 +10,7 @@ from flax.core import DenyList
 from flax.core.scope import in_filter
 
 from jaxqat.errors import QuantizationError
-from jaxqat.quant._interpret import Mode
+from jaxqat.quant._interpret import Memory, Mode
 from jaxqat.quant._models.bound import BoundModel, PureFunction, QuantizedModel
 from jaxqat.quant._models.checks import check_mutable
 from jaxqat.quant._models.state import QUANT, QUANT_PARAMS
@@ -25,9 +25,11 @@ class StatelessModel(QuantizedModel):
 
     Attributes:
         recipe: How the model is quantized.
+        memory: What training keeps for the backward pass (`jaxqat.quantize`).
     """
 
     recipe: Recipe
+    memory: Memory
 
     state_arguments: ClassVar[int] = 1
 
@@ -144,10 +146,12 @@ class QuantizedFunction(StatelessModel):
     Attributes:
         function: The function as it was given.
         recipe: How it is quantized.
+        memory: What training keeps for the backward pass (`jaxqat.quantize`).
     """
 
     function: Callable[..., Any]
     recipe: Recipe
+    memory: Memory = "values"
 
     def _function(self, mutable: Mutable) -> PureFunction:
         del mutable  # A function has no collections of its own.
@@ -181,9 +185,9 @@ class QuantizedEquinox(QuantizedFunction):
         recipe: How it is quantized.
     """
 
-    def __init__(self, module: Any, recipe: Recipe):
+    def __init__(self, module: Any, recipe: Recipe, memory: Memory = "values"):
         # The layers of Equinox work on single examples.
-        super().__init__(_mapped, recipe)
+        super().__init__(_mapped, recipe, memory)
         object.__setattr__(self, "module", module)
 
     module: Any
