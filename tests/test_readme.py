@@ -69,6 +69,17 @@ def test_every_row_of_the_results_table_has_a_results_file():
     assert expected
 
 
+@pytest.mark.parametrize("path", RESULTS, ids=lambda p: p.parent.name)
+def test_the_report_beside_the_results_shows_their_scores(path):
+    page, results = (path.parent / "report.html").read_text(), json.loads(path.read_text())
+    assert f"]({path.relative_to(ROOT).parent}/report.html)" in README
+    for stage in ("fp32", "qat", "integer"):
+        scores = (results[stage]["test"][key] for key in ("accuracy", "precision", "recall", "f1"))
+        row = "".join(rf"<td[^>]*>{100 * score:.2f}</td>\s*" for score in scores)
+        assert re.search(row, page), stage
+    assert len(page) < 1e6
+
+
 def row_of_bits(results):
     """Return the row of a network in the README's table of bits."""
     inner = [layer for layer in results["layers"] if "stage" in layer["path"]]

@@ -15,7 +15,7 @@ from jaxqat.pipeline.evaluation import find_split
 from jaxqat.pipeline.measurements import RunAnalysis, SplitName
 from jaxqat.pipeline.networks import matmul_precision
 from jaxqat.pipeline.post_training import restore_quantized
-from jaxqat.pipeline.report import write_analysis
+from jaxqat.pipeline.report import write_analysis, write_report
 from jaxqat.pipeline.run.folder import RunFolder
 from jaxqat.pipeline.run.results import describe_run
 from jaxqat.pipeline.terminal import say
@@ -36,8 +36,8 @@ def analyze(
 ) -> RunAnalysis:
     """Find the layers where the quantized network loses accuracy.
 
-    Writes RUN/analysis.json and RUN/analysis.html. Each batch runs twice per layer: with this layer
-    quantized alone, and with all layers quantized but this one.
+    Writes RUN/analysis.json and RUN/analysis.html, to which the report links. Each batch runs twice
+    per layer: with this layer quantized alone, and with all layers quantized but this one.
 
     Args:
         run: Run folder.
@@ -61,7 +61,7 @@ def analyze(
         DataError: The data is missing, damaged or differs from the run's.
         CheckpointError: The checkpoint is damaged.
         QuantizationError: The recipe quantizes no layer, or the network's result is not finite.
-        ReportError: The page cannot be written.
+        ReportError: A page cannot be written.
     """
     if images < 1:
         raise InputError(f"--images must be 1 or more, got {images!r}.")
@@ -99,5 +99,7 @@ def analyze(
         print_json(result)
     folder.write_analysis(result)
     page = write_analysis(folder.path, result)
+    if folder.report.is_file():
+        write_report(folder.path)  # It links to the page.
     say(f"analysis: {page}", console)
     return result

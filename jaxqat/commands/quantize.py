@@ -9,7 +9,7 @@ from rich.console import Console
 from jaxqat.pipeline.config import Experiment
 from jaxqat.pipeline.data import DataError, Dataset, load_dataset
 from jaxqat.pipeline.display import print_results
-from jaxqat.pipeline.evaluation import Predictor, measure
+from jaxqat.pipeline.evaluation import Measured, Predictor, measure
 from jaxqat.pipeline.integer_networks import check_network, recipe_name, save_ptq
 from jaxqat.pipeline.networks import Networks, matmul_precision
 from jaxqat.pipeline.post_training import (
@@ -84,16 +84,20 @@ def quantize(
             say(f"PTQ ({name}): this replaces the earlier network in {folder.ptq / name}", console)
         warn_unconverged(networks, fp32, console)
         model = calibrated(networks, fp32)
-        graph, ptq, speed = convert_and_test(networks, model, stop, name=name)
+        graph, ptq, speed, logits = convert_and_test(networks, model, stop, name=name)
         say(f"PTQ ({name}): verifying every code on the test split", console)
         verification = verification_result(check_network(networks, model, graph, stop, console))
         ptq = dataclasses.replace(ptq, verify=verification)
-        results = folder.find_results()
+        results, tested = folder.find_results(), None
         if results is None or results.qat is None:
-            results = _float_results(networks, folder, model, command)
+            tested = _test_float(networks, model)
+            results = float_results(networks, folder, model, tested, command)
         stop.raise_if_set()
         save_ptq(folder, graph)
         results = results.with_ptq(name, ptq, speed)
+        if tested is not None:  # Otherwise the report shows the images of QAT's network.
+            by_key = {"fp32": tested.logits, f"ptq_{name}": logits}
+            write_test_samples(folder, dataset, results, by_key)
         folder.write_results(results)
         report = write_report(folder.path)
     print_results(results, console)
@@ -114,15 +118,11 @@ def _check_batches(experiment: Experiment, dataset: Dataset, batches: int | None
     return batches
 
 
-def _float_results(
-    networks: Networks, folder: RunFolder, model: Model, command: str | None
-) -> Results:
-    """Return the results after the FP32 stage, with the layers of the calibrated network."""
+def _test_float(networks: Networks, model: Model) -> Measured:
+    """Test the FP32 network that a calibrated network was made from."""
     dataset, of_float = networks.dataset, {"params", *networks.shapes("fp32")[1]}
     variables = {name: value for name, value in model.tree().items() if name in of_float}
     predictor = Predictor.of_stage(networks, "fp32")
-    measured = measure(
+    return measure(
         lambda split: predictor.logits(split, variables), dataset.test, dataset.class_names
     )
-    write_test_samples(folder, dataset)
-    return float_results(networks, folder, model, measured, command)

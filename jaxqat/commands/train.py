@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 
 from jaxqat.errors import ConversionError
@@ -196,11 +197,12 @@ def _run(
     results = float_results(networks, folder, qat, measured["fp32"], command)
     recipe = networks.experiment.quant
     results = results.with_network("qat", *stage_result(folder, "qat", measured["qat"], recipe))
-    results = _add_integer(results, networks, folder, qat, stop, console)
+    logits = {stage: found.logits for stage, found in measured.items()}
+    results = _add_integer(results, networks, folder, qat, logits, stop, console)
     stop.raise_if_set()
     if results.integer is not None:
         results = _add_ptq(results, before, networks, folder, start, stop, console)
-    write_test_samples(folder, networks.dataset)
+    write_test_samples(folder, networks.dataset, results, logits)
     folder.write_results(results)
     write_report(folder.path)
     return results
@@ -211,10 +213,11 @@ def _add_integer(
     networks: Networks,
     folder: RunFolder,
     qat: Model,
+    logits: dict[str, np.ndarray],
     stop: StopRequest,
     console: Console,
 ) -> Results:
-    """Convert the network of QAT, test and verify it, and add it to the results."""
+    """Convert the network of QAT, test and verify it; add it to the results and its logits."""
     say("QAT: converting, testing and verifying the integer network", console)
     try:
         graph = make_network(networks, folder, qat)
@@ -223,6 +226,7 @@ def _add_integer(
         return dataclasses.replace(results, conversion_error=str(error))
     stop.raise_if_set()
     measured = measure_network(networks, graph)
+    logits["integer"] = measured.logits
     stop.raise_if_set()
     integer = IntegerResult(
         test=measured.scores,
@@ -257,7 +261,7 @@ def _add_ptq(
         return results
     say("PTQ: converting and testing the calibrated FP32 network", console)
     try:
-        graph, ptq, speed = convert_and_test(networks, start(), stop, name=name)
+        graph, ptq, speed, _ = convert_and_test(networks, start(), stop, name=name)
     except ConversionError as error:
         warn(f"this run has no integer network of post-training quantization. {error}", console)
         return results

@@ -18,10 +18,11 @@ Logits = Callable[[Split], np.ndarray]
 
 
 class Measured(NamedTuple):
-    """Scores of a network on a split, and images per second."""
+    """Scores of a network on a split, images per second, and the logits of every image."""
 
     scores: Scores
     images_per_s: float
+    logits: np.ndarray
 
 
 class Predictor:
@@ -55,13 +56,13 @@ class Predictor:
 
 
 def measure(logits: Logits, split: Split, class_names: tuple[str, ...]) -> Measured:
-    """Return scores over a split and images per second, without the time of compilation."""
+    """Return scores and logits over a split, and its speed without the time of compilation."""
     logits(split.take(np.arange(1)))
     start = time.perf_counter()
     values = logits(split)
     seconds = time.perf_counter() - start
     scores = classification_metrics(split.labels, values, class_names)
-    return Measured(scores, len(split) / seconds)
+    return Measured(scores, len(split) / seconds, values)
 
 
 def find_split(dataset: Dataset, name: str) -> Split:

@@ -7,8 +7,9 @@ own recipe, but does not verify the network, which would take longer than the re
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 from rich.console import Console
 
 from jaxqat.errors import RecipeError
@@ -65,9 +66,18 @@ def check_static(recipe: Recipe, name: str) -> None:
         )
 
 
+class Converted(NamedTuple):
+    """An integer network of PTQ, its scores and speed, and its logits of the test images."""
+
+    graph: IntegerGraph
+    result: PtqResult
+    speed: Speed
+    logits: np.ndarray
+
+
 def convert_and_test(
     networks: Networks, model: Model, stop: StopRequest, *, name: str
-) -> tuple[IntegerGraph, PtqResult, Speed]:
+) -> Converted:
     """Convert a calibrated network and test it.
 
     Args:
@@ -97,7 +107,8 @@ def convert_and_test(
         recipe=configs.to_dict(networks.experiment)["quant"],
         size_bytes=graph.size_bytes(),
     )
-    return graph, result, Speed(evaluate_images_per_s=measured.images_per_s)
+    speed = Speed(evaluate_images_per_s=measured.images_per_s)
+    return Converted(graph, result, speed, measured.logits)
 
 
 def experiment_of(experiment: Experiment, graph: IntegerGraph) -> Experiment:
