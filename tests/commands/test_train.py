@@ -11,6 +11,7 @@ import pytest
 import tiny_run
 from tiny_run import STEPS, STEPS_PER_EPOCH, files, signal_at, tiny
 
+from jaxqat import load, make_executor
 from jaxqat.commands import evaluate, report, train
 from jaxqat.errors import RecipeError
 from jaxqat.pipeline import compilation_choice
@@ -19,6 +20,7 @@ from jaxqat.pipeline.config import config_hash
 from jaxqat.pipeline.data import DataError, load_dataset
 from jaxqat.pipeline.evaluation import Predictor
 from jaxqat.pipeline.measurements import Evaluation
+from jaxqat.pipeline.report.samples import read_samples
 from jaxqat.pipeline.results import read, to_json
 from jaxqat.pipeline.run.folder import RunFolder, RunFolderError
 from jaxqat.pipeline.training import DivergedError, Stopped
@@ -56,6 +58,25 @@ def test_a_run_says_first_what_it_will_do(finished):
         "fp32: 2 epochs of 6 steps of 16 images, 12 steps in all",
         "qat: 2 epochs of 6 steps of 16 images, 12 steps in all",
     ]
+
+
+def test_the_images_of_the_report_have_the_predictions_of_both_networks(finished):
+    samples, results = read_samples(finished), RunFolder(finished).read_results()
+    assert samples is not None
+    assert samples.networks == ("FP32", "QAT W8A8, integer")
+    logits = np.asarray(make_executor(load(finished / "integer"))(samples.images), np.float64)
+    np.testing.assert_array_equal(samples.predicted[1], logits.argmax(-1))
+    shares = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    np.testing.assert_allclose(samples.probabilities[1], shares.max(-1), rtol=1e-6)
+    assert results.integer is not None
+    right, real = (
+        np.trace(test.confusion_matrix) for test in (results.integer.test, results.fp32.test)
+    )
+    images, changed, errors = samples.totals
+    assert (images, errors) == (40, 40 - right)
+    assert changed >= abs(right - real)
+    assert (samples.predicted[0] != samples.predicted[1])[samples.changed].all()
+    assert (samples.predicted[1] != samples.labels)[samples.errors].all()
 
 
 def test_a_finished_run_has_its_files_and_results(finished):

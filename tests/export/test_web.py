@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -139,14 +140,15 @@ def page(graph, tmp_path_factory) -> Iterator[tuple[Tab, Path, np.ndarray]]:
         yield tab, files, images
 
 
-def results(tab: Tab, count: int) -> list[dict]:
-    """Return name, logits and first class of the newest results, in the order of their names."""
+def results(tab: Tab, count: int, *, keep: bool = False) -> list[dict]:
+    """Return name, logits and first class of all results, sorted by name; then remove them."""
     tab.wait(f"document.querySelectorAll('#results .name').length >= {count}")
     found = tab.evaluate(
         "[...document.querySelectorAll('#results li')].map(e => ({logits: e.logits, "
         "name: e.querySelector('.name').textContent, first: e.querySelector('span').textContent}))"
     )
-    tab.evaluate("document.getElementById('results').replaceChildren()")
+    if not keep:
+        tab.evaluate("document.getElementById('results').replaceChildren()")
     return sorted(found, key=lambda each: each["name"])
 
 
@@ -172,6 +174,28 @@ def test_the_browser_computes_the_logits_that_python_computes(page, graph):
     # Sums of at most 3 * 3 * 32 products in another order, through a few layers.
     np.testing.assert_allclose(shown, real, atol=1e-4 * np.abs(real).max())
     assert tab.problems == []
+
+
+def test_the_readmes_lines_compute_the_class_in_the_browser(page, graph):
+    tab, _, images = page
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    (code,) = re.findall(r"^```js\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
+    height, width, _ = graph.input_shape
+    # In a function, modules are imported by a call; the example's canvas has 32 x 32 pixels.
+    for before, after in (
+        (f'import * as ort from "{CDN}/ort.wasm.min.mjs"', "const ort = await import(RUNTIME)"),
+        ("RUNTIME", "new URL('./onnxruntime-web/ort.wasm.min.mjs', location.href).href"),
+        ('"network.onnx"', '"integer.onnx"'),
+        ("0, 0, 32, 32", f"0, 0, {width}, {height}"),
+        ("console.log(", "return ("),
+    ):
+        assert before in code
+        code = code.replace(before, after)
+    tab.evaluate("document.querySelector('#examples button').click()")
+    results(tab, 1, keep=True)
+    best = int(np.asarray(jaxqat.make_executor(graph)(images[:1])).argmax())
+    assert tab.evaluate(f"(async () => {{ {code} }})()") == best
+    tab.evaluate("document.getElementById('results').replaceChildren()")
 
 
 def test_an_example_is_classified_by_a_click(page, graph):
@@ -201,6 +225,16 @@ def test_a_larger_image_is_scaled_and_cropped_in_the_middle(page, graph, tmp_pat
     seen = np.array(shown).reshape(height, width, 4)[1:-1, 1:-1, :3]
     # The browser's filter may reach into neighbours; a shifted crop would differ by far more.
     assert np.abs(seen - images[0][1:-1, 1:-1].astype(int)).mean() < 4
+
+
+def test_a_page_that_is_opened_as_a_file_says_what_to_do(tmp_path, graph):
+    if find_chromium() is None:
+        pytest.skip("there is no Chromium here")
+    export_web(graph, tmp_path, overwrite=True)
+    with chromium() as tab:
+        tab.open((tmp_path / "index.html").as_uri())
+        shown = tab.evaluate("document.getElementById('status').textContent")
+    assert "python -m http.server" in shown
 
 
 def test_a_file_that_is_no_image_is_named(page, tmp_path):
