@@ -79,6 +79,31 @@ def test_the_images_of_the_report_have_the_predictions_of_both_networks(finished
     assert (samples.predicted[1] != samples.labels)[samples.errors].all()
 
 
+@pytest.mark.parametrize("stage", ["integer", "ptq"])
+def test_the_images_of_a_report_are_classified_again_on_request(
+    finished, tmp_path, small_network, console, monkeypatch, stage
+):
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    monkeypatch.setattr(report, "write_report", lambda path: path)  # Saves seconds.
+    before = (run / "report_data.npz").read_bytes()
+    (run / "report_data.npz").unlink()
+    if stage == "ptq":
+        results = RunFolder(run).read_results()
+        bare = dataclasses.replace(results, qat=None, integer=None, verify=None)
+        RunFolder(run).write_results(bare)
+    report.report(run, console=console)
+    assert not (run / "report_data.npz").exists()
+    report.report(run, predict=True, console=console)
+    samples = read_samples(run)
+    assert samples is not None
+    if stage == "integer":
+        assert (run / "report_data.npz").read_bytes() == before
+    else:
+        assert samples.networks == ("FP32", "PTQ W8A8 (int8), integer")
+        logits = make_executor(load(run / "ptq" / "int8"))(samples.images)
+        np.testing.assert_array_equal(samples.predicted[1], np.argmax(logits, -1))
+
+
 def test_a_finished_run_has_its_files_and_results(finished):
     assert {p.name for p in finished.iterdir()} == {
         "checkpoints",
