@@ -24,7 +24,7 @@ from jaxqat.integer.graph import IntegerGraph
 PAGE = "index.html"
 _FILES = ("page.js", "style.css", PAGE)  # The page last: without it there is nothing to open.
 PACKAGE = "onnxruntime-web"
-VERSION = "1.24.3"  # The version that was tested.
+VERSION = "1.30.0"  # The version that was tested.
 CDN = f"https://cdn.jsdelivr.net/npm/{PACKAGE}@{VERSION}/dist"
 MODULE = "ort.wasm.min.mjs"
 _RUNTIME = (MODULE, "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
