@@ -50,11 +50,15 @@ class Description:
         rows += [_cells(layer) for layer in self.layers]
         macs = sum(row.layer.macs for row in self.layers)
         size = sum(row.weight_bytes for row in self.layers)
-        in_integers = sum(row.layer.macs for row in self.layers if row.layer.float_reason is None)
+        quantized = [row for row in self.layers if row.layer.float_reason is None]
+        integer_macs = sum(row.layer.macs for row in quantized)
+        integer_size = sum(row.weight_bytes for row in quantized)
         rows.append(("total", "", "", "", "", "", f"{macs:,}", f"{size:,}"))
         lines = list(aligned(rows, texts=6))
         if macs:
-            lines.append(f"{100 * in_integers / macs:.1f} % of the MACs multiply integers")
+            lines.append(f"{100 * integer_macs / macs:.1f} % of the MACs multiply integers")
+        if size:
+            lines.append(f"{100 * integer_size / size:.1f} % of the weights' bytes are codes")
         for row in self.layers:
             if row.layer.float_reason is not None:
                 lines.append(f"in float: {row.layer.path}: {row.layer.float_reason}")

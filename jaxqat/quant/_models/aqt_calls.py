@@ -29,8 +29,11 @@ _PRODUCTS = {
     "conv_general_dilated": jax.lax.conv_general_dilated,
 }
 
-_Found = dict[str, list[Any]]  # AQT's configurations by path of the layer.
-_FOUND: contextvars.ContextVar[_Found | None] = contextvars.ContextVar("found", default=None)
+Configurations = dict[str, list[Any]]  # AQT's, by path of the layer.
+
+_FOUND: contextvars.ContextVar[Configurations | None] = contextvars.ContextVar(
+    "found", default=None
+)
 
 
 class QuantizedProduct:
@@ -38,9 +41,9 @@ class QuantizedProduct:
 
 
 @contextlib.contextmanager
-def collected() -> Generator[_Found]:
+def collected() -> Generator[Configurations]:
     """Collect the configurations of a model traced inside the block, by path of the layer."""
-    found: _Found = {}
+    found: Configurations = {}
     token = _FOUND.set(found)
     try:
         yield found
@@ -48,7 +51,7 @@ def collected() -> Generator[_Found]:
         _FOUND.reset(token)
 
 
-def with_rules(recipe: Recipe, found: _Found) -> Recipe:
+def with_rules(recipe: Recipe, found: Configurations) -> Recipe:
     """Return a recipe with a rule for each layer that has a configuration of AQT's.
 
     The recipe's own rules come first.

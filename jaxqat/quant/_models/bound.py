@@ -14,8 +14,8 @@ import jax
 
 from jaxqat.errors import QuantizationError
 from jaxqat.quant._interpret import Evaluator, Mode, Switches
-from jaxqat.quant._models.aqt_calls import collected, with_rules
-from jaxqat.quant._models.checks import check_input_types, check_seen
+from jaxqat.quant._models.checks import check_seen
+from jaxqat.quant._models.compiled import PlannedCall, planner_of
 from jaxqat.quant._models.state import (
     QUANT,
     QUANT_PARAMS,
@@ -25,9 +25,7 @@ from jaxqat.quant._models.state import (
 )
 from jaxqat.quant._numerics.ranges import Range
 from jaxqat.quant._plan.plan import LEARNED, LayerInfo, Plan, by_call
-from jaxqat.quant._plan.planner import make_plan
 from jaxqat.quant._trace.arguments import Call, Key, split_arrays
-from jaxqat.quant._trace.program import trace
 from jaxqat.quant.recipe import Recipe
 
 # (params, other collections, args, kwargs) -> (result, updates of the other collections)
@@ -138,7 +136,7 @@ class BoundModel(QuantizedModel):
 
     def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
         """Return the model's result, computed on integers with frozen ranges."""
-        (result, _), _ = self.bind(**kwargs).evaluate(inputs, Mode.FROZEN)
+        (result, _), _ = self.bind(**kwargs).run(inputs, Mode.FROZEN)
         return result
 
     def bind(self, *state: Any, **kwargs: Any) -> "BoundModel":
@@ -157,7 +155,7 @@ class BoundModel(QuantizedModel):
             QuantizationError: The values of a tensor are not finite.
         """
         bound = self if self.state else self.with_empty_ranges(*inputs)
-        ranges = bound.evaluate(inputs, Mode.CALIBRATE)[1].new_ranges
+        _, ranges = bound.run(inputs, Mode.CALIBRATE)
         check_finite(ranges)
         return bound.with_state(ranges)
 
@@ -200,19 +198,40 @@ class BoundModel(QuantizedModel):
                 another number of calls of a layer; frozen ranges have seen no data; or a layer
                 reads uint8 images as they are.
         """
-        call = self._call(inputs)
-        plan, structure = self._plan(call)
-        state = self.state
-        if mode is not Mode.CALIBRATE:
-            _check_state(plan, self.variables, state)
-        if mode is Mode.FROZEN:
-            check_seen(plan, state)
-        _check_calls(plan, state)
+        call, state = self._call(inputs), self.state
+        plan, structure = self._checked_call(call, state, mode)
         evaluator = Evaluator(plan, self.recipe, state, mode, switches)
         returned = jax.tree.unflatten(structure, evaluator.run(call.flat))
         leaves: Any = jax.tree_util.tree_flatten_with_path(returned)[0]
         evaluator.paths = [path for path, _ in leaves]
         return returned, evaluator
+
+    def run(self, inputs: tuple[Any, ...], mode: Mode) -> tuple[Any, dict[Key, Range]]:
+        """Run the model in a mode, as one compiled program unless JAX traces the call.
+
+        Returns:
+            The pair of result and updated collections; the ranges after the call, if they move.
+
+        Raises:
+            QuantizationError: As for `evaluate`.
+        """
+        call, state = self._call(inputs), self.state
+        planner = planner_of(self.function, call, self.recipe)
+        self._checked_call(call, state, mode)
+        result = planner.run(call.flat, state, mode)
+        if result is None:
+            returned, evaluator = self.evaluate(inputs, mode)
+            return returned, evaluator.new_ranges
+        return result
+
+    def _checked_call(self, call: Call, state: Mapping[Key, Range], mode: Mode) -> PlannedCall:
+        planned = planner_of(self.function, call, self.recipe).planned(call.flat)
+        if mode is not Mode.CALIBRATE:
+            _check_state(planned.plan, self.variables, state)
+        if mode is Mode.FROZEN:
+            check_seen(planned.plan, state)
+        _check_calls(planned.plan, state)
+        return planned
 
     def checked_plan(self, inputs: tuple[Any, ...]) -> Plan:
         """Return the plan for a call; every rule of the recipe must match something.
@@ -220,7 +239,8 @@ class BoundModel(QuantizedModel):
         Raises:
             RecipeError: A rule of the recipe matches no layer.
         """
-        plan, _ = self._plan(self._call(inputs))
+        call = self._call(inputs)
+        plan = planner_of(self.function, call, self.recipe).planned(call.flat).plan
         plan.check_rules(self.recipe)
         return plan
 
@@ -234,18 +254,6 @@ class BoundModel(QuantizedModel):
         params = given.pop("params", {})
         others = {k: v for k, v in given.items() if k not in (QUANT, QUANT_PARAMS)}
         return Call.of(params, others, (inputs, dict(self.kwargs)))
-
-    def _plan(self, call: Call) -> tuple[Plan, Any]:
-        def flat_function(*flat: Any) -> Any:
-            params, others, (args, kwargs) = call.rebuild(list(flat))
-            return self.function(params, others, args, kwargs)
-
-        with collected() as found:
-            program, structure = trace(flat_function, call.flat)
-        recipe = with_rules(self.recipe, found)
-        plan = make_plan(program, call.names, call.kinds, recipe)
-        check_input_types(plan)
-        return plan, structure
 
 
 def _check_state(plan: Plan, variables: Mapping[str, Any], state: Mapping[Key, Range]) -> None:

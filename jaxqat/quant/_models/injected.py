@@ -12,7 +12,7 @@ with its parameters.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import flax.linen as nn
 import jax
@@ -30,7 +30,39 @@ from jaxqat.quant._numerics.ranges import Range, empty_range
 from jaxqat.quant._plan.plan import LEARNED
 from jaxqat.quant.recipe import SETTINGS, Recipe
 
-ProductFunction = Callable[[Any, Any], Any]
+
+@dataclasses.dataclass(frozen=True)
+class ProductFunction:
+    """A product as a layer asks for it; equal for equal arguments.
+
+    Attributes:
+        operation: Its name in `jax.lax`.
+        args: What the layer passes behind the operands.
+        kwargs: Likewise, by name.
+    """
+
+    operation: str
+    args: tuple[Any, ...]
+    kwargs: tuple[tuple[str, Any], ...]
+
+    @classmethod
+    def of(cls, operation: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Self:
+        """Take the arguments of a call."""
+        return cls(operation, args, tuple(kwargs.items()))
+
+    def __call__(self, x: Any, weights: Any) -> Any:
+        return getattr(jax.lax, self.operation)(x, weights, *self.args, **dict(self.kwargs))
+
+
+@dataclasses.dataclass(frozen=True)
+class _OfLayer:
+    """A product as a function of the parameters of a model with one layer, and its input."""
+
+    product: ProductFunction
+    path: str
+
+    def __call__(self, params: Any, x: Any) -> Any:
+        return self.product(x, params[self.path]["weights"])
 
 
 def dot_general_cls(recipe: Recipe | str = "int8") -> Callable[[], nn.Module]:
@@ -78,10 +110,7 @@ class _Injected(nn.Module, QuantizedProduct):
     @nn.compact
     def __call__(self, lhs: Any, rhs: Any, *args: Any, **kwargs: Any) -> Any:
         """Return the product; the arguments are those of the operation."""
-
-        def product(x: Any, weights: Any) -> Any:
-            return getattr(jax.lax, self.operation)(x, weights, *args, **kwargs)
-
+        product = ProductFunction.of(self.operation, args, kwargs)
         return _of_linen(self, self.recipe, self.kind, product, lhs, rhs)
 
 
@@ -170,17 +199,13 @@ def evaluate(
         moves: Whether the range moves.
         path: The layer, which seeds stochastic rounding.
     """
-
-    def layer(params: Any, x: Any) -> Any:
-        return product(x, params[path]["weights"])
-
     key = (path, "input")
-    model = QuantizedFunction(layer, recipe)
+    model = QuantizedFunction(_OfLayer(product, path), recipe)
     ranges = {} if state is None else state_collections({key: state})
     bound = model.bind({"params": {path: {"weights": weights}}, **ranges})
     mode = Mode.TRAIN if moves else Mode.FROZEN
-    (result, _), evaluator = bound.evaluate((x,), mode)
-    return result, evaluator.new_ranges.get(key, {})
+    (result, _), after = bound.run((x,), mode)
+    return result, after.get(key, {})
 
 
 def checked_recipe(recipe: Recipe | str) -> Recipe:

@@ -3,7 +3,6 @@
 
 from typing import Any
 
-import jax
 from flax import nnx
 
 from jaxqat.errors import RecipeError
@@ -82,9 +81,8 @@ class NNXDotGeneral(_InjectedNnx):
 
     def __call__(self, lhs: Any, rhs: Any, *args: Any, **kwargs: Any) -> Any:
         """Return the product; the arguments are those of `jax.lax.dot_general`."""
-        return self._multiply(
-            lambda x, weights: jax.lax.dot_general(x, weights, *args, **kwargs), lhs, rhs
-        )
+        product = ProductFunction.of("dot_general", args, kwargs)
+        return self._multiply(product, lhs, rhs)
 
 
 class NNXConvGeneralDilated(_InjectedNnx):
@@ -98,6 +96,5 @@ class NNXConvGeneralDilated(_InjectedNnx):
 
     def __call__(self, lhs: Any, rhs: Any, *args: Any, **kwargs: Any) -> Any:
         """Return the product; the arguments are those of `jax.lax.conv_general_dilated`."""
-        return self._multiply(
-            lambda x, weights: jax.lax.conv_general_dilated(x, weights, *args, **kwargs), lhs, rhs
-        )
+        product = ProductFunction.of("conv_general_dilated", args, kwargs)
+        return self._multiply(product, lhs, rhs)

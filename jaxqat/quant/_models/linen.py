@@ -114,16 +114,24 @@ class QuantizedModule(StatelessModel):
         return super().bind(*state, **kwargs)
 
     def _function(self, mutable: Mutable) -> PureFunction:
-        def function(
-            params: Any, others: Mapping[str, Any], args: Any, kwargs: Any
-        ) -> tuple[Any, Any]:
-            variables = {"params": params, **others}
-            with linen_products(), cpu.form(active=False):
-                result = self.module.apply(variables, *args, mutable=mutable, **kwargs)
-            # Linen returns a pair for every `mutable` but False.
-            return (result, {}) if mutable is False else result
+        return _Apply(self.module, mutable)
 
-        return function
+
+@dataclasses.dataclass(frozen=True)
+class _Apply:
+    """Linen's `apply` as a `PureFunction`; equal for equal modules."""
+
+    module: nn.Module
+    mutable: Mutable
+
+    def __call__(
+        self, params: Any, others: Mapping[str, Any], args: Any, kwargs: Any
+    ) -> tuple[Any, Any]:
+        variables = {"params": params, **others}
+        with linen_products(), cpu.form(active=False):
+            result = self.module.apply(variables, *args, mutable=self.mutable, **kwargs)
+        # Linen returns a pair for every `mutable` but False.
+        return (result, {}) if self.mutable is False else result
 
 
 def _line(info: LayerInfo) -> str:

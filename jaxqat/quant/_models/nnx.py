@@ -1,6 +1,7 @@
 # pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 """Quantized NNX modules, which are NNX modules themselves."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -60,10 +61,10 @@ class QuantizedNNX(QuantizedModel, nnx.Module):
             QuantizationError: The module was not calibrated.
         """
         mode = Mode.FROZEN if self.use_running_average else Mode.TRAIN
-        (result, updates), evaluator = self._bound(kwargs, stateful=True).evaluate(args, mode)
+        (result, updates), ranges = self._bound(kwargs, stateful=True).run(args, mode)
         nnx.update(self.module, updates)
         if mode is Mode.TRAIN:  # `quant_params` are the optimizer's.
-            self.quant.set_value(state_collections(evaluator.new_ranges)[QUANT])
+            self.quant.set_value(state_collections(ranges)[QUANT])
         return result
 
     def calibrate(self, *args: Any, **kwargs: Any) -> None:
@@ -106,16 +107,7 @@ class QuantizedNNX(QuantizedModel, nnx.Module):
             stateful: Whether the function returns the module's state after the call.
         """
         graph, params, others = nnx.split(self.module, nnx.Param, ...)
-
-        def function(values: Any, others: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
-            given = jax.tree.map(_same, params)  # A copy: the next line changes it.
-            nnx.replace_by_pure_dict(given, values)
-            module = nnx.merge(graph, given, others["state"])
-            nnx_products(module)
-            name_calls(module)
-            result = module(*args, **kwargs)
-            return result, nnx.state(module, nnx.Not(nnx.Param)) if stateful else {}
-
+        function = _Merged(graph, jax.tree.structure(params), stateful)
         learned = self.quant_params.get_value()
         if isinstance(learned, nnx.State):  # As an optimizer leaves it.
             learned = nnx.to_pure_dict(learned)
@@ -128,5 +120,27 @@ class QuantizedNNX(QuantizedModel, nnx.Module):
         return BoundModel(self, variables, kwargs, self.recipe, function)
 
 
-def _same(leaf: Any) -> Any:
-    return leaf
+@dataclasses.dataclass(frozen=True)
+class _Merged:
+    """The call of an NNX module as a `PureFunction`; equal for equal modules.
+
+    Attributes:
+        graph: The module without its arrays.
+        params: Structure of its parameters.
+        stateful: Whether the module's state after the call is returned.
+    """
+
+    graph: Any
+    params: Any
+    stateful: bool
+
+    def __call__(
+        self, params: Any, others: Mapping[str, Any], args: Any, kwargs: Any
+    ) -> tuple[Any, Any]:
+        given = jax.tree.unflatten(self.params, [None] * self.params.num_leaves)
+        nnx.replace_by_pure_dict(given, params)
+        module = nnx.merge(self.graph, given, others["state"])
+        nnx_products(module)
+        name_calls(module)
+        result = module(*args, **kwargs)
+        return result, nnx.state(module, nnx.Not(nnx.Param)) if self.stateful else {}

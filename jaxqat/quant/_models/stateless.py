@@ -75,11 +75,11 @@ class StatelessModel(QuantizedModel):
             check_mutable(mutable, cast("Mapping[str, Any]", variables))
         bound = self._bound(variables, kwargs, mutable=_of_model(mutable))
         mode = Mode.TRAIN if moves else Mode.FROZEN
-        (result, updates), evaluator = bound.evaluate(inputs, mode)
+        (result, updates), ranges = bound.run(inputs, mode)
         if mutable is False:
             return result
         if moves:
-            moved = bound.with_state(evaluator.new_ranges).variables
+            moved = bound.with_state(ranges).variables
             names = [n for n in (QUANT, QUANT_PARAMS) if n in moved and in_filter(mutable, n)]
             updates = {**updates, **{name: moved[name] for name in names}}
         return result, updates
@@ -130,7 +130,7 @@ def _of_model(mutable: Mutable) -> Mutable:
     if isinstance(mutable, (bool, DenyList)):
         return mutable
     names = [mutable] if isinstance(mutable, str) else list(mutable)
-    return [name for name in names if name not in (QUANT, QUANT_PARAMS)]
+    return tuple(name for name in names if name not in (QUANT, QUANT_PARAMS))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,12 +151,18 @@ class QuantizedFunction(StatelessModel):
 
     def _function(self, mutable: Mutable) -> PureFunction:
         del mutable  # A function has no collections of its own.
+        return _WithoutCollections(self.function)
 
-        def function(params: Any, others: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
-            del others
-            return self.function(params, *args, **kwargs), {}
 
-        return function
+@dataclasses.dataclass(frozen=True)
+class _WithoutCollections:
+    """A function of (params, *inputs) as a `PureFunction`."""
+
+    function: Callable[..., Any]
+
+    def __call__(self, params: Any, others: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        del others
+        return self.function(params, *args, **kwargs), {}
 
 
 class QuantizedEquinox(QuantizedFunction):

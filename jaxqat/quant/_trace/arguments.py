@@ -44,12 +44,14 @@ class Call:
             (`nn.with_partitioning`) and `nnx.Variable` add nothing to it.
         kinds: Whether each array is a parameter, another variable of the model, or an input.
         rebuild: Makes the arguments from the array leaves.
+        static: What the arguments are beside the arrays: equal for equal structures and values.
     """
 
     flat: list[Any]
     names: list[Key | None]
     kinds: list[ArgumentKind]
     rebuild: Callable[[list[Any]], tuple[Any, ...]]
+    static: Any
 
     @classmethod
     def of(cls, parameters: Any, collections: Any, inputs: Any) -> Self:
@@ -70,7 +72,10 @@ class Call:
             if _is_array(leaf)
         ]
         kinds = [_KINDS[path[0].idx] for path, _ in arrays]
-        return cls([leaf for _, leaf in arrays], names, kinds, rebuild)
+        # 1 and True and 1.0 are equal, and not the same argument.
+        types = tuple(None if static is None else type(static[0]) for static in statics)
+        static = (structure, tuple(statics), types)
+        return cls([leaf for _, leaf in arrays], names, kinds, rebuild, static)
 
 
 def _name(kind: ArgumentKind, path: tuple[Any, ...]) -> Key | None:

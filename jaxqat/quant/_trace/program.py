@@ -327,13 +327,3 @@ def _is_unrolled(equation: Any) -> bool:
 def is_jaxpr(value: Any) -> bool:
     """Return whether a value is a jaxpr, open or closed."""
     return isinstance(value, (jex_core.ClosedJaxpr, jex_core.Jaxpr))
-
-
-def trace(function: Callable[..., Any], arguments: Sequence[Any]) -> tuple[Program, Any]:
-    """Trace a function of flat array arguments.
-
-    Returns:
-        The program, and the tree structure of the function's result.
-    """
-    closed_jaxpr, result = jax.make_jaxpr(function, return_shape=True)(*arguments)
-    return Program(closed_jaxpr), jax.tree.structure(result)
