@@ -63,6 +63,7 @@ INSIDE = {
             "networks",
             "evaluation",
             "run",
+            "recipes",
             "compilation_choice",
             "damage",
             "stages",

@@ -167,7 +167,8 @@ def _trained(trainer: Trainer) -> dict[str, int]:
 def count_products(networks: Networks) -> dict[str, int]:
     """Count the products in the lowered forward pass of training, and those of int8 operands."""
     params, collections = networks.shapes("qat")
-    lowered = jax.jit(networks.forward("qat")).lower(params, collections, networks.one_image())
+    forward, image = jax.jit(networks.forward("qat")), networks.one_image()
+    lowered = forward.lower(params, collections, image, jax.random.key(0))
     operands = _PRODUCT.findall(lowered.as_text())
     integer = [pair for pair in operands if all(kind.endswith("xi8") for kind in pair)]
     return {"products": len(operands), "integer_products": len(integer)}

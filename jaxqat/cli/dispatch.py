@@ -61,6 +61,7 @@ def _dispatch(argv: list[str], console: Console) -> int:
     values = {}
     for parameter in inspect.signature(function).parameters:
         if hints[parameter] is Experiment:
+            _check_recipe(argv, options)
             values[parameter] = _experiment(options)
         elif parameter in SUPPLIED:
             values[parameter] = supplied[parameter]
@@ -83,12 +84,22 @@ def _experiment(options: jsonargparse.Namespace) -> Experiment:
     return configs.build(options)
 
 
+def _check_recipe(argv: Sequence[str], options: jsonargparse.Namespace) -> None:
+    """Refuse a whole recipe beside single settings of one."""
+    single = [a.partition("=")[0] for a in argv if a.startswith(("--quant.", "--quant="))]
+    if options["recipe"] is not None and single:
+        raise InputError(
+            f"--recipe replaces all settings of quant, so {single[0]} would have no effect: put "
+            "them into a file, and pass it as --recipe."
+        )
+
+
 def _check_config_files(argv: list[str]) -> None:
     """Check the keys of config files first: jsonargparse would not name the nearest right one."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config", action="append", default=[])
     for path in parser.parse_known_args(argv)[0].config:
-        configs.read_yaml(Path(path), also=("workdir", "from", "repair"))
+        configs.read_yaml(Path(path), also=("workdir", "from", "recipe", "repair"))
 
 
 def _set_up_logging() -> None:

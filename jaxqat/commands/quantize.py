@@ -8,9 +8,9 @@ from rich.console import Console
 
 from jaxqat.pipeline.config import Experiment
 from jaxqat.pipeline.data import DataError, Dataset, load_dataset
-from jaxqat.pipeline.display import print_results
+from jaxqat.pipeline.display import note_islands, print_results
 from jaxqat.pipeline.evaluation import Predictor, measure
-from jaxqat.pipeline.integer_networks import check_network, recipe_name, save_ptq
+from jaxqat.pipeline.integer_networks import check_network, save_ptq
 from jaxqat.pipeline.networks import Networks, matmul_precision
 from jaxqat.pipeline.post_training import (
     calibrated,
@@ -19,6 +19,7 @@ from jaxqat.pipeline.post_training import (
     warn_unconverged,
     with_quantization,
 )
+from jaxqat.pipeline.recipes import recipe_of_ptq
 from jaxqat.pipeline.report import write_report
 from jaxqat.pipeline.results import Results
 from jaxqat.pipeline.run.folder import RunFolder, claim
@@ -27,7 +28,6 @@ from jaxqat.pipeline.run.snapshots import Model, restore_model
 from jaxqat.pipeline.stages import StageRun, check_finished
 from jaxqat.pipeline.terminal import say
 from jaxqat.pipeline.training import stop_on_signals
-from jaxqat.quant import Recipe
 
 
 def quantize(
@@ -51,7 +51,8 @@ def quantize(
             weights from FP32.
         batches: Number of training batches to calibrate on, 1 or more; by default
             qat.calibration_batches of the run.
-        recipe: Preset, such as int8_symmetric or w4a8; by default the recipe of the run.
+        recipe: Preset, such as int8_symmetric or w4a8, or a YAML file with the settings of `quant`,
+            whose network is kept by the file's name; by default the recipe of the run.
         command: The command line, recorded in the results if it creates them.
         console: Where the results are printed; None for standard output.
 
@@ -70,8 +71,7 @@ def quantize(
     del method  # There is only one.
     console = console or Console()
     experiment = RunFolder(Path(run)).load_config()
-    quant = experiment.quant if recipe is None else Recipe.preset(recipe)
-    name = recipe_name(quant)
+    name, quant = recipe_of_ptq(recipe, experiment.quant)
     check_static(quant, name)
     with claim(Path(run)) as folder, stop_on_signals() as stop, matmul_precision(experiment):
         dataset = load_dataset(experiment.data)
@@ -85,6 +85,7 @@ def quantize(
         warn_unconverged(networks, fp32, console)
         model = calibrated(networks, fp32)
         graph, ptq, speed = convert_and_test(networks, model, stop, name=name)
+        note_islands(graph, console)
         say(f"PTQ ({name}): verifying every code on the test split", console)
         verification = verification_result(check_network(networks, model, graph, stop, console))
         ptq = dataclasses.replace(ptq, verify=verification)

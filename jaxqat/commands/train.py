@@ -18,18 +18,19 @@ from jaxqat.pipeline.config import Experiment, to_yaml
 from jaxqat.pipeline.damage import check_undamaged
 from jaxqat.pipeline.damage import repair as move_damaged_aside
 from jaxqat.pipeline.data import DataError, Dataset, load_dataset
-from jaxqat.pipeline.display import print_results, warn
+from jaxqat.pipeline.display import note_islands, print_results, warn
 from jaxqat.pipeline.evaluation import Measured, measure
 from jaxqat.pipeline.integer_networks import (
     check_network,
     is_finished,
     make_network,
     measure_network,
-    recipe_name,
     save_ptq,
 )
+from jaxqat.pipeline.models import network_name
 from jaxqat.pipeline.networks import Networks, matmul_precision
 from jaxqat.pipeline.post_training import calibrated, convert_and_test, warn_unconverged
+from jaxqat.pipeline.recipes import recipe_name, with_recipe
 from jaxqat.pipeline.report import write_report
 from jaxqat.pipeline.results import TRAINED_STAGES, IntegerResult, Results, Speed
 from jaxqat.pipeline.run.folder import RunFolder, RunFolderError, check_config, claim
@@ -52,6 +53,7 @@ def train(
     experiment: Experiment,
     workdir: Path,
     *,
+    recipe: str | None = None,
     from_run: Path | None = None,
     repair: bool = False,
     command: str | None = None,
@@ -66,6 +68,8 @@ def train(
         experiment: YAML file with any of the options below, or the name of a preset, such as
             quickstart; required.
         workdir: Run folder; created if it does not exist.
+        recipe: Preset, such as int8_symmetric or w4a8, or a YAML file with the settings of `quant`,
+            in place of the experiment's own.
         from_run: Another run; start from its finished FP32 stage. A run with FP32 checkpoints
             continues from its own.
         repair: Move damaged checkpoints of the run aside, and train again from the last good ones.
@@ -79,7 +83,8 @@ def train(
         RunFolderError: If the folder belongs to another experiment or process, or is read-only; or
             if the FP32 stage of the other run is not finished, or has other settings or data.
         DataError: If the data is missing, damaged or unusable.
-        RecipeError: If the recipe does not fit the network.
+        RecipeError: If the recipe does not exist or does not fit the network.
+        TargetError: If the network of `model.target` cannot be used.
         CheckpointError: If a finished run has a damaged checkpoint, if all are damaged, or if none
             can be written.
         ArtifactError: If the integer network cannot be written.
@@ -87,6 +92,7 @@ def train(
         Stopped: If a signal came; the state was saved.
     """
     console = console or Console()
+    experiment = with_recipe(experiment, recipe)
     with claim(Path(workdir)) as folder, stop_on_signals() as stop:
         check_config(folder, experiment)
         if repair:
@@ -153,9 +159,9 @@ def _float_stage(
 def _announce(networks: Networks, runs: Mapping[str, StageRun], console: Console) -> None:
     """Print what is about to be done: network, data, steps."""
     experiment, dataset = networks.experiment, networks.dataset
-    model, size = experiment.model, "x".join(map(str, dataset.image_shape))
+    size = "x".join(map(str, dataset.image_shape))
     parameters = count_parameters(networks.shapes("fp32")[0])
-    say(f"network: ResNet-{model.depth}, width {model.width}, {parameters:,} parameters", console)
+    say(f"network: {network_name(experiment.model)}, {parameters:,} parameters", console)
     say(
         f"data: {dataset.fingerprint['name']}, {len(dataset.train):,} training and "
         f"{len(dataset.test):,} test images of {size}, {dataset.num_classes} classes",
@@ -221,6 +227,7 @@ def _add_integer(
     except ConversionError as error:
         warn(f"this run has no integer network. {error}", console)
         return dataclasses.replace(results, conversion_error=str(error))
+    note_islands(graph, console)
     stop.raise_if_set()
     measured = measure_network(networks, graph)
     stop.raise_if_set()

@@ -154,16 +154,25 @@ def read_yaml(path: Path, also: Collection[str] = ()) -> dict[str, Any]:
     Raises:
         ConfigError: If the file cannot be read, is not YAML, or has an unknown key.
     """
-    try:
-        text = read_regular(path, limit=MAX_BYTES).decode()
-    except (OSError, ValueError) as error:  # A path may hold a NUL.
-        raise ConfigError(f"{path}: cannot be read: {error}.") from error
-    values = parse_settings(text, path, error=ConfigError)
+    values = read_settings(path)
     try:
         check_keys(Experiment, {k: v for k, v in values.items() if k not in also})
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     return values
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Read the settings in a YAML file, without checking their keys.
+
+    Raises:
+        ConfigError: If the file cannot be read, or is not YAML.
+    """
+    try:
+        text = read_regular(path, limit=MAX_BYTES).decode()
+    except (OSError, ValueError) as error:  # A path may hold a NUL.
+        raise ConfigError(f"{path}: cannot be read: {error}.") from error
+    return parse_settings(text, path, error=ConfigError)
 
 
 def load(path: Path) -> Experiment:

@@ -26,6 +26,7 @@ from jaxqat.pipeline.data import Dataset, Split
 from jaxqat.pipeline.display import warn
 from jaxqat.pipeline.evaluation import Measured, Predictor, measure
 from jaxqat.pipeline.networks import Networks
+from jaxqat.pipeline.recipes import recipe_name
 from jaxqat.pipeline.run.folder import RunFolder, RunFolderError
 from jaxqat.pipeline.run.snapshots import Model, check_same_data
 from jaxqat.pipeline.training import StopRequest
@@ -87,7 +88,8 @@ def convert_network(networks: Networks, model: Model, *, stage: str, **more: Any
         networks.one_image(),
         preprocess=networks.normalize,
         metadata={**_metadata(networks, model.step), "stage": stage, **more},
-        strict=True,
+        # The ResNet has no part without an integer form; another network may, in float islands.
+        strict=networks.experiment.model.target is None,
         train=False,
     )
 
@@ -165,11 +167,6 @@ def in_batches(split: Split, stop: StopRequest | None = None) -> Iterator[np.nda
         yield split.images[start : start + size]
 
 
-def recipe_name(recipe: Recipe) -> str:
-    """Return the name by which PTQ with a recipe is kept: its preset's, or 'config'."""
-    return next((name for name, preset in Recipe.presets().items() if preset == recipe), "config")
-
-
 def check_recipe(stage: str, recipe: str | None) -> None:
     """Refuse the name of a recipe for a stage that has only one.
 
@@ -217,7 +214,8 @@ def _no_network(folder: RunFolder, name: str, reason: str) -> RunFolderError:
 def _quantize(folder: RunFolder, name: str) -> str:
     """Return the command that makes a network of PTQ."""
     own = name == recipe_name(folder.load_config().quant)
-    return f"`jaxqat quantize {folder.path}{'' if own else f' --recipe {name}'}`"
+    given = name if name in Recipe.presets() else f"{name}.yaml"
+    return f"`jaxqat quantize {folder.path}{'' if own else f' --recipe {given}'}`"
 
 
 def load_network(folder: RunFolder, stage: str = "qat", recipe: str | None = None) -> IntegerGraph:

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from jaxqat.errors import RecipeError
+from jaxqat.errors import InputError, RecipeError
 from jaxqat.integer.graph import IntegerGraph
 from jaxqat.pipeline import config as configs
 from jaxqat.pipeline.config import Experiment
@@ -37,6 +37,11 @@ def calibrated(networks: Networks, fp32: Model) -> Model:
     collections = fp32.collections
     if networks.experiment.qat.reestimate_batch_norm:
         found = networks.batch_norm(fp32.params, collections)
+        if found is None:
+            raise InputError(
+                "qat.reestimate_batch_norm is true, and the network has no batch norm: set it to "
+                "false."
+            )
         collections = {**collections, "batch_stats": found.statistics}
     return Model(fp32.params, networks.calibrate(fp32.params, collections), fp32.step)
 
@@ -45,9 +50,11 @@ def warn_unconverged(networks: Networks, fp32: Model, console: Console) -> None:
     """Warn if batch norm's statistics have not converged and are not estimated anew."""
     if networks.experiment.qat.reestimate_batch_norm:
         return
-    warning = networks.batch_norm(fp32.params, fp32.collections).warning
-    if warning is not None:
-        warn(f"{warning} Set qat.reestimate_batch_norm to true, or train FP32 longer.", console)
+    found = networks.batch_norm(fp32.params, fp32.collections)
+    if found is not None and found.warning is not None:
+        warn(
+            f"{found.warning} Set qat.reestimate_batch_norm to true, or train FP32 longer.", console
+        )
 
 
 def check_static(recipe: Recipe, name: str) -> None:

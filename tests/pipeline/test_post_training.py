@@ -25,7 +25,9 @@ def untrained(reestimate: bool) -> tuple[Networks, Model]:
 def test_statistics_are_estimated_anew_before_calibration_if_the_config_says_so():
     networks, model = untrained(True)
     found = calibrated(networks, model)
-    expected = networks.batch_norm(model.params, model.collections).statistics
+    estimate = networks.batch_norm(model.params, model.collections)
+    assert estimate is not None
+    expected = estimate.statistics
     jax.tree.map(np.testing.assert_array_equal, found.collections["batch_stats"], expected)
     ranges = networks.calibrate(model.params, {**model.collections, "batch_stats": expected})
     jax.tree.map(np.testing.assert_array_equal, found.collections["quant"], ranges["quant"])
