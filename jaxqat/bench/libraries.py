@@ -184,7 +184,5 @@ def _accuracy(networks: Networks, folder: RunFolder) -> float:
     state = run_stage(run.plan(), state, reporter=Reporter(), stop=StopRequest())
     variables = {"params": state.params, **state.collections}
     dataset = networks.dataset
-    measured = measure(
-        lambda split: run.predictor.logits(split, variables), dataset.test, dataset.class_names
-    )
+    measured = measure(run.predictor, dataset.test, dataset.class_names, variables)
     return measured.scores.accuracy

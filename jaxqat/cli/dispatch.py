@@ -18,6 +18,7 @@ from jaxqat.cli.parser import BAD_INPUT, COMMANDS, OPTION_NAMES, SUPPLIED, make_
 from jaxqat.errors import InputError, RunError
 from jaxqat.pipeline import config as configs
 from jaxqat.pipeline.config import Experiment
+from jaxqat.pipeline.terminal import QuietConsole
 from jaxqat.pipeline.training import Stopped
 
 DONE, FAILED = 0, 1
@@ -30,10 +31,9 @@ def run(argv: Sequence[str]) -> int:
         Exit status: 0 if all was done, 2 for bad input, 130 or 143 after a signal, 1 otherwise.
     """
     argv = list(argv)
-    console = Console()
     _set_up_logging()
     try:
-        return _dispatch(argv, console)
+        return _dispatch(argv)
     except Stopped as stopped:
         _complain(f"stopped by {stopped}; the state is saved. Run the same command to resume.")
         return 128 + stopped.signum
@@ -48,14 +48,16 @@ def run(argv: Sequence[str]) -> int:
         return BAD_INPUT
 
 
-def _dispatch(argv: list[str], console: Console) -> int:
+def _dispatch(argv: list[str]) -> int:
     arguments = presets.with_paths(argv)
     _check_config_files(arguments)
     parsed = make_parser().parse_args(arguments)
     name, options = parsed.command, parsed[parsed.command]
     function = getattr(COMMANDS[name], name)
-    if options.get("json") is True:  # What people read goes beside the JSON.
-        console = Console(stderr=True)
+    stderr = options.get("json") is True  # What people read goes beside the JSON.
+    console = QuietConsole(stderr=stderr) if options["quiet"] else Console(stderr=stderr)
+    if options["quiet"]:
+        logging.getLogger("jaxqat").setLevel(logging.WARNING)
     supplied = {"console": console, "command": shlex.join(["jaxqat", *argv])}
     hints = typing.get_type_hints(function)
     values = {}
@@ -99,7 +101,7 @@ def _check_config_files(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config", action="append", default=[])
     for path in parser.parse_known_args(argv)[0].config:
-        configs.read_yaml(Path(path), also=("workdir", "from", "recipe", "repair"))
+        configs.read_yaml(Path(path), also=("workdir", "from", "recipe", "repair", "quiet"))
 
 
 def _set_up_logging() -> None:

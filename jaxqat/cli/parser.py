@@ -90,6 +90,11 @@ def make_parser() -> Parser:
         summary, description, helps = _documentation(getattr(module, name))
         subparser = Parser(prog=f"jaxqat {name}", description=description)
         _add_options(subparser, module, getattr(module, name), helps)
+        subparser.add_argument(
+            "--quiet",
+            action="store_true",
+            help="Print results, warnings and errors, but no progress.",
+        )
         commands.add_subcommand(name, subparser, help=summary)
         subparser.prog = f"jaxqat {name}"  # jsonargparse makes it 'jaxqat [options] train'.
     return parser

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from jaxqat.pipeline.integer_networks import load_network
 from jaxqat.pipeline.run.folder import RunFolder
-from jaxqat.pipeline.terminal import say
+from jaxqat.pipeline.terminal import say, tell
 
 
 def export(
@@ -57,6 +57,7 @@ def export(
     else:
         from jaxqat.export._stablehlo import export_stablehlo as write
     output = Path(output)
+    tell(f"writing {output}", console)
     write(graph, output, input=input, overwrite=overwrite)
     say(f"{output}: {output.stat().st_size:,} bytes", console)
     return output

@@ -25,7 +25,7 @@ from jaxqat.lowering.table import Row
 from jaxqat.lowering.targets import get_target
 from jaxqat.pipeline.integer_networks import load_network
 from jaxqat.pipeline.run.folder import RunFolder
-from jaxqat.pipeline.terminal import print_table, say
+from jaxqat.pipeline.terminal import print_table, say, tell
 
 CHOICES = {"target": tuple(TARGETS), "executor": tuple(PLATFORMS)}
 
@@ -67,7 +67,7 @@ def lowering(
         if value is not None and value < 1:
             raise LoweringError(f"{option} must be 1 or more, got {value!r}.")
     console = console or Console()
-    console.print(f"compiling for {target}; this takes minutes", style="dim", highlight=False)
+    tell(f"compiling for {target}; this takes minutes", console, style="dim")
     graph = _network(run, width)
     runner = make_executor(graph, platform=name)
     images = jax.ShapeDtypeStruct((batch_size, *graph.input_shape), jnp.uint8)

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from jaxqat.pipeline.config import Experiment
 from jaxqat.pipeline.data import DataError, Dataset, load_dataset
-from jaxqat.pipeline.display import note_islands, print_results
+from jaxqat.pipeline.display import print_results
 from jaxqat.pipeline.evaluation import Predictor, measure
 from jaxqat.pipeline.integer_networks import check_network, save_ptq
 from jaxqat.pipeline.networks import Networks, matmul_precision
@@ -26,7 +26,7 @@ from jaxqat.pipeline.run.folder import RunFolder, claim
 from jaxqat.pipeline.run.results import float_results, verification_result, write_test_samples
 from jaxqat.pipeline.run.snapshots import Model, restore_model
 from jaxqat.pipeline.stages import StageRun, check_finished
-from jaxqat.pipeline.terminal import say
+from jaxqat.pipeline.terminal import say, tell
 from jaxqat.pipeline.training import stop_on_signals
 
 
@@ -74,28 +74,28 @@ def quantize(
     name, quant = recipe_of_ptq(recipe, experiment.quant)
     check_static(quant, name)
     with claim(Path(run)) as folder, stop_on_signals() as stop, matmul_precision(experiment):
+        tell(f"data: loading {experiment.data.name}", console)
         dataset = load_dataset(experiment.data)
         batches = _check_batches(experiment, dataset, batches)
         networks = Networks.build(with_quantization(experiment, quant, batches), dataset)
         check_finished(StageRun.of("fp32", networks, folder))
         fp32 = restore_model(networks, folder, "fp32")
-        say(f"PTQ ({name}): calibrating on {batches} batches, converting and testing", console)
+        tell(f"PTQ ({name}): calibrating on {batches} batches, converting and testing", console)
         if name in folder.ptq_names():
-            say(f"PTQ ({name}): this replaces the earlier network in {folder.ptq / name}", console)
+            tell(f"PTQ ({name}): this replaces the earlier network in {folder.ptq / name}", console)
         warn_unconverged(networks, fp32, console)
-        model = calibrated(networks, fp32)
-        graph, ptq, speed = convert_and_test(networks, model, stop, name=name)
-        note_islands(graph, console)
-        say(f"PTQ ({name}): verifying every code on the test split", console)
+        model = calibrated(networks, fp32, console)
+        graph, ptq, speed = convert_and_test(networks, model, stop, name=name, console=console)
         verification = verification_result(check_network(networks, model, graph, stop, console))
         ptq = dataclasses.replace(ptq, verify=verification)
         results = folder.find_results()
         if results is None or results.qat is None:
-            results = _float_results(networks, folder, model, command)
+            results = _float_results(networks, folder, model, command, console)
         stop.raise_if_set()
         save_ptq(folder, graph)
         results = results.with_ptq(name, ptq, speed)
         folder.write_results(results)
+        tell("writing the report", console)
         report = write_report(folder.path)
     print_results(results, console)
     say(f"report: {report}", console)
@@ -116,14 +116,18 @@ def _check_batches(experiment: Experiment, dataset: Dataset, batches: int | None
 
 
 def _float_results(
-    networks: Networks, folder: RunFolder, model: Model, command: str | None
+    networks: Networks,
+    folder: RunFolder,
+    model: Model,
+    command: str | None,
+    console: Console,
 ) -> Results:
     """Return the results after the FP32 stage, with the layers of the calibrated network."""
     dataset, of_float = networks.dataset, {"params", *networks.shapes("fp32")[1]}
     variables = {name: value for name, value in model.tree().items() if name in of_float}
     predictor = Predictor.of_stage(networks, "fp32")
     measured = measure(
-        lambda split: predictor.logits(split, variables), dataset.test, dataset.class_names
+        predictor, dataset.test, dataset.class_names, variables, what="fp32", console=console
     )
     write_test_samples(folder, dataset)
     return float_results(networks, folder, model, measured, command)

@@ -6,7 +6,7 @@ from rich.console import Console
 
 from jaxqat.pipeline.report import write_report
 from jaxqat.pipeline.run.folder import RunFolder
-from jaxqat.pipeline.terminal import say
+from jaxqat.pipeline.terminal import say, tell
 
 
 def report(run: Path, *, console: Console | None = None) -> Path:
@@ -23,8 +23,10 @@ def report(run: Path, *, console: Console | None = None) -> Path:
         RunFolderError: If the folder is not a run folder.
         ReportError: If a file that the report needs is missing or broken.
     """
+    console = console or Console()
     folder = RunFolder(Path(run))
     folder.load_config()
+    tell("drawing the report", console)
     page = write_report(folder.path)
-    say(f"report: {page}", console or Console())
+    say(f"report: {page}", console)
     return page

@@ -45,7 +45,7 @@ from jaxqat.pipeline.run.results import (
 from jaxqat.pipeline.run.snapshots import Model
 from jaxqat.pipeline.stages import StageRun
 from jaxqat.pipeline.takeover import FloatStage, find_float_stage
-from jaxqat.pipeline.terminal import say
+from jaxqat.pipeline.terminal import say, tell
 from jaxqat.pipeline.training import StopRequest, stop_on_signals
 
 
@@ -100,10 +100,12 @@ def train(
         if is_finished(folder):
             check_undamaged(folder, experiment)
             return _already_finished(folder, console)
+        tell(f"data: loading {experiment.data.name}", console)
         dataset = load_dataset(experiment.data)
         stop.raise_if_set()
         _check_sizes(experiment, dataset)
         with matmul_precision(experiment):
+            tell("network: tracing it", console)
             networks = Networks.build(experiment, dataset)
             other = _float_stage(networks, folder, from_run, console)
             write_atomically(folder.config, to_yaml(experiment), error=RunFolderError)
@@ -149,10 +151,10 @@ def _float_stage(
     if from_run is None:
         return None
     if folder.has_checkpoints("fp32"):
-        say("FP32: continuing from this run's own checkpoints", console)
+        tell("FP32: continuing from this run's own checkpoints", console)
         return None
     other = find_float_stage(networks, Path(from_run))
-    say(f"FP32: starting from {from_run}", console)
+    tell(f"FP32: starting from {from_run}", console)
     return other
 
 
@@ -161,14 +163,14 @@ def _announce(networks: Networks, runs: Mapping[str, StageRun], console: Console
     experiment, dataset = networks.experiment, networks.dataset
     size = "x".join(map(str, dataset.image_shape))
     parameters = count_parameters(networks.shapes("fp32")[0])
-    say(f"network: {network_name(experiment.model)}, {parameters:,} parameters", console)
-    say(
+    tell(f"network: {network_name(experiment.model)}, {parameters:,} parameters", console)
+    tell(
         f"data: {dataset.fingerprint['name']}, {len(dataset.train):,} training and "
         f"{len(dataset.test):,} test images of {size}, {dataset.num_classes} classes",
         console,
     )
     for name, run in runs.items():
-        say(
+        tell(
             f"{name}: {run.config.epochs} epochs of {run.steps_per_epoch:,} steps of "
             f"{run.config.batch_size} images, {run.total_steps:,} steps in all",
             console,
@@ -183,19 +185,24 @@ def _run(
     )
     compilation = find_compilation(networks, folder, console)
     runs = {name: StageRun.of(name, networks, folder, compilation) for name in TRAINED_STAGES}
-    fp32 = runs["fp32"].train(lambda: Model(*networks.init()), stop=stop, console=console)
+
+    def initial() -> Model:
+        tell("fp32: making the first weights", console)
+        return Model(*networks.init())
+
+    fp32 = runs["fp32"].train(initial, stop=stop, console=console)
     stop.raise_if_set()
 
     @functools.cache
     def start() -> Model:
         warn_unconverged(networks, fp32, console)
-        return calibrated(networks, fp32)
+        return calibrated(networks, fp32, console)
 
     qat = runs["qat"].train(start, stop=stop, console=console)
     stop.raise_if_set()
-    say("Testing both networks on the test split", console)
     measured = {
-        stage: _measure(runs[stage], model) for stage, model in (("fp32", fp32), ("qat", qat))
+        stage: _measure(runs[stage], model, console)
+        for stage, model in (("fp32", fp32), ("qat", qat))
     }
     stop.raise_if_set()
     before = folder.find_results()
@@ -206,6 +213,7 @@ def _run(
     stop.raise_if_set()
     if results.integer is not None:
         results = _add_ptq(results, before, networks, folder, start, stop, console)
+    tell("writing the results and the report", console)
     write_test_samples(folder, networks.dataset)
     folder.write_results(results)
     write_report(folder.path)
@@ -221,7 +229,7 @@ def _add_integer(
     console: Console,
 ) -> Results:
     """Convert the network of QAT, test and verify it, and add it to the results."""
-    say("QAT: converting, testing and verifying the integer network", console)
+    tell("integer: converting the network of QAT", console)
     try:
         graph = make_network(networks, folder, qat)
     except ConversionError as error:
@@ -229,7 +237,7 @@ def _add_integer(
         return dataclasses.replace(results, conversion_error=str(error))
     note_islands(graph, console)
     stop.raise_if_set()
-    measured = measure_network(networks, graph)
+    measured = measure_network(networks, graph, "integer", console)
     stop.raise_if_set()
     integer = IntegerResult(
         test=measured.scores,
@@ -262,9 +270,8 @@ def _add_ptq(
             results = results.with_ptq(each, before.ptq[each], before.speed[f"ptq_{each}"])
     if name in results.ptq or not networks.experiment.qat.test_calibrated:
         return results
-    say("PTQ: converting and testing the calibrated FP32 network", console)
     try:
-        graph, ptq, speed = convert_and_test(networks, start(), stop, name=name)
+        graph, ptq, speed = convert_and_test(networks, start(), stop, name=name, console=console)
     except ConversionError as error:
         warn(f"this run has no integer network of post-training quantization. {error}", console)
         return results
@@ -272,9 +279,9 @@ def _add_ptq(
     return results.with_ptq(name, ptq, speed)
 
 
-def _measure(run: StageRun, model: Model) -> Measured:
+def _measure(run: StageRun, model: Model, console: Console) -> Measured:
     """Measure a stage's network on the test split."""
-    variables, dataset = model.tree(), run.dataset
+    dataset, what = run.dataset, run.name
     return measure(
-        lambda split: run.predictor.logits(split, variables), dataset.test, dataset.class_names
+        run.predictor, dataset.test, dataset.class_names, model.tree(), what=what, console=console
     )

@@ -28,6 +28,7 @@ from jaxqat.pipeline.models import probe_block
 from jaxqat.pipeline.networks import Networks, matmul_precision
 from jaxqat.pipeline.run.folder import RunFolder, RunFolderError
 from jaxqat.pipeline.run.results import processor
+from jaxqat.pipeline.terminal import tell
 from jaxqat.pipeline.training import COMPILATIONS, DEFAULT, Compilation
 from jaxqat.quant._models.training_step import is_supported
 
@@ -60,7 +61,7 @@ def find_compilation(networks: Networks, folder: RunFolder, console: Console) ->
     key = _key(networks)
     seconds = {} if _is_small(networks) else _read_cache().get(json_sha256(key))
     if seconds is None:
-        console.print("Measuring how training steps compile best on this processor", style="dim")
+        tell("Measuring how training steps compile best on this processor", console)
         seconds = measure(networks)
         _write_cache({**_read_cache(), json_sha256(key): seconds})
     name = fastest(seconds)

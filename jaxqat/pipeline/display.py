@@ -9,7 +9,7 @@ from jaxqat.analysis._text import decibels, percent
 from jaxqat.integer.graph import IntegerGraph
 from jaxqat.pipeline.evaluation import Measured
 from jaxqat.pipeline.results import Results, RunInfo, Scores, VerificationResult, to_json
-from jaxqat.pipeline.terminal import print_table, say
+from jaxqat.pipeline.terminal import print_table, say, tell
 
 SCORES = ("accuracy", "precision", "recall", "F1", "loss")
 
@@ -68,7 +68,7 @@ def print_analysis(title: str, analysis: Analysis, console: Console) -> None:
 def note_islands(graph: IntegerGraph, console: Console) -> None:
     """Name the parts of an integer network that are computed in float."""
     for island in graph.islands:
-        say(f"computed in float, without an integer form: {island}", console)
+        tell(f"computed in float, without an integer form: {island}", console)
 
 
 def _verdict(check: VerificationResult) -> str:

@@ -26,6 +26,7 @@ from jaxqat.pipeline.data import Dataset, Split
 from jaxqat.pipeline.display import warn
 from jaxqat.pipeline.evaluation import Measured, Predictor, measure
 from jaxqat.pipeline.networks import Networks
+from jaxqat.pipeline.progress import Work
 from jaxqat.pipeline.recipes import recipe_name
 from jaxqat.pipeline.run.folder import RunFolder, RunFolderError
 from jaxqat.pipeline.run.snapshots import Model, check_same_data
@@ -111,11 +112,13 @@ def _metadata(networks: Networks, step: int) -> dict[str, Any]:
     return json.loads(json.dumps(described))
 
 
-def measure_network(networks: Networks, graph: IntegerGraph) -> Measured:
+def measure_network(
+    networks: Networks, graph: IntegerGraph, what: str, console: Console
+) -> Measured:
     """Return scores and speed of an integer network on the test split."""
     dataset, batch_size = networks.dataset, networks.experiment.evaluation_batch_size
-    logits = Predictor.of_graph(graph, batch_size).logits
-    return measure(logits, dataset.test, dataset.class_names)
+    predictor = Predictor.of_graph(graph, batch_size)
+    return measure(predictor, dataset.test, dataset.class_names, what=what, console=console)
 
 
 def check_network(
@@ -126,7 +129,7 @@ def check_network(
     Raises:
         Stopped: If a signal came, after the batch that is being compared.
     """
-    verification = verify_network(networks, model, graph, networks.dataset.test, stop)
+    verification = verify_network(networks, model, graph, networks.dataset.test, stop, console)
     for failure in verification.failures:
         warn(f"the integer network differs from the quantized one: {failure}.", console)
     return verification
@@ -138,6 +141,7 @@ def verify_network(
     graph: IntegerGraph,
     split: Split,
     stop: StopRequest | None = None,
+    console: Console | None = None,
 ) -> Verification:
     """Compare every code of the quantized network, in inference mode, with the integer network.
 
@@ -147,15 +151,22 @@ def verify_network(
         graph: The integer network.
         split: Images to compare them on.
         stop: Checked before each batch.
+        console: Shows the progress.
     """
-    return verify(
-        networks.quantized,
-        model.tree(),
-        graph=graph,
-        batches=in_batches(split, stop),
-        preprocess=networks.normalize,
-        train=False,
-    )
+    with verifying(split, console) as work:
+        return verify(
+            networks.quantized,
+            model.tree(),
+            graph=graph,
+            batches=work.track(in_batches(split, stop)),
+            preprocess=networks.normalize,
+            train=False,
+        )
+
+
+def verifying(split: Split, console: Console | None) -> Work:
+    """Return the progress of a comparison on a split."""
+    return Work(console, f"verifying every code on {len(split):,} images", len(split))
 
 
 def in_batches(split: Split, stop: StopRequest | None = None) -> Iterator[np.ndarray]:

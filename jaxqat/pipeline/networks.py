@@ -13,6 +13,7 @@ import numpy as np
 from jaxqat.pipeline.config import Experiment
 from jaxqat.pipeline.data import Dataset, augment, epoch_permutation, normalize
 from jaxqat.pipeline.models import build_model, check_target
+from jaxqat.pipeline.progress import Track
 from jaxqat.pipeline.training import Collections, Forward
 from jaxqat.quant import (
     BatchNormEstimate,
@@ -130,32 +131,38 @@ class Networks:
         images = augment(key, images, crop_padding=config.crop_padding, flip=config.flip)
         return self.normalize(images)
 
-    def calibrate(self, params: Any, collections: Mapping[str, Any]) -> Collections:
+    def calibrate(
+        self, params: Any, collections: Mapping[str, Any], *, track: Track = iter
+    ) -> Collections:
         """Return the collections and, in addition, the float network's activation ranges.
 
-        The ranges are observed on randomly chosen training images, without augmentation.
+        The ranges are observed on randomly chosen training images, without augmentation; `track`
+        counts them.
         """
         images = self.dataset.train.images
         bound = calibrate(
             self.quantized,
             {"params": params, **collections},
-            batches=(images[indices] for indices in self._calibration_batches()),
+            batches=(images[indices] for indices in track(self._calibration_batches())),
             preprocess=self.normalize,
             train=False,
         )
         return {name: value for name, value in bound.variables.items() if name != "params"}
 
-    def batch_norm(self, params: Any, collections: Mapping[str, Any]) -> BatchNormEstimate | None:
+    def batch_norm(
+        self, params: Any, collections: Mapping[str, Any], *, track: Track = iter
+    ) -> BatchNormEstimate | None:
         """Return the float network's batch statistics over augmented training images.
 
-        They are the images that `calibrate` uses. None for a network without batch norm.
+        They are the images that `calibrate` uses; `track` counts them. None for a network without
+        batch norm.
         """
         if not jax.tree.leaves(collections.get("batch_stats")):
             return None
         images, key = self.dataset.train.images, stage_key(self.experiment.seed, "qat")
         batches = (
             (jax.random.fold_in(key, number), images[indices])
-            for number, indices in enumerate(self._calibration_batches())
+            for number, indices in enumerate(track(self._calibration_batches()))
         )
         return estimate_batch_norm(
             self.modules["fp32"],
@@ -165,6 +172,11 @@ class Networks:
             train=True,
             rngs={"params": key},
         )
+
+    @property
+    def calibration_images(self) -> int:
+        """Number of images for calibration."""
+        return self._calibration_batches().size
 
     def _calibration_batches(self) -> np.ndarray:
         """Return indices of randomly chosen training images, (batches, images)."""

@@ -55,4 +55,4 @@ def test_there_is_no_warning_if_statistics_have_converged_or_are_estimated_anew(
     networks, model = untrained(False)
     converged = Model(model.params, {**model.collections, "batch_stats": statistics})
     warn_unconverged(networks, converged, console)
-    assert console.file.getvalue() == ""
+    assert "warning" not in console.file.getvalue()
