@@ -54,7 +54,7 @@ INSIDE = {
         *("_convert", "_execute", "_store", "_compare", "_verify"),
     ),
     "pipeline": (
-        *("hashing", "terminal", "progress", "bounded_yaml", "bounded_json", "reading"),
+        *("hashing", "terminal", "progress", "bounded_yaml", "bounded_json", "reading", "settings"),
         *("scores", "results", "measurements"),
         *("data", "models", "metrics"),
         *("training", "checkpoint", "report"),
@@ -75,7 +75,7 @@ INSIDE = {
 }
 # Of the pipeline, independent modules import no others but the shared ones.
 SHARED = (
-    *("hashing", "terminal", "progress", "bounded_yaml", "bounded_json", "reading"),
+    *("hashing", "terminal", "progress", "bounded_yaml", "bounded_json", "reading", "settings"),
     *("scores", "results", "measurements"),
 )
 INDEPENDENT = ("data", "models", "metrics", "training", "checkpoint", "report")

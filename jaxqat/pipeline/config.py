@@ -23,12 +23,12 @@ import yaml
 from jaxqat.errors import InputError
 from jaxqat.integer._store.files import read_regular
 from jaxqat.pipeline.bounded_yaml import MAX_BYTES
-from jaxqat.pipeline.checkpoint import CheckpointConfig
-from jaxqat.pipeline.data import AugmentConfig, DataConfig
-from jaxqat.pipeline.models import ModelConfig
 from jaxqat.pipeline.reading import parse_settings
-from jaxqat.pipeline.training import COMPILATIONS, QatConfig, StageConfig
-from jaxqat.quant import Recipe
+from jaxqat.pipeline.settings.checkpoint import CheckpointConfig
+from jaxqat.pipeline.settings.data import AugmentConfig, DataConfig
+from jaxqat.pipeline.settings.model import ModelConfig
+from jaxqat.pipeline.settings.training import COMPILATIONS, QatConfig, StageConfig
+from jaxqat.quant.recipe import Recipe
 
 PRECISIONS = ("float32", "tf32", "bfloat16")
 LARGEST = 2**32  # Of a whole number, in magnitude.

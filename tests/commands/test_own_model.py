@@ -64,6 +64,18 @@ def test_every_command_works_on_the_run(run, tmp_path, capfd):
     assert files(run) == before
 
 
+@pytest.mark.parametrize("run", ["Stateless"], indirect=True)
+def test_quiet_commands_print_results_only(run, capfd):
+    assert run_command("evaluate", run, "--quiet") == 0
+    quiet = capfd.readouterr()
+    assert run_command("evaluate", run) == 0
+    shown = capfd.readouterr().out
+    extra = [line for line in shown.splitlines() if line not in quiet.out.splitlines()]
+    # Only the speed of the last line differs, too.
+    assert [line.split(" ")[0] for line in extra[:-1]] == ["data:", "integer:", "integer:"]
+    assert "accuracy" in quiet.out and quiet.err == ""
+
+
 def test_load_run_gives_the_users_variables(run):
     opened = jaxqat.load_run(run)
     images = np.zeros((2, 8, 8, 1), np.uint8)

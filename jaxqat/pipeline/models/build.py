@@ -5,9 +5,9 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from jaxqat.pipeline.models.config import ModelConfig
 from jaxqat.pipeline.models.resnet import build_resnet
 from jaxqat.pipeline.models.target import build_target
+from jaxqat.pipeline.settings.model import ModelConfig
 
 
 def build_model(config: ModelConfig, num_classes: int, dtype: Any = jnp.float32) -> nn.Module:

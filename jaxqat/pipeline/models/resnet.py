@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxqat.pipeline.models.config import ModelConfig
+from jaxqat.pipeline.settings.model import ModelConfig
 
 # Blocks in each of the four stages (He et al. 2015, table 1); 50 layers use bottlenecks.
 STAGE_SIZES = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}

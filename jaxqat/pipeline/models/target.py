@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxqat.errors import InputError
-from jaxqat.pipeline.models.config import ModelConfig
+from jaxqat.pipeline.settings.model import ModelConfig
 
 # Arguments that choose the mode of a call: their value in training.
 MODES = {
