@@ -54,7 +54,7 @@ INSIDE = {
         *("_convert", "_execute", "_store", "_compare", "_verify"),
     ),
     "pipeline": (
-        *("hashing", "terminal", "bounded_yaml", "bounded_json", "reading"),
+        *("hashing", "terminal", "progress", "bounded_yaml", "bounded_json", "reading", "settings"),
         *("scores", "results", "measurements"),
         *("data", "models", "metrics"),
         *("training", "checkpoint", "report"),
@@ -63,6 +63,7 @@ INSIDE = {
             "networks",
             "evaluation",
             "run",
+            "recipes",
             "compilation_choice",
             "damage",
             "stages",
@@ -73,7 +74,10 @@ INSIDE = {
     ),
 }
 # Of the pipeline, independent modules import no others but the shared ones.
-SHARED = ("hashing", "bounded_yaml", "bounded_json", "reading", "scores", "results", "measurements")
+SHARED = (
+    *("hashing", "terminal", "progress", "bounded_yaml", "bounded_json", "reading", "settings"),
+    *("scores", "results", "measurements"),
+)
 INDEPENDENT = ("data", "models", "metrics", "training", "checkpoint", "report")
 # Third-party packages that only the named parts import.
 OWNERS = {

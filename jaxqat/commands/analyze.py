@@ -15,10 +15,11 @@ from jaxqat.pipeline.evaluation import find_split
 from jaxqat.pipeline.measurements import RunAnalysis, SplitName
 from jaxqat.pipeline.networks import matmul_precision
 from jaxqat.pipeline.post_training import restore_quantized
+from jaxqat.pipeline.progress import Work
 from jaxqat.pipeline.report import write_analysis, write_report
 from jaxqat.pipeline.run.folder import RunFolder
 from jaxqat.pipeline.run.results import describe_run
-from jaxqat.pipeline.terminal import say
+from jaxqat.pipeline.terminal import say, tell
 
 # Images per batch. The real values of all tensors of a batch, a few MB per image, stay in memory.
 ANALYSIS_BATCH_SIZE = 100
@@ -68,22 +69,24 @@ def analyze(
     console = console_for(console, as_json=json)
     folder = RunFolder(Path(run))
     experiment = folder.load_config()
+    tell(f"data: loading {experiment.data.name}", console)
     dataset = load_dataset(experiment.data)
     chosen = find_split(dataset, split)
     chosen = chosen.take(np.arange(min(images, len(chosen))))
     # Batches of nearly one size, because every size is compiled.
     batches = np.array_split(np.arange(len(chosen)), -(-len(chosen) // ANALYSIS_BATCH_SIZE))
     with matmul_precision(experiment):
-        say(f"Analyzing {len(chosen):,} images, layer by layer", console)
-        networks, model = restore_quantized(folder, experiment, dataset, stage, recipe)
-        analysis = analyze_layers(
-            networks.quantized,
-            model.tree(),
-            batches=(chosen.images[indices] for indices in batches),
-            labels=(chosen.labels[indices] for indices in batches),
-            preprocess=networks.normalize,
-            train=False,
-        )
+        networks, model = restore_quantized(folder, experiment, dataset, stage, recipe, console)
+        what = f"analyzing {len(chosen):,} images, layer by layer"
+        with Work(console, what, len(chosen)) as work:
+            analysis = analyze_layers(
+                networks.quantized,
+                model.tree(),
+                batches=work.track(chosen.images[indices] for indices in batches),
+                labels=(chosen.labels[indices] for indices in batches),
+                preprocess=networks.normalize,
+                train=False,
+            )
     result = RunAnalysis(
         **vars(describe_run(experiment, dataset, None)),
         **vars(analysis),

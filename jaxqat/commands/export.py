@@ -15,7 +15,7 @@ from jaxqat.pipeline.report.gallery import to_image
 from jaxqat.pipeline.report.samples import read_samples
 from jaxqat.pipeline.report.theme import encode_png
 from jaxqat.pipeline.run.folder import RunFolder
-from jaxqat.pipeline.terminal import say
+from jaxqat.pipeline.terminal import say, tell
 
 
 def export(
@@ -69,6 +69,7 @@ def export(
     else:
         from jaxqat.export._stablehlo import export_stablehlo as write
     output = Path(output)
+    tell(f"writing {output}", console)
     write(graph, output, input=input, overwrite=overwrite)
     say(f"{output}: {output.stat().st_size:,} bytes", console)
     return output

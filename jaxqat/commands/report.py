@@ -12,7 +12,7 @@ from jaxqat.pipeline.report import write_report
 from jaxqat.pipeline.run.folder import RunFolder
 from jaxqat.pipeline.run.results import write_test_samples
 from jaxqat.pipeline.run.snapshots import restore_model
-from jaxqat.pipeline.terminal import say
+from jaxqat.pipeline.terminal import say, tell
 
 
 def report(run: Path, *, predict: bool = False, console: Console | None = None) -> Path:
@@ -34,12 +34,15 @@ def report(run: Path, *, predict: bool = False, console: Console | None = None) 
         ArtifactError: If the integer network is damaged.
         ReportError: If a file that the report needs is missing or broken.
     """
+    console = console or Console()
     folder = RunFolder(Path(run))
     folder.load_config()
     if predict:
+        tell("classifying the test images", console)
         _predict(folder)
+    tell("drawing the report", console)
     page = write_report(folder.path)
-    say(f"report: {page}", console or Console())
+    say(f"report: {page}", console)
     return page
 
 

@@ -26,6 +26,7 @@ from jaxqat.pipeline.run.snapshots import (
     restore_selected,
     split_state,
 )
+from jaxqat.pipeline.terminal import tell
 from jaxqat.pipeline.training import (
     DEFAULT,
     Compilation,
@@ -214,16 +215,16 @@ class StageRun:
     def _announce(self, console: Console, done: int) -> None:
         if done:
             epoch = done // self.steps_per_epoch
-            console.print(
+            tell(
                 f"{self.name}: resumed at step {done} of {self.total_steps} (epoch {epoch + 1}).",
-                soft_wrap=True,
+                console,
             )
         dropped = len(self.dataset.train) % self.config.batch_size
         if dropped:
-            console.print(
+            tell(
                 f"{self.name}: the last, partial batch of each epoch is dropped: "
                 f"{dropped} of {len(self.dataset.train)} images.",
-                soft_wrap=True,
+                console,
             )
 
     def _optimizer(self):
@@ -283,6 +284,10 @@ class FolderReporter(Reporter):
     run: StageRun
     store: CheckpointStore
     progress: StageProgress
+
+    def compiling(self, *, frozen: bool) -> None:
+        """Print it."""
+        self.progress.compiling(frozen=frozen)
 
     def advance(self, steps: int) -> None:
         """Move the progress bar."""

@@ -58,7 +58,7 @@ def test_the_command_writes_data_and_page_and_nothing_else(
     assert [layer["path"] for layer in found["layers"]] == LAYERS
     assert (found["stage"], found["split"], found["step"]) == ("qat", "test", STEPS)
     shown = console.file.getvalue()
-    assert shown.startswith("Analyzing 40 images, layer by layer\n")
+    assert "\nanalyzing 40 images, layer by layer\n" in shown
     assert all(name in shown for name in (*LAYERS, "analysis.html"))
     assert (run / "analysis.html").read_text().count("<img") == 3
     # What was analyzed is the trained network, on the test images.

@@ -46,8 +46,8 @@ def test_report_and_export_print_their_paths_as_they_are(odd, console, capsys):
     output = odd / "[red]net.onnx"
     export(odd, output, format="onnx", console=console)
     lines = console.file.getvalue().splitlines()
-    assert lines[0] == f"report: {odd / 'report.html'}"
-    assert lines[1].startswith(f"{output}: ")
+    assert lines[1] == f"report: {odd / 'report.html'}"
+    assert lines[2] == f"writing {output}" and lines[3].startswith(f"{output}: ")
     assert run_command("evaluate", odd / "[/b]") == 2
     assert str(odd / "[/b]") in capsys.readouterr().err
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -52,12 +53,33 @@ def losses(run: Path) -> list[tuple]:
 def test_a_run_says_first_what_it_will_do(finished):
     lines = finished.with_suffix(".log").read_text().splitlines()
     parameters = json.loads((finished / "results.json").read_text())["parameters"]
-    assert lines[:4] == [
+    assert lines[:6] == [
+        "data: loading digits",
+        "network: tracing it",
         f"network: ResNet-18, width 64, {parameters:,} parameters",
         "data: digits, 100 training and 40 test images of 8x8x1, 10 classes",
         "fp32: 2 epochs of 6 steps of 16 images, 12 steps in all",
         "qat: 2 epochs of 6 steps of 16 images, 12 steps in all",
     ]
+
+
+def test_no_part_of_a_run_is_silent(finished):
+    lines = finished.with_suffix(".log").read_text().splitlines()
+    shown = [line for line in lines[6:] if re.match("(fp32|qat|cal|integer|ver|PTQ|writ)", line)]
+    expected = (
+        *("fp32: making", "fp32: the last, partial", "fp32: compiling the training step"),
+        *("fp32 epoch 1/2", "fp32 epoch 2/2"),
+        *("calibration: checking batch norm's statistics on 32", "calibration: observing ranges"),
+        *("qat: the last, partial", "qat: compiling the training step", "qat epoch 1/2"),
+        *("qat: compiling the training step with frozen ranges", "qat epoch 2/2"),
+        *("fp32: compiling for evaluation", "fp32: evaluating 40 images"),
+        *("qat: compiling for evaluation", "qat: evaluating 40 images"),
+        *("integer: converting", "integer: compiling for", "integer: evaluating 40 images"),
+        *("verifying every code on 40 images", "PTQ (int8): converting to integers"),
+        *("PTQ (int8): compiling for", "PTQ (int8): evaluating 40", "writing the results and"),
+    )
+    assert len(shown) == len(expected)
+    assert all(line.startswith(start) for line, start in zip(shown, expected, strict=True))
 
 
 def test_the_images_of_the_report_have_the_predictions_of_both_networks(finished):

@@ -35,6 +35,9 @@ class DivergedError(RunError):
 class Reporter:
     """Receives progress and states from the loop; this one keeps nothing."""
 
+    def compiling(self, *, frozen: bool) -> None:
+        """Note that a training step is compiled, with or without frozen ranges."""
+
     def advance(self, steps: int) -> None:
         """Count `steps` more training steps as done."""
 
@@ -88,8 +91,8 @@ class StagePlan:
 class _Dispatcher:
     """Compiles each pair of step function and number of steps once."""
 
-    def __init__(self, stage: StagePlan):
-        self.stage = stage
+    def __init__(self, stage: StagePlan, reporter: Reporter):
+        self.stage, self.reporter = stage, reporter
         self.length = dispatch_length(stage.steps_per_epoch, stage.steps_per_dispatch)
         self.compiled: dict[tuple[Callable, int], Callable] = {}
 
@@ -98,9 +101,12 @@ class _Dispatcher:
         full, rest = divmod(self.stage.steps_per_epoch - position, self.length)
         return [self.length] * full + [rest] * (rest > 0)
 
-    def get(self, step: Callable, length: int, state: TrainState, order: Array) -> Callable:
+    def get(
+        self, step: Callable, length: int, state: TrainState, order: Array, frozen: bool
+    ) -> Callable:
         """Return the call, compiled ahead of time: an epoch's time must not include compilation."""
         if (step, length) not in self.compiled:
+            self.reporter.compiling(frozen=frozen)
             self.compiled[step, length] = self.stage.compilation.compile(
                 make_dispatch(step, length), state, self.stage.data, order, self.stage.key
             )
@@ -128,13 +134,13 @@ def run_stage(
         DivergedError: If a loss or the state is not finite; nothing of that epoch was saved.
         Stopped: If `stop` was set; the state was saved.
     """
-    dispatcher = _Dispatcher(stage)
+    dispatcher = _Dispatcher(stage, reporter)
     done = int(state.step)
     for epoch in range(done // stage.steps_per_epoch + 1, stage.epochs + 1):
         position, done = done % stage.steps_per_epoch, 0
         step, frozen = stage.step(epoch)
         state, seconds, images = _run_epoch(
-            dispatcher, step, state, stage.order(epoch), position, reporter, stop
+            dispatcher, step, state, stage.order(epoch), position, stop, frozen
         )
         epoch_seconds += seconds
         saved = jax.device_get(state)
@@ -158,13 +164,13 @@ def _run_epoch(
     state: TrainState,
     order: Array,
     position: int,
-    reporter: Reporter,
     stop: StopRequest,
+    frozen: bool,
 ) -> tuple[TrainState, float, int]:
     """Train to the end of an epoch or to a stop; return state, seconds and number of images."""
-    stage = dispatcher.stage
+    stage, reporter = dispatcher.stage, dispatcher.reporter
     lengths = dispatcher.lengths(position)
-    calls = {n: dispatcher.get(step, n, state, order) for n in sorted(set(lengths))}
+    calls = {n: dispatcher.get(step, n, state, order, frozen) for n in sorted(set(lengths))}
     in_flight: deque[tuple[int, Array]] = deque()
 
     def wait_for_oldest() -> None:

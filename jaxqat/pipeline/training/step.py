@@ -17,8 +17,8 @@ from jaxtyping import Array, Float, Int, Int32, Key, UInt8
 Collections = dict[str, Any]
 """Variables other than the parameters, by collection: 'batch_stats', and 'quant' for QAT."""
 
-Forward = Callable[[Any, Collections, Array], tuple[Array, Collections]]
-"""(params, collections, images) -> (logits, updated collections)."""
+Forward = Callable[[Any, Collections, Array, Array], tuple[Array, Collections]]
+"""(params, collections, images, key) -> (logits, updated collections)."""
 
 Prepare = Callable[[Array, Array], Array]
 """(key, uint8 images) -> augmented, normalized float images."""
@@ -110,13 +110,17 @@ def make_step(
         position = state.step % steps_per_epoch
         indices = jax.lax.dynamic_slice_in_dim(order, position * batch_size, batch_size)
         labels = data.labels[indices]
-        images = prepare(jax.random.fold_in(key, state.step), data.images[indices])
+        key = jax.random.fold_in(key, state.step)
+        images = prepare(key, data.images[indices])
 
         trained, rest = split_trained(state.params, state.collections)
 
         def loss_of(trained):
             others = {name: value for name, value in trained.items() if name != "params"}
-            logits, collections = forward(trained["params"], {**rest, **others}, images)
+            # For dropout. Augmentation splits the key in two, which are the numbers 0 and 1.
+            logits, collections = forward(
+                trained["params"], {**rest, **others}, images, jax.random.fold_in(key, 2)
+            )
             return cross_entropy(logits, labels, label_smoothing), (logits, collections)
 
         gradient = jax.value_and_grad(loss_of, has_aux=True)

@@ -34,11 +34,11 @@ def make_stage(*, learning_rate: float = 0.5, steps_per_dispatch: int = 1, valid
     labels = jnp.asarray(rng.integers(0, CLASSES, IMAGES), jnp.int32)
     optimizer = optax.sgd(learning_rate, momentum=0.9)
 
-    def forward(params, collections, x):
+    def forward(params, collections, x, key):
         mean = 0.9 * collections["mean"] + 0.1 * x.mean()
         return x.reshape(len(x), -1) @ params["w"] - mean, {"mean": mean}
 
-    def frozen_forward(params, collections, x):
+    def frozen_forward(params, collections, x, key):
         return x.reshape(len(x), -1) @ params["w"] - collections["mean"], collections
 
     def prepare(key, images):

@@ -20,7 +20,7 @@ def make_recorder(steps: int):
         ids = images[:, 0, 0, 0].astype(jnp.uint32)
         return jnp.concatenate([ids, jax.random.key_data(key)])
 
-    def forward(params, collections, prepared):
+    def forward(params, collections, prepared, _):
         ids, key = prepared[:BATCH], prepared[BATCH:]
         counts = collections["counts"].at[ids].add(1)
         keys = collections["keys"].at[collections["n"]].set(key)
