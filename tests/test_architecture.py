@@ -88,6 +88,7 @@ OWNERS = {
     "tensorflow_datasets": {"pipeline.data"},
     "matplotlib": {"pipeline.report"},
     "jinja2": {"pipeline.report"},
+    "tensorboardX": {"pipeline.run"},
     "sklearn": {"pipeline.metrics", "pipeline.data"},
     "jsonargparse": {"pipeline.config", "cli", "commands"},
     "rich": {"pipeline", "commands", "bench", "cli"},
@@ -97,7 +98,15 @@ OWNERS = {
     "torch": {"bench"},
 }
 # Imported only when needed, and never by `import jaxqat`.
-HEAVY = ("optax", "orbax", "tensorflow_datasets", "matplotlib", "jsonargparse", "sklearn")
+HEAVY = (
+    "optax",
+    "orbax",
+    "tensorflow_datasets",
+    "matplotlib",
+    "jsonargparse",
+    "sklearn",
+    "tensorboardX",
+)
 OPTIONAL = ("onnx", "onnxruntime", "openvino", "torch")
 
 

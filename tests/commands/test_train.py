@@ -1,6 +1,7 @@
 """Train, evaluate and report from end to end, on a network that compiles in a second."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import re
@@ -132,11 +133,14 @@ def test_a_finished_run_has_its_files_and_results(finished):
         "config.yaml",
         "figures",
         "integer",
+        "metrics.csv",
         "metrics.jsonl",
         "ptq",
+        "ranges.csv",
         "report.html",
         "report_data.npz",
         "results.json",
+        *(["tensorboard"] if importlib.util.find_spec("tensorboardX") else []),
     }
     assert RunFolder(finished).load_config() == tiny()
     lines = RunFolder(finished).read_metrics()
@@ -179,6 +183,16 @@ def test_a_finished_run_has_its_files_and_results(finished):
     assert layers["block_conv"]["act_min"] == 0  # Behind a ReLU.
     assert layers["block_conv"]["act_max"] > 0
     assert layers["head"]["weight_min"] < 0 < layers["head"]["weight_max"]
+
+
+def test_every_epoch_has_its_gradient_norm_and_the_ranges_of_every_layer(finished):
+    records, results = RunFolder(finished).read_metrics(), RunFolder(finished).read_results()
+    assert all(record["gradient_norm"] > 0 for record in records)
+    assert [list(record["ranges"]) for record in records[:2]] == [[], []]
+    expected = {layer.path: [layer.act_min, layer.act_max] for layer in results.layers}
+    assert records[-1]["ranges"] == expected and len(expected) == 3
+    table = (finished / "metrics.csv").read_text().splitlines()
+    assert len(table) == 5 and table[4].startswith("qat,2,12,")
 
 
 def test_the_dropped_batch_is_printed(finished):
