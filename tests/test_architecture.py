@@ -54,7 +54,7 @@ INSIDE = {
         *("_convert", "_execute", "_store", "_compare", "_verify"),
     ),
     "pipeline": (
-        *("hashing", "terminal", "bounded_yaml", "bounded_json", "reading"),
+        *("hashing", "terminal", "progress", "bounded_yaml", "bounded_json", "reading", "settings"),
         *("scores", "results", "measurements"),
         *("data", "models", "metrics"),
         *("training", "checkpoint", "report"),
@@ -63,6 +63,7 @@ INSIDE = {
             "networks",
             "evaluation",
             "run",
+            "recipes",
             "compilation_choice",
             "damage",
             "stages",
@@ -73,7 +74,10 @@ INSIDE = {
     ),
 }
 # Of the pipeline, independent modules import no others but the shared ones.
-SHARED = ("hashing", "bounded_yaml", "bounded_json", "reading", "scores", "results", "measurements")
+SHARED = (
+    *("hashing", "terminal", "progress", "bounded_yaml", "bounded_json", "reading", "settings"),
+    *("scores", "results", "measurements"),
+)
 INDEPENDENT = ("data", "models", "metrics", "training", "checkpoint", "report")
 # Third-party packages that only the named parts import.
 OWNERS = {
@@ -84,6 +88,7 @@ OWNERS = {
     "tensorflow_datasets": {"pipeline.data"},
     "matplotlib": {"pipeline.report"},
     "jinja2": {"pipeline.report"},
+    "tensorboardX": {"pipeline.run"},
     "sklearn": {"pipeline.metrics", "pipeline.data"},
     "jsonargparse": {"pipeline.config", "cli", "commands"},
     "rich": {"pipeline", "commands", "bench", "cli"},
@@ -93,7 +98,15 @@ OWNERS = {
     "torch": {"bench"},
 }
 # Imported only when needed, and never by `import jaxqat`.
-HEAVY = ("optax", "orbax", "tensorflow_datasets", "matplotlib", "jsonargparse", "sklearn")
+HEAVY = (
+    "optax",
+    "orbax",
+    "tensorflow_datasets",
+    "matplotlib",
+    "jsonargparse",
+    "sklearn",
+    "tensorboardX",
+)
 OPTIONAL = ("onnx", "onnxruntime", "openvino", "torch")
 
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import tomllib
+import typing
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,10 @@ from tiny_run import SETTINGS, STEPS, run_command, without_privileges
 
 from jaxqat import cli
 from jaxqat.cli import parser, presets
+from jaxqat.cli.signatures import load_command, signature
 from jaxqat.commands import train
+from jaxqat.integer._execute.executor import PLATFORMS
+from jaxqat.lowering import TARGETS
 from jaxqat.pipeline import config
 
 pytestmark = pytest.mark.slow
@@ -308,16 +312,53 @@ def test_help_lists_settings_with_meaning_and_default(capsys):
 def test_help_lists_every_command_with_the_first_line_of_its_docstring(capsys):
     assert run_command("--help") == 0
     text = " ".join(capsys.readouterr().out.split())
-    for name, module in parser.COMMANDS.items():
-        summary = inspect.getdoc(getattr(module, name))
+    for name in parser.COMMANDS:
+        summary = inspect.getdoc(load_command(name))
         assert summary is not None and f"{name} {summary.splitlines()[0]}" in text
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["evaluate"]], ids=" ".join)
+def test_help_and_wrong_options_import_no_jax(arguments):
+    code = f"""
+import sys
+from jaxqat.cli import main
+try:
+    main({arguments!r})
+except SystemExit:
+    pass
+heavy = ("jax", "flax", "optax", "orbax", "aqt", "tensorflow_datasets", "matplotlib", "sklearn")
+sys.exit(f"imported {{loaded}}" if (loaded := set(heavy) & set(sys.modules)) else 0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--stage" in done.stdout or "usage" in done.stdout or "run folder" in done.stderr
+
+
+@pytest.mark.parametrize("name", parser.COMMANDS)
+def test_signatures_read_from_the_source_are_those_of_the_functions(name):
+    function, read = load_command(name), signature(name)
+    parameters = inspect.signature(function).parameters
+    assert list(read.hints) == list(parameters)
+    hints = typing.get_type_hints(function)
+    assert read.hints == {parameter: hints[parameter] for parameter in parameters}
+    assert read.defaults == {
+        p.name: p.default for p in parameters.values() if p.default is not p.empty
+    }
+    assert read.doc == inspect.getdoc(function)
+
+
+def test_targets_and_executors_of_lowering_are_all_that_there_are():
+    hints = signature("lowering").hints
+    assert typing.get_args(hints["target"]) == tuple(TARGETS)
+    executors, none = typing.get_args(hints["executor"])
+    assert typing.get_args(executors) == tuple(PLATFORMS) and none is type(None)
 
 
 @pytest.mark.parametrize("name", parser.COMMANDS)
 def test_help_of_a_command_describes_every_parameter_as_its_docstring_does(name, capsys):
     assert run_command(name, "--help") == 0
     text = " ".join(capsys.readouterr().out.split())
-    function = getattr(parser.COMMANDS[name], name)
+    function = load_command(name)
     described = "".join(inspect.getdoc(function) or "").split("Args:")[1].split("Returns:")[0]
     for parameter in inspect.signature(function).parameters:
         sentence = described.split(f"    {parameter}: ")[1].split(".")[0]

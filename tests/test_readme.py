@@ -69,6 +69,17 @@ def test_every_row_of_the_results_table_has_a_results_file():
     assert expected
 
 
+@pytest.mark.parametrize("path", RESULTS, ids=lambda p: p.parent.name)
+def test_the_report_beside_the_results_shows_their_scores(path):
+    page, results = (path.parent / "report.html").read_text(), json.loads(path.read_text())
+    assert f"]({path.relative_to(ROOT).parent}/report.html)" in README
+    for stage in ("fp32", "qat", "integer"):
+        scores = (results[stage]["test"][key] for key in ("accuracy", "precision", "recall", "f1"))
+        row = "".join(rf"<td[^>]*>{100 * score:.2f}</td>\s*" for score in scores)
+        assert re.search(row, page), stage
+    assert len(page) < 1e6
+
+
 def row_of_bits(results):
     """Return the row of a network in the README's table of bits."""
     inner = [layer for layer in results["layers"] if "stage" in layer["path"]]
@@ -258,6 +269,48 @@ def test_the_library_examples_run_as_printed(tmp_path, monkeypatch, capsys):
     for block in blocks[4:]:
         exec(block, {**names, "jaxqat": jaxqat})
     assert "quantized against float, 6 examples" in capsys.readouterr().out
+
+
+def test_nnx_modules_and_functions_are_described_analyzed_and_verified_as_printed(capsys):
+    rng = np.random.default_rng(0)
+    names = {
+        "jaxqat": jaxqat,
+        "nnx_module": NNXModel(),
+        "images": rng.normal(size=(6, 8, 8, 3)).astype(np.float32),
+        "labels": np.arange(6) % 3,
+        "function": lambda params, x: jnp.maximum(x @ params["a"], 0) @ params["b"],
+        "params": {
+            "a": rng.normal(size=(12, 8)).astype(np.float32),
+            "b": rng.normal(size=(8, 4)).astype(np.float32),
+        },
+        "rows": rng.normal(size=(16, 12)).astype(np.float32),
+        "classes": np.arange(16) % 4,
+    }
+    blocks = code_blocks("Train quantized")
+    assert len(blocks) == 2
+    for block, examples in zip(blocks, (6, 16), strict=True):
+        scope = dict(names)
+        exec(block, scope)
+        assert (scope["check"].failures, scope["check"].differing) == ((), 0)
+        assert f"quantized against float, {examples} examples" in capsys.readouterr().out
+
+
+def test_the_onnx_example_names_the_classes(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("onnxruntime")
+    monkeypatch.chdir(tmp_path)
+    images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), np.uint8)
+    normalize = lambda x: x.astype(jnp.float32) / 255  # noqa: E731
+    variables = MyModel().init(jax.random.key(0), normalize(images), train=False)
+    network = jaxqat.calibrate(MyModel(), variables, batches=[normalize(images)], train=False)
+    labels = ["a", "b", "c"]
+    graph = jaxqat.convert(
+        network, normalize(images[:1]), preprocess=normalize, metadata={"labels": labels}
+    )
+    jaxqat.export_onnx(graph, "network.onnx", input="uint8")
+    (block,) = code_blocks("The ONNX file")
+    exec(block, {"images": images})
+    best = np.asarray(jaxqat.make_executor(graph)(images)).argmax(-1)
+    assert capsys.readouterr().out == f"{[labels[i] for i in best]}\n"
 
 
 def test_the_recipe_example_is_a_recipe():

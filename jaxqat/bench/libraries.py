@@ -167,7 +167,8 @@ def _trained(trainer: Trainer) -> dict[str, int]:
 def count_products(networks: Networks) -> dict[str, int]:
     """Count the products in the lowered forward pass of training, and those of int8 operands."""
     params, collections = networks.shapes("qat")
-    lowered = jax.jit(networks.forward("qat")).lower(params, collections, networks.one_image())
+    forward, image = jax.jit(networks.forward("qat")), networks.one_image()
+    lowered = forward.lower(params, collections, image, jax.random.key(0))
     operands = _PRODUCT.findall(lowered.as_text())
     integer = [pair for pair in operands if all(kind.endswith("xi8") for kind in pair)]
     return {"products": len(operands), "integer_products": len(integer)}
@@ -183,7 +184,5 @@ def _accuracy(networks: Networks, folder: RunFolder) -> float:
     state = run_stage(run.plan(), state, reporter=Reporter(), stop=StopRequest())
     variables = {"params": state.params, **state.collections}
     dataset = networks.dataset
-    measured = measure(
-        lambda split: run.predictor.logits(split, variables), dataset.test, dataset.class_names
-    )
+    measured = measure(run.predictor, dataset.test, dataset.class_names, variables)
     return measured.scores.accuracy

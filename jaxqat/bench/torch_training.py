@@ -14,7 +14,8 @@ Call = Callable[[], None]
 
 def torch_has(model: ModelConfig) -> bool:
     """Return whether this module builds the network."""
-    return model.depth not in BOTTLENECK_DEPTHS and model.stem == "cifar"
+    is_resnet = model.target is None
+    return is_resnet and model.depth not in BOTTLENECK_DEPTHS and model.stem == "cifar"
 
 
 def torch_steps(

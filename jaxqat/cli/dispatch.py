@@ -1,24 +1,24 @@
 """One call of the command line: parse the options, call the command, return the exit status."""
 
 import argparse
-import inspect
 import logging
 import shlex
 import sys
-import typing
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jsonargparse
 from rich.console import Console
 from rich.logging import RichHandler
 
 from jaxqat.cli import presets
-from jaxqat.cli.parser import BAD_INPUT, COMMANDS, OPTION_NAMES, SUPPLIED, make_parser
+from jaxqat.cli.parser import BAD_INPUT, OPTION_NAMES, SUPPLIED, make_parser
+from jaxqat.cli.signatures import load_command, signature
 from jaxqat.errors import InputError, RunError
 from jaxqat.pipeline import config as configs
 from jaxqat.pipeline.config import Experiment
-from jaxqat.pipeline.training import Stopped
+from jaxqat.pipeline.terminal import QuietConsole
 
 DONE, FAILED = 0, 1
 
@@ -30,13 +30,9 @@ def run(argv: Sequence[str]) -> int:
         Exit status: 0 if all was done, 2 for bad input, 130 or 143 after a signal, 1 otherwise.
     """
     argv = list(argv)
-    console = Console()
     _set_up_logging()
     try:
-        return _dispatch(argv, console)
-    except Stopped as stopped:
-        _complain(f"stopped by {stopped}; the state is saved. Run the same command to resume.")
-        return 128 + stopped.signum
+        return _dispatch(argv)
     except KeyboardInterrupt:
         _complain("interrupted.")
         return 130
@@ -48,26 +44,39 @@ def run(argv: Sequence[str]) -> int:
         return BAD_INPUT
 
 
-def _dispatch(argv: list[str], console: Console) -> int:
+def _dispatch(argv: list[str]) -> int:
     arguments = presets.with_paths(argv)
     _check_config_files(arguments)
     parsed = make_parser().parse_args(arguments)
     name, options = parsed.command, parsed[parsed.command]
-    function = getattr(COMMANDS[name], name)
-    if options.get("json") is True:  # What people read goes beside the JSON.
-        console = Console(stderr=True)
+    stderr = options.get("json") is True  # What people read goes beside the JSON.
+    console = QuietConsole(stderr=stderr) if options["quiet"] else Console(stderr=stderr)
+    if options["quiet"]:
+        logging.getLogger("jaxqat").setLevel(logging.WARNING)
     supplied = {"console": console, "command": shlex.join(["jaxqat", *argv])}
-    hints = typing.get_type_hints(function)
     values = {}
-    for parameter in inspect.signature(function).parameters:
-        if hints[parameter] is Experiment:
+    for parameter, hint in signature(name).hints.items():
+        if hint is Experiment:
+            _check_recipe(argv, options)
             values[parameter] = _experiment(options)
         elif parameter in SUPPLIED:
             values[parameter] = supplied[parameter]
         else:
             values[parameter] = options[OPTION_NAMES.get(parameter, parameter)]
+    return _call(name, values)
+
+
+def _call(name: str, values: dict[str, Any]) -> int:
+    function = load_command(name)  # This imports JAX.
+    from jaxqat.pipeline.training import Stopped
+
+    try:
+        result = function(**values)
+    except Stopped as stopped:
+        _complain(f"stopped by {stopped}; the state is saved. Run the same command to resume.")
+        return 128 + stopped.signum
     # A comparison that found too many differences returns them as its `failures`.
-    return FAILED if getattr(function(**values), "failures", ()) else DONE
+    return FAILED if getattr(result, "failures", ()) else DONE
 
 
 def _experiment(options: jsonargparse.Namespace) -> Experiment:
@@ -83,12 +92,22 @@ def _experiment(options: jsonargparse.Namespace) -> Experiment:
     return configs.build(options)
 
 
+def _check_recipe(argv: Sequence[str], options: jsonargparse.Namespace) -> None:
+    """Refuse a whole recipe beside single settings of one."""
+    single = [a.partition("=")[0] for a in argv if a.startswith(("--quant.", "--quant="))]
+    if options["recipe"] is not None and single:
+        raise InputError(
+            f"--recipe replaces all settings of quant, so {single[0]} would have no effect: put "
+            "them into a file, and pass it as --recipe."
+        )
+
+
 def _check_config_files(argv: list[str]) -> None:
     """Check the keys of config files first: jsonargparse would not name the nearest right one."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config", action="append", default=[])
     for path in parser.parse_known_args(argv)[0].config:
-        configs.read_yaml(Path(path), also=("workdir", "from", "repair"))
+        configs.read_yaml(Path(path), also=("workdir", "from", "recipe", "repair", "quiet"))
 
 
 def _set_up_logging() -> None:

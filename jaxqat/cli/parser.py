@@ -1,10 +1,9 @@
 """The options of every command, made from the signature and docstring of its function.
 
-The signature gives options, types and defaults; the docstring gives the help. The parameters
-in `POSITIONAL` are positional, every other one is an option of the same name.
+The signature gives options, types and defaults; the docstring gives the help (`signatures`). The
+parameters in `POSITIONAL` are positional, every other one is an option of the same name.
 """
 
-import inspect
 import re
 import sys
 import types
@@ -16,30 +15,12 @@ import docstring_parser
 import jsonargparse
 
 import jaxqat
-from jaxqat.commands import (
-    analyze,
-    benchmark,
-    evaluate,
-    export,
-    lowering,
-    predict,
-    quantize,
-    report,
-    runs,
-    train,
-    verify,
-)
+from jaxqat.cli.signatures import COMMANDS, Signature, signature
 from jaxqat.pipeline import config as configs
 from jaxqat.pipeline.config import Experiment
 
 BAD_INPUT = 2
 
-# Each module holds the function of the same name.
-_MODULES = (
-    *(train, quantize, evaluate, analyze, verify, export, benchmark, lowering, report),
-    *(predict, runs),
-)
-COMMANDS = {module.__name__.rpartition(".")[2]: module for module in _MODULES}
 SUPPLIED = ("console", "command")  # Parameters that `dispatch` fills in; they are no options.
 # Positional parameters, and what a message calls them.
 POSITIONAL = {
@@ -86,18 +67,23 @@ def make_parser() -> Parser:
     commands = parser.add_subcommands(
         dest="command", required=True, description="`jaxqat COMMAND --help` lists the options."
     )
-    for name, module in COMMANDS.items():
-        summary, description, helps = _documentation(getattr(module, name))
+    for name in COMMANDS:
+        summary, description, helps = _documentation(signature(name).doc)
         subparser = Parser(prog=f"jaxqat {name}", description=description)
-        _add_options(subparser, module, getattr(module, name), helps)
+        _add_options(subparser, signature(name), helps)
+        subparser.add_argument(
+            "--quiet",
+            action="store_true",
+            help="Print results, warnings and errors, but no progress.",
+        )
         commands.add_subcommand(name, subparser, help=summary)
         subparser.prog = f"jaxqat {name}"  # jsonargparse makes it 'jaxqat [options] train'.
     return parser
 
 
-def _documentation(function: Any) -> tuple[str, str, dict[str, str]]:
+def _documentation(doc: str) -> tuple[str, str, dict[str, str]]:
     """Summary, description and help of each parameter, from a command's docstring."""
-    parsed = docstring_parser.parse(inspect.getdoc(function) or "")
+    parsed = docstring_parser.parse(doc)
     summary = parsed.short_description or ""
     description = "\n\n".join(filter(None, (summary, parsed.long_description)))
     # argparse formats a help with %, so that a plain one is doubled.
@@ -105,23 +91,19 @@ def _documentation(function: Any) -> tuple[str, str, dict[str, str]]:
     return summary, description, helps
 
 
-def _add_options(
-    parser: Parser, module: types.ModuleType, function: Any, helps: Mapping[str, str]
-) -> None:
+def _add_options(parser: Parser, command: Signature, helps: Mapping[str, str]) -> None:
     """Add an argument for each parameter of a command's function."""
-    hints = typing.get_type_hints(function)
-    choices = getattr(module, "CHOICES", {})
-    for name, parameter in inspect.signature(function).parameters.items():
+    for name, hint in command.hints.items():
         if name in SUPPLIED:
             continue
-        if hints[name] is Experiment:
+        if hint is Experiment:
             parser.add_argument("--config", action="config", help=helps[name])
             continue
-        required = parameter.default is parameter.empty
-        settings: dict[str, Any] = _type_settings(hints[name], choices.get(name))
+        required = name not in command.defaults
+        settings: dict[str, Any] = _type_settings(hint)
         settings["help"] = helps[name]
         if not required and "action" not in settings:
-            settings["default"] = parameter.default
+            settings["default"] = command.defaults[name]
         if name not in POSITIONAL:
             option = OPTION_NAMES.get(name, name)
             parser.add_argument(f"--{option}", **settings, required=required)
@@ -129,16 +111,14 @@ def _add_options(
             parser.add_argument(name, **settings)
         else:
             parser.add_argument(name, **settings, nargs="?")
-    if Experiment in hints.values():
+    if Experiment in command.hints.values():
         parser.add_class_arguments(Experiment, help="The experiment")
 
 
-def _type_settings(hint: Any, choices: Sequence[str] | None) -> dict[str, Any]:
+def _type_settings(hint: Any) -> dict[str, Any]:
     """What `add_argument` is told of a parameter's type."""
     parts = typing.get_args(hint)
     inner = parts[0] if parts[1:] == (types.NoneType,) else hint  # T of `T | None`.
-    if choices is not None:
-        return {"choices": tuple(choices)}
     if typing.get_origin(inner) is Literal:
         return {"choices": typing.get_args(inner)}
     if inner is bool:

@@ -15,10 +15,11 @@ from jaxqat.pipeline.evaluation import find_split
 from jaxqat.pipeline.measurements import RunAnalysis, SplitName
 from jaxqat.pipeline.networks import matmul_precision
 from jaxqat.pipeline.post_training import restore_quantized
-from jaxqat.pipeline.report import write_analysis
+from jaxqat.pipeline.progress import Work
+from jaxqat.pipeline.report import write_analysis, write_report
 from jaxqat.pipeline.run.folder import RunFolder
 from jaxqat.pipeline.run.results import describe_run
-from jaxqat.pipeline.terminal import say
+from jaxqat.pipeline.terminal import say, tell
 
 # Images per batch. The real values of all tensors of a batch, a few MB per image, stay in memory.
 ANALYSIS_BATCH_SIZE = 100
@@ -36,8 +37,8 @@ def analyze(
 ) -> RunAnalysis:
     """Find the layers where the quantized network loses accuracy.
 
-    Writes RUN/analysis.json and RUN/analysis.html. Each batch runs twice per layer: with this layer
-    quantized alone, and with all layers quantized but this one.
+    Writes RUN/analysis.json and RUN/analysis.html, to which the report links. Each batch runs twice
+    per layer: with this layer quantized alone, and with all layers quantized but this one.
 
     Args:
         run: Run folder.
@@ -61,29 +62,31 @@ def analyze(
         DataError: The data is missing, damaged or differs from the run's.
         CheckpointError: The checkpoint is damaged.
         QuantizationError: The recipe quantizes no layer, or the network's result is not finite.
-        ReportError: The page cannot be written.
+        ReportError: A page cannot be written.
     """
     if images < 1:
         raise InputError(f"--images must be 1 or more, got {images!r}.")
     console = console_for(console, as_json=json)
     folder = RunFolder(Path(run))
     experiment = folder.load_config()
+    tell(f"data: loading {experiment.data.name}", console)
     dataset = load_dataset(experiment.data)
     chosen = find_split(dataset, split)
     chosen = chosen.take(np.arange(min(images, len(chosen))))
     # Batches of nearly one size, because every size is compiled.
     batches = np.array_split(np.arange(len(chosen)), -(-len(chosen) // ANALYSIS_BATCH_SIZE))
     with matmul_precision(experiment):
-        say(f"Analyzing {len(chosen):,} images, layer by layer", console)
-        networks, model = restore_quantized(folder, experiment, dataset, stage, recipe)
-        analysis = analyze_layers(
-            networks.quantized,
-            model.tree(),
-            batches=(chosen.images[indices] for indices in batches),
-            labels=(chosen.labels[indices] for indices in batches),
-            preprocess=networks.normalize,
-            train=False,
-        )
+        networks, model = restore_quantized(folder, experiment, dataset, stage, recipe, console)
+        what = f"analyzing {len(chosen):,} images, layer by layer"
+        with Work(console, what, len(chosen)) as work:
+            analysis = analyze_layers(
+                networks.quantized,
+                model.tree(),
+                batches=work.track(chosen.images[indices] for indices in batches),
+                labels=(chosen.labels[indices] for indices in batches),
+                preprocess=networks.normalize,
+                train=False,
+            )
     result = RunAnalysis(
         **vars(describe_run(experiment, dataset, None)),
         **vars(analysis),
@@ -99,5 +102,7 @@ def analyze(
         print_json(result)
     folder.write_analysis(result)
     page = write_analysis(folder.path, result)
+    if folder.report.is_file():
+        write_report(folder.path)  # It links to the page.
     say(f"analysis: {page}", console)
     return result

@@ -25,7 +25,7 @@ from jaxqat.pipeline.results import to_json
 from jaxqat.pipeline.run.folder import RunFolder, RunFolderError
 from jaxqat.pipeline.run.results import environment
 from jaxqat.pipeline.stages import StageRun, check_finished
-from jaxqat.pipeline.terminal import say
+from jaxqat.pipeline.terminal import tell
 
 WHAT = ("inference", "train", "libraries")
 
@@ -80,7 +80,7 @@ def benchmark(
     load = _load_average()
 
     def log(text: str) -> None:
-        say(text, console, style="dim")
+        tell(text, console, style="dim")
 
     measure = {"inference": _inference, "train": _training, "libraries": _libraries}[what]
     measured = measure(run, batch_sizes, rounds, width, log)

@@ -20,6 +20,7 @@ from jaxqat.pipeline.networks import Networks, matmul_precision
 from jaxqat.pipeline.run.folder import RunFolder
 from jaxqat.pipeline.run.results import describe_run
 from jaxqat.pipeline.run.snapshots import restore_model
+from jaxqat.pipeline.terminal import tell
 
 # The integer networks that can be evaluated, and the stage of each.
 INTEGER = {"integer": "qat", "ptq": "ptq"}
@@ -66,9 +67,9 @@ def evaluate(
     if stage in INTEGER:
         path = network_folder(folder, INTEGER[stage], recipe)
         recipe = path.name if stage == "ptq" else None
-        found = _evaluate_integer(folder, experiment, split, stage, recipe)
+        found = _evaluate_integer(folder, experiment, split, stage, recipe, console)
     else:
-        found = _evaluate_checkpoint(folder, experiment, split, stage)
+        found = _evaluate_checkpoint(folder, experiment, split, stage, console)
     dataset, step, measured = found
     name = stage if recipe is None else f"{stage}_{recipe}"
     result = Evaluation(
@@ -90,27 +91,35 @@ def evaluate(
 
 
 def _evaluate_checkpoint(
-    folder: RunFolder, experiment: Experiment, split: str, stage: str
+    folder: RunFolder, experiment: Experiment, split: str, stage: str, console: Console
 ) -> tuple[Dataset, int, Measured]:
+    tell(f"data: loading {experiment.data.name}", console)
     dataset = load_dataset(experiment.data)
     images = find_split(dataset, split)
+    tell(f"{stage}: tracing the network and restoring it", console)
     with matmul_precision(experiment):
         networks = Networks.build(experiment, dataset)
         model = restore_model(networks, folder, stage)
         predictor = Predictor.of_stage(networks, stage)
-        measured = measure(
-            lambda split: predictor.logits(split, model.tree()), images, dataset.class_names
-        )
+        names, tree = dataset.class_names, model.tree()
+        measured = measure(predictor, images, names, tree, what=stage, console=console)
         return dataset, model.step, measured
 
 
 def _evaluate_integer(
-    folder: RunFolder, experiment: Experiment, split: str, name: str, recipe: str | None
+    folder: RunFolder,
+    experiment: Experiment,
+    split: str,
+    name: str,
+    recipe: str | None,
+    console: Console,
 ) -> tuple[Dataset, int, Measured]:
     graph = load_network(folder, INTEGER[name], recipe)
+    tell(f"data: loading {experiment.data.name}", console)
     dataset = load_dataset(experiment.data)
     images = find_split(dataset, split)
     check_network_data(folder, graph, dataset)
     step: Any = graph.metadata["step"]
-    logits = Predictor.of_graph(graph, experiment.evaluation_batch_size).logits
-    return dataset, step, measure(logits, images, dataset.class_names)
+    predictor = Predictor.of_graph(graph, experiment.evaluation_batch_size)
+    measured = measure(predictor, images, dataset.class_names, what=name, console=console)
+    return dataset, step, measured

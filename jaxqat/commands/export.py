@@ -1,4 +1,4 @@
-"""`jaxqat export`: write the integer network of a run for another runtime.
+"""`jaxqat export`: write the integer network of a run for another runtime, or as a web page.
 
 Packages for the file formats are imported only when needed, as training does not need them.
 """
@@ -8,41 +8,51 @@ from typing import Literal
 
 from rich.console import Console
 
+from jaxqat.errors import InputError
+from jaxqat.integer.graph import IntegerGraph
 from jaxqat.pipeline.integer_networks import load_network
+from jaxqat.pipeline.report.gallery import to_image
+from jaxqat.pipeline.report.samples import read_samples
+from jaxqat.pipeline.report.theme import encode_png
 from jaxqat.pipeline.run.folder import RunFolder
-from jaxqat.pipeline.terminal import say
+from jaxqat.pipeline.terminal import say, tell
 
 
 def export(
     run: Path,
     output: Path,
     *,
-    format: Literal["onnx", "stablehlo"],
+    format: Literal["onnx", "stablehlo", "web"],
     stage: Literal["qat", "ptq"] = "qat",
     recipe: str | None = None,
     input: Literal["uint8", "float"] = "uint8",
     overwrite: bool = False,
     console: Console | None = None,
 ) -> Path:
-    """Write the integer network of a run as an ONNX or StableHLO file.
+    """Write the integer network of a run as an ONNX or StableHLO file, or as a web page.
+
+    The page classifies images in the browser, by the integer network and by the same weights in
+    float32. It takes onnxruntime-web from node_modules of this folder or of one above, else from
+    its public address.
 
     Args:
         run: Run folder.
-        output: File to write.
-        format: Format of the file.
+        output: File to write; for web, a folder.
+        format: Format of the file, or web for a static page.
         stage: Stage that made the integer network: quantization-aware training (qat) or
             post-training quantization (ptq).
         recipe: Recipe of the network of post-training quantization, for a run with several; by
             default that of the run, or the only one.
         input: Input of the exported network: raw pixels (uint8), or images normalized as in
-            training (float).
-        overwrite: Replace an existing file.
+            training (float). A page takes raw pixels.
+        overwrite: Replace an existing file, or write into a folder that holds files.
         console: Where path and size are printed; None for standard output.
 
     Returns:
-        Path of the file.
+        Path of the file or folder.
 
     Raises:
+        InputError: If a page is asked to take float input.
         RunFolderError: If the folder is not a run folder, or holds no such integer network.
         ArtifactError: If the integer network is damaged.
         ExportError: If the format cannot express the network, or the file cannot be written.
@@ -52,11 +62,42 @@ def export(
     folder = RunFolder(Path(run))
     folder.load_config()
     graph = load_network(folder, stage, recipe)
+    if format == "web":
+        return _write_page(folder, graph, Path(output), input, overwrite, console)
     if format == "onnx":
         from jaxqat.export._onnx.model import export_onnx as write
     else:
         from jaxqat.export._stablehlo import export_stablehlo as write
     output = Path(output)
+    tell(f"writing {output}", console)
     write(graph, output, input=input, overwrite=overwrite)
     say(f"{output}: {output.stat().st_size:,} bytes", console)
+    return output
+
+
+def _write_page(
+    folder: RunFolder,
+    graph: IntegerGraph,
+    output: Path,
+    input: str,
+    overwrite: bool,
+    console: Console,
+) -> Path:
+    if input != "uint8":
+        raise InputError("--format web takes raw pixels: leave out --input float.")
+    from jaxqat.export._web.page import CDN, export_web, find_runtime
+
+    runtime, samples = find_runtime(), read_samples(folder.path)
+    examples = []
+    if samples is not None:
+        for i in samples.samples:
+            label, image = samples.class_names[samples.labels[i]], to_image(samples.images[i])
+            examples.append((label, encode_png(image)))
+    reason = export_web(graph, output, examples=examples, runtime=runtime, overwrite=overwrite)
+    size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
+    say(f"{output}: {size:,} bytes", console)
+    say(f"onnxruntime-web: {'copied from ' + str(runtime) if runtime else CDN}", console)
+    if reason is not None:
+        say(f"without the network in float32: {reason}", console)
+    say(f"to open it: python -m http.server --directory {output}", console)
     return output

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,6 @@ from jaxqat.integer._execute.executor import PLATFORMS, make_executor
 from jaxqat.integer._execute.pallas_conv import COMPUTE_CAPABILITY
 from jaxqat.integer.graph import IntegerGraph
 from jaxqat.lowering import (
-    TARGETS,
     Compiled,
     LoweringError,
     LoweringTable,
@@ -25,16 +25,14 @@ from jaxqat.lowering.table import Row
 from jaxqat.lowering.targets import get_target
 from jaxqat.pipeline.integer_networks import load_network
 from jaxqat.pipeline.run.folder import RunFolder
-from jaxqat.pipeline.terminal import print_table, say
-
-CHOICES = {"target": tuple(TARGETS), "executor": tuple(PLATFORMS)}
+from jaxqat.pipeline.terminal import print_table, say, tell
 
 
 def lowering(
     run: Path | None = None,
     *,
-    target: str,
-    executor: str | None = None,
+    target: Literal["cpu", "sm_75", "sm_80", "sm_90", "tpu_v5e", "tpu_v6e"],
+    executor: Literal["cpu", "cuda", "cuda_pallas", "tpu"] | None = None,
     batch_size: int = 256,
     width: int | None = None,
     summary: bool = False,
@@ -67,7 +65,7 @@ def lowering(
         if value is not None and value < 1:
             raise LoweringError(f"{option} must be 1 or more, got {value!r}.")
     console = console or Console()
-    console.print(f"compiling for {target}; this takes minutes", style="dim", highlight=False)
+    tell(f"compiling for {target}; this takes minutes", console, style="dim")
     graph = _network(run, width)
     runner = make_executor(graph, platform=name)
     images = jax.ShapeDtypeStruct((batch_size, *graph.input_shape), jnp.uint8)

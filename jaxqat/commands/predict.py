@@ -23,7 +23,7 @@ from jaxqat.pipeline.integer_networks import load_network
 from jaxqat.pipeline.networks import Networks, matmul_precision
 from jaxqat.pipeline.run.folder import RunFolder
 from jaxqat.pipeline.run.snapshots import restore_model
-from jaxqat.pipeline.terminal import print_table
+from jaxqat.pipeline.terminal import print_table, tell
 
 BATCH_SIZE = 100
 
@@ -103,9 +103,12 @@ def predict(
         ArtifactError: The integer network is damaged.
         MissingPackageError: A package is not installed.
     """
+    console = console_for(console, as_json=json)
     files = list(_image_files(paths))
+    tell(f"loading {network}", console)
     source = _open(Path(network))
     images = np.stack([_decode(path, source, resize) for path in files])
+    tell(f"classifying {len(files):,} images", console)
     integer = _guesses(source, source.integer, images)
     real = [None] * len(files) if source.float is None else _guesses(source, source.float, images)
     found = tuple(
@@ -115,7 +118,7 @@ def predict(
     if json:
         print(json_format.dumps([dataclasses.asdict(each) for each in found], indent=1))
     else:
-        _print(str(network), found, console_for(console, as_json=False))
+        _print(str(network), found, console)
     return found
 
 

@@ -9,8 +9,8 @@ from rich.console import Console
 from jaxqat.pipeline.config import Experiment
 from jaxqat.pipeline.data import DataError, Dataset, load_dataset
 from jaxqat.pipeline.display import print_results
-from jaxqat.pipeline.evaluation import Predictor, measure
-from jaxqat.pipeline.integer_networks import check_network, recipe_name, save_ptq
+from jaxqat.pipeline.evaluation import Measured, Predictor, measure
+from jaxqat.pipeline.integer_networks import check_network, save_ptq
 from jaxqat.pipeline.networks import Networks, matmul_precision
 from jaxqat.pipeline.post_training import (
     calibrated,
@@ -19,15 +19,15 @@ from jaxqat.pipeline.post_training import (
     warn_unconverged,
     with_quantization,
 )
+from jaxqat.pipeline.recipes import recipe_of_ptq
 from jaxqat.pipeline.report import write_report
 from jaxqat.pipeline.results import Results
 from jaxqat.pipeline.run.folder import RunFolder, claim
 from jaxqat.pipeline.run.results import float_results, verification_result, write_test_samples
 from jaxqat.pipeline.run.snapshots import Model, restore_model
 from jaxqat.pipeline.stages import StageRun, check_finished
-from jaxqat.pipeline.terminal import say
+from jaxqat.pipeline.terminal import say, tell
 from jaxqat.pipeline.training import stop_on_signals
-from jaxqat.quant import Recipe
 
 
 def quantize(
@@ -51,7 +51,8 @@ def quantize(
             weights from FP32.
         batches: Number of training batches to calibrate on, 1 or more; by default
             qat.calibration_batches of the run.
-        recipe: Preset, such as int8_symmetric or w4a8; by default the recipe of the run.
+        recipe: Preset, such as int8_symmetric or w4a8, or a YAML file with the settings of `quant`,
+            whose network is kept by the file's name; by default the recipe of the run.
         command: The command line, recorded in the results if it creates them.
         console: Where the results are printed; None for standard output.
 
@@ -70,31 +71,37 @@ def quantize(
     del method  # There is only one.
     console = console or Console()
     experiment = RunFolder(Path(run)).load_config()
-    quant = experiment.quant if recipe is None else Recipe.preset(recipe)
-    name = recipe_name(quant)
+    name, quant = recipe_of_ptq(recipe, experiment.quant)
     check_static(quant, name)
     with claim(Path(run)) as folder, stop_on_signals() as stop, matmul_precision(experiment):
+        tell(f"data: loading {experiment.data.name}", console)
         dataset = load_dataset(experiment.data)
         batches = _check_batches(experiment, dataset, batches)
         networks = Networks.build(with_quantization(experiment, quant, batches), dataset)
         check_finished(StageRun.of("fp32", networks, folder))
         fp32 = restore_model(networks, folder, "fp32")
-        say(f"PTQ ({name}): calibrating on {batches} batches, converting and testing", console)
+        tell(f"PTQ ({name}): calibrating on {batches} batches, converting and testing", console)
         if name in folder.ptq_names():
-            say(f"PTQ ({name}): this replaces the earlier network in {folder.ptq / name}", console)
+            tell(f"PTQ ({name}): this replaces the earlier network in {folder.ptq / name}", console)
         warn_unconverged(networks, fp32, console)
-        model = calibrated(networks, fp32)
-        graph, ptq, speed = convert_and_test(networks, model, stop, name=name)
-        say(f"PTQ ({name}): verifying every code on the test split", console)
+        model = calibrated(networks, fp32, console)
+        graph, ptq, speed, logits = convert_and_test(
+            networks, model, stop, name=name, console=console
+        )
         verification = verification_result(check_network(networks, model, graph, stop, console))
         ptq = dataclasses.replace(ptq, verify=verification)
-        results = folder.find_results()
+        results, tested = folder.find_results(), None
         if results is None or results.qat is None:
-            results = _float_results(networks, folder, model, command)
+            tested = _test_float(networks, model, console)
+            results = float_results(networks, folder, model, tested, command)
         stop.raise_if_set()
         save_ptq(folder, graph)
         results = results.with_ptq(name, ptq, speed)
+        if tested is not None:  # Otherwise the report shows the images of QAT's network.
+            by_key = {"fp32": tested.logits, f"ptq_{name}": logits}
+            write_test_samples(folder, dataset, results, by_key)
         folder.write_results(results)
+        tell("writing the report", console)
         report = write_report(folder.path)
     print_results(results, console)
     say(f"report: {report}", console)
@@ -114,15 +121,11 @@ def _check_batches(experiment: Experiment, dataset: Dataset, batches: int | None
     return batches
 
 
-def _float_results(
-    networks: Networks, folder: RunFolder, model: Model, command: str | None
-) -> Results:
-    """Return the results after the FP32 stage, with the layers of the calibrated network."""
+def _test_float(networks: Networks, model: Model, console: Console) -> Measured:
+    """Test the FP32 network that a calibrated network was made from."""
     dataset, of_float = networks.dataset, {"params", *networks.shapes("fp32")[1]}
     variables = {name: value for name, value in model.tree().items() if name in of_float}
     predictor = Predictor.of_stage(networks, "fp32")
-    measured = measure(
-        lambda split: predictor.logits(split, variables), dataset.test, dataset.class_names
+    return measure(
+        predictor, dataset.test, dataset.class_names, variables, what="fp32", console=console
     )
-    write_test_samples(folder, dataset)
-    return float_results(networks, folder, model, measured, command)

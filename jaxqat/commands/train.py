@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 
 from jaxqat.errors import ConversionError
@@ -18,18 +19,19 @@ from jaxqat.pipeline.config import Experiment, to_yaml
 from jaxqat.pipeline.damage import check_undamaged
 from jaxqat.pipeline.damage import repair as move_damaged_aside
 from jaxqat.pipeline.data import DataError, Dataset, load_dataset
-from jaxqat.pipeline.display import print_results, warn
+from jaxqat.pipeline.display import note_islands, print_results, warn
 from jaxqat.pipeline.evaluation import Measured, measure
 from jaxqat.pipeline.integer_networks import (
     check_network,
     is_finished,
     make_network,
     measure_network,
-    recipe_name,
     save_ptq,
 )
+from jaxqat.pipeline.models import network_name
 from jaxqat.pipeline.networks import Networks, matmul_precision
 from jaxqat.pipeline.post_training import calibrated, convert_and_test, warn_unconverged
+from jaxqat.pipeline.recipes import recipe_name, with_recipe
 from jaxqat.pipeline.report import write_report
 from jaxqat.pipeline.results import TRAINED_STAGES, IntegerResult, Results, Speed
 from jaxqat.pipeline.run.folder import RunFolder, RunFolderError, check_config, claim
@@ -44,7 +46,7 @@ from jaxqat.pipeline.run.results import (
 from jaxqat.pipeline.run.snapshots import Model
 from jaxqat.pipeline.stages import StageRun
 from jaxqat.pipeline.takeover import FloatStage, find_float_stage
-from jaxqat.pipeline.terminal import say
+from jaxqat.pipeline.terminal import say, tell
 from jaxqat.pipeline.training import StopRequest, stop_on_signals
 
 
@@ -52,6 +54,7 @@ def train(
     experiment: Experiment,
     workdir: Path,
     *,
+    recipe: str | None = None,
     from_run: Path | None = None,
     repair: bool = False,
     command: str | None = None,
@@ -66,6 +69,8 @@ def train(
         experiment: YAML file with any of the options below, or the name of a preset, such as
             quickstart; required.
         workdir: Run folder; created if it does not exist.
+        recipe: Preset, such as int8_symmetric or w4a8, or a YAML file with the settings of `quant`,
+            in place of the experiment's own.
         from_run: Another run; start from its finished FP32 stage. A run with FP32 checkpoints
             continues from its own.
         repair: Move damaged checkpoints of the run aside, and train again from the last good ones.
@@ -79,7 +84,8 @@ def train(
         RunFolderError: If the folder belongs to another experiment or process, or is read-only; or
             if the FP32 stage of the other run is not finished, or has other settings or data.
         DataError: If the data is missing, damaged or unusable.
-        RecipeError: If the recipe does not fit the network.
+        RecipeError: If the recipe does not exist or does not fit the network.
+        TargetError: If the network of `model.target` cannot be used.
         CheckpointError: If a finished run has a damaged checkpoint, if all are damaged, or if none
             can be written.
         ArtifactError: If the integer network cannot be written.
@@ -87,6 +93,7 @@ def train(
         Stopped: If a signal came; the state was saved.
     """
     console = console or Console()
+    experiment = with_recipe(experiment, recipe)
     with claim(Path(workdir)) as folder, stop_on_signals() as stop:
         check_config(folder, experiment)
         if repair:
@@ -94,10 +101,12 @@ def train(
         if is_finished(folder):
             check_undamaged(folder, experiment)
             return _already_finished(folder, console)
+        tell(f"data: loading {experiment.data.name}", console)
         dataset = load_dataset(experiment.data)
         stop.raise_if_set()
         _check_sizes(experiment, dataset)
         with matmul_precision(experiment):
+            tell("network: tracing it", console)
             networks = Networks.build(experiment, dataset)
             other = _float_stage(networks, folder, from_run, console)
             write_atomically(folder.config, to_yaml(experiment), error=RunFolderError)
@@ -143,26 +152,26 @@ def _float_stage(
     if from_run is None:
         return None
     if folder.has_checkpoints("fp32"):
-        say("FP32: continuing from this run's own checkpoints", console)
+        tell("FP32: continuing from this run's own checkpoints", console)
         return None
     other = find_float_stage(networks, Path(from_run))
-    say(f"FP32: starting from {from_run}", console)
+    tell(f"FP32: starting from {from_run}", console)
     return other
 
 
 def _announce(networks: Networks, runs: Mapping[str, StageRun], console: Console) -> None:
     """Print what is about to be done: network, data, steps."""
     experiment, dataset = networks.experiment, networks.dataset
-    model, size = experiment.model, "x".join(map(str, dataset.image_shape))
+    size = "x".join(map(str, dataset.image_shape))
     parameters = count_parameters(networks.shapes("fp32")[0])
-    say(f"network: ResNet-{model.depth}, width {model.width}, {parameters:,} parameters", console)
-    say(
+    tell(f"network: {network_name(experiment.model)}, {parameters:,} parameters", console)
+    tell(
         f"data: {dataset.fingerprint['name']}, {len(dataset.train):,} training and "
         f"{len(dataset.test):,} test images of {size}, {dataset.num_classes} classes",
         console,
     )
     for name, run in runs.items():
-        say(
+        tell(
             f"{name}: {run.config.epochs} epochs of {run.steps_per_epoch:,} steps of "
             f"{run.config.batch_size} images, {run.total_steps:,} steps in all",
             console,
@@ -177,30 +186,37 @@ def _run(
     )
     compilation = find_compilation(networks, folder, console)
     runs = {name: StageRun.of(name, networks, folder, compilation) for name in TRAINED_STAGES}
-    fp32 = runs["fp32"].train(lambda: Model(*networks.init()), stop=stop, console=console)
+
+    def initial() -> Model:
+        tell("fp32: making the first weights", console)
+        return Model(*networks.init())
+
+    fp32 = runs["fp32"].train(initial, stop=stop, console=console)
     stop.raise_if_set()
 
     @functools.cache
     def start() -> Model:
         warn_unconverged(networks, fp32, console)
-        return calibrated(networks, fp32)
+        return calibrated(networks, fp32, console)
 
     qat = runs["qat"].train(start, stop=stop, console=console)
     stop.raise_if_set()
-    say("Testing both networks on the test split", console)
     measured = {
-        stage: _measure(runs[stage], model) for stage, model in (("fp32", fp32), ("qat", qat))
+        stage: _measure(runs[stage], model, console)
+        for stage, model in (("fp32", fp32), ("qat", qat))
     }
     stop.raise_if_set()
     before = folder.find_results()
     results = float_results(networks, folder, qat, measured["fp32"], command)
     recipe = networks.experiment.quant
     results = results.with_network("qat", *stage_result(folder, "qat", measured["qat"], recipe))
-    results = _add_integer(results, networks, folder, qat, stop, console)
+    logits = {stage: found.logits for stage, found in measured.items()}
+    results = _add_integer(results, networks, folder, qat, logits, stop, console)
     stop.raise_if_set()
     if results.integer is not None:
         results = _add_ptq(results, before, networks, folder, start, stop, console)
-    write_test_samples(folder, networks.dataset)
+    tell("writing the results and the report", console)
+    write_test_samples(folder, networks.dataset, results, logits)
     folder.write_results(results)
     write_report(folder.path)
     return results
@@ -211,18 +227,21 @@ def _add_integer(
     networks: Networks,
     folder: RunFolder,
     qat: Model,
+    logits: dict[str, np.ndarray],
     stop: StopRequest,
     console: Console,
 ) -> Results:
-    """Convert the network of QAT, test and verify it, and add it to the results."""
-    say("QAT: converting, testing and verifying the integer network", console)
+    """Convert the network of QAT, test and verify it; add it to the results and its logits."""
+    tell("integer: converting the network of QAT", console)
     try:
         graph = make_network(networks, folder, qat)
     except ConversionError as error:
         warn(f"this run has no integer network. {error}", console)
         return dataclasses.replace(results, conversion_error=str(error))
+    note_islands(graph, console)
     stop.raise_if_set()
-    measured = measure_network(networks, graph)
+    measured = measure_network(networks, graph, "integer", console)
+    logits["integer"] = measured.logits
     stop.raise_if_set()
     integer = IntegerResult(
         test=measured.scores,
@@ -255,9 +274,8 @@ def _add_ptq(
             results = results.with_ptq(each, before.ptq[each], before.speed[f"ptq_{each}"])
     if name in results.ptq or not networks.experiment.qat.test_calibrated:
         return results
-    say("PTQ: converting and testing the calibrated FP32 network", console)
     try:
-        graph, ptq, speed = convert_and_test(networks, start(), stop, name=name)
+        graph, ptq, speed, _ = convert_and_test(networks, start(), stop, name=name, console=console)
     except ConversionError as error:
         warn(f"this run has no integer network of post-training quantization. {error}", console)
         return results
@@ -265,9 +283,9 @@ def _add_ptq(
     return results.with_ptq(name, ptq, speed)
 
 
-def _measure(run: StageRun, model: Model) -> Measured:
+def _measure(run: StageRun, model: Model, console: Console) -> Measured:
     """Measure a stage's network on the test split."""
-    variables, dataset = model.tree(), run.dataset
+    dataset, what = run.dataset, run.name
     return measure(
-        lambda split: run.predictor.logits(split, variables), dataset.test, dataset.class_names
+        run.predictor, dataset.test, dataset.class_names, model.tree(), what=what, console=console
     )

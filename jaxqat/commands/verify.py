@@ -19,13 +19,14 @@ from jaxqat.pipeline.integer_networks import (
     in_batches,
     load_network,
     verify_network,
+    verifying,
 )
 from jaxqat.pipeline.measurements import Comparison, SplitName
 from jaxqat.pipeline.networks import matmul_precision
 from jaxqat.pipeline.post_training import restore_quantized
 from jaxqat.pipeline.run.folder import RunFolder
 from jaxqat.pipeline.run.results import describe_run, verification_result
-from jaxqat.pipeline.terminal import say
+from jaxqat.pipeline.terminal import tell
 
 # The reference for each value of the option `format`.
 REFERENCES = {None: "the training graph", "onnx": "ONNX Runtime", "openvino": "OpenVINO"}
@@ -82,18 +83,18 @@ def verify(
     folder = RunFolder(Path(run))
     experiment = folder.load_config()
     graph = load_network(folder, stage, recipe)
+    tell(f"data: loading {experiment.data.name}", console)
     dataset = load_dataset(experiment.data)
     chosen = find_split(dataset, split)
     if images is not None:
         chosen = chosen.take(np.arange(min(images, len(chosen))))
     check_network_data(folder, graph, dataset)
-    say(f"Comparing every code on {len(chosen):,} images of the {split} split", console)
     if format is not None:
-        verification = _against_export(graph, chosen, format)
+        verification = _against_export(graph, chosen, format, console)
     else:
         with matmul_precision(experiment):
-            networks, model = restore_quantized(folder, experiment, dataset, stage, recipe)
-            verification = verify_network(networks, model, graph, chosen)
+            networks, model = restore_quantized(folder, experiment, dataset, stage, recipe, console)
+            verification = verify_network(networks, model, graph, chosen, console=console)
     compared = "the integer network"
     if stage == "ptq":
         compared += f" of post-training quantization ({graph.metadata['ptq']})"
@@ -110,7 +111,9 @@ def verify(
     return verification
 
 
-def _against_export(graph: IntegerGraph, images: Split, format: str) -> Verification:
+def _against_export(
+    graph: IntegerGraph, images: Split, format: str, console: Console
+) -> Verification:
     from jaxqat.export._onnx.builder import library
     from jaxqat.export._onnx.model import onnx_model
 
@@ -119,7 +122,8 @@ def _against_export(graph: IntegerGraph, images: Split, format: str) -> Verifica
     model = onnx_model(graph, input="uint8")
     exported = _in_onnx_runtime(model) if format == "onnx" else _in_openvino(model)
     deployed = integer_network(make_executor(graph))
-    return compare(deployed, exported, graph, in_batches(images))
+    with verifying(images, console) as work:
+        return compare(deployed, exported, graph, work.track(in_batches(images)))
 
 
 def _in_onnx_runtime(model: Any) -> Network:

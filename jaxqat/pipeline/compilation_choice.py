@@ -1,7 +1,8 @@
 """Choose how a run's training steps are compiled: by a measurement, once for the whole run.
 
 The measurement trains a residual block as wide as the network's first stage, on as many images and
-pixels, since convolutions there take most of the time. Its result is cached for this processor,
+pixels, since convolutions there take most of the time; of a network of the user's own, it trains
+the whole. Its result is cached for this processor,
 version of jaxlib and shape. The choice is written to the run folder, since a resumed run must give
 the same bits.
 """
@@ -27,15 +28,18 @@ from jaxqat.pipeline.models import probe_block
 from jaxqat.pipeline.networks import Networks, matmul_precision
 from jaxqat.pipeline.run.folder import RunFolder, RunFolderError
 from jaxqat.pipeline.run.results import processor
+from jaxqat.pipeline.terminal import tell
 from jaxqat.pipeline.training import COMPILATIONS, DEFAULT, Compilation
 from jaxqat.quant._models.training_step import is_supported
 
 ROUNDS = 3
 # XLA's own way unless another one is faster by more than the noise of the measurement.
 LEAST_GAIN = 1.1
-# Values in the first stage's tensor of a batch. Steps on fewer take milliseconds in any way, less
-# than the measurement could ever save.
+# Values in the first stage's tensor of a batch, or multiplications of a batch of an own network: as
+# many as 16 convolutions of 16 channels do on these values. Steps on fewer take milliseconds in any
+# way, less than the measurement could ever save.
 LEAST_VALUES = 2**18
+LEAST_MACS = LEAST_VALUES * 16 * 9 * 16
 
 
 def find_compilation(networks: Networks, folder: RunFolder, console: Console) -> Compilation:
@@ -57,7 +61,7 @@ def find_compilation(networks: Networks, folder: RunFolder, console: Console) ->
     key = _key(networks)
     seconds = {} if _is_small(networks) else _read_cache().get(json_sha256(key))
     if seconds is None:
-        console.print("Measuring how training steps compile best on this processor", style="dim")
+        tell("Measuring how training steps compile best on this processor", console)
         seconds = measure(networks)
         _write_cache({**_read_cache(), json_sha256(key): seconds})
     name = fastest(seconds)
@@ -68,6 +72,9 @@ def find_compilation(networks: Networks, folder: RunFolder, console: Console) ->
 
 def _is_small(networks: Networks) -> bool:
     experiment = networks.experiment
+    if experiment.model.target is not None:
+        macs = sum(layer.macs for layer in networks.describe())
+        return experiment.fp32.batch_size * macs < LEAST_MACS
     _, shape = probe_block(experiment.model, networks.dataset.image_shape, jnp.float32)
     return experiment.fp32.batch_size * math.prod(shape) < LEAST_VALUES
 
@@ -91,10 +98,17 @@ def fastest(seconds: dict[str, float]) -> str:
 
 
 def measure(networks: Networks) -> dict[str, float]:
-    """Return the seconds of a training step of a residual block, with each compilation."""
+    """Return the seconds of a training step of a residual block, with each compilation.
+
+    Of an own network, a training step of the whole.
+    """
     experiment = networks.experiment
     dtype = jnp.bfloat16 if experiment.precision == "bfloat16" else jnp.float32
-    block, shape = probe_block(experiment.model, networks.dataset.image_shape, dtype)
+    if experiment.model.target is not None:
+        block, shape = networks.modules["fp32"], networks.dataset.image_shape
+        dtype = jnp.float32  # Of the images.
+    else:
+        block, shape = probe_block(experiment.model, networks.dataset.image_shape, dtype)
     x = np.random.default_rng(0).normal(size=(experiment.fp32.batch_size, *shape))
     x = jnp.asarray(x, dtype)
     variables = dict(block.init(jax.random.key(0), x[:1], train=False))
@@ -102,7 +116,11 @@ def measure(networks: Networks) -> dict[str, float]:
     def loss(params: Any, x: jax.Array) -> jax.Array:
         collections = {name: v for name, v in variables.items() if name != "params"}
         result, _ = block.apply(
-            {"params": params, **collections}, x, train=True, mutable=list(collections)
+            {"params": params, **collections},
+            x,
+            train=True,
+            mutable=list(collections),
+            rngs={"params": jax.random.key(0)},
         )
         return jnp.sum(jnp.square(result.astype(jnp.float32)))
 

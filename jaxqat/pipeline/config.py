@@ -23,12 +23,12 @@ import yaml
 from jaxqat.errors import InputError
 from jaxqat.integer._store.files import read_regular
 from jaxqat.pipeline.bounded_yaml import MAX_BYTES
-from jaxqat.pipeline.checkpoint import CheckpointConfig
-from jaxqat.pipeline.data import AugmentConfig, DataConfig
-from jaxqat.pipeline.models import ModelConfig
 from jaxqat.pipeline.reading import parse_settings
-from jaxqat.pipeline.training import COMPILATIONS, QatConfig, StageConfig
-from jaxqat.quant import Recipe
+from jaxqat.pipeline.settings.checkpoint import CheckpointConfig
+from jaxqat.pipeline.settings.data import AugmentConfig, DataConfig
+from jaxqat.pipeline.settings.model import ModelConfig
+from jaxqat.pipeline.settings.training import COMPILATIONS, QatConfig, StageConfig
+from jaxqat.quant.recipe import Recipe
 
 PRECISIONS = ("float32", "tf32", "bfloat16")
 LARGEST = 2**32  # Of a whole number, in magnitude.
@@ -154,16 +154,25 @@ def read_yaml(path: Path, also: Collection[str] = ()) -> dict[str, Any]:
     Raises:
         ConfigError: If the file cannot be read, is not YAML, or has an unknown key.
     """
-    try:
-        text = read_regular(path, limit=MAX_BYTES).decode()
-    except (OSError, ValueError) as error:  # A path may hold a NUL.
-        raise ConfigError(f"{path}: cannot be read: {error}.") from error
-    values = parse_settings(text, path, error=ConfigError)
+    values = read_settings(path)
     try:
         check_keys(Experiment, {k: v for k, v in values.items() if k not in also})
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     return values
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Read the settings in a YAML file, without checking their keys.
+
+    Raises:
+        ConfigError: If the file cannot be read, or is not YAML.
+    """
+    try:
+        text = read_regular(path, limit=MAX_BYTES).decode()
+    except (OSError, ValueError) as error:  # A path may hold a NUL.
+        raise ConfigError(f"{path}: cannot be read: {error}.") from error
+    return parse_settings(text, path, error=ConfigError)
 
 
 def load(path: Path) -> Experiment:

@@ -6,9 +6,10 @@ from rich.console import Console
 
 from jaxqat.analysis import Analysis
 from jaxqat.analysis._text import decibels, percent
+from jaxqat.integer.graph import IntegerGraph
 from jaxqat.pipeline.evaluation import Measured
 from jaxqat.pipeline.results import Results, RunInfo, Scores, VerificationResult, to_json
-from jaxqat.pipeline.terminal import print_table, say
+from jaxqat.pipeline.terminal import print_table, say, tell
 
 SCORES = ("accuracy", "precision", "recall", "F1", "loss")
 
@@ -62,6 +63,12 @@ def print_analysis(title: str, analysis: Analysis, console: Console) -> None:
     )
     print_table(title, header, layers, console, caption=caption, dense=True)
     say(analysis.summary(), console)
+
+
+def note_islands(graph: IntegerGraph, console: Console) -> None:
+    """Name the parts of an integer network that are computed in float."""
+    for island in graph.islands:
+        tell(f"computed in float, without an integer form: {island}", console)
 
 
 def _verdict(check: VerificationResult) -> str:

@@ -26,6 +26,8 @@ from jaxqat.pipeline.data import Dataset, Split
 from jaxqat.pipeline.display import warn
 from jaxqat.pipeline.evaluation import Measured, Predictor, measure
 from jaxqat.pipeline.networks import Networks
+from jaxqat.pipeline.progress import Work
+from jaxqat.pipeline.recipes import recipe_name
 from jaxqat.pipeline.run.folder import RunFolder, RunFolderError
 from jaxqat.pipeline.run.snapshots import Model, check_same_data
 from jaxqat.pipeline.training import StopRequest
@@ -87,7 +89,8 @@ def convert_network(networks: Networks, model: Model, *, stage: str, **more: Any
         networks.one_image(),
         preprocess=networks.normalize,
         metadata={**_metadata(networks, model.step), "stage": stage, **more},
-        strict=True,
+        # The ResNet has no part without an integer form; another network may, in float islands.
+        strict=networks.experiment.model.target is None,
         train=False,
     )
 
@@ -109,11 +112,13 @@ def _metadata(networks: Networks, step: int) -> dict[str, Any]:
     return json.loads(json.dumps(described))
 
 
-def measure_network(networks: Networks, graph: IntegerGraph) -> Measured:
+def measure_network(
+    networks: Networks, graph: IntegerGraph, what: str, console: Console
+) -> Measured:
     """Return scores and speed of an integer network on the test split."""
     dataset, batch_size = networks.dataset, networks.experiment.evaluation_batch_size
-    logits = Predictor.of_graph(graph, batch_size).logits
-    return measure(logits, dataset.test, dataset.class_names)
+    predictor = Predictor.of_graph(graph, batch_size)
+    return measure(predictor, dataset.test, dataset.class_names, what=what, console=console)
 
 
 def check_network(
@@ -124,7 +129,7 @@ def check_network(
     Raises:
         Stopped: If a signal came, after the batch that is being compared.
     """
-    verification = verify_network(networks, model, graph, networks.dataset.test, stop)
+    verification = verify_network(networks, model, graph, networks.dataset.test, stop, console)
     for failure in verification.failures:
         warn(f"the integer network differs from the quantized one: {failure}.", console)
     return verification
@@ -136,6 +141,7 @@ def verify_network(
     graph: IntegerGraph,
     split: Split,
     stop: StopRequest | None = None,
+    console: Console | None = None,
 ) -> Verification:
     """Compare every code of the quantized network, in inference mode, with the integer network.
 
@@ -145,15 +151,22 @@ def verify_network(
         graph: The integer network.
         split: Images to compare them on.
         stop: Checked before each batch.
+        console: Shows the progress.
     """
-    return verify(
-        networks.quantized,
-        model.tree(),
-        graph=graph,
-        batches=in_batches(split, stop),
-        preprocess=networks.normalize,
-        train=False,
-    )
+    with verifying(split, console) as work:
+        return verify(
+            networks.quantized,
+            model.tree(),
+            graph=graph,
+            batches=work.track(in_batches(split, stop)),
+            preprocess=networks.normalize,
+            train=False,
+        )
+
+
+def verifying(split: Split, console: Console | None) -> Work:
+    """Return the progress of a comparison on a split."""
+    return Work(console, f"verifying every code on {len(split):,} images", len(split))
 
 
 def in_batches(split: Split, stop: StopRequest | None = None) -> Iterator[np.ndarray]:
@@ -163,11 +176,6 @@ def in_batches(split: Split, stop: StopRequest | None = None) -> Iterator[np.nda
         if stop is not None:
             stop.raise_if_set()
         yield split.images[start : start + size]
-
-
-def recipe_name(recipe: Recipe) -> str:
-    """Return the name by which PTQ with a recipe is kept: its preset's, or 'config'."""
-    return next((name for name, preset in Recipe.presets().items() if preset == recipe), "config")
 
 
 def check_recipe(stage: str, recipe: str | None) -> None:
@@ -217,7 +225,8 @@ def _no_network(folder: RunFolder, name: str, reason: str) -> RunFolderError:
 def _quantize(folder: RunFolder, name: str) -> str:
     """Return the command that makes a network of PTQ."""
     own = name == recipe_name(folder.load_config().quant)
-    return f"`jaxqat quantize {folder.path}{'' if own else f' --recipe {name}'}`"
+    given = name if name in Recipe.presets() else f"{name}.yaml"
+    return f"`jaxqat quantize {folder.path}{'' if own else f' --recipe {given}'}`"
 
 
 def load_network(folder: RunFolder, stage: str = "qat", recipe: str | None = None) -> IntegerGraph:

@@ -8,8 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from jaxqat.analysis import Analysis
 from jaxqat.pipeline.results import RunInfo, Scores, VerificationResult
-
-SplitName = Literal["test", "train", "validation"]
+from jaxqat.pipeline.settings.data import SplitName
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,8 @@ import numpy as np
 
 from jaxqat.pipeline.config import Experiment
 from jaxqat.pipeline.data import Dataset, augment, epoch_permutation, normalize
-from jaxqat.pipeline.models import build_model
+from jaxqat.pipeline.models import build_model, check_target
+from jaxqat.pipeline.progress import Track
 from jaxqat.pipeline.training import Collections, Forward
 from jaxqat.quant import (
     BatchNormEstimate,
@@ -60,6 +61,8 @@ class Networks:
         module = build_model(experiment.model, dataset.num_classes, dtype)
         quantized = quantize(module, experiment.quant)
         networks = cls(experiment, dataset, {"fp32": module, "qat": quantized})
+        if experiment.model.target is not None:
+            check_target(experiment.model, module, networks.one_image(), dataset.num_classes)
         networks.describe()
         return networks
 
@@ -101,13 +104,19 @@ class Networks:
         """Return the network in training mode, or with all its collections frozen."""
         module = self.modules[stage]
 
-        def train(params, collections, images):
+        def train(params, collections, images, key):
+            # Linen takes this key for dropout, too, and for every other stream.
             logits, updates = module.apply(
-                {"params": params, **collections}, images, train=True, mutable=list(collections)
+                {"params": params, **collections},
+                images,
+                train=True,
+                mutable=list(collections),
+                rngs={"params": key},
             )
             return logits, {**collections, **updates}
 
-        def infer(params, collections, images):
+        def infer(params, collections, images, key):
+            del key
             return module.apply({"params": params, **collections}, images, train=False), collections
 
         return infer if frozen else train
@@ -122,30 +131,38 @@ class Networks:
         images = augment(key, images, crop_padding=config.crop_padding, flip=config.flip)
         return self.normalize(images)
 
-    def calibrate(self, params: Any, collections: Mapping[str, Any]) -> Collections:
+    def calibrate(
+        self, params: Any, collections: Mapping[str, Any], *, track: Track = iter
+    ) -> Collections:
         """Return the collections and, in addition, the float network's activation ranges.
 
-        The ranges are observed on randomly chosen training images, without augmentation.
+        The ranges are observed on randomly chosen training images, without augmentation; `track`
+        counts them.
         """
         images = self.dataset.train.images
         bound = calibrate(
             self.quantized,
             {"params": params, **collections},
-            batches=(images[indices] for indices in self._calibration_batches()),
+            batches=(images[indices] for indices in track(self._calibration_batches())),
             preprocess=self.normalize,
             train=False,
         )
         return {name: value for name, value in bound.variables.items() if name != "params"}
 
-    def batch_norm(self, params: Any, collections: Mapping[str, Any]) -> BatchNormEstimate:
+    def batch_norm(
+        self, params: Any, collections: Mapping[str, Any], *, track: Track = iter
+    ) -> BatchNormEstimate | None:
         """Return the float network's batch statistics over augmented training images.
 
-        They are the images that `calibrate` uses.
+        They are the images that `calibrate` uses; `track` counts them. None for a network without
+        batch norm.
         """
+        if not jax.tree.leaves(collections.get("batch_stats")):
+            return None
         images, key = self.dataset.train.images, stage_key(self.experiment.seed, "qat")
         batches = (
             (jax.random.fold_in(key, number), images[indices])
-            for number, indices in enumerate(self._calibration_batches())
+            for number, indices in enumerate(track(self._calibration_batches()))
         )
         return estimate_batch_norm(
             self.modules["fp32"],
@@ -153,7 +170,13 @@ class Networks:
             batches=batches,
             preprocess=self.prepare,
             train=True,
+            rngs={"params": key},
         )
+
+    @property
+    def calibration_images(self) -> int:
+        """Number of images for calibration."""
+        return self._calibration_batches().size
 
     def _calibration_batches(self) -> np.ndarray:
         """Return indices of randomly chosen training images, (batches, images)."""

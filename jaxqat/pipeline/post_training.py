@@ -7,16 +7,17 @@ own recipe, but does not verify the network, which would take longer than the re
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 from rich.console import Console
 
-from jaxqat.errors import RecipeError
+from jaxqat.errors import InputError, RecipeError
 from jaxqat.integer.graph import IntegerGraph
 from jaxqat.pipeline import config as configs
 from jaxqat.pipeline.config import Experiment
 from jaxqat.pipeline.data import Dataset
-from jaxqat.pipeline.display import warn
+from jaxqat.pipeline.display import note_islands, warn
 from jaxqat.pipeline.integer_networks import (
     check_recipe,
     convert_network,
@@ -24,30 +25,47 @@ from jaxqat.pipeline.integer_networks import (
     measure_network,
 )
 from jaxqat.pipeline.networks import Networks
+from jaxqat.pipeline.progress import Work
 from jaxqat.pipeline.results import PtqResult, Speed
 from jaxqat.pipeline.run.folder import RunFolder
 from jaxqat.pipeline.run.results import bits_name
 from jaxqat.pipeline.run.snapshots import Model, check_step, restore_model
+from jaxqat.pipeline.terminal import tell
 from jaxqat.pipeline.training import StopRequest
 from jaxqat.quant import Recipe
 
 
-def calibrated(networks: Networks, fp32: Model) -> Model:
+def calibrated(networks: Networks, fp32: Model, console: Console | None = None) -> Model:
     """Return the trained float network with activation ranges; QAT starts from it too."""
+    images = networks.calibration_images
     collections = fp32.collections
     if networks.experiment.qat.reestimate_batch_norm:
-        found = networks.batch_norm(fp32.params, collections)
+        what = f"calibration: estimating batch norm's statistics on {images:,} images"
+        with Work(console, what, images) as work:
+            found = networks.batch_norm(fp32.params, collections, track=work.track)
+        if found is None:
+            raise InputError(
+                "qat.reestimate_batch_norm is true, and the network has no batch norm: set it to "
+                "false."
+            )
         collections = {**collections, "batch_stats": found.statistics}
-    return Model(fp32.params, networks.calibrate(fp32.params, collections), fp32.step)
+    with Work(console, f"calibration: observing ranges on {images:,} images", images) as work:
+        ranges = networks.calibrate(fp32.params, collections, track=work.track)
+    return Model(fp32.params, ranges, fp32.step)
 
 
 def warn_unconverged(networks: Networks, fp32: Model, console: Console) -> None:
     """Warn if batch norm's statistics have not converged and are not estimated anew."""
     if networks.experiment.qat.reestimate_batch_norm:
         return
-    warning = networks.batch_norm(fp32.params, fp32.collections).warning
-    if warning is not None:
-        warn(f"{warning} Set qat.reestimate_batch_norm to true, or train FP32 longer.", console)
+    images = networks.calibration_images
+    what = f"calibration: checking batch norm's statistics on {images:,} images"
+    with Work(console, what, images) as work:
+        found = networks.batch_norm(fp32.params, fp32.collections, track=work.track)
+    if found is not None and found.warning is not None:
+        warn(
+            f"{found.warning} Set qat.reestimate_batch_norm to true, or train FP32 longer.", console
+        )
 
 
 def check_static(recipe: Recipe, name: str) -> None:
@@ -65,9 +83,18 @@ def check_static(recipe: Recipe, name: str) -> None:
         )
 
 
+class Converted(NamedTuple):
+    """An integer network of PTQ, its scores and speed, and its logits of the test images."""
+
+    graph: IntegerGraph
+    result: PtqResult
+    speed: Speed
+    logits: np.ndarray
+
+
 def convert_and_test(
-    networks: Networks, model: Model, stop: StopRequest, *, name: str
-) -> tuple[IntegerGraph, PtqResult, Speed]:
+    networks: Networks, model: Model, stop: StopRequest, *, name: str, console: Console
+) -> Converted:
     """Convert a calibrated network and test it.
 
     Args:
@@ -75,17 +102,20 @@ def convert_and_test(
         model: The calibrated network.
         stop: Checked after conversion and after the test.
         name: Name of the recipe.
+        console: Shows the progress.
 
     Raises:
         ConversionError: Lists each part of the network that has no integer form, and the reason.
         Stopped: A signal came.
     """
     quant, qat = networks.experiment.quant, networks.experiment.qat
+    tell(f"PTQ ({name}): converting to integers", console)
     graph = convert_network(
         networks, model, stage="ptq", ptq=name, calibration_batches=qat.calibration_batches
     )
     stop.raise_if_set()
-    measured = measure_network(networks, graph)
+    note_islands(graph, console)
+    measured = measure_network(networks, graph, f"PTQ ({name})", console)
     stop.raise_if_set()
     result = PtqResult(
         test=measured.scores,
@@ -97,7 +127,8 @@ def convert_and_test(
         recipe=configs.to_dict(networks.experiment)["quant"],
         size_bytes=graph.size_bytes(),
     )
-    return graph, result, Speed(evaluate_images_per_s=measured.images_per_s)
+    speed = Speed(evaluate_images_per_s=measured.images_per_s)
+    return Converted(graph, result, speed, measured.logits)
 
 
 def experiment_of(experiment: Experiment, graph: IntegerGraph) -> Experiment:
@@ -119,6 +150,7 @@ def restore_quantized(
     dataset: Dataset,
     stage: str,
     recipe: str | None = None,
+    console: Console | None = None,
 ) -> tuple[Networks, Model]:
     """Restore the quantized network of a stage, with its parameters and ranges.
 
@@ -132,6 +164,7 @@ def restore_quantized(
         dataset: Data of the run.
         stage: 'qat' or 'ptq'.
         recipe: Name of the recipe of PTQ; None as in `load_network`.
+        console: Shows the progress.
 
     Raises:
         CheckpointError: If the checkpoint is damaged, or not the one that was converted.
@@ -140,6 +173,7 @@ def restore_quantized(
     """
     if stage == "qat":
         check_recipe(stage, recipe)
+        tell(f"{stage}: tracing the network and restoring it", console)
         networks = Networks.build(experiment, dataset)
         model = restore_model(networks, folder, "qat")
         if folder.integer.is_dir():
@@ -149,11 +183,12 @@ def restore_quantized(
     if folder.ptq_names() or recipe is not None:
         graph = load_network(folder, "ptq", recipe)
         experiment = experiment_of(experiment, graph)
+    tell("fp32: tracing the network and restoring it", console)
     networks = Networks.build(experiment, dataset)
     fp32 = restore_model(networks, folder, "fp32")
     if graph is not None:
         _check_step(folder, "fp32", fp32, graph)
-    return networks, calibrated(networks, fp32)
+    return networks, calibrated(networks, fp32, console)
 
 
 def _check_step(folder: RunFolder, stage: str, model: Model, graph: IntegerGraph) -> None:

@@ -18,6 +18,7 @@ from jaxqat.pipeline.evaluation import Predictor
 from jaxqat.pipeline.metrics import classification_metrics
 from jaxqat.pipeline.networks import Networks, stage_key
 from jaxqat.pipeline.run.folder import RunFolder, RunFolderError
+from jaxqat.pipeline.run.logs import RunLogs
 from jaxqat.pipeline.run.snapshots import (
     Model,
     check_data,
@@ -26,6 +27,7 @@ from jaxqat.pipeline.run.snapshots import (
     restore_selected,
     split_state,
 )
+from jaxqat.pipeline.terminal import tell
 from jaxqat.pipeline.training import (
     DEFAULT,
     Compilation,
@@ -44,6 +46,7 @@ from jaxqat.pipeline.training import (
     run_stage,
 )
 from jaxqat.pipeline.training.progress import StageProgress
+from jaxqat.quant._models.state import flat_state
 
 MAX_STEPS_PER_DISPATCH = 50
 
@@ -148,7 +151,19 @@ class StageRun:
             ),
             validate=self._validate if dataset.validation is not None else None,
             compilation=self.compilation,
+            ranges=self._ranges() if isinstance(config, QatConfig) else None,
         )
+
+    def _ranges(self) -> Callable[[TrainState], dict[str, tuple[float, float]]]:
+        """Return the function that reads the range of each layer's input off a state."""
+        layers = self.networks.describe()
+
+        def ranges(state: TrainState) -> dict[str, tuple[float, float]]:
+            flat = flat_state(state.collections)
+            found = {layer.path: layer.covered(flat) for layer in layers}
+            return {path: extent for path, extent in found.items() if extent is not None}
+
+        return ranges
 
     def train(
         self,
@@ -205,8 +220,8 @@ class StageRun:
             batch_size=self.config.batch_size,
             done=done,
         )
-        with progress:
-            reporter = FolderReporter(self, store, progress)
+        with progress, RunLogs(self.folder, self.name, console) as logs:
+            reporter = FolderReporter(self, store, progress, logs)
             return run_stage(
                 self.plan(), state, reporter=reporter, stop=stop, epoch_seconds=seconds
             )
@@ -214,16 +229,16 @@ class StageRun:
     def _announce(self, console: Console, done: int) -> None:
         if done:
             epoch = done // self.steps_per_epoch
-            console.print(
+            tell(
                 f"{self.name}: resumed at step {done} of {self.total_steps} (epoch {epoch + 1}).",
-                soft_wrap=True,
+                console,
             )
         dropped = len(self.dataset.train) % self.config.batch_size
         if dropped:
-            console.print(
+            tell(
                 f"{self.name}: the last, partial batch of each epoch is dropped: "
                 f"{dropped} of {len(self.dataset.train)} images.",
-                soft_wrap=True,
+                console,
             )
 
     def _optimizer(self):
@@ -283,14 +298,20 @@ class FolderReporter(Reporter):
     run: StageRun
     store: CheckpointStore
     progress: StageProgress
+    logs: RunLogs
+
+    def compiling(self, *, frozen: bool) -> None:
+        """Print it."""
+        self.progress.compiling(frozen=frozen)
 
     def advance(self, steps: int) -> None:
         """Move the progress bar."""
         self.progress.advance(steps)
 
     def epoch(self, record: dict[str, Any]) -> None:
-        """Add the epoch to metrics.jsonl and print it."""
+        """Add the epoch to metrics.jsonl and the other logs, and print it."""
         self.run.folder.append_metrics(record)
+        self.logs.epoch(record)
         self.progress.epoch(record)
 
     def save(

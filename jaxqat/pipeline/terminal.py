@@ -14,6 +14,10 @@ from rich.table import Table
 from rich.text import Text
 
 
+class QuietConsole(Console):
+    """A console for results, warnings and errors only: `tell` prints nothing on it."""
+
+
 def print_table(
     title: str,
     header: Sequence[str],
@@ -56,6 +60,12 @@ def print_table(
 def say(text: str, console: Console, *, style: str = "") -> None:
     """Print a line; the terminal, and not a line break, folds it."""
     console.print(_as_it_is(text, style), soft_wrap=True)
+
+
+def tell(text: str, console: Console | None, *, style: str = "") -> None:
+    """Print a line of progress; nothing on a quiet console, or without one."""
+    if console is not None and not isinstance(console, QuietConsole):
+        say(text, console, style=style)
 
 
 def _as_it_is(text: str, style: str = "") -> Text:

@@ -22,8 +22,13 @@ def __getattr__(name: str) -> Any:
     if name in _LAZY:
         from jaxqat.quant._models import injected_nnx
 
-        return getattr(injected_nnx, name)
+        globals().update({each: getattr(injected_nnx, each) for each in _LAZY})
+        return globals()[name]
     raise AttributeError(f"module 'jaxqat.aqt' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 __all__ = [

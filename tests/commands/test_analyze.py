@@ -38,6 +38,7 @@ def run(finished, tmp_path) -> Path:
 def unpainted(monkeypatch):
     """Skip drawing, which takes seconds."""
     monkeypatch.setattr(diagnosis, "write_analysis", lambda folder, result: folder / "page")
+    monkeypatch.setattr(diagnosis, "write_report", lambda folder: folder / "page")
 
 
 def test_the_command_writes_data_and_page_and_nothing_else(
@@ -50,12 +51,14 @@ def test_the_command_writes_data_and_page_and_nothing_else(
     assert {name for name in after if after[name] != before.get(name)} == {
         "analysis.json",
         "analysis.html",
+        "report.html",  # It links to the analysis now.
     }
+    assert "analysis.html" in (run / "report.html").read_text()
     found = json.loads((run / "analysis.json").read_text())
     assert [layer["path"] for layer in found["layers"]] == LAYERS
     assert (found["stage"], found["split"], found["step"]) == ("qat", "test", STEPS)
     shown = console.file.getvalue()
-    assert shown.startswith("Analyzing 40 images, layer by layer\n")
+    assert "\nanalyzing 40 images, layer by layer\n" in shown
     assert all(name in shown for name in (*LAYERS, "analysis.html"))
     assert (run / "analysis.html").read_text().count("<img") == 3
     # What was analyzed is the trained network, on the test images.

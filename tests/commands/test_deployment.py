@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import pytest
 import tiny_run
 from tiny_run import files, tiny
@@ -14,7 +15,7 @@ from jaxqat.bench import BenchmarkError
 from jaxqat.cli import dispatch
 from jaxqat.commands import evaluate, export, lowering, verify
 from jaxqat.commands.benchmark import benchmark
-from jaxqat.errors import ExportError
+from jaxqat.errors import ExportError, InputError
 from jaxqat.integer._store.folder import ArtifactError
 from jaxqat.lowering import LoweringError
 from jaxqat.pipeline.data import load_dataset
@@ -119,6 +120,26 @@ def test_the_exported_files_give_the_logits_of_the_integer_network(run, console,
     np.testing.assert_array_equal(load_stablehlo(path)(images), expected)
     shown = console.file.getvalue()
     assert f"n.hlo: {path.stat().st_size:,} bytes" in shown
+
+
+def test_the_page_of_a_run_offers_its_test_images(run, console, tmp_path, monkeypatch):
+    pytest.importorskip(WANTS_ONNX)
+    monkeypatch.chdir(tmp_path)  # No runtime is installed there.
+    page = export.export(run, tmp_path / "page", format="web", console=console)
+    found = json.loads((page / "network.json").read_text())
+    data = load_dataset(tiny().data)
+    assert found["labels"] == list(data.class_names)
+    assert [each["name"] for each in found["networks"]] == ["integer", "float32"]
+    assert [each["label"] for each in found["examples"]][:10] == [*"0123456789"]
+    image = np.asarray(PIL.Image.open(page / found["examples"][0]["file"]))[..., None]
+    first = np.flatnonzero(data.test.labels == 0)[0]
+    np.testing.assert_array_equal(image, data.test.images[first])
+    lines = console.file.getvalue().splitlines()
+    assert lines[0].startswith(f"{page}: ")
+    assert lines[1].startswith("onnxruntime-web: https://")
+    assert lines[2] == f"to open it: python -m http.server --directory {page}"
+    with pytest.raises(InputError, match="leave out --input float"):
+        export.export(run, tmp_path / "other", format="web", input="float", console=console)
 
 
 @pytest.mark.parametrize("format", ["onnx", "stablehlo"])

@@ -13,7 +13,7 @@ from jaxqat.commands.export import export
 from jaxqat.commands.report import report
 from jaxqat.pipeline.config import to_yaml
 from jaxqat.pipeline.report.figures import draw_samples
-from jaxqat.pipeline.report.samples import Samples
+from jaxqat.pipeline.report.samples import choose_samples
 from jaxqat.pipeline.report.theme import LIGHT
 from jaxqat.pipeline.terminal import say
 
@@ -46,8 +46,8 @@ def test_report_and_export_print_their_paths_as_they_are(odd, console, capsys):
     output = odd / "[red]net.onnx"
     export(odd, output, format="onnx", console=console)
     lines = console.file.getvalue().splitlines()
-    assert lines[0] == f"report: {odd / 'report.html'}"
-    assert lines[1].startswith(f"{output}: ")
+    assert lines[1] == f"report: {odd / 'report.html'}"
+    assert lines[2] == f"writing {output}" and lines[3].startswith(f"{output}: ")
     assert run_command("evaluate", odd / "[/b]") == 2
     assert str(odd / "[/b]") in capsys.readouterr().err
 
@@ -59,7 +59,6 @@ def test_control_characters_and_lone_surrogates_are_escaped(console):
 
 @pytest.mark.parametrize("name", ["$\\frac$", "cash $ and $ {", *ODD_NAMES])
 def test_a_figure_shows_a_class_name_that_is_no_formula(name):
-    samples = Samples(
-        images=np.zeros((1, 4, 4, 1), np.uint8), labels=np.zeros(1, int), class_names=(name,)
-    )
+    images, labels = np.zeros((1, 4, 4, 1), np.uint8), np.zeros(1, int)
+    samples = choose_samples(images, labels, (name,), {"FP32": np.zeros((1, 1))})
     assert draw_samples(samples, theme=LIGHT).startswith(b"\x89PNG")

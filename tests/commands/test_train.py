@@ -1,8 +1,10 @@
 """Train, evaluate and report from end to end, on a network that compiles in a second."""
 
 import dataclasses
+import importlib.util
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 import tiny_run
 from tiny_run import STEPS, STEPS_PER_EPOCH, files, signal_at, tiny
 
+from jaxqat import load, make_executor
 from jaxqat.commands import evaluate, report, train
 from jaxqat.errors import RecipeError
 from jaxqat.pipeline import compilation_choice
@@ -19,6 +22,7 @@ from jaxqat.pipeline.config import config_hash
 from jaxqat.pipeline.data import DataError, load_dataset
 from jaxqat.pipeline.evaluation import Predictor
 from jaxqat.pipeline.measurements import Evaluation
+from jaxqat.pipeline.report.samples import read_samples
 from jaxqat.pipeline.results import read, to_json
 from jaxqat.pipeline.run.folder import RunFolder, RunFolderError
 from jaxqat.pipeline.training import DivergedError, Stopped
@@ -50,12 +54,77 @@ def losses(run: Path) -> list[tuple]:
 def test_a_run_says_first_what_it_will_do(finished):
     lines = finished.with_suffix(".log").read_text().splitlines()
     parameters = json.loads((finished / "results.json").read_text())["parameters"]
-    assert lines[:4] == [
+    assert lines[:6] == [
+        "data: loading digits",
+        "network: tracing it",
         f"network: ResNet-18, width 64, {parameters:,} parameters",
         "data: digits, 100 training and 40 test images of 8x8x1, 10 classes",
         "fp32: 2 epochs of 6 steps of 16 images, 12 steps in all",
         "qat: 2 epochs of 6 steps of 16 images, 12 steps in all",
     ]
+
+
+def test_no_part_of_a_run_is_silent(finished):
+    lines = finished.with_suffix(".log").read_text().splitlines()
+    shown = [line for line in lines[6:] if re.match("(fp32|qat|cal|integer|ver|PTQ|writ)", line)]
+    expected = (
+        *("fp32: making", "fp32: the last, partial", "fp32: compiling the training step"),
+        *("fp32 epoch 1/2", "fp32 epoch 2/2"),
+        *("calibration: checking batch norm's statistics on 32", "calibration: observing ranges"),
+        *("qat: the last, partial", "qat: compiling the training step", "qat epoch 1/2"),
+        *("qat: compiling the training step with frozen ranges", "qat epoch 2/2"),
+        *("fp32: compiling for evaluation", "fp32: evaluating 40 images"),
+        *("qat: compiling for evaluation", "qat: evaluating 40 images"),
+        *("integer: converting", "integer: compiling for", "integer: evaluating 40 images"),
+        *("verifying every code on 40 images", "PTQ (int8): converting to integers"),
+        *("PTQ (int8): compiling for", "PTQ (int8): evaluating 40", "writing the results and"),
+    )
+    assert len(shown) == len(expected)
+    assert all(line.startswith(start) for line, start in zip(shown, expected, strict=True))
+
+
+def test_the_images_of_the_report_have_the_predictions_of_both_networks(finished):
+    samples, results = read_samples(finished), RunFolder(finished).read_results()
+    assert samples is not None
+    assert samples.networks == ("FP32", "QAT W8A8, integer")
+    logits = np.asarray(make_executor(load(finished / "integer"))(samples.images), np.float64)
+    np.testing.assert_array_equal(samples.predicted[1], logits.argmax(-1))
+    shares = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    np.testing.assert_allclose(samples.probabilities[1], shares.max(-1), rtol=1e-6)
+    assert results.integer is not None
+    right, real = (
+        np.trace(test.confusion_matrix) for test in (results.integer.test, results.fp32.test)
+    )
+    images, changed, errors = samples.totals
+    assert (images, errors) == (40, 40 - right)
+    assert changed >= abs(right - real)
+    assert (samples.predicted[0] != samples.predicted[1])[samples.changed].all()
+    assert (samples.predicted[1] != samples.labels)[samples.errors].all()
+
+
+@pytest.mark.parametrize("stage", ["integer", "ptq"])
+def test_the_images_of_a_report_are_classified_again_on_request(
+    finished, tmp_path, small_network, console, monkeypatch, stage
+):
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    monkeypatch.setattr(report, "write_report", lambda path: path)  # Saves seconds.
+    before = (run / "report_data.npz").read_bytes()
+    (run / "report_data.npz").unlink()
+    if stage == "ptq":
+        results = RunFolder(run).read_results()
+        bare = dataclasses.replace(results, qat=None, integer=None, verify=None)
+        RunFolder(run).write_results(bare)
+    report.report(run, console=console)
+    assert not (run / "report_data.npz").exists()
+    report.report(run, predict=True, console=console)
+    samples = read_samples(run)
+    assert samples is not None
+    if stage == "integer":
+        assert (run / "report_data.npz").read_bytes() == before
+    else:
+        assert samples.networks == ("FP32", "PTQ W8A8 (int8), integer")
+        logits = make_executor(load(run / "ptq" / "int8"))(samples.images)
+        np.testing.assert_array_equal(samples.predicted[1], np.argmax(logits, -1))
 
 
 def test_a_finished_run_has_its_files_and_results(finished):
@@ -64,11 +133,14 @@ def test_a_finished_run_has_its_files_and_results(finished):
         "config.yaml",
         "figures",
         "integer",
+        "metrics.csv",
         "metrics.jsonl",
         "ptq",
+        "ranges.csv",
         "report.html",
         "report_data.npz",
         "results.json",
+        *(["tensorboard"] if importlib.util.find_spec("tensorboardX") else []),
     }
     assert RunFolder(finished).load_config() == tiny()
     lines = RunFolder(finished).read_metrics()
@@ -111,6 +183,16 @@ def test_a_finished_run_has_its_files_and_results(finished):
     assert layers["block_conv"]["act_min"] == 0  # Behind a ReLU.
     assert layers["block_conv"]["act_max"] > 0
     assert layers["head"]["weight_min"] < 0 < layers["head"]["weight_max"]
+
+
+def test_every_epoch_has_its_gradient_norm_and_the_ranges_of_every_layer(finished):
+    records, results = RunFolder(finished).read_metrics(), RunFolder(finished).read_results()
+    assert all(record["gradient_norm"] > 0 for record in records)
+    assert [list(record["ranges"]) for record in records[:2]] == [[], []]
+    expected = {layer.path: [layer.act_min, layer.act_max] for layer in results.layers}
+    assert records[-1]["ranges"] == expected and len(expected) == 3
+    table = (finished / "metrics.csv").read_text().splitlines()
+    assert len(table) == 5 and table[4].startswith("qat,2,12,")
 
 
 def test_the_dropped_batch_is_printed(finished):

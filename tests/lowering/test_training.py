@@ -33,7 +33,7 @@ def training_step(recipe: str, width: int, batch: int):
     model = quantize(build_model(ModelConfig(width=width), CLASSES), recipe)
     optimizer = optax.sgd(0.1, momentum=0.9)
 
-    def forward(params, collections, images):
+    def forward(params, collections, images, key):
         variables = {"params": params, **collections}
         logits, updates = model.apply(variables, images, train=True, mutable=list(collections))
         return logits, {**collections, **updates}

@@ -117,7 +117,7 @@ def test_a_truncated_checkpoint_is_one_line_and_no_tracebacks(run):
 import time
 from pathlib import Path
 from jaxqat.pipeline.checkpoint import CheckpointStore
-from jaxqat.pipeline.checkpoint.config import CheckpointConfig
+from jaxqat.pipeline.settings.checkpoint import CheckpointConfig
 from jaxqat.pipeline.checkpoint.manifest import dictionary
 store = CheckpointStore(Path({str(run)!r}) / "checkpoints" / "qat", CheckpointConfig())
 target = dictionary(store._info({STEPS})["arrays"]["model"])

@@ -25,7 +25,9 @@ def untrained(reestimate: bool) -> tuple[Networks, Model]:
 def test_statistics_are_estimated_anew_before_calibration_if_the_config_says_so():
     networks, model = untrained(True)
     found = calibrated(networks, model)
-    expected = networks.batch_norm(model.params, model.collections).statistics
+    estimate = networks.batch_norm(model.params, model.collections)
+    assert estimate is not None
+    expected = estimate.statistics
     jax.tree.map(np.testing.assert_array_equal, found.collections["batch_stats"], expected)
     ranges = networks.calibrate(model.params, {**model.collections, "batch_stats": expected})
     jax.tree.map(np.testing.assert_array_equal, found.collections["quant"], ranges["quant"])
@@ -53,4 +55,4 @@ def test_there_is_no_warning_if_statistics_have_converged_or_are_estimated_anew(
     networks, model = untrained(False)
     converged = Model(model.params, {**model.collections, "batch_stats": statistics})
     warn_unconverged(networks, converged, console)
-    assert console.file.getvalue() == ""
+    assert "warning" not in console.file.getvalue()

@@ -19,7 +19,6 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jaxqat.pipeline.checkpoint.config import CheckpointConfig, KeepLastAndBest, best
 from jaxqat.pipeline.checkpoint.late_reports import late_reports_dropped
 from jaxqat.pipeline.checkpoint.manifest import (
     CheckpointError,
@@ -28,7 +27,9 @@ from jaxqat.pipeline.checkpoint.manifest import (
     dictionary,
     manifest,
 )
+from jaxqat.pipeline.checkpoint.policy import KeepLastAndBest, best
 from jaxqat.pipeline.hashing import json_sha256
+from jaxqat.pipeline.settings.checkpoint import CheckpointConfig
 
 logger = logging.getLogger(__name__)
 

@@ -1,15 +1,15 @@
 """Image-classification data: decoded once to uint8, then kept and augmented on the device."""
 
 from jaxqat.pipeline.data.arrays import DataError, Split
-from jaxqat.pipeline.data.datasets import DataConfig, Dataset, load_dataset
+from jaxqat.pipeline.data.datasets import Dataset, load_dataset
 from jaxqat.pipeline.data.pipeline import (
-    AugmentConfig,
     EvalBatches,
     augment,
     epoch_permutation,
     eval_batches,
     normalize,
 )
+from jaxqat.pipeline.settings.data import AugmentConfig, DataConfig
 
 __all__ = [
     "AugmentConfig",

@@ -17,24 +17,6 @@ from jaxqat.pipeline.data.arrays import Split
 
 # Folded into the shuffle's key, so that other uses of the same seed have other random streams.
 SHUFFLE_STREAM = 0x5F0F
-MAX_CROP_PADDING = 4096
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class AugmentConfig:
-    """Random changes to training images (config key `augment`)."""
-
-    crop_padding: int = 4
-    """Zero pixels added to each side before a random crop to the original size; 0 for no crop."""
-
-    flip: bool = True
-    """Whether to mirror each image left to right with probability one half."""
-
-    def __post_init__(self):
-        if not 0 <= self.crop_padding <= MAX_CROP_PADDING:
-            raise ValueError(
-                f"augment.crop_padding must be in 0..{MAX_CROP_PADDING}, got {self.crop_padding!r}."
-            )
 
 
 def epoch_permutation(seed: int | Array, epoch: int | Array, n: int) -> Int32[Array, " n"]:

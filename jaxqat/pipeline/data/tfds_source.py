@@ -4,7 +4,6 @@ A prepared copy is found by its directory, ROOT/NAME[/CONFIG]/VERSION. Asking TF
 may go online, and hangs without a network.
 """
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,7 @@ from jaxqat.pipeline.data.arrays import (
     decode_split,
 )
 from jaxqat.pipeline.data.sources import Source, content_sha256
-
-NAME = re.compile(r"(?P<name>[a-z]\w*)(/(?P<config>[\w.+-]+))?(:(?P<version>\d+\.\d+\.\d+))?")
+from jaxqat.pipeline.settings.data import NAME
 
 # Metadata that describes the data; other files are TFDS's bookkeeping.
 METADATA = ("dataset_info.json", "features.json", "*.labels.txt")

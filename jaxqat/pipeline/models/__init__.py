@@ -1,5 +1,16 @@
-"""Float networks in Flax Linen, without any code for quantization."""
+"""Float networks, without any code for quantization: ResNets in Flax Linen, and the user's own."""
 
-from jaxqat.pipeline.models.resnet import ModelConfig, ResNet, build_model, probe_block
+from jaxqat.pipeline.models.build import build_model, network_name
+from jaxqat.pipeline.models.resnet import ResNet, probe_block
+from jaxqat.pipeline.models.target import TargetError, check_target
+from jaxqat.pipeline.settings.model import ModelConfig
 
-__all__ = ["ModelConfig", "ResNet", "build_model", "probe_block"]
+__all__ = [
+    "ModelConfig",
+    "ResNet",
+    "TargetError",
+    "build_model",
+    "check_target",
+    "network_name",
+    "probe_block",
+]

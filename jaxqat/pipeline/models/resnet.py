@@ -6,7 +6,6 @@ store them and quantization rules match them: 'stem_conv', 'stage2/block0/conv1'
 stride 2, unlike the PyTorch networks whose accuracy and weights this one is compared with.
 """
 
-import dataclasses
 import math
 from functools import partial
 from typing import Any
@@ -15,38 +14,12 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxqat.pipeline.settings.model import ModelConfig
+
 # Blocks in each of the four stages (He et al. 2015, table 1); 50 layers use bottlenecks.
 STAGE_SIZES = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
 BOTTLENECK_DEPTHS = (50,)
 BOTTLENECK_EXPANSION = 4
-STEMS = ("cifar", "imagenet")
-MAX_WIDTH = 1024  # Three billion parameters in ResNet-18.
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """Which ResNet to build (config key `model`)."""
-
-    depth: int = 18
-    """Layers with weights on the longest path: 18, 34 or 50."""
-
-    width: int = 64
-    """Channels of the first stage; each later stage doubles them. 64 is the paper's."""
-
-    stem: str = "cifar"
-    """'cifar': one 3x3 convolution; 'imagenet': 7x7 at stride 2 and a 3x3 max-pool at stride 2."""
-
-    def __post_init__(self):
-        if self.depth not in STAGE_SIZES:
-            raise ValueError(f"model.depth must be one of 18, 34, 50, got {self.depth!r}.")
-        whole = isinstance(self.width, int) and not isinstance(self.width, bool)
-        if not whole or not 1 <= self.width <= MAX_WIDTH:
-            raise ValueError(
-                f"model.width must be an integer in 1..{MAX_WIDTH}, got {self.width!r}."
-            )
-        if self.stem not in STEMS:
-            raise ValueError(f"model.stem must be 'cifar' or 'imagenet', got {self.stem!r}.")
-
 
 # Fan-out keeps the gradient's variance through ReLU layers (He et al. 2015, arXiv:1502.01852,
 # section 2.2). Not truncated, as in torchvision: kaiming_normal_(mode="fan_out").
@@ -184,8 +157,8 @@ class ResNet(nn.Module):
         return head(x)
 
 
-def build_model(config: ModelConfig, num_classes: int, dtype: Any = jnp.float32) -> ResNet:
-    """Return the network of a configuration.
+def build_resnet(config: ModelConfig, num_classes: int, dtype: Any = jnp.float32) -> ResNet:
+    """Return the ResNet of a configuration.
 
     Args:
         config: Depth, width and stem.

@@ -3,6 +3,6 @@
 from jaxqat.pipeline.report.analysis import write_analysis
 from jaxqat.pipeline.report.files import ReportError
 from jaxqat.pipeline.report.html import write_report
-from jaxqat.pipeline.report.samples import write_samples
+from jaxqat.pipeline.report.samples import choose_samples, write_samples
 
-__all__ = ["ReportError", "write_analysis", "write_report", "write_samples"]
+__all__ = ["ReportError", "choose_samples", "write_analysis", "write_report", "write_samples"]

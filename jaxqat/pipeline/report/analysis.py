@@ -11,10 +11,9 @@ from jaxqat.integer._store.files import write_atomically
 from jaxqat.pipeline.measurements import RunAnalysis
 from jaxqat.pipeline.report import layer_figures as figures
 from jaxqat.pipeline.report.files import ReportError
-from jaxqat.pipeline.report.html import draw_all, template
+from jaxqat.pipeline.report.html import ANALYSIS_PAGE, draw_all, template
 from jaxqat.pipeline.report.tables import DASH, count, minus
 
-ANALYSIS_PAGE = "analysis.html"
 MAX_HISTOGRAMS = 6
 
 

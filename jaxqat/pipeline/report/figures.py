@@ -4,6 +4,7 @@ Each is 4.6 inches wide: legible on a phone, and two fit side by side on a deskt
 used, so there is no global state.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,25 +12,26 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import EngFormatter, MaxNLocator, ScalarFormatter
 
 from jaxqat.pipeline.report.samples import Samples
 from jaxqat.pipeline.report.theme import Theme, themed, to_png
-from jaxqat.pipeline.results import LayerResult, Scores, TensorDifferences
+from jaxqat.pipeline.results import LayerResult, Scores, TensorDifferences, Tested
 
 WIDTH = 4.6  # Inches.
-MAX_SAMPLES = 20
-PATH_LENGTH = 36  # Letters; fits stage2/block0/shortcut_conv/output.
+PATH_LENGTH = 36  # Letters of a line; fits stage2/block0/shortcut_conv/output.
+ROW = 0.19  # Inches of a row with a name of one line.
 MAX_COUNTED_CLASSES = 16  # With more, a count does not fit its cell.
 MAX_NAMED_CLASSES = 30
 
 
 def draw_samples(samples: Samples, theme: Theme) -> bytes:
-    """Draw test images with their true labels (the paper's Fig. 2), five per row.
+    """Draw samples of several classes with their true labels (the paper's Fig. 2), five per row.
 
     Of images that are not RGB, the first channel is shown.
     """
-    shown = min(len(samples.images), MAX_SAMPLES)
+    images, labels = samples.images[samples.samples], samples.labels[samples.samples]
+    shown = len(images)
     columns = min(shown, 5)
     rows = -(-shown // columns)
     with themed(theme):
@@ -37,12 +39,12 @@ def draw_samples(samples: Samples, theme: Theme) -> bytes:
         grid = figure.subplots(rows, columns, squeeze=False)
         for axes in grid.flat:
             axes.set_axis_off()
-        for axes, image, label in zip(grid.flat, samples.images, samples.labels, strict=False):
+        for axes, image, label in zip(grid.flat, images, labels, strict=False):
             pixels = image if image.shape[-1] == 3 else image[..., 0]
             axes.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
             name = shorten(samples.class_names[int(label)])
             axes.set_title(name, fontsize=8, fontweight="normal", pad=3)
-        return to_png(figure)
+        return to_png(figure, has_photos=True)
 
 
 def draw_curves(
@@ -172,15 +174,72 @@ def _write_counts(axes: Axes, counts: np.ndarray, share: np.ndarray, theme: Them
         )
 
 
+def draw_f1(networks: Sequence[Tested], theme: Theme) -> bytes:
+    """Draw the F1 score of every class as bars, one for each network.
+
+    With more than 30 classes, the 30 are drawn that the last network knows least.
+    """
+    classes = sorted(
+        range(len(networks[0].test.per_class)),
+        key=lambda i: networks[-1].test.per_class[i].f1,
+    )[:MAX_NAMED_CLASSES]
+    classes.sort()
+    colors = (theme.train, theme.validation, theme.muted)
+    bar = 0.8 / len(networks)
+    with themed(theme):
+        # A bar is at least 0.07 inches high.
+        height = 1.1 + len(classes) * max(ROW, 0.09 * len(networks))
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        axes = figure.subplots()
+        for place, (_, name, test) in enumerate(networks):
+            scores = [100 * test.per_class[i].f1 for i in classes]
+            rows = np.arange(len(classes)) + (place - (len(networks) - 1) / 2) * bar
+            axes.barh(rows, scores, bar, color=colors[place % len(colors)], label=name)
+        names = [shorten(networks[0].test.per_class[i].name, PATH_LENGTH) for i in classes]
+        axes.set_yticks(range(len(classes)), names, fontsize=8)
+        axes.set_ylim(len(classes) - 0.5, -0.5)
+        axes.set(xlim=(0, 100), xlabel="F1 (%)")
+        axes.grid(axis="y", visible=False)
+        axes.tick_params(axis="y", length=0)
+        figure.legend(loc="outside lower center", ncols=1, fontsize=8, handlelength=1.4)
+        return to_png(figure)
+
+
+def draw_sizes(networks: Sequence[tuple[str, int, float]], theme: Theme) -> bytes:
+    """Draw the accuracy of networks against the bytes of their weights.
+
+    Args:
+        networks: Name, bytes and accuracy of each.
+        theme: Colours.
+    """
+    colors = (theme.test, theme.train, theme.validation)
+    with themed(theme):
+        figure = Figure(figsize=(WIDTH, 3.0 + ROW * len(networks)), layout="constrained")
+        axes = figure.subplots()
+        for place, (name, size, accuracy) in enumerate(networks):
+            marker, color = "osD^vPX"[place % 7], colors[place % len(colors)]
+            (point,) = axes.plot([size], [100 * accuracy], marker, color=color, label=name)
+            point.set(markersize=7, clip_on=False)
+        axes.set_xlim(0, 1.08 * max(size for _, size, _ in networks))
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_formatter(EngFormatter("B"))  # The theme does not parse formulas.
+        # At least two points high, so that a small difference looks small.
+        scores = [100 * accuracy for _, _, accuracy in networks]
+        margin = max(1.0, 0.2 * (max(scores) - min(scores)))
+        axes.set_ylim(min(scores) - margin, max(scores) + margin)
+        axes.yaxis.set_major_formatter(ScalarFormatter(useOffset=False))
+        axes.set(xlabel="Weights (bytes)", ylabel="Accuracy (%)")
+        figure.legend(loc="outside lower center", ncols=1, fontsize=8, handlelength=1.4)
+        return to_png(figure)
+
+
 def draw_ranges(layers: Sequence[LayerResult], theme: Theme) -> bytes:
     """Draw smallest to largest weight and activation of every layer, in the network's order."""
     with themed(theme):
-        height = 0.9 + 0.19 * len(layers)
-        figure = Figure(figsize=(WIDTH, height), layout="constrained")
-        panels = figure.subplots(1, 2, sharey=True)
+        figure, panels = rows_figure([layer.path for layer in layers], 2, margin=1.1)
         for axes, low, high, label, color in (
-            (panels[0], "weight_min", "weight_max", "Weights (value)", theme.train),
-            (panels[1], "act_min", "act_max", "Input activations (value)", theme.validation),
+            (panels[0], "weight_min", "weight_max", "Weights\n(value)", theme.train),
+            (panels[1], "act_min", "act_max", "Activations\n(value)", theme.validation),
         ):
             for index, layer in enumerate(layers):
                 if getattr(layer, low) is not None:
@@ -188,32 +247,54 @@ def draw_ranges(layers: Sequence[LayerResult], theme: Theme) -> bytes:
                     axes.hlines(index, *ends, color=color, linewidth=3.5)
             axes.axvline(0, color=theme.muted, linewidth=0.8)
             axes.set_xlabel(label)
-            axes.grid(axis="y", visible=False)
-            axes.xaxis.set_major_locator(MaxNLocator(4))
-            axes.tick_params(axis="y", length=0)
-        names = [shorten(layer.path, PATH_LENGTH) for layer in layers]
-        panels[0].set_yticks(range(len(layers)), names, fontsize=7)
-        panels[0].set_ylim(len(layers) - 0.5, -0.5)
+            axes.xaxis.set_major_locator(MaxNLocator(3))
         return to_png(figure)
 
 
 def draw_errors(tensors: Sequence[TensorDifferences], theme: Theme) -> bytes:
     """Draw the signal to quantization noise of every tensor, in the network's order."""
     with themed(theme):
-        figure = Figure(figsize=(WIDTH, 0.9 + 0.19 * len(tensors)), layout="constrained")
-        axes = figure.subplots()
+        figure, (axes,) = rows_figure([tensor.name for tensor in tensors], 1, margin=0.9)
         known = [(i, t.sqnr_db) for i, t in enumerate(tensors) if t.sqnr_db is not None]
         rows, values = zip(*known, strict=True)
         axes.hlines(rows, min(0, *values), values, color=theme.grid, linewidth=1.2)
         axes.plot(values, rows, color=theme.train, marker="o", markersize=4.5, linestyle="none")
         axes.set_xlabel("Signal to quantization noise (dB)")
         axes.set_xlim(left=min(0, *values))
+        return to_png(figure)
+
+
+def rows_figure(names: Sequence[str], columns: int, *, margin: float) -> tuple[Figure, list[Axes]]:
+    """Return a figure of panels that share rows with the names of layers or tensors, uncut.
+
+    Args:
+        names: Paths of layers, or names of tensors.
+        columns: Number of panels.
+        margin: Inches for what is above and below the rows.
+    """
+    labels = [wrap_path(name) for name in names]
+    lines = max([1 + label.count("\n") for label in labels] or [1])
+    # A second line of 7 points takes 0.12 inches.
+    height = margin + (ROW + 0.12 * (lines - 1)) * len(names)
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    panels = list(figure.subplots(1, columns, squeeze=False, sharey=True).flat)
+    for axes in panels:
         axes.grid(axis="y", visible=False)
         axes.tick_params(axis="y", length=0)
-        names = [shorten(tensor.name, PATH_LENGTH) for tensor in tensors]
-        axes.set_yticks(range(len(tensors)), names, fontsize=7)
-        axes.set_ylim(len(tensors) - 0.5, -0.5)
-        return to_png(figure)
+    panels[0].set_yticks(range(len(names)), labels, fontsize=7)
+    panels[0].set_ylim(len(names) - 0.5, -0.5)
+    return figure, panels
+
+
+def wrap_path(path: str, length: int = PATH_LENGTH) -> str:
+    """Return a path in lines of at most `length` letters, broken behind '/' where possible."""
+    lines = [""]
+    for part in re.findall(r"[^/]*/|[^/]+", path):
+        for piece in (part[i : i + length] for i in range(0, len(part), length)):
+            if len(lines[-1]) + len(piece) > length:
+                lines.append("")
+            lines[-1] += piece
+    return "\n".join(lines)
 
 
 def shorten(name: str, length: int = 13) -> str:

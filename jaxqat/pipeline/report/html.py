@@ -9,12 +9,13 @@ from pathlib import Path
 import jinja2
 
 from jaxqat.integer._store.files import write_atomically
-from jaxqat.pipeline.report import figures, paper, tables, theme
+from jaxqat.pipeline.report import figures, gallery, paper, tables, theme
 from jaxqat.pipeline.report.files import ReportError
 from jaxqat.pipeline.report.read import Run, read_run
 from jaxqat.pipeline.results import Results
 
 REPORT_FILE = "report.html"
+ANALYSIS_PAGE = "analysis.html"
 FIGURES_FOLDER = "figures"
 MAX_OPEN_ROWS = 20  # A longer table of classes is closed at first.
 
@@ -22,7 +23,8 @@ MAX_OPEN_ROWS = 20  # A longer table of classes is closed at first.
 def write_report(workdir: Path) -> Path:
     """Write RUN/report.html and RUN/figures/*.png from the files of a run folder.
 
-    Figures without data (no QAT stage, no samples) are left out.
+    Figures without data (no QAT stage, no samples) are left out. The page links to analysis.html
+    if `jaxqat analyze` has written it.
 
     Returns:
         Path of the page: one self-contained file, without scripts.
@@ -34,7 +36,9 @@ def write_report(workdir: Path) -> Path:
     workdir = Path(workdir)
     run = read_run(workdir)
     light, images = draw_all(_drawings(run))
-    page = _render(run, images)
+    if run.samples is not None and len(run.samples.samples):  # The page has the images themselves.
+        light["samples"] = figures.draw_samples(run.samples, theme.LIGHT)
+    page = _render(run, images, has_analysis=(workdir / ANALYSIS_PAGE).is_file())
     path = workdir / REPORT_FILE
     folder = workdir / FIGURES_FOLDER
     try:
@@ -51,8 +55,6 @@ def write_report(workdir: Path) -> Path:
 def _drawings(run: Run) -> dict[str, Callable[..., bytes]]:
     """Return a function of the theme for every figure with data, by file name."""
     drawings: dict[str, Callable[..., bytes]] = {}
-    if run.samples is not None and len(run.samples.images):
-        drawings["samples"] = partial(figures.draw_samples, run.samples)
     results, tested = run.results, {network.key: network for network in run.results.tested()}
     for stage, epochs in run.epochs.items():
         name, test = stage.upper(), tested[stage].test if stage in tested else None
@@ -62,6 +64,10 @@ def _drawings(run: Run) -> dict[str, Callable[..., bytes]]:
         drawings[f"confusion_{key}"] = partial(
             figures.draw_confusion, name, test.confusion_matrix, classes
         )
+    drawings["f1"] = partial(figures.draw_f1, tables.compared(results))
+    sizes = tables.sizes(results)
+    if len(sizes) > 1:
+        drawings["sizes"] = partial(figures.draw_sizes, sizes)
     if results.layers:
         drawings["ranges"] = partial(figures.draw_ranges, results.layers)
     tensors = () if results.verify is None else results.verify.tensors
@@ -95,11 +101,38 @@ def template(name: str) -> jinja2.Template:
     return environment.get_template(name)
 
 
-def _render(run: Run, images: dict[str, tuple[str, str]]) -> str:
-    results = run.results
+def _sections(run: Run) -> dict[str, str]:
+    """Return the titles of the page's sections by their anchors, in order."""
+    results, samples = run.results, run.samples
+    every = {
+        "scores": ("Test scores", True),
+        "samples": ("Samples", samples is not None and len(samples.samples) > 0),
+        "changed": ("Changed classes", samples is not None and len(samples.changed) > 0),
+        "errors": ("Most confident errors", samples is not None and len(samples.errors) > 0),
+        "training": ("Training", True),
+        "confusion": ("Confusion matrices", True),
+        "classes": ("Classes", True),
+        "layers": ("Layers", bool(results.layers)),
+        "verification": ("Verification", results.verify is not None),
+        "size": ("Size and speed", True),
+        "configuration": ("Configuration", True),
+    }
+    return {anchor: title for anchor, (title, is_shown) in every.items() if is_shown}
+
+
+def _render(run: Run, images: dict[str, tuple[str, str]], *, has_analysis: bool) -> str:
+    results, samples = run.results, run.samples
+    sections = _sections(run)
+    galleries = ("samples", "changed", "errors")
     return template("report.html.j2").render(
         run=run,
         results=results,
+        sections=sections,
+        analysis=ANALYSIS_PAGE if has_analysis else None,
+        cards={name: gallery.cards(samples, name) for name in galleries if name in sections}
+        if samples is not None
+        else {},
+        totals=() if samples is None else tuple(map(tables.count, samples.totals)),
         images=images,
         title=tables.title(results),
         networks=list(results.tested()),
@@ -111,6 +144,7 @@ def _render(run: Run, images: dict[str, tuple[str, str]]) -> str:
         on_paper_data=paper.is_on_paper_data(run),
         test_images=tables.count(results.fp32.test.n),
         per_class=tables.per_class(results),
+        compared=tables.compared(results),
         fold_classes=len(results.fp32.test.per_class) > MAX_OPEN_ROWS,
         confusions={n.key: tables.confusions(n.test) for n in results.tested()},
         frozen=any(record.get("frozen") for record in run.epochs.get("qat", [])),

@@ -9,12 +9,12 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from jaxqat.analysis.result import Effect, TensorAnalysis
 from jaxqat.pipeline.measurements import RunAnalysis
-from jaxqat.pipeline.report.figures import WIDTH, shorten
+from jaxqat.pipeline.report.figures import WIDTH, rows_figure, wrap_path
 from jaxqat.pipeline.report.theme import Theme, themed, to_png
 
 Score = Callable[[Effect], float | None]
 
-NAME_LENGTH = 26  # Letters of a layer's name that fit.
+NAME_LENGTH = 26  # Letters of a line above a histogram.
 
 
 def draw_noise(analysis: RunAnalysis, theme: Theme) -> bytes:
@@ -31,11 +31,10 @@ def draw_noise(analysis: RunAnalysis, theme: Theme) -> bytes:
         "output": ([layer.output_sqnr_db for layer in layers], "D", theme.test),
     }
     with themed(theme):
-        figure, (axes,) = _panels(1, len(layers))
+        figure, (axes,) = rows_figure([layer.path for layer in layers], 1, margin=1.3)
         for label, (values, marker, color) in series.items():
             _dots(axes, values, label, marker, color)
         axes.set_xlabel("Signal to quantization noise (dB)")
-        _name_rows(axes, [layer.path for layer in layers])
         _legend(figure, axes)
         return to_png(figure)
 
@@ -43,16 +42,15 @@ def draw_noise(analysis: RunAnalysis, theme: Theme) -> bytes:
 def draw_sensitivity(analysis: RunAnalysis, theme: Theme) -> bytes:
     """Draw the result with each layer alone quantized or in float; the most sensitive on top."""
     rows = analysis.sensitivity
-    scores: dict[str, Score] = {"SQNR of the result (dB)": lambda effect: effect.sqnr_db}
+    scores: dict[str, Score] = {"SQNR of the\nresult (dB)": lambda effect: effect.sqnr_db}
     if analysis.real.accuracy is not None:
         scores["Accuracy (%)"] = _accuracy_percent
     with themed(theme):
-        figure, panels = _panels(len(scores), len(rows))
+        figure, panels = rows_figure([row.path for row in rows], len(scores), margin=1.3)
         for axes, (label, score) in zip(panels, scores.items(), strict=True):
             _draw_effects(axes, analysis, score, theme)
             axes.set_xlabel(label)
-            axes.xaxis.set_major_locator(MaxNLocator(4))
-        _name_rows(panels[0], [row.path for row in rows])
+            axes.xaxis.set_major_locator(MaxNLocator(3))
         _legend(figure, panels[0])
         return to_png(figure)
 
@@ -110,26 +108,14 @@ def _draw_histogram(axes: Axes, tensor: TensorAnalysis, theme: Theme) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.tick_params(labelsize=7)
     clipped = f"{100 * tensor.clipped:.2f} % clipped"
-    name = shorten(tensor.name, NAME_LENGTH)
+    name = wrap_path(tensor.name, NAME_LENGTH)
     axes.set_title(f"{name}\n{clipped}", fontsize=7, fontweight="normal")
-
-
-def _panels(columns: int, rows: int) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(WIDTH, 1.3 + 0.19 * rows), layout="constrained")
-    return figure, list(figure.subplots(1, columns, squeeze=False, sharey=True).flat)
 
 
 def _dots(axes: Axes, values: Sequence[float | None], label: str, marker: str, color: str) -> None:
     known = [(value, row) for row, value in enumerate(values) if value is not None]
     x, y = zip(*known, strict=True) if known else ((), ())
     axes.plot(x, y, color=color, marker=marker, markersize=4, linestyle="none", label=label)
-
-
-def _name_rows(axes: Axes, names: Sequence[str]) -> None:
-    labels = [shorten(name, NAME_LENGTH) for name in names]
-    axes.set_yticks(range(len(names)), labels, fontsize=7)
-    axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.tick_params(axis="y", length=0)
 
 
 def _legend(figure: Figure, axes: Axes) -> None:

@@ -12,6 +12,7 @@ from jaxqat.pipeline.results import (
     Scores,
     StageResult,
     TensorDifferences,
+    Tested,
     VerificationResult,
 )
 
@@ -58,12 +59,18 @@ def _scores(test: Scores) -> list[str]:
     return [*map(percent, shares), f"{test.loss:.4f}"]
 
 
+def compared(results: Results) -> list[Tested]:
+    """Return the networks that are compared class by class: the float network and the last one."""
+    first, *rest = results.tested()
+    return [first, *rest[-1:]]
+
+
 def per_class(results: Results) -> list[dict[str, Any]]:
-    """Return precision, recall and F1 of every class and network, in percent.
+    """Return precision, recall and F1 of every class by the compared networks, in percent.
 
     Names begin with the index of the class if the confusion matrix shows only indices.
     """
-    tests = [network.test.per_class for network in results.tested()]
+    tests = [network.test.per_class for network in compared(results)]
     indexed = len(tests[0]) > MAX_NAMED_CLASSES
     return [
         {
@@ -167,6 +174,17 @@ def size(results: Results) -> dict[str, str]:
         "parameters": count(results.parameters),
         "macs": count(results.macs),
     }
+
+
+def sizes(results: Results) -> list[tuple[str, int, float]]:
+    """Return name, bytes and accuracy of every network that has a size of its own."""
+    size = {"fp32": results.size_bytes.fp32, "integer": results.size_bytes.integer}
+    size |= {f"ptq_{name}": ptq.size_bytes for name, ptq in results.ptq.items()}
+    return [
+        (network.name, found, network.test.accuracy)
+        for network in results.tested()
+        if (found := size.get(network.key)) is not None
+    ]
 
 
 def speed(results: Results) -> list[dict[str, Any]]:

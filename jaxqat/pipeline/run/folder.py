@@ -1,8 +1,8 @@
 """The run folder: its files and the lock on them.
 
     config.yaml, compilation.json, checkpoints/{fp32,qat}/STEP/, integer/, ptq/RECIPE/,
-    metrics.jsonl, results.json, report_data.npz, report.html, figures/, analysis.json,
-    analysis.html, evaluations/
+    metrics.jsonl, metrics.csv, ranges.csv, tensorboard/{fp32,qat}/, results.json,
+    report_data.npz, report.html, figures/, analysis.json, analysis.html, evaluations/
 
 One process trains in a folder at a time, and a folder belongs to one experiment.
 """
@@ -71,6 +71,20 @@ class RunFolder:
     def metrics(self) -> Path:
         """Metrics, one JSON line per epoch."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def csv(self) -> Path:
+        """The same, without ranges, as a table."""
+        return self.path / "metrics.csv"
+
+    @property
+    def ranges_csv(self) -> Path:
+        """The range of each layer's input after each epoch, as a table."""
+        return self.path / "ranges.csv"
+
+    def tensorboard(self, stage: str) -> Path:
+        """Return the folder of a stage's TensorBoard log."""
+        return self.path / "tensorboard" / stage
 
     @property
     def results(self) -> Path:

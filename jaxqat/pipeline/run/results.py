@@ -5,6 +5,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from jaxqat.pipeline.config import Experiment
 from jaxqat.pipeline.data import Dataset
 from jaxqat.pipeline.evaluation import Measured
 from jaxqat.pipeline.networks import Networks
-from jaxqat.pipeline.report import write_samples
+from jaxqat.pipeline.report import choose_samples, write_samples
 from jaxqat.pipeline.results import (
     Environment,
     LayerResult,
@@ -35,7 +36,6 @@ from jaxqat.pipeline.run.snapshots import Model
 from jaxqat.quant import LayerInfo, Recipe
 from jaxqat.quant._models.state import flat_state
 
-SAMPLE_COUNT = 32
 FLOAT32_BYTES = 4
 
 
@@ -174,7 +174,22 @@ def verification_result(found: Verification) -> VerificationResult:
     return VerificationResult(tensors=tensors, **{name: getattr(found, name) for name in names})
 
 
-def write_test_samples(folder: RunFolder, dataset: Dataset) -> None:
-    """Save the test images that the report shows."""
-    shown = dataset.test.take(np.arange(min(SAMPLE_COUNT, len(dataset.test))))
-    write_samples(folder.path, shown.images, shown.labels, dataset.class_names)
+def write_test_samples(
+    folder: RunFolder, dataset: Dataset, results: Results, logits: Mapping[str, np.ndarray]
+) -> None:
+    """Save the test images that the report shows, with what the networks say.
+
+    Args:
+        folder: The run folder.
+        dataset: The data.
+        results: The results, for the names of the networks.
+        logits: Logits of the test images by the key of each network; the first and the last one,
+            in float and as deployed, are shown.
+    """
+    names = {network.key: network.name for network in results.tested()}
+    first, *_, last = logits
+    by_name = {names[key]: logits[key] for key in (first, last)}
+    test = dataset.test
+    write_samples(
+        folder.path, choose_samples(test.images, test.labels, dataset.class_names, by_name)
+    )

@@ -1,13 +1,14 @@
 """Training of a stage: optimizer, training step, and a loop that can stop and resume."""
 
+from jaxqat.pipeline.settings.training import OptimizerConfig, QatConfig, StageConfig
 from jaxqat.pipeline.training.compilation import COMPILATIONS, DEFAULT, FAST, Compilation
-from jaxqat.pipeline.training.config import QatConfig, StageConfig
 from jaxqat.pipeline.training.loop import DivergedError, Record, Reporter, StagePlan, run_stage
-from jaxqat.pipeline.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from jaxqat.pipeline.training.optimizer import make_optimizer, make_schedule
 from jaxqat.pipeline.training.step import (
     Collections,
     Data,
     Forward,
+    StepReport,
     TrainState,
     cross_entropy,
     init_state,
@@ -30,6 +31,7 @@ __all__ = [
     "Reporter",
     "StageConfig",
     "StagePlan",
+    "StepReport",
     "StopRequest",
     "Stopped",
     "TrainState",

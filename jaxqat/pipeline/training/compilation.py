@@ -32,6 +32,7 @@ class Compilation:
         return lowered.compile(compiler_options=dict(OPTIONS) if self.fast else None)
 
 
+# Those of `settings.training.COMPILATIONS`.
 DEFAULT = Compilation("default", fast=False)
 FAST = Compilation("fast", fast=True)
 COMPILATIONS = {each.name: each for each in (DEFAULT, FAST)}

@@ -17,7 +17,13 @@ from jaxtyping import Array
 
 from jaxqat.errors import RunError
 from jaxqat.pipeline.training.compilation import DEFAULT, Compilation
-from jaxqat.pipeline.training.step import Data, TrainState, dispatch_length, make_dispatch
+from jaxqat.pipeline.training.step import (
+    Data,
+    StepReport,
+    TrainState,
+    dispatch_length,
+    make_dispatch,
+)
 from jaxqat.pipeline.training.stop import StopRequest
 
 # Enough to keep a device busy while the host prepares the next call, and few enough for exact
@@ -34,6 +40,9 @@ class DivergedError(RunError):
 
 class Reporter:
     """Receives progress and states from the loop; this one keeps nothing."""
+
+    def compiling(self, *, frozen: bool) -> None:
+        """Note that a training step is compiled, with or without frozen ranges."""
 
     def advance(self, steps: int) -> None:
         """Count `steps` more training steps as done."""
@@ -67,6 +76,7 @@ class StagePlan:
         data: The training split on the device.
         key: The stage's random key.
         learning_rate: The schedule, for the record only.
+        ranges: Returns the activation ranges, (low, high) by layer; None for a network without.
         validate: Returns 'validation_loss' and 'validation_accuracy'; None without that split.
         compilation: How training steps are compiled.
     """
@@ -82,14 +92,15 @@ class StagePlan:
     key: Array
     learning_rate: Callable[[int], Any]
     validate: Callable[[TrainState], dict[str, float]] | None
+    ranges: Callable[[TrainState], dict[str, tuple[float, float]]] | None = None
     compilation: Compilation = DEFAULT
 
 
 class _Dispatcher:
     """Compiles each pair of step function and number of steps once."""
 
-    def __init__(self, stage: StagePlan):
-        self.stage = stage
+    def __init__(self, stage: StagePlan, reporter: Reporter):
+        self.stage, self.reporter = stage, reporter
         self.length = dispatch_length(stage.steps_per_epoch, stage.steps_per_dispatch)
         self.compiled: dict[tuple[Callable, int], Callable] = {}
 
@@ -98,9 +109,12 @@ class _Dispatcher:
         full, rest = divmod(self.stage.steps_per_epoch - position, self.length)
         return [self.length] * full + [rest] * (rest > 0)
 
-    def get(self, step: Callable, length: int, state: TrainState, order: Array) -> Callable:
+    def get(
+        self, step: Callable, length: int, state: TrainState, order: Array, frozen: bool
+    ) -> Callable:
         """Return the call, compiled ahead of time: an epoch's time must not include compilation."""
         if (step, length) not in self.compiled:
+            self.reporter.compiling(frozen=frozen)
             self.compiled[step, length] = self.stage.compilation.compile(
                 make_dispatch(step, length), state, self.stage.data, order, self.stage.key
             )
@@ -128,20 +142,21 @@ def run_stage(
         DivergedError: If a loss or the state is not finite; nothing of that epoch was saved.
         Stopped: If `stop` was set; the state was saved.
     """
-    dispatcher = _Dispatcher(stage)
+    dispatcher = _Dispatcher(stage, reporter)
     done = int(state.step)
     for epoch in range(done // stage.steps_per_epoch + 1, stage.epochs + 1):
         position, done = done % stage.steps_per_epoch, 0
         step, frozen = stage.step(epoch)
-        state, seconds, images = _run_epoch(
-            dispatcher, step, state, stage.order(epoch), position, reporter, stop
+        state, report, seconds, images = _run_epoch(
+            dispatcher, step, state, stage.order(epoch), position, stop, frozen
         )
         epoch_seconds += seconds
         saved = jax.device_get(state)
         check_finite(stage.name, saved, epoch)
         record = None
         if saved.step == epoch * stage.steps_per_epoch:
-            record = _record(stage, saved, epoch, frozen, epoch_seconds, images / seconds)
+            speed = images / seconds
+            record = _record(stage, saved, report, epoch, frozen, epoch_seconds, speed)
             if stage.validate is not None:
                 record.update(stage.validate(state))
             reporter.epoch(record)
@@ -158,32 +173,37 @@ def _run_epoch(
     state: TrainState,
     order: Array,
     position: int,
-    reporter: Reporter,
     stop: StopRequest,
-) -> tuple[TrainState, float, int]:
-    """Train to the end of an epoch or to a stop; return state, seconds and number of images."""
-    stage = dispatcher.stage
+    frozen: bool,
+) -> tuple[TrainState, StepReport, float, int]:
+    """Train to the end of an epoch or to a stop.
+
+    Returns:
+        The state, the report of the last step, seconds and number of images.
+    """
+    stage, reporter = dispatcher.stage, dispatcher.reporter
     lengths = dispatcher.lengths(position)
-    calls = {n: dispatcher.get(step, n, state, order) for n in sorted(set(lengths))}
-    in_flight: deque[tuple[int, Array]] = deque()
+    calls = {n: dispatcher.get(step, n, state, order, frozen) for n in sorted(set(lengths))}
+    in_flight: deque[tuple[int, StepReport]] = deque()
 
     def wait_for_oldest() -> None:
-        length, loss = in_flight.popleft()
-        loss.block_until_ready()
+        length, report = in_flight.popleft()
+        report.loss.block_until_ready()
         reporter.advance(length)
 
+    report: Any = None  # There is at least one dispatch.
     start, images = time.perf_counter(), 0
     for length in lengths:
-        state, loss = calls[length](state, stage.data, order, stage.key)
+        state, report = calls[length](state, stage.data, order, stage.key)
         images += length * stage.batch_size
-        in_flight.append((length, loss))
+        in_flight.append((length, report))
         if len(in_flight) > MAX_IN_FLIGHT:
             wait_for_oldest()
         if stop.signum is not None:
             break
     while in_flight:
         wait_for_oldest()
-    return state, time.perf_counter() - start, images
+    return state, report, time.perf_counter() - start, images
 
 
 def check_finite(stage: str, state: TrainState, epoch: int) -> None:
@@ -214,6 +234,7 @@ def _nans(tree: Any) -> int:
 def _record(
     stage: StagePlan,
     state: TrainState,
+    report: StepReport,
     epoch: int,
     frozen: bool,
     seconds: float,
@@ -225,6 +246,7 @@ def _record(
         "step": epoch * stage.steps_per_epoch,
         # That of the epoch's last update; the schedule counts the updates before it.
         "learning_rate": float(stage.learning_rate(epoch * stage.steps_per_epoch - 1)),
+        "gradient_norm": float(report.gradient_norm),  # Of that update, too.
         "loss": float(state.loss_sum) / stage.steps_per_epoch,
         "accuracy": int(state.correct) / (stage.steps_per_epoch * stage.batch_size),
         "validation_loss": None,
@@ -232,4 +254,5 @@ def _record(
         "images_per_s": images_per_s,
         "seconds": seconds,
         "frozen": frozen,
+        "ranges": {} if stage.ranges is None else stage.ranges(state),
     }

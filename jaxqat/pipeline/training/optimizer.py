@@ -8,55 +8,13 @@ or, with Nesterov momentum, p = p - learning_rate * (g + momentum * m). The deca
 added to the gradient before the momentum, so the learning rate scales it too.
 """
 
-import dataclasses
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import optax
 
-SCHEDULES = ("cosine", "constant")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """The optimizer (config keys `fp32.optimizer`, `qat.optimizer`)."""
-
-    learning_rate: float = 0.1
-    """Peak learning rate, reached after the warm-up."""
-
-    momentum: float = 0.9
-    """Decay of the accumulated gradient per training step: at least 0, below 1."""
-
-    nesterov: bool = False
-    """Whether to use Nesterov momentum (Sutskever et al. 2013)."""
-
-    weight_decay: float = 1e-4
-    """Coefficient of the L2 penalty's gradient, added to the gradient before the momentum."""
-
-    decay_norm_and_bias: bool = True
-    """Whether weight decay also applies to batch norm's parameters and to biases."""
-
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """Learning rate after the warm-up: half a cosine to 0 (arXiv:1608.03983), or constant."""
-
-    warmup_epochs: float = 0.0
-    """Epochs in which the learning rate rises linearly from 0."""
-
-    def __post_init__(self):
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be > 0, got {self.learning_rate!r}.")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum must be in [0, 1), got {self.momentum!r}.")
-        if self.nesterov and self.momentum == 0:
-            raise ValueError("nesterov needs momentum > 0, got 0.")
-        for name in ("weight_decay", "warmup_epochs"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)!r}.")
-        if self.schedule not in SCHEDULES:
-            raise ValueError(
-                f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}."
-            )
+from jaxqat.pipeline.settings.training import OptimizerConfig
 
 
 def make_schedule(

@@ -17,8 +17,8 @@ from jaxtyping import Array, Float, Int, Int32, Key, UInt8
 Collections = dict[str, Any]
 """Variables other than the parameters, by collection: 'batch_stats', and 'quant' for QAT."""
 
-Forward = Callable[[Any, Collections, Array], tuple[Array, Collections]]
-"""(params, collections, images) -> (logits, updated collections)."""
+Forward = Callable[[Any, Collections, Array, Array], tuple[Array, Collections]]
+"""(params, collections, images, key) -> (logits, updated collections)."""
 
 Prepare = Callable[[Array, Array], Array]
 """(key, uint8 images) -> augmented, normalized float images."""
@@ -43,6 +43,15 @@ class Data(NamedTuple):
 
     images: UInt8[Array, "n h w c"]
     labels: Int[Array, " n"]
+
+
+class StepReport(NamedTuple):
+    """What a training step tells beside the new state; it has buffers of its own."""
+
+    loss: Float[Array, ""]
+    """Loss of the batch."""
+    gradient_norm: Float[Array, ""]
+    """Euclidean norm of the gradient, over all trained arrays."""
 
 
 QUANT_PARAMS = "quant_params"
@@ -92,8 +101,8 @@ def make_step(
     batch_size: int,
     steps_per_epoch: int,
     label_smoothing: float,
-) -> Callable[[TrainState, Data, Array, Array], tuple[TrainState, Array]]:
-    """Return a training step (state, data, order, key) -> (state, loss of the batch).
+) -> Callable[[TrainState, Data, Array, Array], tuple[TrainState, StepReport]]:
+    """Return a training step (state, data, order, key) -> (state, report).
 
     Args:
         forward: The model in training mode.
@@ -106,17 +115,21 @@ def make_step(
 
     def step(
         state: TrainState, data: Data, order: Int32[Array, " n"], key: Key[Array, ""]
-    ) -> tuple[TrainState, Float[Array, ""]]:
+    ) -> tuple[TrainState, StepReport]:
         position = state.step % steps_per_epoch
         indices = jax.lax.dynamic_slice_in_dim(order, position * batch_size, batch_size)
         labels = data.labels[indices]
-        images = prepare(jax.random.fold_in(key, state.step), data.images[indices])
+        key = jax.random.fold_in(key, state.step)
+        images = prepare(key, data.images[indices])
 
         trained, rest = split_trained(state.params, state.collections)
 
         def loss_of(trained):
             others = {name: value for name, value in trained.items() if name != "params"}
-            logits, collections = forward(trained["params"], {**rest, **others}, images)
+            # For dropout. Augmentation splits the key in two, which are the numbers 0 and 1.
+            logits, collections = forward(
+                trained["params"], {**rest, **others}, images, jax.random.fold_in(key, 2)
+            )
             return cross_entropy(logits, labels, label_smoothing), (logits, collections)
 
         gradient = jax.value_and_grad(loss_of, has_aux=True)
@@ -135,7 +148,10 @@ def make_step(
             loss_sum=jnp.where(is_first, 0.0, state.loss_sum) + loss,
             correct=jnp.where(is_first, 0, state.correct) + correct,
         )
-        return new_state, loss
+        # Behind the barrier, the norm is computed of the finished gradient: it cannot change how
+        # the update is compiled, and so its last bits.
+        norm = optax.tree.norm(jax.lax.optimization_barrier(grads))
+        return new_state, StepReport(loss, norm)
 
     return step
 
@@ -146,17 +162,17 @@ def make_dispatch(step: Callable, length: int) -> Callable:
     One step gets no loop: XLA's CPU backend has threaded convolutions only outside of loops.
 
     Returns:
-        (state, data, order, key) -> (state, loss of the last batch). The loss has its own buffer:
-        it stays readable after the state was donated to the next call.
+        (state, data, order, key) -> (state, report of the last step). The report has its own
+        buffers: it stays readable after the state was donated to the next call.
     """
     if length == 1:
         return jax.jit(step, donate_argnums=0)
 
     def dispatch(state, data, order, key):
-        state, losses = jax.lax.scan(
+        state, reports = jax.lax.scan(
             lambda carry, _: step(carry, data, order, key), state, length=length
         )
-        return state, losses[-1]
+        return state, jax.tree.map(lambda values: values[-1], reports)
 
     return jax.jit(dispatch, donate_argnums=0)
 

@@ -64,8 +64,8 @@ class NNXDotGeneral(_InjectedNnx):
 
     Each layer needs one of its own: those that share one, as the projections of
     `nnx.MultiHeadAttention` do, share a range. It holds the range of the layer's input, which moves
-    after `train()` and not after `eval()`, as in a module of `jaxqat.quantize`. Its state is
-    `layer.dot_general.quant`, that of the transformed module `quantized.quant`, by layer:
+    after `layer.train()` and not after `layer.eval()`, as in a module of `jaxqat.quantize`. Its
+    state is `layer.dot_general.quant`, that of the transformed module `quantized.quant`, by layer:
 
         quantized.quant.set_value({"head": {"input": layer.dot_general.quant.get_value()}})
 

@@ -10,7 +10,7 @@ import yaml
 from pipeline.report.made_up import CIFAR10, ENVIRONMENT, deploy, layers, records, scores
 
 from jaxqat.pipeline import results as typed
-from jaxqat.pipeline.report import ReportError, write_samples
+from jaxqat.pipeline.report import ReportError, choose_samples, write_samples
 from jaxqat.pipeline.results import Results, SizeBytes, Speed, StageResult
 
 
@@ -65,7 +65,12 @@ def write_run(tmp_path: Path) -> Callable[..., Path]:
         (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         rng = np.random.default_rng(0)
         images = rng.integers(0, 256, size=(10, 8, 8, channels), dtype=np.uint8)
-        write_samples(workdir, images, np.arange(10) % len(class_names), class_names)
+        labels = np.arange(10) % len(class_names)
+        logits = {
+            "FP32": 2.0 * np.eye(len(class_names))[labels],
+            "QAT W8A8, integer": 3.0 * np.eye(len(class_names))[(labels + (labels == 1)) % 4],
+        }
+        write_samples(workdir, choose_samples(images, labels, class_names, logits))
         return workdir
 
     return write

@@ -1,4 +1,6 @@
 import io
+from collections.abc import Sequence
+from dataclasses import replace
 
 import matplotlib
 import numpy as np
@@ -7,14 +9,19 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 from pipeline.report.made_up import layer, scores, tensor
 
+from jaxqat.pipeline import results
 from jaxqat.pipeline.report.figures import (
     draw_confusion,
     draw_curves,
     draw_errors,
+    draw_f1,
     draw_ranges,
     draw_samples,
+    draw_sizes,
+    rows_figure,
+    wrap_path,
 )
-from jaxqat.pipeline.report.samples import Samples
+from jaxqat.pipeline.report.samples import Samples, choose_samples
 from jaxqat.pipeline.report.theme import DARK, LIGHT
 
 WIDTH_PIXELS = 920  # 4.6 inches at 200 dots per inch.
@@ -27,6 +34,10 @@ def pixels(png: bytes) -> np.ndarray:
 
 def is_color(image: np.ndarray, color: str, tolerance: int = 1) -> np.ndarray:
     return np.all(abs(image - 255 * np.array(to_rgb(color))) <= tolerance, axis=-1)
+
+
+def chosen(images: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> Samples:
+    return choose_samples(images, labels, names, {"FP32": np.zeros((len(labels), len(names)))})
 
 
 def epochs(n: int, frozen: int = 0) -> list[dict]:
@@ -44,15 +55,16 @@ def epochs(n: int, frozen: int = 0) -> list[dict]:
 
 @THEMES
 def test_background_is_the_themes_and_width_fits_a_phone(theme):
-    samples = Samples(
-        images=np.zeros((7, 8, 8, 3), np.uint8), labels=np.arange(7), class_names=tuple("abcdefg")
-    )
+    samples = chosen(np.zeros((7, 8, 8, 3), np.uint8), np.arange(7), "abcdefg")
+    tested = results.Tested("fp32", "FP32", scores("ab", 0.9, seed=0))
     for png in (
         draw_samples(samples, theme),
         draw_curves("FP32", epochs(3), None, theme),
         draw_confusion("FP32", [[3, 1], [0, 2]], ["a", "b"], theme),
         draw_ranges([layer()], theme),
         draw_errors([tensor("a", 40.0)], theme),
+        draw_f1([tested], theme),
+        draw_sizes([("FP32", 400, 0.9), ("integer", 100, 0.9)], theme),
     ):
         image = pixels(png)
         assert image.shape[1] == WIDTH_PIXELS
@@ -126,7 +138,10 @@ def test_dollar_signs_in_names_are_not_formulas():
     names = ["$", "$\\frac$"]
     plain = draw_confusion("FP32", [[1, 0], [0, 1]], names, LIGHT)
     images = np.zeros((2, 2, 2, 3), np.uint8)
-    draw_samples(Samples(images=images, labels=np.arange(2), class_names=tuple(names)), LIGHT)
+    draw_samples(chosen(images, np.arange(2), names), LIGHT)
+    tested = results.Tested("fp32", "$\\frac$", scores(names, 0.9, seed=0))
+    draw_f1([tested], LIGHT)
+    draw_sizes([("$\\frac$", 4, 0.9), ("$", 1, 0.9)], LIGHT)
 
     assert plain != draw_confusion("FP32", [[1, 0], [0, 1]], ["", ""], LIGHT)
 
@@ -135,7 +150,7 @@ def test_dollar_signs_in_names_are_not_formulas():
 @pytest.mark.parametrize("m", [1, 4, 20, 500])
 def test_samples_show_the_pixels_of_their_images(m, channels):
     images = np.full((m, 4, 6, channels), 77, np.uint8)
-    samples = Samples(images=images, labels=np.zeros(m, int), class_names=("a",))
+    samples = chosen(images, np.zeros(m, int), "a")
     image = pixels(draw_samples(samples, LIGHT))
     shown = (abs(image - 77) <= 1).all(-1)
 
@@ -175,6 +190,59 @@ def test_errors_are_in_the_networks_order_at_their_decibels():
 def test_unknown_errors_are_left_blank_and_noise_above_the_signal_is_shown():
     assert len(points(None, 30.0, None)) == 1
     assert len(points(-3.0, 30.0)) == 2
+
+
+@pytest.mark.parametrize(
+    ("path", "lines"),
+    [
+        ("stage2/block0/shortcut_conv/output", ["stage2/block0/shortcut_conv/output"]),
+        ("a" * 30 + "/" + "b" * 30 + "/c", ["a" * 30 + "/", "b" * 30 + "/c"]),
+        ("x" * 80, ["x" * 36, "x" * 36, "x" * 8]),
+        ("/a//b", ["/a//b"]),
+    ],
+)
+def test_a_long_name_is_wrapped_and_never_cut(path, lines):
+    assert wrap_path(path) == "\n".join(lines)
+    figure, (axes,) = rows_figure([path], 1, margin=1.0)
+    figure.draw_without_rendering()
+    (label,) = axes.get_yticklabels()
+    box, (width, height) = label.get_window_extent(), figure.bbox.size
+    assert label.get_text().replace("\n", "") == path
+    assert 0 <= box.x0 < box.x1 <= width and 0 <= box.y0 < box.y1 <= height
+
+
+def test_bars_of_f1_are_as_long_as_the_scores():
+    test = scores("ab", 0.9, seed=0)
+
+    def bars(*values: float) -> tuple[int, int]:
+        """Longest run of each bar's colour, in pixels."""
+        tested = [
+            results.Tested(
+                name, name, replace(test, per_class=[replace(c, f1=value) for c in test.per_class])
+            )
+            for name, value in zip("xy", values, strict=True)
+        ]
+        image = pixels(draw_f1(tested, LIGHT))[:100]  # Above the legend.
+        first, second = (
+            int(is_color(image, c).sum(1).max()) for c in (LIGHT.train, LIGHT.validation)
+        )
+        return first, second
+
+    first, second = bars(0.8, 0.4)
+    # The ends of bars are known to a pixel.
+    assert abs(first - 2 * second) <= 3 and second > 100
+
+
+def test_of_many_classes_the_least_known_have_bars():
+    names = [f"class {i}" for i in range(100)]
+    test = scores(names, 0.9, seed=0)
+    perfect = tuple(replace(each, f1=1.0) for each in test.per_class[30:])
+    changed = [
+        replace(test, per_class=(*test.per_class[:30], *rest))
+        for rest in (perfect, [replace(each, f1=0.999) for each in perfect])
+    ]
+    drawn = [draw_f1([results.Tested("fp32", "FP32", each)], LIGHT) for each in changed]
+    assert drawn[0] == drawn[1]
 
 
 def test_figures_neither_use_nor_change_the_users_matplotlib_settings():

@@ -1,18 +1,22 @@
 import base64
+import io
 import json
 
+import numpy as np
 import pytest
+from PIL import Image
 from pipeline.report.page import Page
 
 from jaxqat.pipeline.report import ReportError, figures, write_report
+from jaxqat.pipeline.report.gallery import data_url
 
 
 @pytest.fixture
 def undrawn(monkeypatch):
     """Save the seconds for drawing if a test reads only the text of the page."""
-    names = ("draw_samples", "draw_curves", "draw_confusion", "draw_ranges", "draw_errors")
+    names = ("curves", "confusion", "ranges", "errors", "f1", "sizes", "samples")
     for name in names:
-        monkeypatch.setattr(figures, name, lambda *data, theme: b"a figure")
+        monkeypatch.setattr(figures, f"draw_{name}", lambda *data, theme=None: b"a figure")
 
 
 @pytest.fixture
@@ -35,8 +39,24 @@ def test_page_is_self_contained(show):
 
     assert not {"script", "iframe", "object", "embed", "base"} & {tag for tag, _ in page.tags}
     links = [a.get(key) for _, a in page.tags for key in ("src", "srcset", "href") if a.get(key)]
-    assert links and all(link.startswith("data:") for link in links)
+    assert links and all(link.startswith(("data:", "#")) for link in links)
     assert not page.open  # Every element is closed.
+
+
+def test_the_contents_link_to_every_section(show):
+    page = show(deployed=True)
+    links = [a["href"] for tag, a in page.tags if tag == "a"]
+
+    assert links == [f"#{a['id']}" for tag, a in page.tags if tag == "h2"]
+    assert len(links) == 11
+
+
+def test_the_page_links_to_the_analysis_if_there_is_one(write_run, undrawn):
+    workdir = write_run()
+    assert "analysis.html" not in write_report(workdir).read_text()
+
+    (workdir / "analysis.html").touch()
+    assert '<a href="analysis.html">' in write_report(workdir).read_text()
 
 
 def test_page_makes_no_request_from_its_style_sheet(write_run, undrawn):
@@ -65,11 +85,38 @@ def test_embedded_images_are_the_files_beside_the_page(write_run):
         "curves_fp32.png",
         "curves_qat.png",
         "errors.png",
+        "f1.png",
         "ranges.png",
         "samples.png",
+        "sizes.png",
     ]
-    assert set(files.values()) < embedded
-    assert len(embedded) == 16  # The other eight are drawn for a dark page.
+    # The page shows the images of samples.png one by one: ten, of which some are shown again.
+    assert {content for name, content in files.items() if name != "samples.png"} < embedded
+    assert len(embedded) == 28  # Of nine figures, half are drawn for a dark page.
+
+
+def test_every_image_is_shown_with_its_class_and_the_predictions_of_both_networks(show):
+    page = show(fp32_epochs=2, qat_epochs=1, deployed=True)
+    # FP32 is right; the integer network takes class 1 for 2, and 4 to 9 for 0 to 3.
+    text = " ".join(page.text.split())
+
+    # exp(2) / (exp(2) + 9) and exp(3) / (exp(3) + 9).
+    sample = "automobileFP32: automobile, 45.09 %integer: bird, 69.06 %"
+    assert text.count(sample) == 3  # Among the samples, the changed classes and the errors.
+    assert text.count("airplaneFP32: airplane, 45.09 %integer: airplane, 69.06 %") == 1
+    assert "7 of 10 test images get another class by QAT W8A8, integer than by FP32." in text
+    assert "QAT W8A8, integer is wrong on 7 of 10 test images." in text
+    right = [a.get("class") for tag, a in page.tags if tag == "span"]
+    assert (right.count("right"), right.count("wrong")) == (2 * 24 - 7 * 3, 7 * 3)
+
+
+def test_an_image_is_embedded_with_its_own_pixels():
+    images = np.random.default_rng(0).integers(0, 256, (2, 8, 9, 3), np.uint8)
+    for pixels, shown in ((images[0], images[0]), (images[1, ..., :1], images[1, ..., 0])):
+        png = base64.b64decode(data_url(pixels).partition("base64,")[2])
+        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(png))), shown)
+    large = base64.b64decode(data_url(np.zeros((300, 150, 3), np.uint8)).partition("base64,")[2])
+    assert Image.open(io.BytesIO(large)).size == (64, 128)
 
 
 def test_run_of_one_epoch_without_qat_has_a_page(write_run):
@@ -80,7 +127,7 @@ def test_run_of_one_epoch_without_qat_has_a_page(write_run):
     page = Page(write_report(workdir).read_text())
 
     names = sorted(path.name for path in (workdir / "figures").iterdir())
-    assert names == ["confusion_fp32.png", "curves_fp32.png"]
+    assert names == ["confusion_fp32.png", "curves_fp32.png", "f1.png"]
     assert not any(row[0].startswith("QAT") for row in page.rows)
     assert "Not comparable with the paper" in page.text
     assert "the data set is digits" in page.text
@@ -138,7 +185,6 @@ def test_the_integer_network_has_its_row_and_figures(show):
     names = [row[0] for row in page.rows if row[1:2] == ["this run"]]
 
     assert names == ["FP32", "QAT W8A8, quantized", "QAT W8A8, integer"]
-    assert len(page.images) == 16
     assert any(row[:3] == ["QAT W8A8, integer", "–", "9,120"] for row in page.rows)
     assert "points, QAT W8A8, integer − FP32" in page.text
     assert "FP32 to W8A8: report of one run" in page.text

@@ -68,7 +68,7 @@ def test_a_step_updates_parameters_and_step_sizes_but_decays_only_parameters():
     config = OptimizerConfig(learning_rate=0.5, momentum=0.0, weight_decay=0.1, schedule="constant")
     optimizer = make_optimizer(config, total_steps=10, steps_per_epoch=1)
 
-    def forward(params, collections, images):
+    def forward(params, collections, images, key):
         logits = params["w"] * collections["quant_params"]["step"] * images.reshape(2, 2)
         return logits, {**collections, "seen": collections["seen"] + 1}
 

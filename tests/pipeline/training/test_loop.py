@@ -12,6 +12,7 @@ import pytest
 from jaxqat.pipeline.training import (
     Data,
     DivergedError,
+    Reporter,
     StagePlan,
     Stopped,
     StopRequest,
@@ -34,11 +35,11 @@ def make_stage(*, learning_rate: float = 0.5, steps_per_dispatch: int = 1, valid
     labels = jnp.asarray(rng.integers(0, CLASSES, IMAGES), jnp.int32)
     optimizer = optax.sgd(learning_rate, momentum=0.9)
 
-    def forward(params, collections, x):
+    def forward(params, collections, x, key):
         mean = 0.9 * collections["mean"] + 0.1 * x.mean()
         return x.reshape(len(x), -1) @ params["w"] - mean, {"mean": mean}
 
-    def frozen_forward(params, collections, x):
+    def frozen_forward(params, collections, x, key):
         return x.reshape(len(x), -1) @ params["w"] - collections["mean"], collections
 
     def prepare(key, images):
@@ -72,12 +73,16 @@ def make_stage(*, learning_rate: float = 0.5, steps_per_dispatch: int = 1, valid
     return stage, init_state(params, {"mean": jnp.float32(0)}, optimizer)
 
 
-class Recorder:
+class Recorder(Reporter):
     """Records all reports, and requests a stop after a number of steps."""
 
     def __init__(self, stop: StopRequest | None = None, stop_after: int | None = None):
         self.stop, self.stop_after = stop or StopRequest(), stop_after
         self.steps, self.records, self.saved = 0, [], []
+        self.compiled = []
+
+    def compiling(self, *, frozen):
+        self.compiled.append(frozen)
 
     def advance(self, steps):
         self.steps += steps
@@ -152,12 +157,14 @@ def test_records_hold_epoch_step_scores_and_learning_rate():
     assert [r["epoch"] for r in recorder.records] == [1, 2, 3]
     assert [r["step"] for r in recorder.records] == [5, 10, 15]
     assert [r["frozen"] for r in recorder.records] == [False, False, True]
+    assert recorder.compiled == [False, True]
     # The schedule at the last update of each epoch, which is update number 5, 10 and 15.
     assert [r["learning_rate"] for r in recorder.records] == [0.5 / 5, 0.5 / 10, 0.5 / 15]
     for (state, _, _, _), record in zip(recorder.saved, recorder.records, strict=True):
         assert record["loss"] == float(state.loss_sum) / STEPS_PER_EPOCH
         assert record["accuracy"] == int(state.correct) / (STEPS_PER_EPOCH * BATCH)
         assert record["validation_loss"] is None
+        assert record["gradient_norm"] > 0
         assert record["images_per_s"] * record["seconds"] == pytest.approx(STEPS_PER_EPOCH * BATCH)
 
 

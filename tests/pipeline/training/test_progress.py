@@ -1,11 +1,11 @@
 """What a stage prints while it trains."""
 
 import io
+import time
 
 import pytest
 from rich.console import Console
 
-from jaxqat.pipeline.training import progress
 from jaxqat.pipeline.training.progress import StageProgress
 
 
@@ -13,7 +13,7 @@ from jaxqat.pipeline.training.progress import StageProgress
 def clock(monkeypatch):
     """A clock of whole seconds, which the test moves."""
     now = [100.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     return now
 
 
@@ -39,6 +39,12 @@ def test_the_time_of_the_rest_is_estimated_from_the_steps_after_the_first_report
 
 def test_a_resumed_stage_counts_what_is_left(clock):
     assert "for the remaining 34 steps" in trained(clock, (50, 52, 54, 56), epochs=20, done=160)
+
+
+def test_without_a_terminal_a_long_epoch_has_a_line_every_fifteen_seconds(clock):
+    shown = trained(clock, (50, 52, 64, 66, 70), epochs=1, done=0).splitlines()
+    # At 66 s, the three reports in the 16 s after the first one were of six steps of four images.
+    assert shown[1:] == ["fp32: 8 of 10 steps, 2 images/s, 5.3 s left"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""The settings of an experiment's parts: dataclasses only, so that `--help` imports no JAX."""
