@@ -11,8 +11,10 @@ from pathlib import Path
 
 from rich.console import Console
 
+from jaxqat.analysis import Analysis
 from jaxqat.errors import ConversionError
 from jaxqat.integer._store.files import write_atomically
+from jaxqat.pipeline.advice import analyze_for_advice, is_worse, print_advice
 from jaxqat.pipeline.compilation_choice import find_compilation
 from jaxqat.pipeline.config import Experiment, to_yaml
 from jaxqat.pipeline.damage import check_undamaged
@@ -42,7 +44,7 @@ from jaxqat.pipeline.run.results import (
     verification_result,
     write_test_samples,
 )
-from jaxqat.pipeline.run.snapshots import Model
+from jaxqat.pipeline.run.snapshots import Model, restore_model
 from jaxqat.pipeline.stages import StageRun
 from jaxqat.pipeline.takeover import FloatStage, find_float_stage
 from jaxqat.pipeline.terminal import say, tell
@@ -112,9 +114,22 @@ def train(
             if other is not None:
                 other.copy_to(folder)
             results = _run(networks, folder, stop, console, command)
+            analysis = _analyze_if_worse(networks, folder, results, console)
     print_results(results, console)
     say(f"report: {folder.report}", console)
+    if analysis is not None:
+        print_advice(analysis, experiment.quant, console, f"jaxqat quantize {folder.path}")
     return results
+
+
+def _analyze_if_worse(
+    networks: Networks, folder: RunFolder, results: Results, console: Console
+) -> Analysis | None:
+    """Analyze the network of QAT if it is worse than FP32 by more than a point."""
+    tested = results.integer or results.qat
+    if tested is None or not is_worse(results.fp32.test.accuracy, tested.test.accuracy):
+        return None
+    return analyze_for_advice(networks, restore_model(networks, folder, "qat"), console)
 
 
 def _repair(folder: RunFolder, experiment: Experiment, console: Console) -> None:
