@@ -179,11 +179,18 @@ def _announce(networks: Networks, runs: Mapping[str, StageRun], console: Console
     size = "x".join(map(str, dataset.image_shape))
     parameters = count_parameters(networks.shapes("fp32")[0])
     tell(f"network: {network_name(experiment.model)}, {parameters:,} parameters", console)
+    held_out = "" if dataset.validation is None else f", {len(dataset.validation):,} validation"
     tell(
-        f"data: {dataset.fingerprint['name']}, {len(dataset.train):,} training and "
+        f"data: {dataset.fingerprint['name']}, {len(dataset.train):,} training{held_out} and "
         f"{len(dataset.test):,} test images of {size}, {dataset.num_classes} classes",
         console,
     )
+    mean, std = (", ".join(f"{v:.3f}" for v in values) for values in (dataset.mean, dataset.std))
+    tell(f"normalization: mean {mean}, standard deviation {std}, of pixels in 0..1", console)
+    change = experiment.augment
+    crop = f"random crop after padding by {change.crop_padding}"
+    done = [crop] * (change.crop_padding > 0) + ["random flip"] * change.flip
+    tell(f"augmentation: {', '.join(done) or 'none'}", console)
     for name, run in runs.items():
         tell(
             f"{name}: {run.config.epochs} epochs of {run.steps_per_epoch:,} steps of "

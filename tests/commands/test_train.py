@@ -52,11 +52,15 @@ def losses(run: Path) -> list[tuple]:
 def test_a_run_says_first_what_it_will_do(finished):
     lines = finished.with_suffix(".log").read_text().splitlines()
     parameters = json.loads((finished / "results.json").read_text())["parameters"]
-    assert lines[:6] == [
+    images = load_dataset(tiny().data).train.images / 255
+    mean, std = images.mean(), images.std()
+    assert lines[:8] == [
         "data: loading digits",
         "network: tracing it",
         f"network: ResNet-18, width 64, {parameters:,} parameters",
         "data: digits, 100 training and 40 test images of 8x8x1, 10 classes",
+        f"normalization: mean {mean:.3f}, standard deviation {std:.3f}, of pixels in 0..1",
+        "augmentation: random crop after padding by 1",
         "fp32: 2 epochs of 6 steps of 16 images, 12 steps in all",
         "qat: 2 epochs of 6 steps of 16 images, 12 steps in all",
     ]
@@ -64,7 +68,7 @@ def test_a_run_says_first_what_it_will_do(finished):
 
 def test_no_part_of_a_run_is_silent(finished):
     lines = finished.with_suffix(".log").read_text().splitlines()
-    shown = [line for line in lines[6:] if re.match("(fp32|qat|cal|integer|ver|PTQ|writ)", line)]
+    shown = [line for line in lines[8:] if re.match("(fp32|qat|cal|integer|ver|PTQ|writ)", line)]
     expected = (
         *("fp32: making", "fp32: the last, partial", "fp32: compiling the training step"),
         *("fp32 epoch 1/2", "fp32 epoch 2/2"),
