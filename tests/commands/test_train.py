@@ -69,6 +69,9 @@ def test_a_run_says_first_what_it_will_do(finished):
 def test_no_part_of_a_run_is_silent(finished):
     lines = finished.with_suffix(".log").read_text().splitlines()
     shown = [line for line in lines[8:] if re.match("(fp32|qat|cal|integer|ver|PTQ|writ)", line)]
+    shown = [
+        line for line in shown if not re.search(r"remaining|left$", line)
+    ]  # On a slow machine.
     expected = (
         *("fp32: making", "fp32: the last, partial", "fp32: compiling the training step"),
         *("fp32 epoch 1/2", "fp32 epoch 2/2"),
@@ -295,9 +298,9 @@ def test_the_test_split_is_read_only_after_training(
     read = []
     logits = Predictor.logits
 
-    def watch(self, split, *variables):
+    def watch(self, split, *variables, **more):
         read.append((len(RunFolder(tmp_path).read_metrics()), len(split)))
-        return logits(self, split, *variables)
+        return logits(self, split, *variables, **more)
 
     monkeypatch.setattr(Predictor, "logits", watch)
     changes = {"data__validation_size": 30, "data__test_limit": 41}
