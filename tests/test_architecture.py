@@ -70,7 +70,7 @@ INSIDE = {
             "display",
         ),
         "integer_networks",
-        *("post_training", "takeover", "opened_run", "load_run"),
+        *("post_training", "takeover", "advice", "opened_run", "load_run"),
     ),
 }
 # Of the pipeline, independent modules import no others but the shared ones.

@@ -9,6 +9,7 @@ from rich.console import Console
 from jaxqat.analysis import analyze as analyze_layers
 from jaxqat.errors import InputError
 from jaxqat.pipeline import config as configs
+from jaxqat.pipeline.advice import is_worse, print_advice
 from jaxqat.pipeline.data import load_dataset
 from jaxqat.pipeline.display import console_for, print_analysis, print_json
 from jaxqat.pipeline.evaluation import find_split
@@ -98,6 +99,10 @@ def analyze(
     )
     title = f"{experiment.name}: {stage}, {len(chosen):,} images of the {split} split"
     print_analysis(title, result, console)
+    real, quantized = analysis.real.accuracy, analysis.quantized.accuracy
+    if real is not None and quantized is not None and is_worse(real, quantized):
+        used = networks.experiment.quant
+        print_advice(analysis, used, console, f"jaxqat quantize {folder.path}")
     if json:
         print_json(result)
     folder.write_analysis(result)

@@ -6,6 +6,7 @@ from typing import Literal
 
 from rich.console import Console
 
+from jaxqat.pipeline.advice import analyze_for_advice, is_worse, print_advice
 from jaxqat.pipeline.config import Experiment
 from jaxqat.pipeline.data import DataError, Dataset, load_dataset
 from jaxqat.pipeline.display import print_results
@@ -103,8 +104,13 @@ def quantize(
         folder.write_results(results)
         tell("writing the report", console)
         report = write_report(folder.path)
+        analysis = None
+        if is_worse(results.fp32.test.accuracy, ptq.test.accuracy):
+            analysis = analyze_for_advice(networks, model, console)
     print_results(results, console)
     say(f"report: {report}", console)
+    if analysis is not None:
+        print_advice(analysis, quant, console, f"jaxqat quantize {folder.path}")
     return results
 
 

@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
+from jaxqat.analysis import Analysis
 from jaxqat.errors import ConversionError
 from jaxqat.integer._store.files import write_atomically
+from jaxqat.pipeline.advice import analyze_for_advice, is_worse, print_advice
 from jaxqat.pipeline.compilation_choice import find_compilation
 from jaxqat.pipeline.config import Experiment, to_yaml
 from jaxqat.pipeline.damage import check_undamaged
@@ -43,7 +45,7 @@ from jaxqat.pipeline.run.results import (
     verification_result,
     write_test_samples,
 )
-from jaxqat.pipeline.run.snapshots import Model
+from jaxqat.pipeline.run.snapshots import Model, restore_model
 from jaxqat.pipeline.stages import StageRun
 from jaxqat.pipeline.takeover import FloatStage, find_float_stage
 from jaxqat.pipeline.terminal import say, tell
@@ -113,9 +115,22 @@ def train(
             if other is not None:
                 other.copy_to(folder)
             results = _run(networks, folder, stop, console, command)
+            analysis = _analyze_if_worse(networks, folder, results, console)
     print_results(results, console)
     say(f"report: {folder.report}", console)
+    if analysis is not None:
+        print_advice(analysis, experiment.quant, console, f"jaxqat quantize {folder.path}")
     return results
+
+
+def _analyze_if_worse(
+    networks: Networks, folder: RunFolder, results: Results, console: Console
+) -> Analysis | None:
+    """Analyze the network of QAT if it is worse than FP32 by more than a point."""
+    tested = results.integer or results.qat
+    if tested is None or not is_worse(results.fp32.test.accuracy, tested.test.accuracy):
+        return None
+    return analyze_for_advice(networks, restore_model(networks, folder, "qat"), console)
 
 
 def _repair(folder: RunFolder, experiment: Experiment, console: Console) -> None:
@@ -165,11 +180,18 @@ def _announce(networks: Networks, runs: Mapping[str, StageRun], console: Console
     size = "x".join(map(str, dataset.image_shape))
     parameters = count_parameters(networks.shapes("fp32")[0])
     tell(f"network: {network_name(experiment.model)}, {parameters:,} parameters", console)
+    held_out = "" if dataset.validation is None else f", {len(dataset.validation):,} validation"
     tell(
-        f"data: {dataset.fingerprint['name']}, {len(dataset.train):,} training and "
+        f"data: {dataset.fingerprint['name']}, {len(dataset.train):,} training{held_out} and "
         f"{len(dataset.test):,} test images of {size}, {dataset.num_classes} classes",
         console,
     )
+    mean, std = (", ".join(f"{v:.3f}" for v in values) for values in (dataset.mean, dataset.std))
+    tell(f"normalization: mean {mean}, standard deviation {std}, of pixels in 0..1", console)
+    change = experiment.augment
+    crop = f"random crop after padding by {change.crop_padding}"
+    done = [crop] * (change.crop_padding > 0) + ["random flip"] * change.flip
+    tell(f"augmentation: {', '.join(done) or 'none'}", console)
     for name, run in runs.items():
         tell(
             f"{name}: {run.config.epochs} epochs of {run.steps_per_epoch:,} steps of "

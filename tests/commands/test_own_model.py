@@ -12,6 +12,8 @@ from PIL import Image
 from tiny_run import SETTINGS, STEPS_PER_EPOCH, files, run_command, signal_at
 
 import jaxqat
+from jaxqat.pipeline import advice
+from jaxqat.pipeline.recipes import read_recipe
 from jaxqat.pipeline.run.folder import RunFolder
 
 pytestmark = pytest.mark.slow
@@ -86,12 +88,25 @@ def test_load_run_gives_the_users_variables(run):
 
 
 @pytest.mark.parametrize("run", ["NNXBatchNorm"], indirect=True)
-def test_a_run_with_another_recipe_starts_from_the_float_network(run, tmp_path, no_report):
+def test_a_run_with_another_recipe_starts_from_the_float_network(
+    run, tmp_path, no_report, monkeypatch, capfd
+):
     config, other = run / "config.yaml", tmp_path / "other"
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("weight_bits: 4\nrules: [{path: head, weight_bits: 8}]\n")
     arguments = ("--config", config, "--workdir", other, "--from", run, "--recipe", recipe)
-    assert run_command("train", *arguments) == 0
+    monkeypatch.setattr(advice, "POINT", -1.0)  # As if each network were worse by a point.
+    for command in (("train", *arguments), ("quantize", other), ("analyze", other, "--images", 9)):
+        capfd.readouterr()
+        assert run_command(*command) == 0
+        shown = capfd.readouterr().out
+        assert f"run `jaxqat quantize {other} --recipe advice.yaml`" in " ".join(shown.split())
+        (tmp_path / "advice.yaml").write_text(shown[shown.index("quant:\n") :].split("\n\n")[0])
+        rules = read_recipe(str(tmp_path / "advice.yaml")).rules
+        named = re.findall(r"^  (\S+): \S+ % with this layer alone in float", shown, re.MULTILINE)
+        assert named and [rule.path for rule in rules][: len(named)] == named
+    assert run_command("quantize", other, "--recipe", tmp_path / "advice.yaml") == 0
+    assert "advice" in RunFolder(other).read_results().ptq
     layers = {layer.path: layer.weight_bits for layer in RunFolder(other).read_results().layers}
     assert layers.pop("head") == 8 and set(layers.values()) == {4}
     assert RunFolder(other).read_origin() is not None
