@@ -188,10 +188,11 @@ def _announce(networks: Networks, runs: Mapping[str, StageRun], console: Console
     )
     mean, std = (", ".join(f"{v:.3f}" for v in values) for values in (dataset.mean, dataset.std))
     tell(f"normalization: mean {mean}, standard deviation {std}, of pixels in 0..1", console)
-    change = experiment.augment
-    crop = f"random crop after padding by {change.crop_padding}"
-    done = [crop] * (change.crop_padding > 0) + ["random flip"] * change.flip
-    tell(f"augmentation: {', '.join(done) or 'none'}", console)
+    change, given = networks.augmentation, experiment.augment
+    done = [f"random crop after padding by {change.crop_padding}"] if change.crop_padding else []
+    done += ["random flip"] if change.flip else []
+    chosen = " (chosen for this data)" if change != given else ""
+    tell(f"augmentation: {', '.join(done) or 'none'}{chosen}", console)
     for name, run in runs.items():
         tell(
             f"{name}: {run.config.epochs} epochs of {run.steps_per_epoch:,} steps of "

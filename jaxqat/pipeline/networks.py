@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxqat.pipeline.config import Experiment
-from jaxqat.pipeline.data import Dataset, augment, epoch_permutation, normalize
+from jaxqat.pipeline.data import AugmentConfig, Dataset, augment, epoch_permutation, normalize
 from jaxqat.pipeline.models import build_model, check_target
 from jaxqat.pipeline.progress import Track
 from jaxqat.pipeline.training import Collections, Forward
@@ -125,10 +125,17 @@ class Networks:
         """Return the networks' input for raw images."""
         return normalize(images, self.dataset.mean, self.dataset.std)
 
+    @property
+    def augmentation(self) -> AugmentConfig:
+        """The changes to training images, chosen for the data where the config leaves it open."""
+        height, width = self.dataset.image_shape[:2]
+        return self.experiment.augment.of(self.experiment.data, height, width)
+
     def prepare(self, key: jax.Array, images: jax.Array) -> jax.Array:
         """Return the augmented input for raw training images."""
-        config = self.experiment.augment
-        images = augment(key, images, crop_padding=config.crop_padding, flip=config.flip)
+        chosen = self.augmentation
+        assert chosen.crop_padding is not None and chosen.flip is not None
+        images = augment(key, images, crop_padding=chosen.crop_padding, flip=chosen.flip)
         return self.normalize(images)
 
     def calibrate(

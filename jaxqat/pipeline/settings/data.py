@@ -6,6 +6,8 @@ from typing import Literal
 
 NAME = re.compile(r"(?P<name>[a-z]\w*)(/(?P<config>[\w.+-]+))?(:(?P<version>\d+\.\d+\.\d+))?")
 SplitName = Literal["test", "train", "validation"]
+# Data sets of characters, which are others in a mirror.
+CHARACTERS = re.compile(r"digits|(?<!fashion_)mnist|svhn|omniglot|letters|characters")
 MAX_IMAGE_SIZE = 4096
 MAX_CROP_PADDING = 4096
 
@@ -78,14 +80,30 @@ class DataConfig:
 class AugmentConfig:
     """Random changes to training images (config key `augment`)."""
 
-    crop_padding: int = 4
-    """Zero pixels added to each side before a random crop to the original size; 0 for no crop."""
+    crop_padding: int | None = None
+    """Zero pixels added to each side before a random crop to the original size; 0 for no crop;
+    null for an eighth of the shorter side (4 for CIFAR)."""
 
-    flip: bool = True
-    """Whether to mirror each image left to right with probability one half."""
+    flip: bool | None = None
+    """Whether to mirror each image left to right with probability one half; null mirrors unless
+    the data set is one of characters, such as 'digits' or 'mnist'."""
+
+    def of(self, data: DataConfig, height: int, width: int) -> "AugmentConfig":
+        """Return the settings with a choice in place of each null.
+
+        Args:
+            data: The data set.
+            height: Of its images, in pixels.
+            width: Of its images, in pixels.
+        """
+        padding, flip = self.crop_padding, self.flip
+        return AugmentConfig(
+            crop_padding=round(min(height, width) / 8) if padding is None else padding,
+            flip=not CHARACTERS.search(data.name) if flip is None else flip,
+        )
 
     def __post_init__(self):
-        if not 0 <= self.crop_padding <= MAX_CROP_PADDING:
+        if self.crop_padding is not None and not 0 <= self.crop_padding <= MAX_CROP_PADDING:
             raise ValueError(
                 f"augment.crop_padding must be in 0..{MAX_CROP_PADDING}, got {self.crop_padding!r}."
             )

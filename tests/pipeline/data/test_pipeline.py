@@ -7,6 +7,7 @@ import pytest
 
 from jaxqat.pipeline.data import (
     AugmentConfig,
+    DataConfig,
     Split,
     augment,
     epoch_permutation,
@@ -201,6 +202,27 @@ def test_a_batch_size_below_one_is_an_error(batch_size):
 
     with pytest.raises(ValueError, match="batch_size must be 1 or more"):
         eval_batches(split, batch_size)
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "padding", "flip"),
+    [
+        ("cifar10", 32, 4, True),
+        ("folder", 64, 8, True),
+        ("fashion_mnist", 28, 4, True),
+        ("mnist", 28, 4, False),
+        ("svhn_cropped", 32, 4, False),
+        ("digits", 8, 1, False),
+    ],
+)
+def test_augmentation_is_chosen_for_the_data_where_the_config_leaves_it_open(
+    name, side, padding, flip
+):
+    data = DataConfig(name=name, data_dir="photos")
+    chosen = AugmentConfig(crop_padding=padding, flip=flip)
+    assert AugmentConfig().of(data, side, side + 1) == chosen
+    given = AugmentConfig(crop_padding=0, flip=not flip)
+    assert given.of(data, side, side) == given
 
 
 def test_a_negative_padding_is_named_by_its_dotted_key():
