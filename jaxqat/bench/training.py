@@ -28,6 +28,7 @@ from jaxqat.pipeline.training import (
 )
 from jaxqat.pipeline.training.step import make_dispatch
 from jaxqat.quant import QuantizedModule
+from jaxqat.quant._interpret import Memory
 from jaxqat.quant._models.training_step import is_supported
 
 # As in training, a CPU runs one step per call. On an accelerator, such calls would leave it idle.
@@ -50,6 +51,7 @@ class Variant:
         stage: 'fp32' or 'qat'.
         precision: `Experiment.precision`.
         compilation: How the step is compiled.
+        memory: What it keeps of quantized tensors (`qat.memory`).
     """
 
     key: str
@@ -57,6 +59,7 @@ class Variant:
     stage: str
     precision: str
     compilation: Compilation = DEFAULT
+    memory: Memory = "values"
 
 
 FP32 = Variant("fp32", "FP32", "fp32", "float32")
@@ -65,6 +68,7 @@ BF16 = Variant("bf16", "bf16", "fp32", "bfloat16")
 QAT = Variant("qat", "QAT", "qat", "float32")
 QAT_TF32 = Variant("qat_tf32", "QAT, else TF32", "qat", "tf32")
 QAT_BF16 = Variant("qat_bf16", "QAT, else bf16", "qat", "bfloat16")
+QAT_CODES = Variant("qat_codes", "QAT, keeping codes", "qat", "float32", memory="codes")
 
 
 def _fast(variant: Variant) -> Variant:
@@ -75,8 +79,8 @@ def _fast(variant: Variant) -> Variant:
 
 VARIANTS = {
     "cpu": (FP32, _fast(FP32), BF16, _fast(BF16), QAT, _fast(QAT)),
-    "cuda": (FP32, TF32, BF16, QAT, QAT_TF32, QAT_BF16),
-    "tpu": (FP32, BF16, QAT, QAT_BF16),
+    "cuda": (FP32, TF32, BF16, QAT, QAT_TF32, QAT_BF16, QAT_CODES),
+    "tpu": (FP32, BF16, QAT, QAT_BF16, QAT_CODES),
 }
 
 
@@ -113,7 +117,8 @@ def benchmark_training(
     variants = VARIANTS.get(device, VARIANTS["cpu"])
     for variant in (v for v in variants if is_supported() or v.compilation is DEFAULT):
         log(f"compiling {variant.label}")
-        settings = dataclasses.replace(experiment, precision=variant.precision)
+        qat = dataclasses.replace(experiment.qat, memory=variant.memory)
+        settings = dataclasses.replace(experiment, precision=variant.precision, qat=qat)
         with matmul_precision(settings):
             networks = Networks.build(settings, dataset)
             trainer = Trainer(networks, variant.stage, batch, length, variant.compilation)

@@ -59,7 +59,7 @@ class Networks:
         """Return both networks; trace them, so that a rule that matches no layer raises here."""
         dtype = jnp.bfloat16 if experiment.precision == "bfloat16" else jnp.float32
         module = build_model(experiment.model, dataset.num_classes, dtype)
-        quantized = quantize(module, experiment.quant)
+        quantized = quantize(module, experiment.quant, memory=experiment.qat.memory)
         networks = cls(experiment, dataset, {"fp32": module, "qat": quantized})
         if experiment.model.target is not None:
             check_target(experiment.model, module, networks.one_image(), dataset.num_classes)

@@ -103,6 +103,10 @@ class QatConfig(StageConfig):
     """Number of last epochs with frozen ranges and batch-norm statistics; null for a fifth of all
     epochs, at least one if there are two or more."""
 
+    memory: Literal["values", "codes"] = "values"
+    """What a training step keeps of quantized tensors for its backward pass, while ranges move:
+    'values', or 'codes', a quarter of it, for some more time."""
+
     test_calibrated: bool = True
     """Whether to also convert and test the network of post-training quantization: calibrated, but
     not fine-tuned."""
