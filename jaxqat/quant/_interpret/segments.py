@@ -49,7 +49,7 @@ class SegmentedEvaluator(Evaluator):
 
         def evaluate(values: dict[int, Any], codes: dict[int, Any]) -> Any:
             given = {n: dataclasses.replace(outer[n], values=x) for n, x in values.items()}
-            given |= {n: _restored(outer[n], values[n], *parts) for n, parts in codes.items()}
+            given |= {n: _restored(outer[n], values[n], codes[n]) for n in codes}
             self._known = {**outer, **given}
             before = self._states.snapshot()
             for node in segment.nodes:
@@ -76,8 +76,9 @@ class SegmentedEvaluator(Evaluator):
             self._known[number] = forms.Operand(value, form, constant=False)
 
 
-def _restored(operand: forms.Operand, carrier: Any, codes: Any, grid: Grid) -> forms.Operand:
-    """Return a quantized tensor of another segment, made from its codes."""
+def _restored(operand: forms.Operand, carrier: Any, parts: tuple[Any, Grid]) -> forms.Operand:
+    """Return a quantized tensor of another segment, made from its codes and their grid."""
+    codes, grid = parts
     real = activations.dequantize(codes, grid, carrier.dtype)
     assert isinstance(operand.form, forms.Codes)
     form = forms.Codes(codes, grid, operand.form.name)

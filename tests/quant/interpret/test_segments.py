@@ -1,6 +1,6 @@
 """Training that keeps codes alone: the same step to the last bit, from fewer bytes."""
 
-import math
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -40,7 +40,7 @@ class Recurrent(nn.Module):
     def __call__(self, x, train: bool):
         del train
         x = nn.relu(nn.Dense(8)(x.reshape(8, 8, 32)))
-        return nn.Dense(5)(nn.RNN(nn.SimpleCell(8))(x)[:, -1])
+        return nn.Dense(5)(jnp.asarray(nn.RNN(nn.SimpleCell(8))(x))[:, -1])
 
 
 class Normed(nn.Module):
@@ -126,10 +126,8 @@ def test_a_program_is_cut_at_each_quantized_tensor_that_alone_crosses():
     assert len(found) >= 5  # One for each product at least.
     nodes = [node for segment in found for node in segment.nodes]
     assert len(set(nodes)) == len(nodes)
-    for segment in found[:-1]:
-        assert all(n in plan.tensors for n in segment.crossing)
-    avals = plan.program.avals
-    assert max(math.prod(avals[n].shape) for s in found for n in s.reads) > 0
+    read = {n for segment in found for n in segment.reads}
+    assert read and all(n in plan.tensors for n in read)
 
 
 def test_nnx_modules_and_functions_take_it_too():
@@ -144,4 +142,4 @@ def test_nnx_modules_and_functions_take_it_too():
 
 def test_another_name_is_refused():
     with pytest.raises(jaxqat.JaxqatError, match="memory must be 'values' or 'codes', got 'int8'"):
-        jaxqat.quantize(Residual(), "int8", memory="int8")  # pyright: ignore[reportArgumentType]
+        jaxqat.quantize(Residual(), "int8", memory=cast(Any, "int8"))
