@@ -72,7 +72,10 @@ class SegmentedEvaluator(Evaluator):
         self._known = outer
         self._states.update(states)
         for number, value in found.items():
-            form = forms.Codes(*codes[number], names[number]) if number in codes else None
+            form = None
+            if number in codes:
+                made, grid = codes[number]
+                form = forms.Codes(made, grid, names[number])
             self._known[number] = forms.Operand(value, form, constant=False)
 
 
