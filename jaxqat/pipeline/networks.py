@@ -1,6 +1,7 @@
 """The float and the quantized network of an experiment, as functions for training."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
@@ -12,7 +13,7 @@ import numpy as np
 
 from jaxqat.pipeline.config import Experiment
 from jaxqat.pipeline.data import AugmentConfig, Dataset, augment, epoch_permutation, normalize
-from jaxqat.pipeline.models import build_model, check_target
+from jaxqat.pipeline.models import build_model, check_target, source_sha256
 from jaxqat.pipeline.progress import Track
 from jaxqat.pipeline.training import Collections, Forward
 from jaxqat.quant import (
@@ -65,6 +66,11 @@ class Networks:
             check_target(experiment.model, module, networks.one_image(), dataset.num_classes)
         networks.describe()
         return networks
+
+    @functools.cached_property
+    def source(self) -> str | None:
+        """SHA-256 of the file that defines a network of the user's own."""
+        return source_sha256(self.experiment.model)
 
     @property
     def quantized(self) -> QuantizedModule:

@@ -21,7 +21,7 @@ from jaxqat.pipeline.run.folder import RunFolder, RunFolderError
 from jaxqat.pipeline.run.logs import RunLogs
 from jaxqat.pipeline.run.snapshots import (
     Model,
-    check_data,
+    check_origin,
     join_state,
     open_store,
     restore_selected,
@@ -111,6 +111,7 @@ class StageRun:
             "config": configs.to_dict(self.networks.experiment),
             "config_hash": configs.config_hash(self.networks.experiment),
             "data": self.dataset.fingerprint,
+            "source": self.networks.source,
         }
 
     def state_shapes(self) -> TrainState:
@@ -187,7 +188,7 @@ class StageRun:
             if restored is None:
                 state, seconds = self.first_state(start()), 0.0
             else:
-                check_data(restored, self.dataset.fingerprint)
+                check_origin(restored, self.networks)
                 state, seconds = join_state(restored), restored.info["epoch_seconds"]
             done = int(state.step)
             if done < self.total_steps:

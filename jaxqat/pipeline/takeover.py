@@ -14,7 +14,7 @@ from jaxqat.pipeline import config as configs
 from jaxqat.pipeline.config import Experiment
 from jaxqat.pipeline.networks import Networks
 from jaxqat.pipeline.run.folder import RunFolder, RunFolderError
-from jaxqat.pipeline.run.snapshots import check_data, split_state
+from jaxqat.pipeline.run.snapshots import check_origin, split_state
 from jaxqat.pipeline.stages import StageRun, check_finished
 
 # Settings without influence on the float network, by the first part of their keys; 'compilation'
@@ -99,7 +99,7 @@ def find_float_stage(networks: Networks, workdir: Path) -> FloatStage:
         target = split_state(run.state_shapes())
         restored = [store.restore(target, step=step) for step in steps]
     for each in restored:
-        check_data(each, networks.dataset.fingerprint)
+        check_origin(each, networks)
     info = restored[-1].info
     origin = {"name": info["config"]["name"], "config_hash": info["config_hash"]}
     return FloatStage(folder, steps, origin)

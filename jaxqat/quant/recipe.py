@@ -261,7 +261,7 @@ class Recipe(Settings):
         if name not in presets:
             near = difflib.get_close_matches(str(name), presets, 1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise RecipeError(f"Recipe must be one of {', '.join(presets)}, got {name!r}.{hint}")
+            raise RecipeError(f"recipe must be one of {', '.join(presets)}, got {name!r}.{hint}")
         return presets[name]
 
     @classmethod

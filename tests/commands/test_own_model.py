@@ -1,10 +1,12 @@
 """The whole command on networks of the user's own: Linen and NNX, with and without state."""
 
+import hashlib
 import re
 from pathlib import Path
 
 import jax
 import numpy as np
+import own_models
 import pytest
 import tiny_run
 import yaml
@@ -13,8 +15,10 @@ from tiny_run import SETTINGS, STEPS_PER_EPOCH, files, run_command, signal_at
 
 import jaxqat
 from jaxqat.pipeline import advice
+from jaxqat.pipeline.models import ModelConfig, source_sha256
 from jaxqat.pipeline.recipes import read_recipe
 from jaxqat.pipeline.run.folder import RunFolder
+from jaxqat.pipeline.run.snapshots import SourceWarning
 
 pytestmark = pytest.mark.slow
 
@@ -67,6 +71,20 @@ def test_every_command_works_on_the_run(run, tmp_path, capfd):
 
 
 @pytest.mark.parametrize("run", ["Stateless"], indirect=True)
+def test_a_changed_file_of_the_network_is_told(run, monkeypatch, recwarn):
+    evaluated = ("evaluate", run, "--stage", "fp32")
+    assert run_command(*evaluated) == 0
+    assert not [w for w in recwarn if w.category is SourceWarning]
+    source = Path(own_models.__file__).read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", lambda path: source + b"# changed")
+        changed = source_sha256(ModelConfig(target="own_models:Stateless"))
+    assert changed != hashlib.sha256(source).hexdigest()
+    monkeypatch.setattr("jaxqat.pipeline.networks.source_sha256", lambda config: changed)
+    with pytest.warns(SourceWarning, match="before the file of model.target .* was changed"):
+        assert run_command(*evaluated) == 0
+
+
 def test_quiet_commands_print_results_only(run, capfd):
     assert run_command("evaluate", run, "--quiet") == 0
     quiet = capfd.readouterr()
@@ -129,7 +147,7 @@ def test_a_stopped_run_with_dropout_resumes_to_the_same_bits(run, tmp_path, monk
 @pytest.mark.parametrize(
     ("option", "text", "message"),
     [
-        ("w4a9", None, "Recipe must be one of int8, .* The path of a YAML file is right, too."),
+        ("w4a9", None, "recipe must be one of int8, .* The path of a YAML file is right, too."),
         ("missing.yaml", None, "missing.yaml: cannot be read"),
         ("mine.yaml", "weight_bit: 4", "unknown key 'quant.weight_bit'"),
         (

@@ -195,7 +195,7 @@ def test_the_same_command_gives_the_same_network_and_scores(
     ("arguments", "message"),
     [
         (("--batches", "7"), "--batches must be in 1..6, the whole batches of 16"),
-        (("--recipe", "int9"), "Recipe must be one of int8,"),
+        (("--recipe", "int9"), "recipe must be one of int8,"),
         (("--recipe", "int8_dynamic"), "'int8_dynamic' takes activation ranges from each input"),
     ],
 )

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -99,6 +100,13 @@ def test_a_network_without_a_float_form_is_alone_on_its_page(tmp_path, name, met
 
     assert found is not None and reason in found
     assert [each["name"] for each in described(tmp_path / "page")["networks"]] == ["integer"]
+
+
+def test_a_missing_package_leaves_no_folder(tmp_path, graph, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(jaxqat.MissingPackageError, match="'onnx' is not installed"):
+        export_web(graph, tmp_path / "page")
+    assert not (tmp_path / "page").exists()
 
 
 def test_a_network_that_takes_no_images_is_refused(tmp_path):
@@ -225,6 +233,22 @@ def test_a_larger_image_is_scaled_and_cropped_in_the_middle(page, graph, tmp_pat
     seen = np.array(shown).reshape(height, width, 4)[1:-1, 1:-1, :3]
     # The browser's filter may reach into neighbours; a shifted crop would differ by far more.
     assert np.abs(seen - images[0][1:-1, 1:-1].astype(int)).mean() < 4
+
+
+def test_what_is_transparent_is_white_as_in_python(page, graph, tmp_path):
+    tab, _, images = page
+    height, width, _ = graph.input_shape
+    rgba = np.concatenate([images[0], np.zeros((height, width, 1), np.uint8)], -1)
+    path = tmp_path / "logo.png"
+    path.write_bytes(png(rgba))
+    tab.choose_files("#files", [path])
+    tab.wait("document.querySelectorAll('#results .name').length >= 1")
+    shown = tab.evaluate(
+        "Array.from(document.querySelector('#results canvas').getContext('2d')"
+        f".getImageData(0, 0, {width}, {height}).data)"
+    )
+    tab.evaluate("document.getElementById('results').replaceChildren()")
+    assert set(shown) == {255}
 
 
 def test_a_page_that_is_opened_as_a_file_says_what_to_do(tmp_path, graph):

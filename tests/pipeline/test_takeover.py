@@ -15,7 +15,7 @@ from jaxqat.pipeline import config
 from jaxqat.pipeline.config import config_hash
 from jaxqat.pipeline.results import Origin
 from jaxqat.pipeline.run.folder import RunFolder, RunFolderError
-from jaxqat.pipeline.run.snapshots import check_data
+from jaxqat.pipeline.run.snapshots import check_origin
 from jaxqat.pipeline.training import Stopped
 
 pytestmark = pytest.mark.slow
@@ -174,10 +174,12 @@ def test_a_folder_that_is_not_a_run_is_an_error(tmp_path, small_network, capsys)
 
 
 def test_other_data_is_an_error(finished, tmp_path, small_network, capsys, monkeypatch):
-    def check_other(restored, fingerprint):
-        check_data(restored, {**fingerprint, "version": "other"})
+    def check_other(restored, networks):
+        fingerprint = {**networks.dataset.fingerprint, "version": "other"}
+        dataset = dataclasses.replace(networks.dataset, fingerprint=fingerprint)
+        check_origin(restored, dataclasses.replace(networks, dataset=dataset))
 
-    monkeypatch.setattr("jaxqat.pipeline.takeover.check_data", check_other)
+    monkeypatch.setattr("jaxqat.pipeline.takeover.check_origin", check_other)
     error = refused(tmp_path, finished, capsys)
     assert (
         f"the checkpoint of step {STEPS} was trained on other data. There -> here: version" in error

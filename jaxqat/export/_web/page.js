@@ -21,6 +21,8 @@ function draw(source, width, height, [rows, columns]) {
   [canvas.width, canvas.height] = [columns, rows];
   const context = canvas.getContext("2d", { willReadFrequently: true });
   context.imageSmoothingQuality = "high";
+  context.fillStyle = "white"; // Behind what is transparent.
+  context.fillRect(0, 0, columns, rows);
   const scale = Math.min(width / columns, height / rows);
   const [w, h] = [columns * scale, rows * scale];
   context.drawImage(source, (width - w) / 2, (height - h) / 2, w, h, 0, 0, columns, rows);

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxqat.errors import ExportError
+from jaxqat.export._onnx.builder import library
 from jaxqat.export._onnx.float_network import float_model
 from jaxqat.export._onnx.model import export_onnx
 from jaxqat.integer._store.files import write_atomically, write_json
@@ -72,6 +73,7 @@ def export_web(
         MissingPackageError: If the package `onnx` is not installed.
     """
     _check(graph, folder, overwrite)
+    library("onnx")  # Before anything is written.
     try:
         (folder / "examples").mkdir(parents=True, exist_ok=True)
         export_onnx(graph, folder / "integer.onnx", input="uint8", overwrite=True)

@@ -137,7 +137,8 @@ def decode_split(
 def decode_image(record: Encoded, *, channels: int, image_size: int | None) -> np.ndarray:
     """Decode one image to uint8[height, width, channels].
 
-    Grey images become RGB if `channels` is 3; transparency is dropped.
+    Images are turned as their EXIF orientation says; grey ones become RGB if `channels` is 3; what
+    is transparent becomes white. So do browsers, and the page of `jaxqat export --format web`.
 
     Raises:
         DataError: If it is not an image, truncated, too large, not of 8 bits, or in colour although
@@ -151,8 +152,9 @@ def decode_image(record: Encoded, *, channels: int, image_size: int | None) -> n
                 raise DataError(f"{record.where}: pixels of mode {mode}; convert them to 8 bits.")
             if channels == 1 and mode not in ("1", "L"):
                 raise DataError(f"{record.where}: {mode} image in a grey data set, expected L.")
+            turned = _on_white(ImageOps.exif_transpose(image))
             wanted = "L" if channels == 1 else "RGB"
-            converted = image if mode == wanted else image.convert(wanted)
+            converted = turned if turned.mode == wanted else turned.convert(wanted)
             return _to_array(converted, image_size)
     except DataError:
         raise
@@ -161,6 +163,13 @@ def decode_image(record: Encoded, *, channels: int, image_size: int | None) -> n
             f"{record.where}: cannot be decoded ({error}; {len(record.data)} bytes); "
             "expected a whole PNG or JPEG image. Fetch it again."
         ) from error
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    if not image.has_transparency_data:
+        return image
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image.convert("RGBA"))
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from jaxqat.pipeline.hashing import file_sha256, json_sha256
 logger = logging.getLogger(__name__)
 
 # Part of every request's hash: increase it when decoding or storage changes.
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from jaxqat.pipeline.models.build import build_model, network_name
 from jaxqat.pipeline.models.resnet import ResNet, probe_block
-from jaxqat.pipeline.models.target import TargetError, check_target
+from jaxqat.pipeline.models.target import TargetError, check_target, source_sha256
 from jaxqat.pipeline.settings.model import ModelConfig
 
 __all__ = [
@@ -13,4 +13,5 @@ __all__ = [
     "check_target",
     "network_name",
     "probe_block",
+    "source_sha256",
 ]

@@ -6,6 +6,7 @@ module's own argument (`training`, `deterministic`, ...), and for NNX `module.tr
 """
 
 import difflib
+import hashlib
 import importlib
 import inspect
 import os
@@ -13,6 +14,7 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -66,6 +68,15 @@ def build_target(config: ModelConfig, num_classes: int, dtype: Any = jnp.float32
         raise TargetError(f"model.target {target!r} must make {_KINDS}, got {_kind(made)}.")
     modes = _modes(target, type(made).__call__)
     return made if tuple(modes) == ("train",) else OfLinen(made, tuple(modes))
+
+
+def source_sha256(config: ModelConfig) -> str | None:
+    """Return the SHA-256 of the file that defines `model.target`; None without one."""
+    if config.target is None:
+        return None
+    module = sys.modules.get(config.target.partition(":")[0])
+    path = Path(getattr(module, "__file__", None) or "")
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
 def check_target(config: ModelConfig, module: nn.Module, image: jax.Array, classes: int) -> None:

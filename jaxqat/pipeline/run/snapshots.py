@@ -1,6 +1,7 @@
 """Save and restore a run's networks: training states as checkpoints."""
 
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -73,7 +74,7 @@ def restore_selected(store: CheckpointStore, networks: Networks, stage: str) -> 
     params, collections = networks.shapes(stage)
     step = store.best_step() if networks.experiment.select == "best" else None
     restored = store.restore({MODEL: {"params": params, **collections}}, step=step)
-    check_data(restored, networks.dataset.fingerprint)
+    check_origin(restored, networks)
     return restored
 
 
@@ -120,13 +121,30 @@ def check_step(folder: RunFolder, stage: str, model: Model, converted: int) -> N
         )
 
 
-def check_data(restored: Restored, fingerprint: dict[str, Any]) -> None:
-    """Check that a checkpoint was trained on this data.
+class SourceWarning(UserWarning):
+    """The file that defines a network of the user's own has changed since it was trained."""
+
+
+def check_origin(restored: Restored, networks: Networks) -> None:
+    """Check that a checkpoint was trained on this data, and by this network.
 
     Raises:
-        RunFolderError: If not; names what differs.
+        RunFolderError: If it was trained on other data; names what differs.
+
+    Warns:
+        SourceWarning: The file of `model.target` has changed since.
     """
-    check_same_data(f"the checkpoint of step {restored.step}", restored.info["data"], fingerprint)
+    name = f"the checkpoint of step {restored.step}"
+    check_same_data(name, restored.info["data"], networks.dataset.fingerprint)
+    saved = restored.info.get("source")
+    if saved is not None and saved != networks.source:
+        warnings.warn(
+            f"{name} was trained before the file of model.target "
+            f"{networks.experiment.model.target!r} was changed: if the network computes something "
+            "else now, its results are not those of the run.",
+            SourceWarning,
+            stacklevel=2,
+        )
 
 
 def check_same_data(name: str, saved: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> None:

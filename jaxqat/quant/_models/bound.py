@@ -154,7 +154,9 @@ class BoundModel(QuantizedModel):
         Raises:
             QuantizationError: The values of a tensor are not finite.
         """
-        bound = self if self.state else self.with_empty_ranges(*inputs)
+        plan = self.checked_plan(inputs)
+        bound = self if self.state else self.with_state(plan.empty_state())
+        _check_learned(plan, bound.state)
         _, ranges = bound.run(inputs, Mode.CALIBRATE)
         check_finite(ranges)
         return bound.with_state(ranges)
@@ -275,16 +277,23 @@ def _check_state(plan: Plan, variables: Mapping[str, Any], state: Mapping[Key, R
             "No activation ranges. Call `calibrate` on a few batches first, and pass the variables "
             "that it returns."
         )
+    _check_learned(plan, state)
+
+
+def _check_learned(plan: Plan, state: Mapping[Key, Range]) -> None:
+    """Refuse a state that lacks learned values, as that of a recipe that learns none."""
+    learned = set(LEARNED.values())
     missing = [
         f"{'/'.join(key)}/{leaf}"
-        for key, tensor in needed.items()
+        for key, tensor in plan.empty_state().items()
         for leaf in learned.intersection(tensor)
         if key in state and leaf not in state[key]
     ]
     if missing:
         raise QuantizationError(
             f"The collection 'quant_params' lacks {missing[0]!r} ({len(missing)} learned values in "
-            "all). Pass both collections that `calibrate` returned, 'quant' and 'quant_params'."
+            "all). Pass both collections that `calibrate` returned, 'quant' and 'quant_params'; "
+            "for another recipe, calibrate anew from the variables without them."
         )
 
 

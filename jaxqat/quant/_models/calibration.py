@@ -28,7 +28,8 @@ def calibrate(
     """Return a quantized model with ranges observed on data, bound to its variables.
 
     Post-training quantization (Krishnamoorthi 2018, arXiv:1806.08342, section 3.1), and the start
-    of quantization-aware training:
+    of quantization-aware training. Ranges that the variables hold already are not used; the
+    method `calibrate` of a model goes on from them, batch by batch.
 
         network = jaxqat.calibrate(module, variables, batches=batches, train=False)
         graph = jaxqat.convert(network, images)
@@ -67,7 +68,7 @@ def calibrate(
     for batch in each_batch(batches):
         inputs = as_arguments(batch)
         if ranges is None:
-            start = bound.state or bound.with_empty_ranges(*jax.eval_shape(prepare, inputs)).state
+            start = bound.with_empty_ranges(*jax.eval_shape(prepare, inputs)).state
             ranges = jax.tree.map(_strongly_typed, start)
         ranges = observe(arrays, ranges, inputs)
     if ranges is None:

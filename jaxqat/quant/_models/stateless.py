@@ -121,7 +121,8 @@ class StatelessModel(QuantizedModel):
         if not isinstance(variables, Mapping):
             raise QuantizationError(
                 "The variables must be a dictionary with 'params', got "
-                f"{type(variables).__name__}: pass them before the inputs."
+                f"{type(variables).__name__}: pass them before the inputs, or bind them to the "
+                "model first, `model.bind(variables, train=False)`."
             )
         given = cast("Mapping[str, Any]", variables)
         return BoundModel(self, given, kwargs, self.recipe, self._function(mutable))

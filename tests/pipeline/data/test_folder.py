@@ -1,13 +1,15 @@
 """Folders of images by class."""
 
+import io
 import shutil
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from jaxqat.pipeline.data import DataConfig, DataError, load_dataset
+from jaxqat.pipeline.data.arrays import Encoded, decode_image
 
 
 def config(root, tmp_path, **changes):
@@ -84,6 +86,27 @@ def test_a_grey_image_among_coloured_ones_becomes_coloured(write_folder, images,
     assert data.image_shape == (5, 4, 3)
     cats = data.train.images[data.train.labels == 1]
     np.testing.assert_array_equal(cats, np.repeat(cats[..., :1], 3, axis=-1))
+
+
+def test_an_image_is_turned_as_its_exif_orientation_says(random_split):
+    pixels = random_split(0, 1, (4, 6, 3))[0][0]
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # The camera was turned to the left: show it turned right.
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="png", exif=exif)
+    found = decode_image(Encoded("photo.png", buffer.getvalue(), 0), channels=3, image_size=None)
+    np.testing.assert_array_equal(found, np.rot90(pixels, -1))
+
+
+def test_what_is_transparent_becomes_white():
+    rgba = np.zeros((1, 3, 4), np.uint8)
+    rgba[0] = [[200, 0, 0, 0], [200, 0, 0, 255], [200, 0, 0, 128]]
+    buffer = io.BytesIO()
+    Image.fromarray(rgba).save(buffer, format="png")
+    found = decode_image(Encoded("logo.png", buffer.getvalue(), 0), channels=3, image_size=None)
+    alpha = rgba[..., 3:] / 255
+    expected = alpha * rgba[..., :3] + (1 - alpha) * 255
+    assert np.abs(found - expected).max() <= 1  # Pillow rounds each product.
 
 
 def test_the_cache_replaces_a_missing_folder(two_splits, tmp_path):

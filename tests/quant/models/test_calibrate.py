@@ -181,3 +181,28 @@ def test_a_constant_tensor_has_finite_results_and_gradients(value, recipe):
         # is one end of its grid up to the rounding of the zero point.
         bound = 6 * abs(value) * (1.5 / 127 + 3 * 0.5 / 127)
         assert np.abs(np.asarray(network(x)) - x @ weights).max() < bound
+
+
+def test_ranges_that_the_variables_hold_are_not_used(batches, variables):
+    stale = jaxqat.quantize(Perceptron(), "int8").calibrate(variables, 16 * batches[0])
+    found = [
+        jaxqat.calibrate(Perceptron(), given, batches=batches).variables["quant"]
+        for given in (variables, stale)
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *found)
+    learned = jaxqat.calibrate(Perceptron(), stale, batches=batches, recipe="w4a4_lsq")
+    assert learned.variables["quant_params"]
+
+
+def test_ranges_of_a_recipe_that_learns_nothing_are_refused_by_one_that_does(batches, variables):
+    plain = jaxqat.quantize(Perceptron(), "int8").calibrate(variables, batches[0])
+    model = jaxqat.quantize(Perceptron(), "w4a4_lsq")
+    with pytest.raises(jaxqat.JaxqatError, match=r"'quant_params' lacks .* calibrate anew"):
+        model.calibrate(plain, batches[0])
+
+
+def test_a_rule_that_matches_nothing_is_an_error_for_calibrated_variables_too(batches, variables):
+    plain = jaxqat.quantize(Perceptron(), "int8").calibrate(variables, batches[0])
+    recipe = jaxqat.Recipe(rules=(jaxqat.Rule(path="nope", weight_bits=4),))
+    with pytest.raises(jaxqat.RecipeError, match="nope"):
+        jaxqat.quantize(Perceptron(), recipe).calibrate(plain, batches[0])
