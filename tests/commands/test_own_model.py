@@ -1,6 +1,7 @@
 """The whole command on networks of the user's own: Linen and NNX, with and without state."""
 
 import hashlib
+import html
 import re
 from pathlib import Path
 
@@ -54,6 +55,10 @@ def test_every_command_works_on_the_run(run, tmp_path, capfd):
     assert results.integer.test.accuracy == results.qat.test.accuracy
     image = tmp_path / "image.png"
     Image.fromarray(np.full((8, 8), 99, np.uint8)).save(image)
+    name = run.parent.name.rstrip("0123456789")
+    given = ", ".join(f"{k}={v!r}" for k, v in MODELS[name].items())
+    page = html.unescape((run / "report.html").read_text())
+    assert f"own_models:{name}({given})" in page
     for command in (
         ("evaluate", run, "--stage", "fp32"),
         ("evaluate", run),

@@ -194,5 +194,9 @@ def _model(run: Run) -> str | None:
     model = run.config.get("model")
     if not isinstance(model, dict) or "depth" not in model:
         return None
-    rest = ", ".join(f"{key} {value}" for key, value in model.items() if key != "depth")
+    if model.get("target") is not None:
+        given = ", ".join(f"{k}={v!r}" for k, v in (model.get("arguments") or {}).items())
+        return f"{model['target']}({given})"
+    own = ("depth", "target", "arguments")
+    rest = ", ".join(f"{key} {value}" for key, value in model.items() if key not in own)
     return f"ResNet-{model['depth']}" + (f", {rest}" if rest else "")
