@@ -215,6 +215,18 @@ def test_an_example_is_classified_by_a_click(page, graph):
     np.testing.assert_array_equal(np.float32(found["logits"]["integer"]), expected)
 
 
+def pixels_of(tab: Tab, path: Path, width: int, height: int) -> list[int]:
+    """What the page shows of an image, as bytes of red, green, blue and alpha."""
+    tab.choose_files("#files", [path])
+    tab.wait("document.querySelectorAll('#results .name').length >= 1")
+    shown = tab.evaluate(
+        "Array.from(document.querySelector('#results canvas').getContext('2d')"
+        f".getImageData(0, 0, {width}, {height}).data)"
+    )
+    tab.evaluate("document.getElementById('results').replaceChildren()")
+    return shown
+
+
 def test_a_larger_image_is_scaled_and_cropped_in_the_middle(page, graph, tmp_path):
     tab, _, images = page
     height, width, _ = graph.input_shape
@@ -223,13 +235,7 @@ def test_a_larger_image_is_scaled_and_cropped_in_the_middle(page, graph, tmp_pat
     wide[:, width : 3 * width] = images[0].repeat(2, 0).repeat(2, 1)
     path = tmp_path / "wide.png"
     path.write_bytes(png(wide))
-    tab.choose_files("#files", [path])
-    tab.wait("document.querySelectorAll('#results .name').length >= 1")
-    shown = tab.evaluate(
-        "Array.from(document.querySelector('#results canvas').getContext('2d')"
-        f".getImageData(0, 0, {width}, {height}).data)"
-    )
-    tab.evaluate("document.getElementById('results').replaceChildren()")
+    shown = pixels_of(tab, path, width, height)
     seen = np.array(shown).reshape(height, width, 4)[1:-1, 1:-1, :3]
     # The browser's filter may reach into neighbours; a shifted crop would differ by far more.
     assert np.abs(seen - images[0][1:-1, 1:-1].astype(int)).mean() < 4
@@ -241,13 +247,7 @@ def test_what_is_transparent_is_white_as_in_python(page, graph, tmp_path):
     rgba = np.concatenate([images[0], np.zeros((height, width, 1), np.uint8)], -1)
     path = tmp_path / "logo.png"
     path.write_bytes(png(rgba))
-    tab.choose_files("#files", [path])
-    tab.wait("document.querySelectorAll('#results .name').length >= 1")
-    shown = tab.evaluate(
-        "Array.from(document.querySelector('#results canvas').getContext('2d')"
-        f".getImageData(0, 0, {width}, {height}).data)"
-    )
-    tab.evaluate("document.getElementById('results').replaceChildren()")
+    shown = pixels_of(tab, path, width, height)
     assert set(shown) == {255}
 
 
