@@ -281,7 +281,8 @@ def test_a_plain_function_is_quantized_with_its_state_beside_it():
     actual, expected = quantized.apply(variables, x), model(params, x)
     assert np.linalg.norm(actual - expected) < 0.05 * np.linalg.norm(expected)
     result, updates = quantized.apply(variables, x, mutable=["quant"])
-    np.testing.assert_array_equal(result, actual)
+    # The same codes; the last sums are multiplied by two scales, in another order.
+    np.testing.assert_allclose(result, actual, rtol=4 * 2**-24)
     assert int(updates["quant"]["in"]["input"]["count"]) == 2
 
 

@@ -41,7 +41,9 @@ def test_a_dynamic_range_is_that_of_each_row_and_needs_no_calibration():
 def test_a_row_of_a_dynamic_network_does_not_depend_on_the_other_rows():
     model = jaxqat.quantize(lambda w, x: x @ w, "int8_dynamic")
     network = model.bind({"params": WEIGHTS})
-    np.testing.assert_array_equal(network(ROWS)[2:3], network(ROWS[2:3]))
+    # The sums of codes are equal. Compiled for another batch size, their two products with scales
+    # can be taken in another order, of two roundings each.
+    np.testing.assert_allclose(network(ROWS)[2:3], network(ROWS[2:3]), rtol=4 * 2**-24)
 
 
 def test_a_dynamic_convolution_has_a_range_for_each_image():
