@@ -46,6 +46,7 @@ from jaxqat.pipeline.training import (
     run_stage,
 )
 from jaxqat.pipeline.training.progress import StageProgress
+from jaxqat.quant import QuantizedModule
 from jaxqat.quant._models.state import flat_state
 
 MAX_STEPS_PER_DISPATCH = 50
@@ -152,8 +153,14 @@ class StageRun:
             ),
             validate=self._validate if dataset.validation is not None else None,
             compilation=self.compilation,
-            ranges=self._ranges() if isinstance(config, QatConfig) else None,
+            ranges=self._ranges() if self._has_ranges else None,
         )
+
+    @property
+    def _has_ranges(self) -> bool:
+        # Other libraries' networks of the QAT stage (`jaxqat benchmark`) have none of ours.
+        module = self.networks.modules[self.name]
+        return self.name == "qat" and isinstance(module, QuantizedModule)
 
     def _ranges(self) -> Callable[[TrainState], dict[str, tuple[float, float]]]:
         """Return the function that reads the range of each layer's input off a state."""

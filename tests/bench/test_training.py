@@ -76,7 +76,8 @@ def test_all_variants_see_the_same_images(small_network, monkeypatch):
     def forward(self, stage):
         module = self.modules["fp32"]
 
-        def train(params, collections, images):
+        def train(params, collections, images, key):
+            del key
             seen.append(stage)
             variables = {"params": params, "batch_stats": collections["batch_stats"]}
             return module.apply(variables, images, train=True, mutable=["batch_stats"])[0], (
