@@ -2,9 +2,8 @@
 
 The measurement trains a residual block as wide as the network's first stage, on as many images and
 pixels, since convolutions there take most of the time; of a network of the user's own, it trains
-the whole. Its result is cached for this processor,
-version of jaxlib and shape. The choice is written to the run folder, since a resumed run must give
-the same bits.
+the whole. Its result is cached for this processor, version of jaxlib and shape. The choice is
+written to the run folder, since a resumed run must give the same bits.
 """
 
 import dataclasses
