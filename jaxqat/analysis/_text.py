@@ -33,6 +33,11 @@ def percent(share: float | None) -> str:
     return "–" if share is None else f"{100 * share:.2f}"
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, such as "1 epoch" or "1,170 steps"."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def duration(seconds: float) -> str:
     """Return a time as text, such as '1 h 05 min', '2 min 40 s' or '8.3 s'."""
     if seconds < 59.95:  # A longer time would be rounded to 60.0 s.

@@ -1,6 +1,7 @@
 """`jaxqat predict`: classify image files by a run, an exported file or a saved network."""
 
 import dataclasses
+import functools
 import json as json_format
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -84,7 +85,8 @@ def predict(
     """Classify image files, by the integer network and, in a run, by the FP32 network beside it.
 
     An image of another size than the network's is resized as the training images were, if they
-    were (data.image_size); otherwise it is refused unless --resize is given.
+    were (data.image_size); otherwise it is refused unless --resize is given. For a network of grey
+    images, images in colour become grey.
 
     Args:
         network: Run folder, ONNX file of `jaxqat export`, or folder of a saved integer network.
@@ -98,7 +100,7 @@ def predict(
 
     Raises:
         InputError: There is no such network, or no image.
-        DataError: An image cannot be decoded, or has another size or other channels.
+        DataError: An image cannot be decoded, or has another size.
         CheckpointError: The checkpoint of the FP32 network is damaged.
         ArtifactError: The integer network is damaged.
         MissingPackageError: A package is not installed.
@@ -197,11 +199,12 @@ def _of_onnx(path: Path) -> _Source:
 def _decode(path: Path, source: _Source, resize: bool) -> np.ndarray:
     height, width, channels = source.shape
     record = Encoded(str(path), path.read_bytes(), 0)
-    pixels = decode_image(record, channels=channels, image_size=None)
+    decode = functools.partial(decode_image, record, channels=channels, grey_from_colour=True)
+    pixels = decode(image_size=None)
     if pixels.shape == source.shape:
         return pixels
     if height == width and (resize or source.resizes):
-        return decode_image(record, channels=channels, image_size=height)
+        return decode(image_size=height)
     hint = " Pass --resize to scale its shorter side and crop the middle." * (height == width)
     raise DataError(
         f"{path}: {pixels.shape[0]}x{pixels.shape[1]} pixels, and the network takes "

@@ -13,6 +13,7 @@ import numpy as np
 from rich.console import Console
 
 from jaxqat.analysis import Analysis
+from jaxqat.analysis._text import counted
 from jaxqat.errors import ConversionError
 from jaxqat.integer._store.files import write_atomically
 from jaxqat.pipeline.advice import analyze_for_advice, is_worse, print_advice
@@ -195,8 +196,9 @@ def _announce(networks: Networks, runs: Mapping[str, StageRun], console: Console
     tell(f"augmentation: {', '.join(done) or 'none'}{chosen}", console)
     for name, run in runs.items():
         tell(
-            f"{name}: {run.config.epochs} epochs of {run.steps_per_epoch:,} steps of "
-            f"{run.config.batch_size} images, {run.total_steps:,} steps in all",
+            f"{name}: {counted(run.config.epochs, 'epoch')} of "
+            f"{counted(run.steps_per_epoch, 'step')} of "
+            f"{counted(run.config.batch_size, 'image')}, {counted(run.total_steps, 'step')} in all",
             console,
         )
 

@@ -131,13 +131,26 @@ def test_another_size_is_refused_or_resized_by_rule(finished, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out) == [resized]
 
 
+def test_a_network_of_grey_images_takes_images_in_colour_as_grey_ones(finished, tmp_path, capsys):
+    network, path = finished / "integer", tmp_path / "colour.png"
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+    Image.fromarray(pixels).save(path)
+    assert run_command("predict", network, path, "--json") == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    # ITU-R 601-2 in 16 bits, as in the page's script.
+    grey = ((pixels.astype(int) @ [19595, 38470, 7471] + 0x8000) >> 16).astype(np.uint8)
+    logits = np.asarray(jaxqat.make_executor(jaxqat.load(network))(grey[None, ..., None]))
+    powers = np.exp(logits[0].astype(np.float64) - logits.max())
+    assert found["integer"]["label"] == str(logits.argmax())
+    assert found["integer"]["probability"] == pytest.approx(powers.max() / powers.sum(), rel=1e-12)
+
+
 def test_what_is_no_image_and_no_network_is_named(finished, folder, tmp_path, capsys):
     network, colour = finished / "integer", tmp_path / "colour.png"
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(colour)
     (tmp_path / "empty").mkdir()
     for arguments, message in (
-        ((network, folder / "notes.txt"), "notes.txt: cannot be decoded"),
-        ((network, colour), "RGB image in a grey data set"),
+        ((network, folder / "notes.txt"), "bytes are no image that Pillow knows"),
         ((network, tmp_path / "empty"), "empty: holds no image"),
         ((network, tmp_path / "none"), "none: there is no such image or folder"),
         ((folder / "notes.txt", colour), "is neither a run folder, nor an .onnx file"),

@@ -25,6 +25,7 @@ from jaxqat.pipeline.measurements import Evaluation
 from jaxqat.pipeline.report.samples import read_samples
 from jaxqat.pipeline.results import read, to_json
 from jaxqat.pipeline.run.folder import RunFolder, RunFolderError
+from jaxqat.pipeline.run.snapshots import check_same_data
 from jaxqat.pipeline.training import DivergedError, Stopped
 
 pytestmark = pytest.mark.slow
@@ -463,6 +464,17 @@ def test_data_other_than_that_of_the_checkpoints_is_an_error(
     ):
         with pytest.raises(RunFolderError, match=r"was trained on other data.* version: .*'other'"):
             call()
+
+
+def test_other_data_is_told_by_the_facts_that_differ():
+    there = {"version": "1", "sha256": {"train": 64 * "a", "test": 64 * "b"}, "counts": {"test": 9}}
+    here = {**there, "sha256": {"train": 64 * "a", "test": 64 * "c"}, "counts": {"test": 8}}
+    with pytest.raises(RunFolderError) as caught:
+        check_same_data("the network", there, here)
+    assert str(caught.value) == (
+        "the network was trained on other data. There -> here: counts.test: 9 -> 8; "
+        "sha256.test: 'bbbbbbbbbbb...' -> 'ccccccccccc...'"
+    )
 
 
 def test_checkpoints_are_saved_every_n_epochs_and_at_the_end(

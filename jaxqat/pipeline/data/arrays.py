@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from jaxqat.errors import InputError
 
@@ -134,15 +134,23 @@ def decode_split(
     return Split(images, labels)
 
 
-def decode_image(record: Encoded, *, channels: int, image_size: int | None) -> np.ndarray:
+def decode_image(
+    record: Encoded, *, channels: int, image_size: int | None, grey_from_colour: bool = False
+) -> np.ndarray:
     """Decode one image to uint8[height, width, channels].
 
     Images are turned as their EXIF orientation says; grey ones become RGB if `channels` is 3; what
     is transparent becomes white. So do browsers, and the page of `jaxqat export --format web`.
 
+    Args:
+        record: The encoded image.
+        channels: 1 for grey images, 3 for RGB.
+        image_size: Size to scale and crop it to; None keeps its size.
+        grey_from_colour: Whether images in colour become grey if `channels` is 1 (ITU-R 601-2).
+
     Raises:
-        DataError: If it is not an image, truncated, too large, not of 8 bits, or in colour although
-            `channels` is 1.
+        DataError: If it is not an image, truncated, too large, not of 8 bits, or in colour where
+            grey is expected.
     """
     try:
         with _open(io.BytesIO(record.data)) as image:
@@ -150,7 +158,7 @@ def decode_image(record: Encoded, *, channels: int, image_size: int | None) -> n
             mode = image.mode
             if mode.startswith(("I", "F")):
                 raise DataError(f"{record.where}: pixels of mode {mode}; convert them to 8 bits.")
-            if channels == 1 and mode not in ("1", "L"):
+            if channels == 1 and mode not in ("1", "L") and not grey_from_colour:
                 raise DataError(f"{record.where}: {mode} image in a grey data set, expected L.")
             turned = _on_white(ImageOps.exif_transpose(image))
             wanted = "L" if channels == 1 else "RGB"
@@ -158,6 +166,11 @@ def decode_image(record: Encoded, *, channels: int, image_size: int | None) -> n
             return _to_array(converted, image_size)
     except DataError:
         raise
+    except UnidentifiedImageError as error:
+        raise DataError(
+            f"{record.where}: cannot be decoded: its {len(record.data)} bytes are no image that "
+            "Pillow knows; expected a whole PNG or JPEG image."
+        ) from error
     except Exception as error:  # Pillow raises many types on damage.
         raise DataError(
             f"{record.where}: cannot be decoded ({error}; {len(record.data)} bytes); "

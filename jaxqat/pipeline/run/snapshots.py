@@ -158,11 +158,25 @@ def check_same_data(name: str, saved: Mapping[str, Any], fingerprint: Mapping[st
     Raises:
         RunFolderError: If not; names what differs.
     """
-    differing = sorted(
-        key for key in saved.keys() | fingerprint.keys() if saved.get(key) != fingerprint.get(key)
-    )
+    there, here = _flat(saved), _flat(fingerprint)
+    differing = sorted(key for key in there.keys() | here.keys() if there.get(key) != here.get(key))
     if differing:
         raise RunFolderError(
             f"{name} was trained on other data. There -> here: "
-            + "; ".join(f"{k}: {saved.get(k)!r} -> {fingerprint.get(k)!r}" for k in differing)
+            + "; ".join(f"{k}: {_short(there.get(k))} -> {_short(here.get(k))}" for k in differing)
         )
+
+
+def _flat(facts: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Return the facts with the paths of their keys, such as "sha256.test"."""
+    flat: dict[str, Any] = {}
+    for key, value in facts.items():
+        inside = isinstance(value, Mapping)
+        flat |= _flat(value, f"{above}{key}.") if inside else {f"{above}{key}": value}
+    return flat
+
+
+def _short(value: Any) -> str:
+    """Return a value as text; of a checksum, the first digits."""
+    text = repr(value)
+    return f"{text[:12]}...'" if len(text) == 66 and " " not in text else text

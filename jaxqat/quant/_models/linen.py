@@ -8,7 +8,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 from flax.core import DenyList, unfreeze  # pyright: ignore[reportUnknownVariableType]
+from flax.errors import ModifyScopeVariableError
 
+from jaxqat.errors import QuantizationError
 from jaxqat.quant._interpret import Memory
 from jaxqat.quant._models.aqt_calls import linen_products
 from jaxqat.quant._models.bound import BoundModel, PureFunction
@@ -131,8 +133,16 @@ class _Apply:
         self, params: Any, others: Mapping[str, Any], args: Any, kwargs: Any
     ) -> tuple[Any, Any]:
         variables = {"params": params, **others}
-        with linen_products(), cpu.form(active=False):
-            result = self.module.apply(variables, *args, mutable=self.mutable, **kwargs)
+        try:
+            with linen_products(), cpu.form(active=False):
+                result = self.module.apply(variables, *args, mutable=self.mutable, **kwargs)
+        except ModifyScopeVariableError as error:
+            raise QuantizationError(
+                "The module changes a variable in a call that may change none: "
+                f"{str(error).split(' (http')[0]} Call it as in inference (train=False, or what "
+                "its argument is called), or train it by `apply` with "
+                "mutable=['batch_stats', 'quant']."
+            ) from error
         # Linen returns a pair for every `mutable` but False.
         return (result, {}) if self.mutable is False else result
 

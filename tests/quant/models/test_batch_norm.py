@@ -239,3 +239,12 @@ def test_a_statistic_that_is_no_running_average_raises_an_error():
     variables = Largest().init(jax.random.key(0), np.zeros((1, 3), np.float32))
     with pytest.raises(QuantizationError, match="'largest' does not follow a running average"):
         jaxqat.reestimate_batch_norm(Largest(), variables, batches=[images])
+
+
+def test_a_call_in_training_mode_where_nothing_may_change_tells_what_to_pass():
+    module, variables = network()
+    images = batches(1)[0]
+    bound = jaxqat.calibrate(module, variables, batches=[images], train=False)
+    for call in (bound, lambda x, **kwargs: jaxqat.convert(bound, x, **kwargs)):
+        with pytest.raises(QuantizationError, match=r'"mean" in "/bn1".*\(train=False, or'):
+            call(images, train=True)
