@@ -1,6 +1,7 @@
 """Ctrl-C ends the real command, in a process of its own, at once and with the exit status 130."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import tiny_run
+
+from jaxqat.pipeline.config import to_yaml
 
 pytestmark = [
     pytest.mark.slow,
@@ -81,6 +84,27 @@ def test_while_it_traces_and_compiles(finished, command, seconds):
     time.sleep(seconds)
     assert interrupted(process) == "jaxqat: interrupted.\n"
     assert not list(finished.glob("evaluations/verify*"))
+
+
+def test_train_while_it_compiles_its_first_step(tmp_path):
+    """Nothing is trained yet; the signal must not wait for the compiler."""
+    config = tmp_path / "config.yaml"
+    config.write_text(to_yaml(tiny_run.tiny()))
+    process = start(SMALL, "train", "--config", config, "--workdir", tmp_path / "run")
+    assert process.stdout is not None
+    assert any("compiling" in line for line in process.stdout)
+    assert interrupted(process) == "jaxqat: interrupted. Run the same command to resume.\n"
+    assert not list((tmp_path / "run/checkpoints/fp32").glob("[0-9]*"))
+
+
+def test_quantize_while_it_calibrates_changes_nothing(finished, tmp_path):
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    before = tiny_run.files(run)
+    process = start(SMALL, "quantize", run)
+    assert process.stdout is not None
+    assert any("calibrating" in line for line in process.stdout)
+    assert interrupted(process) == "jaxqat: interrupted.\n"
+    assert tiny_run.files(run) == before
 
 
 @pytest.mark.parametrize("stage", ["integer", "qat"])

@@ -20,6 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0 if all was done, 2 for bad input, 130 or 143 after a signal, 1 otherwise.
     """
-    with exit_on_signals():
+    argv = sys.argv[1:] if argv is None else argv
+    hint = " Run the same command to resume." if "train" in argv[:1] else ""
+    with exit_on_signals(hint):
         dispatch = importlib.import_module("jaxqat.cli.dispatch")
-        return dispatch.run(sys.argv[1:] if argv is None else argv)
+        return dispatch.run(argv)

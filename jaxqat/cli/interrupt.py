@@ -18,17 +18,20 @@ SHOW_CURSOR = "\x1b[?25h"  # A progress bar may have hidden it.
 
 
 @contextmanager
-def exit_on_signals() -> Iterator[None]:
+def exit_on_signals(hint: str = "") -> Iterator[None]:
     """End the process with 128 + the signal's number if SIGINT or SIGTERM comes during a block.
 
     Only the main thread can change this; in another thread, signals stay as they are.
+
+    Args:
+        hint: What the user can do next, added to the message.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     reader, writer = socket.socketpair()
     writer.setblocking(False)
-    threading.Thread(target=_watch, args=(reader,), daemon=True).start()
+    threading.Thread(target=_watch, args=(reader, hint), daemon=True).start()
     previous = {signum: signal.signal(signum, _ignore) for signum in SIGNALS}
     descriptor = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     try:
@@ -40,16 +43,16 @@ def exit_on_signals() -> Iterator[None]:
         writer.close()  # The thread reads the end of the stream and returns.
 
 
-def _watch(reader: socket.socket) -> None:
+def _watch(reader: socket.socket, hint: str) -> None:
     with reader:
         for byte in iter(lambda: reader.recv(1), b""):
             if byte[0] in SIGNALS:
-                _exit(byte[0])
+                _exit(byte[0], hint)
 
 
-def _exit(signum: int) -> None:
+def _exit(signum: int, hint: str) -> None:
     cursor = SHOW_CURSOR if os.isatty(2) else ""
-    os.write(2, f"{cursor}jaxqat: {SIGNALS[signal.Signals(signum)]}.\n".encode())
+    os.write(2, f"{cursor}jaxqat: {SIGNALS[signal.Signals(signum)]}.{hint}\n".encode())
     os._exit(128 + signum)
 
 

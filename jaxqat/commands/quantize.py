@@ -28,7 +28,6 @@ from jaxqat.pipeline.run.results import float_results, verification_result, writ
 from jaxqat.pipeline.run.snapshots import Model, restore_model
 from jaxqat.pipeline.stages import StageRun, check_finished
 from jaxqat.pipeline.terminal import say, tell
-from jaxqat.pipeline.training import stop_on_signals
 
 
 def quantize(
@@ -67,14 +66,13 @@ def quantize(
         RecipeError: If the recipe does not exist or does not fit the network.
         CheckpointError: If the checkpoint is damaged.
         ConversionError: If parts of the network have no integer form.
-        Stopped: If a signal came; the run is unchanged.
     """
     del method  # There is only one.
     console = console or Console()
     experiment = RunFolder(Path(run)).load_config()
     name, quant = recipe_of_ptq(recipe, experiment.quant)
     check_static(quant, name)
-    with claim(Path(run)) as folder, stop_on_signals() as stop, matmul_precision(experiment):
+    with claim(Path(run)) as folder, matmul_precision(experiment):
         tell(f"data: loading {experiment.data.name}", console)
         dataset = load_dataset(experiment.data)
         batches = _check_batches(experiment, dataset, batches)
@@ -86,16 +84,13 @@ def quantize(
             tell(f"PTQ ({name}): this replaces the earlier network in {folder.ptq / name}", console)
         warn_unconverged(networks, fp32, console)
         model = calibrated(networks, fp32, console)
-        graph, ptq, speed, logits = convert_and_test(
-            networks, model, stop, name=name, console=console
-        )
-        verification = verification_result(check_network(networks, model, graph, stop, console))
+        graph, ptq, speed, logits = convert_and_test(networks, model, name=name, console=console)
+        verification = verification_result(check_network(networks, model, graph, console))
         ptq = dataclasses.replace(ptq, verify=verification)
         results, tested = folder.find_results(), None
         if results is None or results.qat is None:
             tested = _test_float(networks, model, console)
             results = float_results(networks, folder, model, tested, command)
-        stop.raise_if_set()
         save_ptq(folder, graph)
         results = results.with_ptq(name, ptq, speed)
         if tested is not None:  # Otherwise the report shows the images of QAT's network.

@@ -50,7 +50,6 @@ from jaxqat.pipeline.run.snapshots import Model, restore_model
 from jaxqat.pipeline.stages import StageRun
 from jaxqat.pipeline.takeover import FloatStage, find_float_stage
 from jaxqat.pipeline.terminal import say, tell
-from jaxqat.pipeline.training import StopRequest, stop_on_signals
 
 
 def train(
@@ -93,11 +92,11 @@ def train(
             can be written.
         ArtifactError: If the integer network cannot be written.
         DivergedError: If the loss or the weights became infinite or NaN.
-        Stopped: If a signal came; the state was saved.
+        Stopped: If a signal came during training; the state was saved.
     """
     console = console or Console()
     experiment = with_recipe(experiment, recipe)
-    with claim(Path(workdir)) as folder, stop_on_signals() as stop:
+    with claim(Path(workdir)) as folder:
         check_config(folder, experiment)
         if repair:
             _repair(folder, experiment, console)
@@ -106,7 +105,6 @@ def train(
             return _already_finished(folder, console)
         tell(f"data: loading {experiment.data.name}", console)
         dataset = load_dataset(experiment.data)
-        stop.raise_if_set()
         _check_sizes(experiment, dataset)
         with matmul_precision(experiment):
             tell("network: tracing it", console)
@@ -115,7 +113,7 @@ def train(
             write_atomically(folder.config, to_yaml(experiment), error=RunFolderError)
             if other is not None:
                 other.copy_to(folder)
-            results = _run(networks, folder, stop, console, command)
+            results = _run(networks, folder, console, command)
             analysis = _analyze_if_worse(networks, folder, results, console)
     print_results(results, console)
     say(f"report: {folder.report}", console)
@@ -203,9 +201,7 @@ def _announce(networks: Networks, runs: Mapping[str, StageRun], console: Console
         )
 
 
-def _run(
-    networks: Networks, folder: RunFolder, stop: StopRequest, console: Console, command: str | None
-) -> Results:
+def _run(networks: Networks, folder: RunFolder, console: Console, command: str | None) -> Results:
     _announce(
         networks, {name: StageRun.of(name, networks, folder) for name in TRAINED_STAGES}, console
     )
@@ -216,30 +212,26 @@ def _run(
         tell("fp32: making the first weights", console)
         return Model(*networks.init())
 
-    fp32 = runs["fp32"].train(initial, stop=stop, console=console)
-    stop.raise_if_set()
+    fp32 = runs["fp32"].train(initial, console=console)
 
     @functools.cache
     def start() -> Model:
         warn_unconverged(networks, fp32, console)
         return calibrated(networks, fp32, console)
 
-    qat = runs["qat"].train(start, stop=stop, console=console)
-    stop.raise_if_set()
+    qat = runs["qat"].train(start, console=console)
     measured = {
         stage: _measure(runs[stage], model, console)
         for stage, model in (("fp32", fp32), ("qat", qat))
     }
-    stop.raise_if_set()
     before = folder.find_results()
     results = float_results(networks, folder, qat, measured["fp32"], command)
     recipe = networks.experiment.quant
     results = results.with_network("qat", *stage_result(folder, "qat", measured["qat"], recipe))
     logits = {stage: found.logits for stage, found in measured.items()}
-    results = _add_integer(results, networks, folder, qat, logits, stop, console)
-    stop.raise_if_set()
+    results = _add_integer(results, networks, folder, qat, logits, console)
     if results.integer is not None:
-        results = _add_ptq(results, before, networks, folder, start, stop, console)
+        results = _add_ptq(results, before, networks, folder, start, console)
     tell("writing the results and the report", console)
     write_test_samples(folder, networks.dataset, results, logits)
     folder.write_results(results)
@@ -253,7 +245,6 @@ def _add_integer(
     folder: RunFolder,
     qat: Model,
     logits: dict[str, np.ndarray],
-    stop: StopRequest,
     console: Console,
 ) -> Results:
     """Convert the network of QAT, test and verify it; add it to the results and its logits."""
@@ -264,10 +255,8 @@ def _add_integer(
         warn(f"this run has no integer network. {error}", console)
         return dataclasses.replace(results, conversion_error=str(error))
     note_islands(graph, console)
-    stop.raise_if_set()
     measured = measure_network(networks, graph, "integer", console)
     logits["integer"] = measured.logits
-    stop.raise_if_set()
     integer = IntegerResult(
         test=measured.scores,
         requantization=graph.requantization,
@@ -278,7 +267,7 @@ def _add_integer(
         "integer",
         integer,
         Speed(evaluate_images_per_s=measured.images_per_s),
-        verify=verification_result(check_network(networks, qat, graph, stop, console)),
+        verify=verification_result(check_network(networks, qat, graph, console)),
         size_bytes=dataclasses.replace(results.size_bytes, integer=graph.size_bytes()),
     )
 
@@ -289,7 +278,6 @@ def _add_ptq(
     networks: Networks,
     folder: RunFolder,
     start: Callable[[], Model],
-    stop: StopRequest,
     console: Console,
 ) -> Results:
     """Add post-training quantization to the results; keep those of an earlier `quantize`."""
@@ -300,7 +288,7 @@ def _add_ptq(
     if name in results.ptq or not networks.experiment.qat.test_calibrated:
         return results
     try:
-        graph, ptq, speed, _ = convert_and_test(networks, start(), stop, name=name, console=console)
+        graph, ptq, speed, _ = convert_and_test(networks, start(), name=name, console=console)
     except ConversionError as error:
         warn(f"this run has no integer network of post-training quantization. {error}", console)
         return results

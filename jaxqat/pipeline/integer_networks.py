@@ -30,7 +30,6 @@ from jaxqat.pipeline.progress import Work
 from jaxqat.pipeline.recipes import recipe_name
 from jaxqat.pipeline.run.folder import RunFolder, RunFolderError
 from jaxqat.pipeline.run.snapshots import Model, check_same_data
-from jaxqat.pipeline.training import StopRequest
 from jaxqat.quant import Recipe
 
 # Pixels of a batch that is verified: of 100 images of 32x32 pixels, each of which needs a few MB
@@ -122,14 +121,10 @@ def measure_network(
 
 
 def check_network(
-    networks: Networks, model: Model, graph: IntegerGraph, stop: StopRequest, console: Console
+    networks: Networks, model: Model, graph: IntegerGraph, console: Console
 ) -> Verification:
-    """Compare an integer network with its quantized network on the test split; print failures.
-
-    Raises:
-        Stopped: If a signal came, after the batch that is being compared.
-    """
-    verification = verify_network(networks, model, graph, networks.dataset.test, stop, console)
+    """Compare an integer network with its quantized network on the test split; print failures."""
+    verification = verify_network(networks, model, graph, networks.dataset.test, console)
     for failure in verification.failures:
         warn(f"the integer network differs from the quantized one: {failure}.", console)
     return verification
@@ -140,7 +135,6 @@ def verify_network(
     model: Model,
     graph: IntegerGraph,
     split: Split,
-    stop: StopRequest | None = None,
     console: Console | None = None,
 ) -> Verification:
     """Compare every code of the quantized network, in inference mode, with the integer network.
@@ -150,7 +144,6 @@ def verify_network(
         model: The quantized network that was converted.
         graph: The integer network.
         split: Images to compare them on.
-        stop: Checked before each batch.
         console: Shows the progress.
     """
     with verifying(split, console) as work:
@@ -158,7 +151,7 @@ def verify_network(
             networks.quantized,
             model.tree(),
             graph=graph,
-            batches=work.track(in_batches(split, stop)),
+            batches=work.track(in_batches(split)),
             preprocess=networks.normalize,
             train=False,
         )
@@ -169,12 +162,10 @@ def verifying(split: Split, console: Console | None) -> Work:
     return Work(console, f"verifying every code on {len(split):,} images", len(split))
 
 
-def in_batches(split: Split, stop: StopRequest | None = None) -> Iterator[np.ndarray]:
-    """Yield the images of a split in batches, without padding; stop before one if a signal came."""
+def in_batches(split: Split) -> Iterator[np.ndarray]:
+    """Yield the images of a split in batches, without padding."""
     size = max(1, VERIFY_PIXELS // math.prod(split.images.shape[1:3]))
     for start in range(0, len(split), size):
-        if stop is not None:
-            stop.raise_if_set()
         yield split.images[start : start + size]
 
 

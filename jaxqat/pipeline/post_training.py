@@ -31,7 +31,6 @@ from jaxqat.pipeline.run.folder import RunFolder
 from jaxqat.pipeline.run.results import bits_name
 from jaxqat.pipeline.run.snapshots import Model, check_step, restore_model
 from jaxqat.pipeline.terminal import tell
-from jaxqat.pipeline.training import StopRequest
 from jaxqat.quant import Recipe
 
 
@@ -92,31 +91,25 @@ class Converted(NamedTuple):
     logits: np.ndarray
 
 
-def convert_and_test(
-    networks: Networks, model: Model, stop: StopRequest, *, name: str, console: Console
-) -> Converted:
+def convert_and_test(networks: Networks, model: Model, *, name: str, console: Console) -> Converted:
     """Convert a calibrated network and test it.
 
     Args:
         networks: Networks of the experiment.
         model: The calibrated network.
-        stop: Checked after conversion and after the test.
         name: Name of the recipe.
         console: Shows the progress.
 
     Raises:
         ConversionError: Lists each part of the network that has no integer form, and the reason.
-        Stopped: A signal came.
     """
     quant, qat = networks.experiment.quant, networks.experiment.qat
     tell(f"PTQ ({name}): converting to integers", console)
     graph = convert_network(
         networks, model, stage="ptq", ptq=name, calibration_batches=qat.calibration_batches
     )
-    stop.raise_if_set()
     note_islands(graph, console)
     measured = measure_network(networks, graph, f"PTQ ({name})", console)
-    stop.raise_if_set()
     result = PtqResult(
         test=measured.scores,
         requantization=graph.requantization,

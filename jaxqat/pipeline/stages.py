@@ -44,6 +44,7 @@ from jaxqat.pipeline.training import (
     make_schedule,
     make_step,
     run_stage,
+    stop_on_signals,
 )
 from jaxqat.pipeline.training.progress import StageProgress
 from jaxqat.quant import QuantizedModule
@@ -177,18 +178,19 @@ class StageRun:
         self,
         start: Callable[[], Model],
         *,
-        stop: StopRequest,
         console: Console,
     ) -> Model:
         """Train to the end of the stage, from its newest good checkpoint if there is one.
 
         Args:
             start: Returns the network to start from if there is no checkpoint.
-            stop: Checked after each dispatch.
             console: Shows the progress.
 
         Returns:
             The network of the last or the best checkpoint, as the experiment's `select` says.
+
+        Raises:
+            Stopped: If a signal came after the first training step; the state was saved.
         """
         with self.open_store() as store:
             restored = store.restore_newest_good(split_state(self.state_shapes()))
@@ -201,11 +203,13 @@ class StageRun:
             if done < self.total_steps:
                 self._announce(console, done)
                 self.folder.truncate_metrics(self.name, done)
-                state = self._run(store, state, done, seconds, stop, console)
+                with stop_on_signals() as stop:
+                    state = self._run(store, state, done, seconds, stop, console)
+                    store.wait()
+                    stop.raise_if_set()
             last = Model(state.params, state.collections, int(state.step))
             if self.networks.experiment.select == "last":
                 return last
-            store.wait()
             return Model.of(restore_selected(store, self.networks, self.name))
 
     def _run(

@@ -1,9 +1,7 @@
 """The integer network of a run: converted after training, saved in RUN/integer, used from there."""
 
 import json
-import os
 import shutil
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +15,9 @@ from jaxqat.commands import evaluate, train
 from jaxqat.integer._store.folder import ArtifactError
 from jaxqat.pipeline.config import config_hash
 from jaxqat.pipeline.data import load_dataset
-from jaxqat.pipeline.data.arrays import Split
-from jaxqat.pipeline.integer_networks import in_batches
 from jaxqat.pipeline.metrics import classification_metrics
 from jaxqat.pipeline.results import to_json
 from jaxqat.pipeline.run.folder import RunFolder, RunFolderError
-from jaxqat.pipeline.training import Stopped
 
 pytestmark = pytest.mark.slow
 
@@ -97,24 +92,22 @@ def test_a_damaged_network_is_named_and_can_be_converted_again(
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
-def test_a_run_stopped_around_the_conversion_resumes_to_the_same_network(
+def test_a_run_interrupted_around_the_conversion_resumes_to_the_same_network(
     finished, run, monkeypatch, small_network, no_report, console, moment
 ):
-    """QAT is finished, then a signal or an interrupt comes."""
+    """QAT is finished, then an interrupt comes."""
     (run / "results.json").unlink()
     shutil.rmtree(run / "integer")
     make_network = train.make_network
 
     def interrupted(*arguments):
-        if moment == "before":
-            raise KeyboardInterrupt
-        graph = make_network(*arguments)
-        os.kill(os.getpid(), signal.SIGTERM)
-        return graph
+        if moment == "after":
+            make_network(*arguments)
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "make_network", interrupted)
-        with pytest.raises(KeyboardInterrupt if moment == "before" else Stopped):
+        with pytest.raises(KeyboardInterrupt):
             train.train(tiny(), run, console=console)
     assert not (run / "results.json").exists()
     assert (run / "integer").exists() is (moment == "after")
@@ -191,24 +184,3 @@ def test_uint8_images_and_normalized_ones_have_the_same_codes(finished):
     # Half a code, and a few roundings of a float32 number of at most 256 codes.
     assert np.abs(steps - exact).max() <= 0.5 + 256 * 2**-21
     assert RunFolder(finished).integer == finished / "integer"
-
-
-def test_a_signal_stops_the_verification_before_its_next_batch(
-    run, small_network, no_report, console, monkeypatch
-):
-    """The run is compared in batches of one image; the signal comes with the second."""
-    (run / "results.json").unlink()
-    seen = []
-
-    def interrupted(split, stop=None):
-        for image in split.images:
-            seen.append(image)
-            if len(seen) == 2:
-                os.kill(os.getpid(), signal.SIGTERM)
-            yield from in_batches(Split(image[None], split.labels[:1]), stop)
-
-    monkeypatch.setattr("jaxqat.pipeline.integer_networks.in_batches", interrupted)
-    with pytest.raises(Stopped):
-        train.train(tiny(), run, console=console)
-    assert len(seen) == 2
-    assert not (run / "results.json").exists()

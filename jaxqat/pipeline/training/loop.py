@@ -9,6 +9,7 @@ import dataclasses
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import jax
@@ -104,15 +105,21 @@ class _Dispatcher:
         self.length = dispatch_length(stage.steps_per_epoch, stage.steps_per_dispatch)
         self.compiled: dict[tuple[Callable, int], Callable] = {}
 
-    def lengths(self, position: int) -> list[int]:
-        """Return the numbers of steps per dispatch, from `position` to the end of the epoch."""
-        full, rest = divmod(self.stage.steps_per_epoch - position, self.length)
-        return [self.length] * full + [rest] * (rest > 0)
+    def calls(
+        self, step: Callable, position: int, state: TrainState, order: Array, frozen: bool
+    ) -> list[tuple[int, Callable]]:
+        """Return the calls from `position` to the end of the epoch, with their numbers of steps.
 
-    def get(
+        They are compiled ahead of time: an epoch's time must not include compilation.
+        """
+        full, rest = divmod(self.stage.steps_per_epoch - position, self.length)
+        lengths = [self.length] * full + [rest] * (rest > 0)
+        found = {n: self._get(step, n, state, order, frozen) for n in sorted(set(lengths))}
+        return [(length, found[length]) for length in lengths]
+
+    def _get(
         self, step: Callable, length: int, state: TrainState, order: Array, frozen: bool
     ) -> Callable:
-        """Return the call, compiled ahead of time: an epoch's time must not include compilation."""
         if (step, length) not in self.compiled:
             self.reporter.compiling(frozen=frozen)
             self.compiled[step, length] = self.stage.compilation.compile(
@@ -135,7 +142,7 @@ def run_stage(
         stage: Work of the stage.
         state: State to start from; its buffers are donated.
         reporter: Receives progress and the states to save.
-        stop: Checked after each dispatch.
+        stop: Checked after each dispatch; not used while the first ones are compiled.
         epoch_seconds: Time already spent on the unfinished epoch of `state`.
 
     Raises:
@@ -143,13 +150,15 @@ def run_stage(
         Stopped: If `stop` was set; the state was saved.
     """
     dispatcher = _Dispatcher(stage, reporter)
-    done = int(state.step)
+    done, first = int(state.step), True
     for epoch in range(done // stage.steps_per_epoch + 1, stage.epochs + 1):
         position, done = done % stage.steps_per_epoch, 0
         step, frozen = stage.step(epoch)
-        state, report, seconds, images = _run_epoch(
-            dispatcher, step, state, stage.order(epoch), position, stop, frozen
-        )
+        order = stage.order(epoch)
+        with stop.nothing_to_save() if first else nullcontext():
+            calls = dispatcher.calls(step, position, state, order, frozen)
+        first = False
+        state, report, seconds, images = _run_epoch(stage, calls, state, order, reporter, stop)
         epoch_seconds += seconds
         saved = jax.device_get(state)
         check_finite(stage.name, saved, epoch)
@@ -168,22 +177,18 @@ def run_stage(
 
 
 def _run_epoch(
-    dispatcher: _Dispatcher,
-    step: Callable,
+    stage: StagePlan,
+    calls: list[tuple[int, Callable]],
     state: TrainState,
     order: Array,
-    position: int,
+    reporter: Reporter,
     stop: StopRequest,
-    frozen: bool,
 ) -> tuple[TrainState, StepReport, float, int]:
     """Train to the end of an epoch or to a stop.
 
     Returns:
         The state, the report of the last step, seconds and number of images.
     """
-    stage, reporter = dispatcher.stage, dispatcher.reporter
-    lengths = dispatcher.lengths(position)
-    calls = {n: dispatcher.get(step, n, state, order, frozen) for n in sorted(set(lengths))}
     in_flight: deque[tuple[int, StepReport]] = deque()
 
     def wait_for_oldest() -> None:
@@ -193,8 +198,8 @@ def _run_epoch(
 
     report: Any = None  # There is at least one dispatch.
     start, images = time.perf_counter(), 0
-    for length in lengths:
-        state, report = calls[length](state, stage.data, order, stage.key)
+    for length, call in calls:
+        state, report = call(state, stage.data, order, stage.key)
         images += length * stage.batch_size
         in_flight.append((length, report))
         if len(in_flight) > MAX_IN_FLIGHT:

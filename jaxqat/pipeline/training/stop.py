@@ -1,4 +1,7 @@
-"""Stopping on signals: the loop saves its state and stops after the current dispatch."""
+"""Stopping on signals: the loop saves its state and stops after the current dispatch.
+
+Everything else that a command does can be ended at any moment, since files are written atomically.
+"""
 
 import signal
 import threading
@@ -12,7 +15,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(JaxqatError):
-    """A signal stopped the run; its state was saved.
+    """A signal stopped the training; its state was saved.
 
     Attributes:
         signum: Number of the signal; the exit status should be 128 + signum.
@@ -24,7 +27,7 @@ class Stopped(JaxqatError):
 
 
 class StopRequest:
-    """Whether a signal asked the run to stop.
+    """Whether a signal asked the training to stop.
 
     Attributes:
         signum: Number of the signal; None if there was none.
@@ -42,6 +45,39 @@ class StopRequest:
         if self.signum is not None:
             raise Stopped(self.signum)
 
+    @contextmanager
+    def nothing_to_save(self) -> Iterator[None]:
+        """During a block, let signals act at once if they would without a request."""
+        yield
+
+
+class _FromSignals(StopRequest):
+    """A request that SIGINT and SIGTERM set, once; a second signal goes to the handlers before."""
+
+    def install(self) -> None:
+        self._previous = {signum: signal.getsignal(signum) for signum in SIGNALS}
+        self._woken = signal.set_wakeup_fd(-1)
+        for signum in SIGNALS:
+            signal.signal(signum, self._on_signal)
+
+    def restore(self) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+        signal.set_wakeup_fd(self._woken)
+
+    @contextmanager
+    def nothing_to_save(self) -> Iterator[None]:
+        self.raise_if_set()
+        self.restore()
+        try:
+            yield
+        finally:
+            self.install()
+
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        self.signum = signum
+        self.restore()
+
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
@@ -51,25 +87,12 @@ def stop_on_signals() -> Iterator[StopRequest]:
     who had asked for the first by `signal.set_wakeup_fd`. Python delivers signals to the main
     thread only; in another thread the request is never set.
     """
-    request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
-        yield request
+        yield StopRequest()
         return
-    previous = {signum: signal.getsignal(signum) for signum in SIGNALS}
-    woken = signal.set_wakeup_fd(-1)
-
-    def restore() -> None:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
-        signal.set_wakeup_fd(woken)
-
-    def on_signal(signum: int, frame: FrameType | None) -> None:
-        request.signum = signum
-        restore()
-
-    for signum in SIGNALS:
-        signal.signal(signum, on_signal)
+    request = _FromSignals()
+    request.install()
     try:
         yield request
     finally:
-        restore()
+        request.restore()

@@ -267,6 +267,22 @@ def test_a_first_signal_is_a_request_and_a_second_one_acts_as_usual(signum):
         signal.signal(signum, previous)
 
 
+def test_with_nothing_to_save_a_signal_acts_as_before_the_block():
+    received = []
+    previous = signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
+    try:
+        with stop_on_signals() as stop:
+            with stop.nothing_to_save():
+                os.kill(os.getpid(), signal.SIGINT)
+            assert (received, stop.signum) == ([signal.SIGINT], None)
+            os.kill(os.getpid(), signal.SIGINT)
+            assert (received, stop.signum) == ([signal.SIGINT], signal.SIGINT)
+            with pytest.raises(Stopped), stop.nothing_to_save():
+                pytest.fail("it went on after a signal")
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
 def test_the_block_restores_the_signal_handlers():
     before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     with stop_on_signals():
