@@ -138,7 +138,8 @@ def test_a_network_of_grey_images_takes_images_in_colour_as_grey_ones(finished, 
     assert run_command("predict", network, path, "--json") == 0
     (found,) = json.loads(capsys.readouterr().out)
     # ITU-R 601-2 in 16 bits, as in the page's script.
-    grey = ((pixels.astype(int) @ [19595, 38470, 7471] + 0x8000) >> 16).astype(np.uint8)
+    weighted = pixels.astype(int) @ np.array([19595, 38470, 7471])
+    grey = ((weighted + 0x8000) // 2**16).astype(np.uint8)
     logits = np.asarray(jaxqat.make_executor(jaxqat.load(network))(grey[None, ..., None]))
     powers = np.exp(logits[0].astype(np.float64) - logits.max())
     assert found["integer"]["label"] == str(logits.argmax())

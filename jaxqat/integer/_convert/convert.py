@@ -21,6 +21,7 @@ from jaxqat.integer._convert.batch_sizes import batch_sizes, unlike
 from jaxqat.integer._convert.emit import Emitter
 from jaxqat.integer._convert.fields import finished, finished_node, indices
 from jaxqat.integer._convert.geometry import UnconvertibleError
+from jaxqat.integer._convert.program import ArraysProgram
 from jaxqat.integer._convert.table import with_table
 from jaxqat.quant import _forms as forms
 from jaxqat.quant._interpret import Evaluator
@@ -243,6 +244,7 @@ class _TracedModel:
         ]
         self._parameters, self._rebuild = bound.split_arrays()
         self._found: list[_ModelEmitter] = []
+        self._computed: dict[str, list[jax.Array]] = {}  # By program.
 
     def trace(self) -> None:
         """Raise ConversionError if a part of the model has no integer form."""
@@ -294,9 +296,11 @@ class _TracedModel:
         ]
 
     def _run(self, shapes: list[jax.ShapeDtypeStruct]) -> tuple[_ModelEmitter, list[jax.Array]]:
-        examples = [jnp.zeros(x.shape, x.dtype) for x in shapes]
-        arrays: list[jax.Array] = jax.jit(self._function)(self._parameters, examples)
-        return self._found[-1], arrays
+        """Trace the model, and compute the arrays of its graph."""
+        program = ArraysProgram(self._function, self._parameters, shapes)
+        if program.text not in self._computed:
+            self._computed[program.text] = program(self._parameters, shapes)
+        return self._found[-1], self._computed[program.text]
 
     def with_batch_sizes(
         self, emitter: _ModelEmitter, values: list[np.ndarray]
