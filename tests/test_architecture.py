@@ -56,7 +56,7 @@ INSIDE = {
     "pipeline": (
         *("hashing", "machine", "terminal", "progress"),
         *("bounded_yaml", "bounded_json", "reading", "settings"),
-        *("scores", "results", "measurements"),
+        *("scores", "results", "measurements", "diagnosis"),
         *("data", "models", "metrics"),
         *("training", "checkpoint", "report"),
         *(
