@@ -79,6 +79,28 @@ def test_the_products_that_numpy_computes_are_those_of_the_definition(case):
         assert len(np.unique(expected)) > 200
 
 
+@pytest.mark.parametrize("padding", [((0, 2), (3, 1)), ((-1, 2), (1, -2))])
+def test_numpy_pads_crops_strides_dilates_and_groups_by_the_definition(padding):
+    rng = np.random.default_rng(0)
+    case = tests.built_in_cases()[7]
+    node = dataclasses.replace(
+        case.node, weights=rng.integers(-127, 128, (3, 2, 8, 12)).astype(np.int8), groups=4,
+        strides=(2, 1), dilation=(1, 3), padding=padding,
+    )  # fmt: skip
+    values = rng.integers(-255, 256, (2, 9, 8, 32))
+    assert np.array_equal(sums(node, values), integer_graph.product(node, values))
+
+
+def test_results_of_another_shape_and_numbers_that_are_not_finite_are_failures(few):
+    def way(result):
+        return lambda case: tests.Computed(pairs=[(np.zeros(2), result)])
+
+    assert tests.check(few[0], "way", way(np.array([0, 1.5]))).differing == 1
+    for result in (np.zeros(3), np.array([0, np.nan]), np.array([0, np.inf])):
+        found = tests.check(few[0], "way", way(result))
+        assert "shape" in found.error or "not finite" in found.error
+
+
 def test_a_network_is_tested_once_for_each_shape_grid_and_kind_of_result():
     def product(name, source, output, outputs=4):
         ones = np.ones(outputs, np.float32)
