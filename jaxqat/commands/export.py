@@ -65,6 +65,8 @@ def export(
         RunFolderError: If the folder is not a run folder, or holds no such integer network.
         ArtifactError: If the integer network is damaged.
         ExportError: If the format cannot express the network, or the file cannot be written.
+        WrongProductError: If the compiled network is not what NumPy computes, so that there is
+            nothing to certify.
         MissingPackageError: If a package is not installed.
     """
     console = console or Console()

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 import jaxqat
-from jaxqat.errors import ExportError
+from jaxqat.errors import ExportError, RunError
 from jaxqat.export._onnx.runtime import load_onnx
 from jaxqat.export._replay import FORMAT, sha256
 from jaxqat.integer._compare import LARGEST_RESULT_DIFFERENCE, MOST_DIFFERING_OF_ISLANDS
@@ -43,6 +43,10 @@ LIMITS = {
     # A runtime may multiply a last sum by two factors in another order: some roundings of 2**-24.
     "result": 2.0**-20,
 }
+
+
+class WrongProductError(ExportError, RunError):
+    """The compiled network is not the one that NumPy computes; the exit status is 1."""
 
 
 def export_certificate(
@@ -73,8 +77,9 @@ def export_certificate(
         The folder.
 
     Raises:
-        ExportError: If the folder exists or cannot be written, the file cannot be read, there are
-            no inputs, or a product is not the one that NumPy computes.
+        ExportError: If the folder exists or cannot be written, the file cannot be read, or there
+            are no inputs.
+        WrongProductError: If a product is not the one that NumPy computes.
         ExecutionError: If the inputs do not fit the network.
     """
     check_graph(graph, "export_certificate", error=ExportError)
@@ -170,7 +175,7 @@ def _check_products(
     """Compare each product with NumPy, given the codes that it read.
 
     Raises:
-        ExportError: If one differs; names it.
+        WrongProductError: If one differs; names it.
     """
     for node in graph.products():
         source = graph.tensors[node.inputs[0]]
@@ -181,7 +186,7 @@ def _check_products(
         expected = _by_numpy(graph, node, codes[source.name].astype(np.int64) - source.zero_point)
         if not np.array_equal(expected, actual):
             count = int((expected != actual).sum())
-            raise ExportError(
+            raise WrongProductError(
                 f"node {node.name!r}: {count:,} of {expected.size:,} values of the compiled network"
                 " are not those of NumPy, so nothing is certified: `jaxqat doctor` tests this "
                 "version of jaxlib on this device."

@@ -15,6 +15,7 @@ from references import integer_graph
 
 from jaxqat.errors import ExportError
 from jaxqat.export import _replay, export_certificate
+from jaxqat.export._certificate import WrongProductError
 from jaxqat.integer._execute.cpu import Cpu
 
 # Neither jaxqat nor JAX can be imported.
@@ -231,7 +232,9 @@ def test_nothing_is_certified_that_numpy_computes_otherwise(graph, tmp_path, mon
     monkeypatch.setattr(
         Cpu, "accumulate", lambda *a: right(*a).at[0, 0].add(10_000 * (a[1].name == "dense2"))
     )
-    with pytest.raises(ExportError, match=r"node 'dense2': 1 of 80 values .* `jaxqat doctor`"):
+    with pytest.raises(
+        WrongProductError, match=r"node 'dense2': 1 of 80 values .* `jaxqat doctor`"
+    ):
         export_certificate(graph, tmp_path / "certificate", graphs.pixels(graph, 5))
     assert not (tmp_path / "certificate").exists()
 
