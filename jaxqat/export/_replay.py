@@ -296,7 +296,8 @@ def show(found):
     if behind := [row["name"] for row in rows if row["verdict"] == "behind"]:
         print(f"differ only where a tensor before them does: {', '.join(behind)}")
     if found["first"] is None:
-        print(f"equal: {len(rows)} tensors and results are those of the certificate")
+        equal = sum(row["verdict"] == "equal" for row in rows)
+        print(f"equal: {equal} of {len(rows)} tensors and results; nothing differs")
         return
     print(f"FIRST DIFFERENCE: {describe(found['first'])}")
     for row in rows:

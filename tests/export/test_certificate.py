@@ -1,7 +1,9 @@
 """Replays of certificates: equal networks pass, and the first tensor that differs is named."""
 
 import dataclasses
+import importlib.util
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -72,13 +74,23 @@ def test_a_certificate_has_the_codes_of_every_tensor_in_the_order_of_the_network
     assert certificate["results"][0]["sha256"] == _replay.sha256(result)
 
 
-def test_the_replay_needs_nothing_of_jaxqat_and_an_unmodified_file_passes(certified, tmp_path):
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_the_replay_needs_nothing_of_jaxqat_and_an_unmodified_file_passes(
+    certified, tmp_path, runtime
+):
+    if importlib.util.find_spec(runtime) is None:
+        pytest.skip(f"{runtime} is not installed")
+    # In a process of its own: OpenVINO leaves another stack for signals behind.
     done = subprocess.run(
-        [sys.executable, "-I", "-c", ALONE, str(certified[1] / "replay.py")],
+        [sys.executable, "-I", "-c", ALONE, certified[1] / "replay.py", "--runner", runtime],
         capture_output=True, text=True, cwd=tmp_path,
     )  # fmt: skip
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == "equal: 5 tensors and results are those of the certificate\n"
+    assert done.returncode == 0, done.stderr
+    # OpenVINO multiplies the last sums in another order.
+    equal = "5" if runtime == "onnxruntime" else "[45]"
+    assert re.search(
+        rf"^equal: {equal} of 5 tensors and results; nothing differs$", done.stdout, re.M
+    )
 
 
 def test_one_changed_weight_code_in_a_file_is_found_and_its_tensor_named(copy, capsys):
@@ -148,12 +160,6 @@ def test_without_stored_codes_the_digest_names_the_tensor(
     assert "FIRST DIFFERENCE: dense2/output (made by dense2): its SHA-256 differs" in (
         capsys.readouterr().out
     )
-
-
-def test_openvino_shows_its_codes_too(certified, capsys):
-    pytest.importorskip("openvino")
-    assert replay(certified[1], "--runner", "openvino") == 0
-    assert "equal: 5 tensors" in capsys.readouterr().out
 
 
 def entry(name, reads, array, *, by_island=False):
