@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import re
 import shlex
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,18 @@ class InputError(JaxqatError, ValueError):
 
 class RunError(JaxqatError, RuntimeError):
     """Work on valid input failed; the command exits with status 1."""
+
+
+class Stopped(JaxqatError):
+    """A signal stopped the work; its state was saved.
+
+    Attributes:
+        signum: Number of the signal; the exit status should be 128 + signum.
+    """
+
+    def __init__(self, signum: int):
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
 
 
 class MissingPackageError(RunError, ImportError):

@@ -51,11 +51,12 @@ INSIDE = {
             "_visitor",
             "_float_visitor",
         ),
-        *("_convert", "_execute", "_store", "_compare", "_verify"),
+        *("_convert", "_execute", "_store", "_compare", "_verify", "_numpy_products", "_self_test"),
     ),
     "pipeline": (
-        *("hashing", "terminal", "progress", "bounded_yaml", "bounded_json", "reading", "settings"),
-        *("scores", "results", "measurements"),
+        *("hashing", "machine", "terminal", "progress"),
+        *("bounded_yaml", "bounded_json", "reading", "settings"),
+        *("scores", "results", "measurements", "diagnosis"),
         *("data", "models", "metrics"),
         *("training", "checkpoint", "report"),
         *(
@@ -75,7 +76,8 @@ INSIDE = {
 }
 # Of the pipeline, independent modules import no others but the shared ones.
 SHARED = (
-    *("hashing", "terminal", "progress", "bounded_yaml", "bounded_json", "reading", "settings"),
+    *("hashing", "machine", "terminal", "progress"),
+    *("bounded_yaml", "bounded_json", "reading", "settings"),
     *("scores", "results", "measurements"),
 )
 INDEPENDENT = ("data", "models", "metrics", "training", "checkpoint", "report")

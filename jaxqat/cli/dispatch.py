@@ -15,7 +15,7 @@ from rich.logging import RichHandler
 from jaxqat.cli import presets
 from jaxqat.cli.parser import BAD_INPUT, OPTION_NAMES, SUPPLIED, make_parser
 from jaxqat.cli.signatures import load_command, signature
-from jaxqat.errors import InputError, RunError
+from jaxqat.errors import InputError, RunError, Stopped
 from jaxqat.pipeline import config as configs
 from jaxqat.pipeline.config import Experiment
 from jaxqat.pipeline.terminal import QuietConsole
@@ -67,9 +67,7 @@ def _dispatch(argv: list[str]) -> int:
 
 
 def _call(name: str, values: dict[str, Any]) -> int:
-    function = load_command(name)  # This imports JAX.
-    from jaxqat.pipeline.training import Stopped
-
+    function = load_command(name)  # This imports JAX, except for `doctor`.
     try:
         result = function(**values)
     except Stopped as stopped:

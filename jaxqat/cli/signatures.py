@@ -23,7 +23,7 @@ from jaxqat.pipeline.settings.data import SplitName
 
 COMMANDS = (
     *("train", "quantize", "evaluate", "analyze", "verify", "export", "benchmark", "lowering"),
-    *("report", "predict", "runs"),
+    *("report", "predict", "runs", "doctor"),
 )
 # What annotations of parameters are made of.
 _NAMES = {

@@ -6,9 +6,12 @@ Packages for the file formats are imported only when needed, as training does no
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 from rich.console import Console
 
+from jaxqat.bench.networks import are_usable, make_images, run_pixels
 from jaxqat.errors import InputError
+from jaxqat.export._certificate import check_folder, export_certificate
 from jaxqat.integer.graph import IntegerGraph
 from jaxqat.pipeline.integer_networks import load_network
 from jaxqat.pipeline.report.gallery import to_image
@@ -16,6 +19,8 @@ from jaxqat.pipeline.report.samples import read_samples
 from jaxqat.pipeline.report.theme import encode_png
 from jaxqat.pipeline.run.folder import RunFolder
 from jaxqat.pipeline.terminal import say, tell
+
+GOLDEN = 4  # Test images in a certificate, and as many of noise.
 
 
 def export(
@@ -26,6 +31,7 @@ def export(
     stage: Literal["qat", "ptq"] = "qat",
     recipe: str | None = None,
     input: Literal["uint8", "float"] = "uint8",
+    certificate: bool = False,
     overwrite: bool = False,
     console: Console | None = None,
 ) -> Path:
@@ -45,6 +51,9 @@ def export(
             default that of the run, or the only one.
         input: Input of the exported network: raw pixels (uint8), or images normalized as in
             training (float). A page takes raw pixels.
+        certificate: Write a certificate too, OUTPUT.certificate (in a page, certificate): golden
+            inputs, the SHA-256 of every tensor's codes, and replay.py, which runs the file
+            elsewhere, without jaxqat, and names the first tensor that differs.
         overwrite: Replace an existing file, or write into a folder that holds files.
         console: Where path and size are printed; None for standard output.
 
@@ -56,23 +65,56 @@ def export(
         RunFolderError: If the folder is not a run folder, or holds no such integer network.
         ArtifactError: If the integer network is damaged.
         ExportError: If the format cannot express the network, or the file cannot be written.
+        WrongProductError: If the compiled network is not what NumPy computes, so that there is
+            nothing to certify.
         MissingPackageError: If a package is not installed.
     """
     console = console or Console()
     folder = RunFolder(Path(run))
     folder.load_config()
     graph = load_network(folder, stage, recipe)
+    output = Path(output)
+    beside = output.with_name(f"{output.name}.certificate")
+    if certificate and format != "web":
+        check_folder(beside, overwrite)
     if format == "web":
-        return _write_page(folder, graph, Path(output), input, overwrite, console)
+        _write_page(folder, graph, output, input, overwrite, console)
+        if certificate:
+            target, file = output / "certificate", output / "integer.onnx"
+            _write_certificate(folder, graph, target, file, input, console)
+        return output
     if format == "onnx":
         from jaxqat.export._onnx.model import export_onnx as write
     else:
         from jaxqat.export._stablehlo import export_stablehlo as write
-    output = Path(output)
     tell(f"writing {output}", console)
     write(graph, output, input=input, overwrite=overwrite)
     say(f"{output}: {output.stat().st_size:,} bytes", console)
+    if certificate:
+        _write_certificate(folder, graph, beside, output, input, console)
     return output
+
+
+def _write_certificate(
+    folder: RunFolder,
+    graph: IntegerGraph,
+    target: Path,
+    file: Path,
+    input: str,
+    console: Console,
+) -> None:
+    tell(f"writing {target}", console)
+    export_certificate(graph, target, _golden(folder, graph, input), file=file, overwrite=True)
+    say(f"{target}: check the file anywhere by python {target / 'replay.py'}", console)
+
+
+def _golden(folder: RunFolder, graph: IntegerGraph, input: str) -> np.ndarray:
+    """Return inputs that show errors: test images of the report, and noise of all values."""
+    noise = np.random.default_rng(0).integers(0, 256, (GOLDEN, *graph.input_shape), np.uint8)
+    pixels = run_pixels(folder.path)
+    if pixels is not None and are_usable(graph, pixels):
+        noise = np.concatenate([pixels[:GOLDEN], noise])
+    return noise if input == "uint8" else make_images(graph, len(noise), noise)
 
 
 def _write_page(

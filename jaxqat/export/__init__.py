@@ -10,13 +10,22 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jaxqat.export._certificate import export_certificate
     from jaxqat.export._onnx.model import export_onnx
     from jaxqat.export._onnx.runtime import load_onnx, run_onnx
     from jaxqat.export._stablehlo import export_stablehlo, load_stablehlo
 
-__all__ = ["export_onnx", "export_stablehlo", "load_onnx", "load_stablehlo", "run_onnx"]
+__all__ = [
+    "export_certificate",
+    "export_onnx",
+    "export_stablehlo",
+    "load_onnx",
+    "load_stablehlo",
+    "run_onnx",
+]
 
 _MODULES = {
+    "export_certificate": "jaxqat.export._certificate",
     "export_onnx": "jaxqat.export._onnx.model",
     "export_stablehlo": "jaxqat.export._stablehlo",
     "load_onnx": "jaxqat.export._onnx.runtime",

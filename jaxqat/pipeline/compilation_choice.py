@@ -23,10 +23,10 @@ from rich.console import Console
 from jaxqat.errors import InputError
 from jaxqat.integer._store.files import write_json
 from jaxqat.pipeline.hashing import json_sha256
+from jaxqat.pipeline.machine import processor
 from jaxqat.pipeline.models import probe_block
 from jaxqat.pipeline.networks import Networks, matmul_precision
 from jaxqat.pipeline.run.folder import RunFolder, RunFolderError
-from jaxqat.pipeline.run.results import processor
 from jaxqat.pipeline.terminal import tell
 from jaxqat.pipeline.training import COMPILATIONS, DEFAULT, Compilation
 from jaxqat.quant._models.training_step import is_supported

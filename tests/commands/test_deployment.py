@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -16,6 +17,7 @@ from jaxqat.cli import dispatch
 from jaxqat.commands import evaluate, export, lowering, verify
 from jaxqat.commands.benchmark import benchmark
 from jaxqat.errors import ExportError, InputError
+from jaxqat.export import _replay
 from jaxqat.integer._store.folder import ArtifactError
 from jaxqat.lowering import LoweringError
 from jaxqat.pipeline.data import load_dataset
@@ -140,6 +142,33 @@ def test_the_page_of_a_run_offers_its_test_images(run, console, tmp_path, monkey
     assert lines[2] == f"to open it: python -m http.server --directory {page}"
     with pytest.raises(InputError, match="leave out --input float"):
         export.export(run, tmp_path / "other", format="web", input="float", console=console)
+
+
+@pytest.mark.parametrize(
+    ("format", "input"), [("onnx", "float"), ("stablehlo", "uint8"), ("web", "uint8")]
+)
+def test_the_certificate_beside_an_exported_file_passes_its_replay(
+    run, console, tmp_path, capsys, format, input
+):
+    pytest.importorskip(WANTS_ONNX)
+    output = tmp_path / "output.onnx" if format == "onnx" else tmp_path / "output"
+    folder = output / "certificate" if format == "web" else Path(f"{output}.certificate")
+    options: dict[str, Any] = {"format": format, "input": input, "console": console}
+    export.export(run, output, certificate=True, **options)
+    assert f"python {folder / 'replay.py'}" in console.file.getvalue()
+    _, arrays = _replay.read(folder)
+    assert len(arrays["input"]) == 2 * export.GOLDEN
+    assert _replay.main(["--folder", str(folder)]) == 0
+    shown = capsys.readouterr().out
+    count = 1 if format == "stablehlo" else 1 + len(load(run / "integer").tensors)
+    assert f"equal: {count} of {count} tensors and results; nothing differs" in shown
+    # The integer network of the run itself takes the same images.
+    if format == "web":
+        runner = ("--runner", "jaxqat", str(run / "integer"))
+        assert _replay.main(["--folder", str(folder), *runner]) == 0
+    else:
+        with pytest.raises(ExportError, match="certificate: already exists"):
+            export.export(run, tmp_path / output.name, certificate=True, **options)
 
 
 @pytest.mark.parametrize("format", ["onnx", "stablehlo"])

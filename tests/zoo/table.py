@@ -27,7 +27,7 @@ from zoo.harness import BATCH, IMAGES, Quantized, linen, squared_error
 
 import jaxqat
 from jaxqat.integer._results import flat
-from jaxqat.pipeline.run.results import processor
+from jaxqat.pipeline.machine import processor
 
 RESULTS = Path(__file__).parents[2] / "configs" / "results" / "zoo.json"
 RNG = np.random.default_rng(2)

@@ -110,7 +110,7 @@ def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[flo
 def _load_decoded(config: DataConfig) -> Decoded:
     if config.name == "digits":
         return decode_digits(config.image_size)
-    cache = Cache(_cache_directory(config), _request(config))
+    cache = Cache(cache_directory(config), _request(config))
     try:
         source = _locate(config)
     except SourceMissingError as missing:
@@ -161,7 +161,8 @@ def _data_directory(config: DataConfig) -> Path:
     return Path(config.data_dir or default).expanduser()
 
 
-def _cache_directory(config: DataConfig) -> Path:
+def cache_directory(config: DataConfig) -> Path:
+    """Return the folder of decoded images."""
     default = os.environ.get("JAXQAT_CACHE_DIR") or "~/.cache/jaxqat"
     return Path(config.cache_dir or default).expanduser()
 

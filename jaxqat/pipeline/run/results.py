@@ -6,7 +6,6 @@ import importlib.metadata
 import os
 import platform
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,6 +16,7 @@ from jaxqat.pipeline import config as configs
 from jaxqat.pipeline.config import Experiment
 from jaxqat.pipeline.data import Dataset
 from jaxqat.pipeline.evaluation import Measured
+from jaxqat.pipeline.machine import processor
 from jaxqat.pipeline.networks import Networks
 from jaxqat.pipeline.report import choose_samples, write_samples
 from jaxqat.pipeline.results import (
@@ -71,14 +71,6 @@ def environment() -> Environment:
         processor=processor(),
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
-
-
-def processor() -> str:
-    """Return model, if known, and architecture of the host's processor."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{(models or [platform.processor() or 'unknown'])[0]} ({platform.machine()})"
 
 
 def float_results(

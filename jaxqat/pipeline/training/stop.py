@@ -9,21 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from jaxqat.errors import JaxqatError
+from jaxqat.errors import Stopped
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-class Stopped(JaxqatError):
-    """A signal stopped the training; its state was saved.
-
-    Attributes:
-        signum: Number of the signal; the exit status should be 128 + signum.
-    """
-
-    def __init__(self, signum: int):
-        super().__init__(signal.Signals(signum).name)
-        self.signum = signum
 
 
 class StopRequest:
