@@ -76,14 +76,13 @@ def lines_of(run: Path, stage: str) -> int:
     return path.read_text().count(f'"stage": "{stage}"') if path.exists() else 0
 
 
-def interrupt(process: subprocess.Popen, run: Path, stage: str, signum: int) -> None:
-    """Send a signal once a stage has finished its first epoch."""
+def wait_for_epoch(process: subprocess.Popen, run: Path, stage: str) -> None:
+    """Wait until a stage has finished its first epoch."""
     deadline = time.monotonic() + 240
     while not lines_of(run, stage):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    process.send_signal(signum)
 
 
 def arrays(run: Path) -> list[dict]:
@@ -115,13 +114,18 @@ def finished(tmp_path_factory, config_file) -> Path:
 
 @pytest.mark.slow
 def test_a_run_stopped_by_signals_ends_with_the_bits_of_an_uninterrupted_one(
-    tmp_path, config_file, finished, compiled
+    tmp_path, config_file, finished, compiled, capsys
 ):
     run = tmp_path / "run"
     train = ("train", "--config", config_file, "--workdir", run)
     for stage, signum in (("fp32", signal.SIGTERM), ("qat", signal.SIGINT)):
         process = start(*train, compiled=compiled)
-        interrupt(process, run, stage, signum)
+        wait_for_epoch(process, run, stage)
+        if stage == "fp32":  # A second process leaves, and does not disturb the first.
+            assert run_command(*train) == 2
+            message = f"workdir {run}: another process trains in it (process {process.pid})"
+            assert message in capsys.readouterr().err
+        process.send_signal(signum)
         status, _, err = finish(process)
         assert status == 128 + signum
         assert "the state is saved" in err
@@ -130,21 +134,6 @@ def test_a_run_stopped_by_signals_ends_with_the_bits_of_an_uninterrupted_one(
     status, out, err = finish(start(*train, compiled=compiled))
     assert status == 0, err
     assert "resumed" in out or lines_of(run, "qat") == 2
-    assert arrays(run) == arrays(finished)
-    assert losses(run) == losses(finished)
-
-
-@pytest.mark.slow
-def test_a_killed_run_resumes_from_its_last_checkpoint_with_the_same_bits(
-    tmp_path, config_file, finished, compiled
-):
-    run = tmp_path / "run"
-    train = ("train", "--config", config_file, "--workdir", run)
-    process = start(*train, compiled=compiled)
-    interrupt(process, run, "qat", signal.SIGKILL)
-    assert finish(process)[0] == -signal.SIGKILL
-    status, _, err = finish(start(*train, compiled=compiled))
-    assert status == 0, err
     assert arrays(run) == arrays(finished)
     assert losses(run) == losses(finished)
 
@@ -277,6 +266,36 @@ def test_a_read_only_workdir_exits_with_2(open_tmp, capsys):
     assert f"workdir {run}: cannot be written: Permission denied" in capsys.readouterr().err
 
 
+def test_a_finished_run_is_evaluated_and_exported_from_a_read_only_folder(
+    finished, open_tmp, monkeypatch, capsys
+):
+    monkeypatch.setattr("jaxqat.pipeline.networks.build_model", tiny_run.build_small)
+    run, output = open_tmp / "run", open_tmp / "out"
+    shutil.copytree(finished, run)
+    output.mkdir()
+    output.chmod(0o777)
+    commands = (("evaluate", run), ("evaluate", run, "--stage", "qat"))
+    export = ("export", run, "--format", "onnx", "--output")
+    # First with all rights: not every user may read Python's own files, which are imported here.
+    for command in (*commands, (*export, output / "first.onnx")):
+        assert run_command(*command) == 0
+    shutil.rmtree(run / "evaluations")
+    capsys.readouterr()
+    for path in (run, *run.rglob("*")):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    before = tiny_run.files(run)
+    for command in commands:
+        with without_privileges():
+            assert run_command(*command) == 0
+        out = " ".join(capsys.readouterr().out.split())
+        assert "accuracy" in out
+        assert "is read-only, so the result was not written to it." in out
+    with without_privileges():
+        assert run_command(*export, output / "second.onnx") == 0
+    assert (output / "second.onnx").read_bytes() == (output / "first.onnx").read_bytes()
+    assert tiny_run.files(run) == before
+
+
 @pytest.mark.slow
 def test_infinite_loss_exits_with_1(tmp_path, config_file):
     process = start(
@@ -285,7 +304,9 @@ def test_infinite_loss_exits_with_1(tmp_path, config_file):
     )
     status, _, err = finish(process)
     assert status == 1
-    assert "fp32: the loss or the weights became infinite or NaN in epoch 1" in err
+    assert "fp32: the loss or its gradient became infinite or NaN in step 2, in epoch 1" in err
+    assert "at learning rate 2.95e+38" in err
+    assert "this stage has no checkpoint yet" in err
     assert "Traceback" not in err
 
 

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from jaxqat.pipeline.config import Experiment
 from jaxqat.pipeline.data import Dataset, load_dataset
-from jaxqat.pipeline.display import console_for, print_evaluation, print_json
+from jaxqat.pipeline.display import console_for, keep_evaluation, print_evaluation, print_json
 from jaxqat.pipeline.evaluation import Measured, Predictor, find_split, measure
 from jaxqat.pipeline.integer_networks import (
     check_network_data,
@@ -37,7 +37,8 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate a network of a run on a split, from the run folder alone.
 
-    Writes RUN/evaluations/STAGE_SPLIT.json (ptq_RECIPE_SPLIT.json for ptq) and nothing else.
+    Writes RUN/evaluations/STAGE_SPLIT.json (ptq_RECIPE_SPLIT.json for ptq) and nothing else. If the
+    run folder is read-only, a warning says so.
 
     Args:
         run: Run folder.
@@ -82,11 +83,10 @@ def evaluate(
         metrics=measured.scores,
     )
     images = f"{measured.scores.n} images of the {split} split"
-    # Print first: the folder may be read-only.
     print_evaluation(f"{experiment.name}: {name} at step {step}, {images}", measured, console)
     if json:
         print_json(result)
-    folder.write_evaluation(f"{name}_{split}", result)
+    keep_evaluation(folder, f"{name}_{split}", result, console)
     return result
 
 

@@ -91,7 +91,7 @@ def train(
         CheckpointError: If a finished run has a damaged checkpoint, if all are damaged, or if none
             can be written.
         ArtifactError: If the integer network cannot be written.
-        DivergedError: If the loss or the weights became infinite or NaN.
+        DivergedError: If the loss, a gradient or the weights became infinite or NaN.
         Stopped: If a signal came during training; the state was saved.
     """
     console = console or Console()

@@ -12,7 +12,12 @@ from jaxqat.integer._execute.executor import make_executor
 from jaxqat.integer._verify import integer_network
 from jaxqat.integer.graph import IntegerGraph
 from jaxqat.pipeline.data import Split, load_dataset
-from jaxqat.pipeline.display import console_for, print_json, print_verification
+from jaxqat.pipeline.display import (
+    console_for,
+    keep_evaluation,
+    print_json,
+    print_verification,
+)
 from jaxqat.pipeline.evaluation import find_split
 from jaxqat.pipeline.integer_networks import (
     check_network_data,
@@ -107,7 +112,7 @@ def verify(
     parts = ("verify", name, format, split)
     if json:
         print_json(result)
-    folder.write_evaluation("_".join(filter(None, parts)), result)
+    keep_evaluation(folder, "_".join(filter(None, parts)), result, console)
     return verification
 
 

@@ -8,7 +8,9 @@ from jaxqat.analysis import Analysis
 from jaxqat.analysis._text import decibels, percent
 from jaxqat.integer.graph import IntegerGraph
 from jaxqat.pipeline.evaluation import Measured
+from jaxqat.pipeline.measurements import Comparison, Evaluation
 from jaxqat.pipeline.results import Results, RunInfo, Scores, VerificationResult, to_json
+from jaxqat.pipeline.run.folder import RunFolder
 from jaxqat.pipeline.terminal import print_table, say, tell
 
 SCORES = ("accuracy", "precision", "recall", "F1", "loss")
@@ -84,6 +86,14 @@ def _verdict(check: VerificationResult) -> str:
 def warn(message: str, console: Console) -> None:
     """Print a warning."""
     say(f"warning: {message}", console, style="yellow")
+
+
+def keep_evaluation(
+    folder: RunFolder, name: str, result: Evaluation | Comparison, console: Console
+) -> None:
+    """Write a measurement to the run folder; if that is read-only, print a warning."""
+    if folder.write_evaluation(name, result) is None:
+        warn(f"{folder.path}: is read-only, so the result was not written to it.", console)
 
 
 def print_evaluation(title: str, measured: Measured, console: Console) -> None:

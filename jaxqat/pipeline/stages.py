@@ -1,7 +1,8 @@
 """Training of one stage of an experiment in its run folder."""
 
 import dataclasses
-from collections.abc import Callable
+import reprlib
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -27,7 +28,7 @@ from jaxqat.pipeline.run.snapshots import (
     restore_selected,
     split_state,
 )
-from jaxqat.pipeline.terminal import tell
+from jaxqat.pipeline.terminal import say, tell
 from jaxqat.pipeline.training import (
     DEFAULT,
     Compilation,
@@ -154,6 +155,7 @@ class StageRun:
             ),
             validate=self._validate if dataset.validation is not None else None,
             compilation=self.compilation,
+            skip_failed=config.skip_failed_steps,
             ranges=self._ranges() if self._has_ranges else None,
         )
 
@@ -201,6 +203,7 @@ class StageRun:
                 state, seconds = join_state(restored), restored.info["epoch_seconds"]
             done = int(state.step)
             if done < self.total_steps:
+                store.check_space(state)
                 self._announce(console, done)
                 self.folder.truncate_metrics(self.name, done)
                 with stop_on_signals() as stop:
@@ -233,7 +236,7 @@ class StageRun:
             done=done,
         )
         with progress, RunLogs(self.folder, self.name, console) as logs:
-            reporter = FolderReporter(self, store, progress, logs)
+            reporter = FolderReporter(self, store, progress, logs, console)
             return run_stage(
                 self.plan(), state, reporter=reporter, stop=stop, epoch_seconds=seconds
             )
@@ -268,6 +271,7 @@ class StageRun:
             batch_size=self.config.batch_size,
             steps_per_epoch=self.steps_per_epoch,
             label_smoothing=self.config.label_smoothing,
+            skip_failed=self.config.skip_failed_steps,
         )
 
     def _validate(self, state: TrainState) -> dict[str, float]:
@@ -311,6 +315,7 @@ class FolderReporter(Reporter):
     store: CheckpointStore
     progress: StageProgress
     logs: RunLogs
+    console: Console
 
     def compiling(self, *, frozen: bool) -> None:
         """Print it."""
@@ -319,6 +324,21 @@ class FolderReporter(Reporter):
     def advance(self, steps: int) -> None:
         """Move the progress bar."""
         self.progress.advance(steps)
+
+    def skipped(self, epoch: int, steps: Sequence[int]) -> None:
+        """Print a warning that names the steps."""
+        of = f"{len(steps)} of {self.run.steps_per_epoch} steps of epoch {epoch}"
+        say(
+            f"warning: {self.run.name}: skipped {of}, as their loss, gradient or new weights are "
+            f"infinite or NaN: {reprlib.repr(steps).strip('[]')}.",
+            self.console,
+            style="yellow",
+        )
+
+    def last_saved(self) -> int | None:
+        """Return the step of the newest checkpoint."""
+        self.store.wait()
+        return max(self.store.steps(), default=None)
 
     def epoch(self, record: dict[str, Any]) -> None:
         """Add the epoch to metrics.jsonl and the other logs, and print it."""

@@ -10,6 +10,8 @@ import numpy as np
 
 from jaxqat.errors import RunError
 
+MAX_NAMED = 10  # Arrays that an error names.
+
 
 class CheckpointError(RunError):
     """A checkpoint is missing, does not fit, or cannot be written."""
@@ -63,16 +65,20 @@ def check_fits(where: Path, saved: Mapping[str, Any], name: str, target: Any) ->
         target: The expected tree, of leaves with shape and dtype.
 
     Raises:
-        CheckpointError: If not; names the first array that differs.
+        CheckpointError: If not; names every array that differs, up to `MAX_NAMED`.
     """
     wanted = {path: _signature(leaf) for path, leaf in _leaves(target)}
     found = {path: {"shape": a["shape"], "dtype": a["dtype"]} for path, a in saved.items()}
-    for path in sorted(wanted.keys() | found.keys()):
-        if wanted.get(path) != found.get(path):
-            raise CheckpointError(
-                f"{where} is of another model: {name}/{path} is {_format(found.get(path))} there, "
-                f"expected {_format(wanted.get(path))}."
-            )
+    differing = [
+        f"{name}/{path} is {_format(found.get(path))} there, expected {_format(wanted.get(path))}"
+        for path in sorted(wanted.keys() | found.keys())
+        if wanted.get(path) != found.get(path)
+    ]
+    if differing:
+        more = f"; and {len(differing) - MAX_NAMED} more" if len(differing) > MAX_NAMED else ""
+        raise CheckpointError(
+            f"{where} is of another model: {'; '.join(differing[:MAX_NAMED])}{more}."
+        )
 
 
 def _format(signature: Mapping[str, Any] | None) -> str:

@@ -9,6 +9,7 @@ use.
 
 import dataclasses
 import logging
+import math
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -134,9 +135,11 @@ class CheckpointStore:
             extra: What identifies the run, such as config and fingerprint, as JSON values.
 
         Raises:
-            CheckpointError: If this or an earlier checkpoint could not be written.
+            CheckpointError: If this or an earlier checkpoint could not be written, or the disk has
+                no room for this one.
         """
         self.wait()
+        self.check_space((model, optimizer))
         parts = jax.device_get({MODEL: model, OPTIMIZER: optimizer})
         info = {
             "format": FORMAT,
@@ -157,6 +160,25 @@ class CheckpointStore:
             saved = self._manager.save(step, args=ocp.args.Composite(**items))
         if not saved:
             raise CheckpointError(f"{self.directory / str(step)} exists already: not written.")
+
+    def check_space(self, state: Any) -> None:
+        """Check that the disk has room for a checkpoint.
+
+        Args:
+            state: Tree of its arrays, or of their shapes and types.
+
+        Raises:
+            CheckpointError: If not; says how much is missing.
+        """
+        leaves = jax.tree.leaves(state)
+        needed = sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in leaves)
+        free = shutil.disk_usage(self.directory).free
+        if free < needed:
+            raise CheckpointError(
+                f"{self.directory}: a checkpoint takes {needed:,} bytes, and the disk has "
+                f"{free:,} bytes left. Free the difference, then run again to continue from the "
+                "newest checkpoint."
+            )
 
     def wait(self) -> None:
         """Wait until all checkpoints are on the disk.
@@ -245,10 +267,16 @@ class CheckpointStore:
         return None
 
     def move_aside(self, step: int) -> None:
-        """Move a checkpoint to another folder of the run, as its step will be saved again."""
+        """Move a checkpoint to another folder of the run, as its step will be saved again.
+
+        What was moved there before stays: the new one gets a number behind its name.
+        """
         aside = self.directory.parent / "damaged" / f"{self.directory.name}-{step}"
-        shutil.rmtree(aside, ignore_errors=True)
         aside.parent.mkdir(exist_ok=True)
+        number = 2
+        while aside.exists():
+            aside = aside.with_name(f"{self.directory.name}-{step}-{number}")
+            number += 1
         (self.directory / str(step)).rename(aside)
         self._manager.reload()
 

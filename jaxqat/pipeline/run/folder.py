@@ -190,13 +190,18 @@ class RunFolder:
         text = self.metrics.read_text(encoding="utf-8")
         return [record for _, record in parse_metrics(text, self.metrics)]
 
-    def write_evaluation(self, name: str, result: Evaluation | Comparison) -> Path:
+    def write_evaluation(self, name: str, result: Evaluation | Comparison) -> Path | None:
         """Write a measurement to RUN/evaluations/NAME.json.
+
+        Returns:
+            The file; None if the run folder is read-only, and nothing was written.
 
         Raises:
             RunFolderError: If it cannot be written.
         """
         path = self.path / "evaluations" / f"{name}.json"
+        if not _writable(path.parent if path.parent.exists() else self.path):
+            return None
         try:
             path.parent.mkdir(exist_ok=True)
         except OSError as error:
@@ -231,6 +236,12 @@ class RunFolder:
             file.write(json.dumps(record) + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+
+def _writable(folder: Path) -> bool:
+    """Return whether this process may write into a folder, by its effective user."""
+    effective = os.access in os.supports_effective_ids
+    return os.access(folder, os.W_OK, effective_ids=effective)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -65,6 +65,10 @@ class StageConfig:
     steps_per_dispatch: int | None = None
     """Training steps per device call; null for 1 on a CPU and up to 50 elsewhere."""
 
+    skip_failed_steps: bool = False
+    """Whether to skip a step whose loss, gradient or new weights are infinite or NaN, with a
+    warning; otherwise the run stops."""
+
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     """The optimizer."""
 

@@ -8,7 +8,7 @@ device; sums stay on the device and are read once per epoch.
 import dataclasses
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -48,6 +48,12 @@ class Reporter:
     def advance(self, steps: int) -> None:
         """Count `steps` more training steps as done."""
 
+    def skipped(self, epoch: int, steps: Sequence[int]) -> None:
+        """Report the steps of an epoch that were skipped, because they were not finite."""
+
+    def last_saved(self) -> int | None:
+        """Return the step of the newest state that was saved; None if there is none."""
+
     def epoch(self, record: Record) -> None:
         """Report the end of an epoch."""
 
@@ -80,6 +86,7 @@ class StagePlan:
         ranges: Returns the activation ranges, (low, high) by layer; None for a network without.
         validate: Returns 'validation_loss' and 'validation_accuracy'; None without that split.
         compilation: How training steps are compiled.
+        skip_failed: Whether the steps leave out those that are not finite, as `make_step` does.
     """
 
     name: str
@@ -95,6 +102,7 @@ class StagePlan:
     validate: Callable[[TrainState], dict[str, float]] | None
     ranges: Callable[[TrainState], dict[str, tuple[float, float]]] | None = None
     compilation: Compilation = DEFAULT
+    skip_failed: bool = False
 
 
 class _Dispatcher:
@@ -146,7 +154,8 @@ def run_stage(
         epoch_seconds: Time already spent on the unfinished epoch of `state`.
 
     Raises:
-        DivergedError: If a loss or the state is not finite; nothing of that epoch was saved.
+        DivergedError: If a loss, a gradient or the state is not finite, or if each step of an
+            epoch was skipped for that; nothing of that epoch was saved.
         Stopped: If `stop` was set; the state was saved.
     """
     dispatcher = _Dispatcher(stage, reporter)
@@ -158,10 +167,12 @@ def run_stage(
         with stop.nothing_to_save() if first else nullcontext():
             calls = dispatcher.calls(step, position, state, order, frozen)
         first = False
-        state, report, seconds, images = _run_epoch(stage, calls, state, order, reporter, stop)
+        state, report, seconds, images = _run_epoch(
+            stage, calls, state, order, reporter, stop, epoch
+        )
         epoch_seconds += seconds
         saved = jax.device_get(state)
-        check_finite(stage.name, saved, epoch)
+        check_finite(stage, saved, epoch, reporter)
         record = None
         if saved.step == epoch * stage.steps_per_epoch:
             speed = images / seconds
@@ -183,17 +194,26 @@ def _run_epoch(
     order: Array,
     reporter: Reporter,
     stop: StopRequest,
+    epoch: int,
 ) -> tuple[TrainState, StepReport, float, int]:
     """Train to the end of an epoch or to a stop.
 
     Returns:
         The state, the report of the last step, seconds and number of images.
+
+    Raises:
+        DivergedError: If the loss or gradient of a step is not finite, or each step was skipped.
     """
     in_flight: deque[tuple[int, StepReport]] = deque()
+    skipped: list[int] = []
 
     def wait_for_oldest() -> None:
         length, report = in_flight.popleft()
-        report.loss.block_until_ready()
+        failed = [int(number) for number in np.ravel(report.failed) if number]
+        if failed and not stage.skip_failed:
+            what = f"the loss or its gradient became infinite or NaN in step {failed[0]}"
+            raise _diverged(stage, what, jax.device_get(state), epoch, reporter, failed[0])
+        skipped.extend(failed)
         reporter.advance(length)
 
     report: Any = None  # There is at least one dispatch.
@@ -208,26 +228,44 @@ def _run_epoch(
             break
     while in_flight:
         wait_for_oldest()
-    return state, report, time.perf_counter() - start, images
+    seconds = time.perf_counter() - start
+    if skipped:
+        reporter.skipped(epoch, skipped)
+    if len(skipped) == images // stage.batch_size:
+        what = "the loss or its gradient was infinite or NaN in every step"
+        raise _diverged(stage, what, jax.device_get(state), epoch, reporter, skipped[0])
+    return state, report, seconds, images
 
 
-def check_finite(stage: str, state: TrainState, epoch: int) -> None:
+def check_finite(stage: StagePlan, state: TrainState, epoch: int, reporter: Reporter) -> None:
     """Check that all numbers of a state are finite.
 
     Raises:
-        DivergedError: If one is infinite or NaN; names stage, epoch and loss, and counts the NaN.
+        DivergedError: If one is infinite or NaN; see `_diverged`.
     """
     leaves = (np.asarray(leaf) for leaf in jax.tree.leaves(state))
-    if all(np.isfinite(leaf).all() for leaf in leaves):
-        return
+    if not all(np.isfinite(leaf).all() for leaf in leaves):
+        what = f"the weights or statistics became infinite or NaN before step {state.step + 1}"
+        raise _diverged(stage, what, state, epoch, reporter, int(state.step))
+
+
+def _diverged(
+    stage: StagePlan, what: str, state: TrainState, epoch: int, reporter: Reporter, step: int
+) -> DivergedError:
+    """Return the error that says what happened, where, at which learning rate, and what is left."""
     collections = {"params": state.params, **state.collections}
     nans = {name: count for name, tree in collections.items() if (count := _nans(tree))}
     counted = ", ".join(f"{count:,} in {name}" for name, count in nans.items()) or "none"
-    raise DivergedError(
-        f"{stage}: the loss or the weights became infinite or NaN in epoch {epoch} (loss summed "
-        f"over the epoch: {float(state.loss_sum)}; numbers that are NaN: {counted}). Nothing of "
-        "this epoch was saved; earlier checkpoints are good. Try a smaller "
-        f"{stage}.optimizer.learning_rate, or a warm-up."
+    last = reporter.last_saved()
+    good = f"the last checkpoint, of step {last}, is good"
+    if last is None:
+        good = "this stage has no checkpoint yet"
+    rate = float(stage.learning_rate(max(step - 1, 0)))
+    return DivergedError(
+        f"{stage.name}: {what}, in epoch {epoch}, at learning rate {rate:.3g} (numbers that are "
+        f"NaN now: {counted}). Nothing of this epoch was saved; {good}. Try a smaller "
+        f"{stage.name}.optimizer.learning_rate or a warm-up, or set "
+        f"{stage.name}.skip_failed_steps to true to leave such steps out."
     )
 
 

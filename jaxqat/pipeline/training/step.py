@@ -7,6 +7,7 @@ folding the number into the stage's key.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -52,6 +53,9 @@ class StepReport(NamedTuple):
     """Loss of the batch."""
     gradient_norm: Float[Array, ""]
     """Euclidean norm of the gradient, over all trained arrays."""
+    failed: Int32[Array, "..."]
+    """Number of the step, counted from 1, if its loss or gradient is infinite or NaN; otherwise 0.
+    Of a dispatch, those of all its steps."""
 
 
 QUANT_PARAMS = "quant_params"
@@ -101,6 +105,7 @@ def make_step(
     batch_size: int,
     steps_per_epoch: int,
     label_smoothing: float,
+    skip_failed: bool = False,
 ) -> Callable[[TrainState, Data, Array, Array], tuple[TrainState, StepReport]]:
     """Return a training step (state, data, order, key) -> (state, report).
 
@@ -111,6 +116,8 @@ def make_step(
         batch_size: Images per training step.
         steps_per_epoch: Whole batches in an epoch; order[steps_per_epoch * batch_size:] is unused.
         label_smoothing: See `cross_entropy`.
+        skip_failed: Whether a step has no effect if its loss, its gradient or a number of the new
+            state is infinite or NaN.
     """
 
     def step(
@@ -139,19 +146,28 @@ def make_step(
         params = new.pop("params")
         collections = {**collections, **new}
         is_first = position == 0
+        loss_sum = jnp.where(is_first, 0.0, state.loss_sum)
+        correct_sum = jnp.where(is_first, 0, state.correct)
         correct = jnp.sum(jnp.argmax(logits, axis=-1) == labels, dtype=jnp.int32)
         new_state = TrainState(
             step=state.step + 1,
             params=params,
             collections=collections,
             opt_state=opt_state,
-            loss_sum=jnp.where(is_first, 0.0, state.loss_sum) + loss,
-            correct=jnp.where(is_first, 0, state.correct) + correct,
+            loss_sum=loss_sum + loss,
+            correct=correct_sum + correct,
         )
         # Behind the barrier, the norm is computed of the finished gradient: it cannot change how
         # the update is compiled, and so its last bits.
         norm = optax.tree.norm(jax.lax.optimization_barrier(grads))
-        return new_state, StepReport(loss, norm)
+        finite = jnp.isfinite(jax.lax.optimization_barrier(loss)) & jnp.isfinite(norm)
+        if skip_failed:
+            finite &= jnp.all(
+                jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(new_state)])
+            )
+            old = state._replace(step=state.step + 1, loss_sum=loss_sum, correct=correct_sum)
+            new_state = jax.tree.map(partial(jnp.where, finite), new_state, old)
+        return new_state, StepReport(loss, norm, jnp.where(finite, 0, state.step + 1))
 
     return step
 
@@ -162,8 +178,8 @@ def make_dispatch(step: Callable, length: int) -> Callable:
     One step gets no loop: XLA's CPU backend has threaded convolutions only outside of loops.
 
     Returns:
-        (state, data, order, key) -> (state, report of the last step). The report has its own
-        buffers: it stays readable after the state was donated to the next call.
+        (state, data, order, key) -> (state, report of the last step, with `failed` of all). The
+        report has its own buffers: it stays readable after the state was donated to the next call.
     """
     if length == 1:
         return jax.jit(step, donate_argnums=0)
@@ -172,7 +188,8 @@ def make_dispatch(step: Callable, length: int) -> Callable:
         state, reports = jax.lax.scan(
             lambda carry, _: step(carry, data, order, key), state, length=length
         )
-        return state, jax.tree.map(lambda values: values[-1], reports)
+        last = jax.tree.map(lambda values: values[-1], reports)
+        return state, last._replace(failed=reports.failed)
 
     return jax.jit(dispatch, donate_argnums=0)
 

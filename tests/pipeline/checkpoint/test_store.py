@@ -153,6 +153,10 @@ def test_changed_info_is_detected(saved):
         store.restore(make_parts())
 
 
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def truncate_arrays(step: Path) -> None:
     for path in array_files(step):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -204,7 +208,11 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(saved, damage,
         save(store, 2)
         store.wait()
         assert_is_step(store.restore(make_parts()).parts, 2)
-    assert (saved.parent / "damaged" / "fp32-2").is_dir()
+        # If it is damaged again, both are kept.
+        first = contents(saved.parent / "damaged" / "fp32-2")
+        store.move_aside(2)
+    assert contents(saved.parent / "damaged" / "fp32-2") == first
+    assert (saved.parent / "damaged" / "fp32-2-2" / "info").is_dir()
 
 
 @loses_reads
@@ -244,15 +252,45 @@ def test_another_dtype_or_shape_is_an_error_before_arrays_are_read(saved, change
     assert not isinstance(caught.value, DamagedCheckpointError)
 
 
-def test_an_additional_or_missing_array_is_an_error(saved):
+def test_every_additional_missing_or_different_array_is_named(saved):
     target = make_parts()
-    target["model"]["params"]["extra"] = np.zeros(2, np.float32)
-    with open_store(saved, read_only=True) as store:
-        with pytest.raises(CheckpointError, match=r"params/extra is absent there"):
-            store.restore(target)
-        del target["model"]["params"]["extra"], target["model"]["params"]["bias"]
-        with pytest.raises(CheckpointError, match=r"params/bias is float32\[5\] .*expected absent"):
-            store.restore(target)
+    params = target["model"]["params"]
+    params["extra"], params["conv"]["kernel"] = np.zeros(2, np.float32), np.zeros(3, np.int8)
+    del params["bias"]
+    with (
+        open_store(saved, read_only=True) as store,
+        pytest.raises(CheckpointError) as caught,
+    ):
+        store.restore(target)
+    assert str(caught.value) == (
+        f"{saved / '2'} is of another model: "
+        "model/params/bias is float32[5] there, expected absent; "
+        "model/params/conv/kernel is float32[3,3,4,8] there, expected int8[3]; "
+        "model/params/extra is absent there, expected float32[2]."
+    )
+
+
+def test_of_many_different_arrays_ten_are_named(saved):
+    target = make_parts()
+    target["model"]["params"] |= {f"extra{i:02}": np.zeros(1) for i in range(12)}
+    with (
+        open_store(saved, read_only=True) as store,
+        pytest.raises(CheckpointError, match=r"extra09 is absent .*float64\[1\]; and 2 more\."),
+    ):
+        store.restore(target)
+
+
+def test_a_checkpoint_that_the_disk_has_no_room_for_is_not_begun(saved, monkeypatch):
+    needed = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(make_parts(3)))
+    usage = shutil.disk_usage(saved)
+    with open_store(saved) as store:
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed - 1))
+        wanted = rf"fp32: a checkpoint takes {needed:,} bytes, and the disk has {needed - 1:,} "
+        with pytest.raises(CheckpointError, match=wanted):
+            save(store, 3)
+        assert sorted(p.name for p in saved.iterdir()) == ["1", "2"]
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed))
+        save(store, 3)
 
 
 def test_an_existing_checkpoint_is_not_overwritten(saved):

@@ -127,6 +127,7 @@ def test_a_file_that_cannot_be_replaced_stays_unchanged(tmp_path, monkeypatch):
     folder = RunFolder(tmp_path)
     before = made_up.evaluation()
     path = folder.write_evaluation("a", before)
+    assert path is not None
 
     def fail(descriptor):
         raise OSError(28, "No space left on device")

@@ -28,11 +28,23 @@ STEPS_PER_EPOCH = IMAGES // BATCH
 STEPS = EPOCHS * STEPS_PER_EPOCH
 
 
-def make_stage(*, learning_rate: float = 0.5, steps_per_dispatch: int = 1, validate=None):
-    """Logistic regression on noise: three epochs of five steps; the last epoch is frozen."""
+def make_stage(
+    *,
+    learning_rate: float = 0.5,
+    steps_per_dispatch: int = 1,
+    validate=None,
+    skip_failed=False,
+    poisoned=(),
+):
+    """Logistic regression on noise: three epochs of five steps; the last epoch is frozen.
+
+    The loss of a batch with a poisoned image is NaN.
+    """
     rng = np.random.default_rng(0)
     images = jnp.asarray(rng.integers(0, 256, (IMAGES, 2, 2, 1)), jnp.uint8)
     labels = jnp.asarray(rng.integers(0, CLASSES, IMAGES), jnp.int32)
+    for image in poisoned:
+        images = images.at[image].set(255)
     optimizer = optax.sgd(learning_rate, momentum=0.9)
 
     def forward(params, collections, x, key):
@@ -43,7 +55,9 @@ def make_stage(*, learning_rate: float = 0.5, steps_per_dispatch: int = 1, valid
         return x.reshape(len(x), -1) @ params["w"] - collections["mean"], collections
 
     def prepare(key, images):
-        return images / 255.0 + jax.random.uniform(key, images.shape)
+        bad = jnp.all(images == 255, axis=(1, 2, 3), keepdims=True)
+        images = jnp.where(bad, jnp.nan, images / 255.0)
+        return images + jax.random.uniform(key, images.shape)
 
     steps = [
         make_step(
@@ -53,6 +67,7 @@ def make_stage(*, learning_rate: float = 0.5, steps_per_dispatch: int = 1, valid
             batch_size=BATCH,
             steps_per_epoch=STEPS_PER_EPOCH,
             label_smoothing=0.0,
+            skip_failed=skip_failed,
         )
         for f in (forward, frozen_forward)
     ]
@@ -68,6 +83,7 @@ def make_stage(*, learning_rate: float = 0.5, steps_per_dispatch: int = 1, valid
         key=jax.random.key(5),
         learning_rate=lambda step: learning_rate / (step + 1),
         validate=validate,
+        skip_failed=skip_failed,
     )
     params = {"w": jnp.zeros((4, CLASSES))}
     return stage, init_state(params, {"mean": jnp.float32(0)}, optimizer)
@@ -79,7 +95,7 @@ class Recorder(Reporter):
     def __init__(self, stop: StopRequest | None = None, stop_after: int | None = None):
         self.stop, self.stop_after = stop or StopRequest(), stop_after
         self.steps, self.records, self.saved = 0, [], []
-        self.compiled = []
+        self.compiled, self.left_out = [], {}
 
     def compiling(self, *, frozen):
         self.compiled.append(frozen)
@@ -88,6 +104,12 @@ class Recorder(Reporter):
         self.steps += steps
         if self.stop_after is not None and self.steps >= self.stop_after:
             self.stop.signum = signal.SIGTERM
+
+    def skipped(self, epoch, steps):
+        self.left_out[epoch] = steps
+
+    def last_saved(self):
+        return max((int(state.step) for state, *_ in self.saved), default=None)
 
     def epoch(self, record):
         self.records.append(record)
@@ -189,34 +211,92 @@ def test_only_the_frozen_epoch_leaves_the_collections_unchanged():
 
 
 def test_a_state_that_is_not_finite_is_an_error_and_not_saved():
-    # Near the largest float32: the second update is infinite.
+    # Near the largest float32: the first update gives weights whose loss is infinite or NaN.
     stage, state = make_stage(learning_rate=3e38)
     recorder = Recorder()
-    with pytest.raises(DivergedError, match=r"fp32: .* epoch 1 .*fp32.optimizer.learning_rate"):
+    wanted = r"fp32: .* in step 2, in epoch 1, at learning rate 1.5e\+38 .*no checkpoint yet"
+    with pytest.raises(DivergedError, match=rf"{wanted}.*fp32.optimizer.learning_rate"):
         run(stage, state, recorder)
     assert not recorder.saved
     assert not recorder.records
 
 
+def place(image: int, epoch: int) -> int:
+    """Return the number of the step that sees an image in an epoch, counted from 1; 0 if none."""
+    at = int(np.flatnonzero(jax.random.permutation(jax.random.key(epoch), IMAGES) == image)[0])
+    return 0 if at >= STEPS_PER_EPOCH * BATCH else (epoch - 1) * STEPS_PER_EPOCH + at // BATCH + 1
+
+
+@pytest.mark.parametrize("steps_per_dispatch", [1, 2])
+def test_a_loss_of_nan_names_its_step_and_the_last_good_one(steps_per_dispatch):
+    image = next(i for i in range(IMAGES) if not place(i, 1) and place(i, 2))
+    stage, state = make_stage(steps_per_dispatch=steps_per_dispatch, poisoned=[image])
+    recorder = Recorder()
+    step = place(image, 2)
+    rate = f"{0.5 / step:.3g}"
+    wanted = rf"NaN in step {step}, in epoch 2, at learning rate {rate} .* of step 5, is good"
+    with pytest.raises(DivergedError, match=rf"(?s){wanted}.*fp32.skip_failed_steps"):
+        run(stage, state, recorder)
+    assert [int(saved.step) for saved, *_ in recorder.saved] == [5]
+
+
+@pytest.mark.parametrize("steps_per_dispatch", [1, 2])
+def test_a_step_that_is_skipped_changes_nothing_and_is_reported(steps_per_dispatch):
+    image = next(i for i in range(IMAGES) if all(place(i, epoch) for epoch in (1, 2, 3)))
+    bad = [place(image, epoch) for epoch in (1, 2, 3)]
+    stage, state = make_stage(
+        steps_per_dispatch=steps_per_dispatch, skip_failed=True, poisoned=[image]
+    )
+    recorder = Recorder()
+    final = run(stage, state, recorder)
+    assert recorder.left_out == {epoch: [step] for epoch, step in enumerate(bad, start=1)}
+    assert int(final.step) == STEPS
+    # The same steps one by one, without those that are bad.
+    plain, state = make_stage(poisoned=[image])
+    for number in range(STEPS):
+        epoch = number // STEPS_PER_EPOCH + 1
+        if number + 1 in bad:
+            new_epoch = number % STEPS_PER_EPOCH == 0
+            sums = {"loss_sum": jnp.float32(0), "correct": jnp.int32(0)} if new_epoch else {}
+            state = state._replace(step=state.step + 1, **sums)
+        else:
+            step = jax.jit(plain.step(epoch)[0])
+            state, _ = step(state, plain.data, plain.order(epoch), plain.key)
+    # Programs of several steps round otherwise: 15 steps, each with some roundings of numbers near
+    # one.
+    atol = 0 if steps_per_dispatch == 1 else 15 * 2**-20
+    for a, b in zip(jax.tree.leaves(final), jax.tree.leaves(state), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=atol)
+
+
+def test_an_epoch_without_a_good_step_is_an_error():
+    stage, state = make_stage(skip_failed=True, poisoned=range(IMAGES))
+    recorder = Recorder()
+    with pytest.raises(DivergedError, match="NaN in every step, in epoch 1"):
+        run(stage, state, recorder)
+    assert recorder.left_out == {1: [1, 2, 3, 4, 5]}
+    assert not recorder.saved
+
+
 def test_a_network_that_diverged_counts_its_nan_by_collection():
-    _, state = make_stage()
+    stage, state = make_stage()
     broken = state._replace(
         params={"w": state.params["w"].at[0, :2].set(jnp.nan)},
         collections={"quant": jnp.full(3, jnp.nan), "batch_stats": jnp.zeros(2)},
     )
-    with pytest.raises(DivergedError, match="numbers that are NaN: 2 in params, 3 in quant"):
-        check_finite("qat", broken, 1)
+    with pytest.raises(DivergedError, match="numbers that are NaN now: 2 in params, 3 in quant"):
+        check_finite(stage, broken, 1, Recorder())
 
 
 @pytest.mark.parametrize("bad", [jnp.inf, jnp.nan])
 def test_weights_and_statistics_must_be_finite_even_if_the_loss_is(bad):
     # As after the last update of an epoch, which has not influenced a loss yet.
-    _, state = make_stage()
-    check_finite("fp32", state, 1)
-    with pytest.raises(DivergedError):
-        check_finite("fp32", state._replace(params={"w": state.params["w"].at[0, 0].set(bad)}), 1)
-    with pytest.raises(DivergedError):
-        check_finite("fp32", state._replace(collections={"mean": jnp.float32(bad)}), 1)
+    stage, state = make_stage()
+    check_finite(stage, state, 1, Recorder())
+    broken = {"params": {"w": state.params["w"].at[0, 0].set(bad)}}
+    for changed in (broken, {"collections": {"mean": jnp.float32(bad)}}):
+        with pytest.raises(DivergedError, match="weights or statistics became infinite or NaN"):
+            check_finite(stage, state._replace(**changed), 1, Recorder())
 
 
 def test_validation_sees_the_state_at_the_end_of_each_epoch():
