@@ -104,7 +104,9 @@ def test_quantize_while_it_calibrates_changes_nothing(finished, tmp_path):
     assert process.stdout is not None
     assert any("calibrating" in line for line in process.stdout)
     assert interrupted(process) == "jaxqat: interrupted.\n"
-    assert tiny_run.files(run) == before
+    after = tiny_run.files(run)
+    after.pop(".lock", None)  # Of a dead process: the next command takes it over.
+    assert after == before
 
 
 @pytest.mark.parametrize("stage", ["integer", "qat"])
