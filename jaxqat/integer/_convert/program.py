@@ -1,11 +1,13 @@
 # pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 """The program that computes the arrays of a graph, without what only the model's results need."""
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import ClosedJaxpr, Literal
 from jax.interpreters.partial_eval import dce_jaxpr
 
@@ -22,7 +24,7 @@ class ArraysProgram:
     compiles in a fraction of the time, and is often the same for every batch size.
 
     Attributes:
-        text: The program; equal programs have equal texts.
+        text: The program, and a digest of its constants; equal programs have equal texts.
     """
 
     def __init__(self, function: Callable[..., Any], *arguments: Any):
@@ -46,7 +48,8 @@ class ArraysProgram:
             return _results(jaxpr, kept, values)
 
         self._lowered = jax.jit(arrays).lower(*(v.aval for v in jaxpr.invars))
-        self.text = self._lowered.as_text()
+        # JAX 0.10 prints constants, unless 'jax_use_simplified_jaxpr_constants' is set.
+        self.text = self._lowered.as_text() + _digest(_constants(jaxpr, kept))
 
     def __call__(self, *arguments: Sequence[Any]) -> list[jax.Array]:
         """Compile the program and return its results.
@@ -80,3 +83,21 @@ def _results(jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Any]) -> lis
             made = bind_equation(equation, operands)
         known.update(zip(equation.outvars, made, strict=True))
     return [value(atom) for atom in jaxpr.outvars]
+
+
+def _constants(jaxpr: Any, consts: Sequence[Any]) -> Iterator[Any]:
+    """Yield the constant arrays of a jaxpr and of the calls in it."""
+    yield from consts
+    for equation in jaxpr.eqns:
+        yield from (v.val for v in equation.invars if isinstance(v, Literal) and np.ndim(v.val))
+        for value in equation.params.values():
+            for body in value if isinstance(value, (tuple, list)) else (value,):
+                if is_jaxpr(body):
+                    yield from _constants(getattr(body, "jaxpr", body), getattr(body, "consts", ()))
+
+
+def _digest(arrays: Iterator[Any]) -> str:
+    digest = hashlib.sha256()
+    for array in map(np.asarray, arrays):
+        digest.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())
+    return digest.hexdigest()

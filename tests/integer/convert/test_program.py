@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import jaxqat
 from jaxqat.integer._convert.program import ArraysProgram
@@ -55,6 +56,28 @@ def test_what_only_the_models_results_need_is_left_out_also_within_calls():
 def test_programs_for_other_batches_are_equal_unless_a_number_depends_on_the_batch():
     assert _program(lambda x: 127.0, 2).text == _program(lambda x: 127.0, 4).text
     assert _program(lambda x: x.shape[0], 2).text != _program(lambda x: x.shape[0], 4).text
+
+
+@pytest.mark.parametrize("as_arguments", [False, True])
+def test_programs_that_differ_in_a_constant_differ(as_arguments):
+    """Closed over or in a loop; JAX can make arguments of them, which are not in the text."""
+
+    def program(seed):
+        constant = np.random.default_rng(seed).normal(size=5000).astype(np.float32)
+
+        def function(parameters):
+            once = parameters[0] * constant
+            looped = jax.lax.scan(lambda a, _: (a * constant, None), once, length=3)[0]
+            return [once, looped]
+
+        return ArraysProgram(function, [jax.ShapeDtypeStruct((5000,), jnp.float32)]).text
+
+    before = jax.config.jax_use_simplified_jaxpr_constants
+    jax.config.update("jax_use_simplified_jaxpr_constants", as_arguments)
+    try:
+        assert program(0) == program(0) != program(1)
+    finally:
+        jax.config.update("jax_use_simplified_jaxpr_constants", before)
 
 
 class Network(nn.Module):
