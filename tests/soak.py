@@ -64,7 +64,7 @@ KILLED = {
     "qat": "SIGKILL in calibration and QAT",
     "deploy": "SIGKILL in evaluation, conversion, verification or report",
 }
-SAVING = "SIGKILL while Orbax writes a checkpoint"
+SAVING = "SIGKILL with an unfinished checkpoint in the run"
 STOPPED = "SIGTERM"
 FLIPPED = "one bit flipped in the newest checkpoint"
 CUT = "a file of the newest checkpoint cut short"

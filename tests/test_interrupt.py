@@ -142,6 +142,7 @@ def test_a_run_that_saves_its_state_gets_the_first_signal_and_not_the_second():
     process = script("""
 from jaxqat.pipeline.training.stop import stop_on_signals
 with stop_on_signals() as stop:
+    stop.listen()
     print('ready', flush=True)
     while stop.signum is None:
         time.sleep(0.01)

@@ -5,6 +5,7 @@
 `quant/test_devices.py` runs it.
 """
 
+import dataclasses
 import functools
 import itertools
 import sys
@@ -116,6 +117,18 @@ def _observed(network: Any, one: Any) -> dict[str, np.ndarray]:
     }
 
 
+def check_conversion() -> None:
+    """Check that variables on two devices convert to the network of those on one."""
+    network, inputs = quantized("ema", None), jnp.asarray(batches()[0])
+    variables = network.calibrate(network.init_quant({"params": parameters()}, inputs), inputs)
+    mesh = jax.make_mesh((2,), (AXIS,), axis_types=(jax.sharding.AxisType.Auto,))
+    on_both = jax.device_put(variables, jax.NamedSharding(mesh, PartitionSpec()))
+    one, other = (jaxqat.convert(network, each, inputs) for each in (variables, on_both))
+    assert len(jax.tree.leaves(on_both)[0].devices()) == 2
+    for a, b in zip(one.nodes, other.nodes, strict=True):
+        jax.tree.map(np.testing.assert_array_equal, dataclasses.asdict(a), dataclasses.asdict(b))
+
+
 def main(path: str) -> None:
     """Write every state to one file, by 'range mode map key/leaf'; the map 'one' is one device."""
     states = {(*case, "one"): state(*case) for case in {case[:2] for case in CASES}}
@@ -123,6 +136,7 @@ def main(path: str) -> None:
     arrays: dict[str, Any] = {
         " ".join((*case, name)): value for case, of in states.items() for name, value in of.items()
     }
+    check_conversion()
     np.savez(path, **arrays)
 
 

@@ -28,6 +28,7 @@ PACKAGES = (
     *("tensorflow-datasets", "onnx", "onnxruntime", "openvino"),
 )
 ONNX_RUNTIME = "ONNX Runtime"
+EXTRAS = ("", "train", "onnx", "openvino", "cuda", "tpu")  # Not those of developers.
 FREE_BYTES = 2**28  # A checkpoint of a small network and a report.
 
 
@@ -57,7 +58,7 @@ def doctor(
     Prints versions, devices, support for integers, the compilation cache and free space. Then each
     shape of product is computed as in the integer network, as in training and, if it is installed,
     by ONNX Runtime, and each sum and code is compared with NumPy's. Says what is wrong and what to
-    do; the exit status is 1 then. Writes nothing.
+    do; the exit status is 1 then. Writes nothing but JAX's compilation cache, if there is one.
 
     Args:
         run: Run folder, whose products are tested; without one, those of a small built-in set.
@@ -117,6 +118,8 @@ def _check_requirements(found: _Findings) -> None:
                            "its packages are not checked")  # fmt: skip
         return
     for needed in map(Requirement, lines):
+        if needed.marker and not any(needed.marker.evaluate({"extra": x}) for x in EXTRAS):
+            continue
         try:
             version = importlib.metadata.version(needed.name)
         except importlib.metadata.PackageNotFoundError:
@@ -138,14 +141,6 @@ def _examine(
     try:
         import jax
 
-        from jaxqat.integer import _self_test as tests
-        from jaxqat.integer._execute.executor import default_platform
-        from jaxqat.pipeline.data.datasets import cache_directory
-        from jaxqat.pipeline.integer_networks import load_network
-        from jaxqat.pipeline.progress import Work
-        from jaxqat.pipeline.run.folder import RunFolder
-        from jaxqat.pipeline.settings.data import DataConfig
-
         devices = jax.devices()
     except Exception as error:  # Whatever versions that do not fit, or a driver, raise.
         found.problems.append(
@@ -153,6 +148,23 @@ def _examine(
                 what=f"JAX cannot be used: {type(error).__name__}: {error}".rstrip("."),
                 repair="Install versions that fit each other: pip install --upgrade jax jaxlib "
                 "(with the extra of your device, such as 'jax[cuda13]').",
+            )
+        )
+        return
+    try:
+        from jaxqat.integer import _self_test as tests
+        from jaxqat.integer._execute.executor import default_platform
+        from jaxqat.pipeline.data.datasets import cache_directory
+        from jaxqat.pipeline.integer_networks import load_network
+        from jaxqat.pipeline.progress import Work
+        from jaxqat.pipeline.run.folder import RunFolder
+        from jaxqat.pipeline.settings.data import DataConfig
+    except Exception as error:  # Of a package that does not fit this version of JAX, too.
+        found.problems.append(
+            Problem(
+                what=f"jaxqat cannot be used: {type(error).__name__}: {error}".rstrip("."),
+                repair="Install the package that the error names in a version that fits the "
+                "others, or jaxqat and all that it needs in a new environment.",
             )
         )
         return
@@ -176,6 +188,11 @@ def _examine(
     ways = tests.jax_ways()
     if graph is None or graph.requantization == "float":
         _add_onnx_runtime(ways, found)
+    else:
+        found.notes.append(
+            "codes are tested with float multipliers and without ONNX Runtime, and this network "
+            "has fixed-point ones: only its sums are tested"
+        )
     what = f"testing {len(cases)} shapes of products in {len(ways)} ways"
     with Work(console, what, len(cases) * len(ways), "products") as work:
         for case in cases:

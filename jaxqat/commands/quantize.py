@@ -28,6 +28,7 @@ from jaxqat.pipeline.run.results import float_results, verification_result, writ
 from jaxqat.pipeline.run.snapshots import Model, restore_model
 from jaxqat.pipeline.stages import StageRun, check_finished
 from jaxqat.pipeline.terminal import say, tell
+from jaxqat.pipeline.training import stop_on_signals
 
 
 def quantize(
@@ -91,12 +92,14 @@ def quantize(
         if results is None or results.qat is None:
             tested = _test_float(networks, model, console)
             results = float_results(networks, folder, model, tested, command)
-        save_ptq(folder, graph)
         results = results.with_ptq(name, ptq, speed)
-        if tested is not None:  # Otherwise the report shows the images of QAT's network.
-            by_key = {"fp32": tested.logits, f"ptq_{name}": logits}
-            write_test_samples(folder, dataset, results, by_key)
-        folder.write_results(results)
+        with stop_on_signals() as stop:
+            stop.listen()  # The network and its results belong together.
+            save_ptq(folder, graph)
+            if tested is not None:  # Otherwise the report shows the images of QAT's network.
+                by_key = {"fp32": tested.logits, f"ptq_{name}": logits}
+                write_test_samples(folder, dataset, results, by_key)
+            folder.write_results(results)
         tell("writing the report", console)
         report = write_report(folder.path)
         analysis = None

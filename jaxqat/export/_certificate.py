@@ -61,8 +61,9 @@ def export_certificate(
     """Write what shows later, elsewhere and without jaxqat that a network computes the same codes.
 
     `python FOLDER/replay.py` runs the file on the golden inputs and names the first tensor that
-    differs. The codes are those of the present device; those of products are compared with NumPy's
-    before anything is written.
+    differs. The codes are those of the present device. Those of products are compared with NumPy's
+    before anything is written, except codes of fixed-point networks and, on a GPU, of what is fused
+    with an addition.
 
     Args:
         graph: The network.

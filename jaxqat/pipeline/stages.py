@@ -1,5 +1,6 @@
 """Training of one stage of an experiment in its run folder."""
 
+import contextlib
 import dataclasses
 import reprlib
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ import numpy as np
 from rich.console import Console
 
 from jaxqat.pipeline import config as configs
-from jaxqat.pipeline.checkpoint import CheckpointStore
+from jaxqat.pipeline.checkpoint import CheckpointError, CheckpointStore
 from jaxqat.pipeline.checkpoint.store import MODEL, OPTIMIZER
 from jaxqat.pipeline.data import Dataset, epoch_permutation
 from jaxqat.pipeline.evaluation import Predictor
@@ -209,7 +210,6 @@ class StageRun:
                 with stop_on_signals() as stop:
                     state = self._run(store, state, done, seconds, stop, console)
                     store.wait()
-                    stop.raise_if_set()
             last = Model(state.params, state.collections, int(state.step))
             if self.networks.experiment.select == "last":
                 return last
@@ -337,7 +337,8 @@ class FolderReporter(Reporter):
 
     def last_saved(self) -> int | None:
         """Return the step of the newest checkpoint."""
-        self.store.wait()
+        with contextlib.suppress(CheckpointError):  # One that cannot be written is not listed.
+            self.store.wait()
         return max(self.store.steps(), default=None)
 
     def epoch(self, record: dict[str, Any]) -> None:
@@ -352,13 +353,18 @@ class FolderReporter(Reporter):
         record: dict[str, Any] | None,
         *,
         epoch_seconds: float,
+        epoch_skipped: int,
         stopping: bool,
     ) -> None:
         """Write a checkpoint if one is due."""
         step, every = int(state.step), self.run.networks.experiment.checkpoint.every_epochs
         is_last = step == self.run.total_steps
         if stopping or is_last or record is None or record["epoch"] % every == 0:
-            extra = {**self.run.identity(), "epoch_seconds": epoch_seconds}
+            extra = {
+                **self.run.identity(),
+                "epoch_seconds": epoch_seconds,
+                "epoch_skipped": epoch_skipped,
+            }
             parts = split_state(state)
             self.store.save(
                 step, model=parts[MODEL], optimizer=parts[OPTIMIZER], record=record, extra=extra

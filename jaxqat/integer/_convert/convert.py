@@ -244,7 +244,7 @@ class _TracedModel:
         ]
         self._parameters, self._rebuild = bound.split_arrays()
         self._found: list[_ModelEmitter] = []
-        self._computed: dict[str, list[jax.Array]] = {}  # By program.
+        self._computed: dict[bytes, list[jax.Array]] = {}  # By program.
 
     def trace(self) -> None:
         """Raise ConversionError if a part of the model has no integer form."""
@@ -298,9 +298,9 @@ class _TracedModel:
     def _run(self, shapes: list[jax.ShapeDtypeStruct]) -> tuple[_ModelEmitter, list[jax.Array]]:
         """Trace the model, and compute the arrays of its graph."""
         program = ArraysProgram(self._function, self._parameters, shapes)
-        if program.text not in self._computed:
-            self._computed[program.text] = program(self._parameters, shapes)
-        return self._found[-1], self._computed[program.text]
+        if program.key not in self._computed:
+            self._computed[program.key] = program(self._parameters, shapes)
+        return self._found[-1], self._computed[program.key]
 
     def with_batch_sizes(
         self, emitter: _ModelEmitter, values: list[np.ndarray]

@@ -172,8 +172,9 @@ class CheckpointStore:
         """
         leaves = jax.tree.leaves(state)
         needed = sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in leaves)
-        free = shutil.disk_usage(self.directory).free
-        if free < needed:
+        with _writing(self.directory):
+            total, _, free = shutil.disk_usage(self.directory)
+        if free < needed and total:  # Some network file systems do not tell.
             raise CheckpointError(
                 f"{self.directory}: a checkpoint takes {needed:,} bytes, and the disk has "
                 f"{free:,} bytes left. Free the difference, then run again to continue from the "

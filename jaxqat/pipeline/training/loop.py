@@ -6,11 +6,11 @@ device; sums stay on the device and are read once per epoch.
 """
 
 import dataclasses
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -58,11 +58,18 @@ class Reporter:
         """Report the end of an epoch."""
 
     def save(
-        self, state: TrainState, record: Record | None, *, epoch_seconds: float, stopping: bool
+        self,
+        state: TrainState,
+        record: Record | None,
+        *,
+        epoch_seconds: float,
+        epoch_skipped: int,
+        stopping: bool,
     ) -> None:
         """Receive a state of NumPy arrays, which must be saved if the run is `stopping`.
 
-        Without a record, the state is within an epoch, which took `epoch_seconds` so far.
+        Without a record, the state is within an epoch, which took `epoch_seconds` so far and in
+        which `epoch_skipped` steps were skipped.
         """
 
 
@@ -143,6 +150,7 @@ def run_stage(
     reporter: Reporter,
     stop: StopRequest,
     epoch_seconds: float = 0.0,
+    epoch_skipped: int = 0,
 ) -> TrainState:
     """Train from the state's step to the end of the stage.
 
@@ -150,41 +158,59 @@ def run_stage(
         stage: Work of the stage.
         state: State to start from; its buffers are donated.
         reporter: Receives progress and the states to save.
-        stop: Checked after each dispatch; not used while the first ones are compiled.
+        stop: Checked after each dispatch; listens to signals once the first ones are compiled.
         epoch_seconds: Time already spent on the unfinished epoch of `state`.
+        epoch_skipped: Steps of that epoch that were skipped.
 
     Raises:
         DivergedError: If a loss, a gradient or the state is not finite, or if each step of an
-            epoch was skipped for that; nothing of that epoch was saved.
+            epoch was skipped for that.
         Stopped: If `stop` was set; the state was saved.
     """
     dispatcher = _Dispatcher(stage, reporter)
-    done, first = int(state.step), True
+    done = int(state.step)
     for epoch in range(done // stage.steps_per_epoch + 1, stage.epochs + 1):
         position, done = done % stage.steps_per_epoch, 0
         step, frozen = stage.step(epoch)
         order = stage.order(epoch)
-        with stop.nothing_to_save() if first else nullcontext():
-            calls = dispatcher.calls(step, position, state, order, frozen)
-        first = False
-        state, report, seconds, images = _run_epoch(
-            stage, calls, state, order, reporter, stop, epoch
-        )
-        epoch_seconds += seconds
+        calls = dispatcher.calls(step, position, state, order, frozen)
+        stop.listen()
+        ran = _run_epoch(stage, calls, state, order, reporter, stop, epoch)
+        state = ran.state
+        epoch_seconds += ran.seconds
+        epoch_skipped += len(ran.skipped)
         saved = jax.device_get(state)
         check_finite(stage, saved, epoch, reporter)
         record = None
         if saved.step == epoch * stage.steps_per_epoch:
-            speed = images / seconds
-            record = _record(stage, saved, report, epoch, frozen, epoch_seconds, speed)
+            if epoch_skipped == stage.steps_per_epoch:
+                what = "the loss or its gradient was infinite or NaN in every step"
+                raise _diverged(stage, what, saved, epoch, reporter, int(saved.step))
+            record = _record(stage, saved, ran, epoch, frozen, epoch_seconds, epoch_skipped)
             if stage.validate is not None:
                 record.update(stage.validate(state))
             reporter.epoch(record)
-            epoch_seconds = 0.0
+            epoch_seconds, epoch_skipped = 0.0, 0
         stopping = stop.signum is not None
-        reporter.save(saved, record, epoch_seconds=epoch_seconds, stopping=stopping)
+        reporter.save(
+            saved,
+            record,
+            epoch_seconds=epoch_seconds,
+            epoch_skipped=epoch_skipped,
+            stopping=stopping,
+        )
         stop.raise_if_set()
     return state
+
+
+class _Ran(NamedTuple):
+    """What was trained of an epoch: the state after it, the last step's report, skipped steps."""
+
+    state: TrainState
+    report: StepReport
+    seconds: float
+    images: int
+    skipped: list[int]
 
 
 def _run_epoch(
@@ -195,14 +221,11 @@ def _run_epoch(
     reporter: Reporter,
     stop: StopRequest,
     epoch: int,
-) -> tuple[TrainState, StepReport, float, int]:
+) -> _Ran:
     """Train to the end of an epoch or to a stop.
 
-    Returns:
-        The state, the report of the last step, seconds and number of images.
-
     Raises:
-        DivergedError: If the loss or gradient of a step is not finite, or each step was skipped.
+        DivergedError: If the loss or gradient of a step is not finite.
     """
     in_flight: deque[tuple[int, StepReport]] = deque()
     skipped: list[int] = []
@@ -231,10 +254,7 @@ def _run_epoch(
     seconds = time.perf_counter() - start
     if skipped:
         reporter.skipped(epoch, skipped)
-    if len(skipped) == images // stage.batch_size:
-        what = "the loss or its gradient was infinite or NaN in every step"
-        raise _diverged(stage, what, jax.device_get(state), epoch, reporter, skipped[0])
-    return state, report, seconds, images
+    return _Ran(state, report, seconds, images, skipped)
 
 
 def check_finite(stage: StagePlan, state: TrainState, epoch: int, reporter: Reporter) -> None:
@@ -257,15 +277,17 @@ def _diverged(
     nans = {name: count for name, tree in collections.items() if (count := _nans(tree))}
     counted = ", ".join(f"{count:,} in {name}" for name, count in nans.items()) or "none"
     last = reporter.last_saved()
-    good = f"the last checkpoint, of step {last}, is good"
-    if last is None:
-        good = "this stage has no checkpoint yet"
+    good = (
+        "This stage has no checkpoint yet"
+        if last is None
+        else f"The checkpoint of step {last} is good"
+    )
+    skip = f", or set {stage.name}.skip_failed_steps to true to leave such steps out"
     rate = float(stage.learning_rate(max(step - 1, 0)))
     return DivergedError(
         f"{stage.name}: {what}, in epoch {epoch}, at learning rate {rate:.3g} (numbers that are "
-        f"NaN now: {counted}). Nothing of this epoch was saved; {good}. Try a smaller "
-        f"{stage.name}.optimizer.learning_rate or a warm-up, or set "
-        f"{stage.name}.skip_failed_steps to true to leave such steps out."
+        f"NaN now: {counted}). {good}. Try a smaller {stage.name}.optimizer.learning_rate or a "
+        f"warm-up{'' if stage.skip_failed else skip}."
     )
 
 
@@ -277,24 +299,25 @@ def _nans(tree: Any) -> int:
 def _record(
     stage: StagePlan,
     state: TrainState,
-    report: StepReport,
+    ran: _Ran,
     epoch: int,
     frozen: bool,
     seconds: float,
-    images_per_s: float,
+    skipped: int,
 ) -> Record:
+    steps, norm = stage.steps_per_epoch - skipped, float(ran.report.gradient_norm)
     return {
         "stage": stage.name,
         "epoch": epoch,
         "step": epoch * stage.steps_per_epoch,
         # That of the epoch's last update; the schedule counts the updates before it.
         "learning_rate": float(stage.learning_rate(epoch * stage.steps_per_epoch - 1)),
-        "gradient_norm": float(report.gradient_norm),  # Of that update, too.
-        "loss": float(state.loss_sum) / stage.steps_per_epoch,
-        "accuracy": int(state.correct) / (stage.steps_per_epoch * stage.batch_size),
+        "gradient_norm": norm if math.isfinite(norm) else None,  # Of that update, too.
+        "loss": float(state.loss_sum) / steps,
+        "accuracy": int(state.correct) / (steps * stage.batch_size),
         "validation_loss": None,
         "validation_accuracy": None,
-        "images_per_s": images_per_s,
+        "images_per_s": ran.images / ran.seconds,
         "seconds": seconds,
         "frozen": frozen,
         "ranges": {} if stage.ranges is None else stage.ranges(state),

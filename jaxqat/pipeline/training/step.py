@@ -117,7 +117,7 @@ def make_step(
         steps_per_epoch: Whole batches in an epoch; order[steps_per_epoch * batch_size:] is unused.
         label_smoothing: See `cross_entropy`.
         skip_failed: Whether a step has no effect if its loss, its gradient or a number of the new
-            state is infinite or NaN.
+            state is infinite or NaN; the learning rate goes on.
     """
 
     def step(
@@ -165,11 +165,21 @@ def make_step(
             finite &= jnp.all(
                 jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(new_state)])
             )
-            old = state._replace(step=state.step + 1, loss_sum=loss_sum, correct=correct_sum)
+            # The optimizer counts the step: the schedule of the learning rate goes on.
+            old = state._replace(
+                step=state.step + 1,
+                opt_state=jax.tree.map(_old_unless_count, opt_state, state.opt_state),
+                loss_sum=loss_sum,
+                correct=correct_sum,
+            )
             new_state = jax.tree.map(partial(jnp.where, finite), new_state, old)
         return new_state, StepReport(loss, norm, jnp.where(finite, 0, state.step + 1))
 
     return step
+
+
+def _old_unless_count(new: Array, old: Array) -> Array:
+    return new if jnp.issubdtype(old.dtype, jnp.integer) else old
 
 
 def make_dispatch(step: Callable, length: int) -> Callable:

@@ -1,6 +1,6 @@
 """Stopping on signals: the loop saves its state and stops after the current dispatch.
 
-Everything else that a command does can be ended at any moment, since files are written atomically.
+What a command does otherwise needs no saving: the next command does it again.
 """
 
 import signal
@@ -15,7 +15,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """Whether a signal asked the training to stop.
+    """Whether a signal asked the work to stop.
 
     Attributes:
         signum: Number of the signal; None if there was none.
@@ -23,6 +23,9 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signum: int | None = None
+
+    def listen(self) -> None:
+        """Turn signals into this request from now on, if it is one of `stop_on_signals`."""
 
     def raise_if_set(self) -> None:
         """Stop if a signal came. Call this only where nothing is left to save.
@@ -33,34 +36,28 @@ class StopRequest:
         if self.signum is not None:
             raise Stopped(self.signum)
 
-    @contextmanager
-    def nothing_to_save(self) -> Iterator[None]:
-        """During a block, let signals act at once if they would without a request."""
-        yield
-
 
 class _FromSignals(StopRequest):
     """A request that SIGINT and SIGTERM set, once; a second signal goes to the handlers before."""
 
-    def install(self) -> None:
-        self._previous = {signum: signal.getsignal(signum) for signum in SIGNALS}
+    def __init__(self) -> None:
+        super().__init__()
+        self._is_listening = False
+
+    def listen(self) -> None:
+        if self._is_listening or threading.current_thread() is not threading.main_thread():
+            return
+        self._is_listening = True
+        self._previous = {signum: signal.signal(signum, self._on_signal) for signum in SIGNALS}
         self._woken = signal.set_wakeup_fd(-1)
-        for signum in SIGNALS:
-            signal.signal(signum, self._on_signal)
 
     def restore(self) -> None:
+        if not self._is_listening:
+            return
+        self._is_listening = False
+        signal.set_wakeup_fd(self._woken)  # First: the handlers before may rely on it.
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)
-        signal.set_wakeup_fd(self._woken)
-
-    @contextmanager
-    def nothing_to_save(self) -> Iterator[None]:
-        self.raise_if_set()
-        self.restore()
-        try:
-            yield
-        finally:
-            self.install()
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         self.signum = signum
@@ -69,18 +66,18 @@ class _FromSignals(StopRequest):
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Turn SIGINT and SIGTERM into a `StopRequest` during a block.
+    """Let SIGINT and SIGTERM set a `StopRequest`, from its `listen` to the end of a block.
 
     The previous handlers receive a second signal, so that a hanging run can be interrupted; so does
     who had asked for the first by `signal.set_wakeup_fd`. Python delivers signals to the main
     thread only; in another thread the request is never set.
+
+    Raises:
+        Stopped: At the end of the block, if a signal came.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield StopRequest()
-        return
     request = _FromSignals()
-    request.install()
     try:
         yield request
     finally:
         request.restore()
+    request.raise_if_set()

@@ -138,10 +138,10 @@ class _Apply:
                 result = self.module.apply(variables, *args, mutable=self.mutable, **kwargs)
         except ModifyScopeVariableError as error:
             raise QuantizationError(
-                "The module changes a variable in a call that may change none: "
-                f"{str(error).split(' (http')[0]} Call it as in inference (train=False, or what "
-                "its argument is called), or train it by `apply` with "
-                "mutable=['batch_stats', 'quant']."
+                "The module changes a variable in a call that may not change it: "
+                f"{str(error).split(' (http')[0]} Call it as in inference (for batch norm, "
+                "train=False or what its argument is called), or use `apply` with `mutable`, such "
+                "as mutable=['batch_stats', 'quant'] in training."
             ) from error
         # Linen returns a pair for every `mutable` but False.
         return (result, {}) if self.mutable is False else result

@@ -58,8 +58,8 @@ def test_what_only_the_models_results_need_is_left_out_also_within_calls():
 
 
 def test_programs_for_other_batches_are_equal_unless_a_number_depends_on_the_batch():
-    assert _program(lambda x: 127.0, 2).text == _program(lambda x: 127.0, 4).text
-    assert _program(lambda x: x.shape[0], 2).text != _program(lambda x: x.shape[0], 4).text
+    assert _program(lambda x: 127.0, 2).key == _program(lambda x: 127.0, 4).key
+    assert _program(lambda x: x.shape[0], 2).key != _program(lambda x: x.shape[0], 4).key
 
 
 DIFFERENT_CONSTANTS = """
@@ -73,7 +73,7 @@ def program(seed):
         once = parameters[0] * constant
         return [once, jax.lax.scan(lambda a, _: (a * constant, None), once, length=3)[0]]
 
-    return ArraysProgram(function, [jax.ShapeDtypeStruct((5000,), np.float32)]).text
+    return ArraysProgram(function, [jax.ShapeDtypeStruct((5000,), np.float32)]).key
 
 assert program(0) == program(0) != program(1)
 """

@@ -45,7 +45,7 @@ def make_stage(
     labels = jnp.asarray(rng.integers(0, CLASSES, IMAGES), jnp.int32)
     for image in poisoned:
         images = images.at[image].set(255)
-    optimizer = optax.sgd(learning_rate, momentum=0.9)
+    optimizer = optax.sgd(lambda count: learning_rate, momentum=0.9)  # It counts the steps.
 
     def forward(params, collections, x, key):
         mean = 0.9 * collections["mean"] + 0.1 * x.mean()
@@ -114,13 +114,19 @@ class Recorder(Reporter):
     def epoch(self, record):
         self.records.append(record)
 
-    def save(self, state, record, *, epoch_seconds, stopping):
+    def save(self, state, record, *, epoch_seconds, epoch_skipped, stopping):
+        self.epoch_skipped = epoch_skipped
         self.saved.append((state, record, epoch_seconds, stopping))
 
 
-def run(stage, state, recorder, epoch_seconds=0.0):
+def run(stage, state, recorder, epoch_seconds=0.0, epoch_skipped=0):
     return run_stage(
-        stage, state, reporter=recorder, stop=recorder.stop, epoch_seconds=epoch_seconds
+        stage,
+        state,
+        reporter=recorder,
+        stop=recorder.stop,
+        epoch_seconds=epoch_seconds,
+        epoch_skipped=epoch_skipped,
     )
 
 
@@ -234,7 +240,7 @@ def test_a_loss_of_nan_names_its_step_and_the_last_good_one(steps_per_dispatch):
     recorder = Recorder()
     step = place(image, 2)
     rate = f"{0.5 / step:.3g}"
-    wanted = rf"NaN in step {step}, in epoch 2, at learning rate {rate} .* of step 5, is good"
+    wanted = rf"NaN in step {step}, in epoch 2, at learning rate {rate} .*of step 5 is good"
     with pytest.raises(DivergedError, match=rf"(?s){wanted}.*fp32.skip_failed_steps"):
         run(stage, state, recorder)
     assert [int(saved.step) for saved, *_ in recorder.saved] == [5]
@@ -258,7 +264,8 @@ def test_a_step_that_is_skipped_changes_nothing_and_is_reported(steps_per_dispat
         if number + 1 in bad:
             new_epoch = number % STEPS_PER_EPOCH == 0
             sums = {"loss_sum": jnp.float32(0), "correct": jnp.int32(0)} if new_epoch else {}
-            state = state._replace(step=state.step + 1, **sums)
+            counted = jax.tree.map(lambda x: x + (x.dtype == jnp.int32), state.opt_state)
+            state = state._replace(step=state.step + 1, opt_state=counted, **sums)
         else:
             step = jax.jit(plain.step(epoch)[0])
             state, _ = step(state, plain.data, plain.order(epoch), plain.key)
@@ -267,6 +274,33 @@ def test_a_step_that_is_skipped_changes_nothing_and_is_reported(steps_per_dispat
     atol = 0 if steps_per_dispatch == 1 else 15 * 2**-20
     for a, b in zip(jax.tree.leaves(final), jax.tree.leaves(state), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=atol)
+
+
+def test_an_epoch_s_record_is_of_its_good_steps():
+    image = next(i for i in range(IMAGES) if place(i, 1) == STEPS_PER_EPOCH)
+    stage, state = make_stage(skip_failed=True, poisoned=[image])
+    recorder = Recorder()
+    run(stage, state, recorder)
+    record, (saved, *_) = recorder.records[0], recorder.saved[0]
+    assert recorder.left_out[1] == [STEPS_PER_EPOCH]
+    assert record["loss"] == float(saved.loss_sum) / (STEPS_PER_EPOCH - 1) > 0
+    assert record["accuracy"] == int(saved.correct) / ((STEPS_PER_EPOCH - 1) * BATCH)
+    assert record["gradient_norm"] is None  # Of the last step.
+
+
+def test_a_run_stopped_after_a_skipped_step_resumes_as_an_uninterrupted_one():
+    image = next(i for i in range(IMAGES) if place(i, 1) == 1)
+    stage, state = make_stage(skip_failed=True, poisoned=[image])
+    whole, first, second = Recorder(), Recorder(stop_after=1), Recorder()
+    expected = run(stage, state, whole)
+    stage, state = make_stage(skip_failed=True, poisoned=[image])
+    with pytest.raises(Stopped):
+        run(stage, state, first)
+    assert first.epoch_skipped == 1
+    saved, _, seconds, _ = first.saved[-1]
+    actual = run(stage, jax.tree.map(jnp.array, saved), second, seconds, first.epoch_skipped)
+    assert_same_bits(actual, expected)
+    assert [r["loss"] for r in second.records] == [r["loss"] for r in whole.records]
 
 
 def test_an_epoch_without_a_good_step_is_an_error():
@@ -333,38 +367,46 @@ def test_a_first_signal_is_a_request_and_a_second_one_acts_as_usual(signum):
     received = []
     previous = signal.signal(signum, lambda number, frame: received.append(number))
     try:
-        with stop_on_signals() as stop:
+        with pytest.raises(Stopped) as caught, stop_on_signals() as stop:
+            stop.listen()
             stop.raise_if_set()
             os.kill(os.getpid(), signum)
             assert stop.signum == signum
             assert received == []
-            with pytest.raises(Stopped) as caught:
-                stop.raise_if_set()
-            assert caught.value.signum == signum
             os.kill(os.getpid(), signum)
             assert received == [signum]
+        assert caught.value.signum == signum  # At the end of the block.
     finally:
         signal.signal(signum, previous)
 
 
-def test_with_nothing_to_save_a_signal_acts_as_before_the_block():
+def test_until_a_request_listens_a_signal_acts_as_before_the_block():
     received = []
     previous = signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
     try:
-        with stop_on_signals() as stop:
-            with stop.nothing_to_save():
-                os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(Stopped), stop_on_signals() as stop:
+            os.kill(os.getpid(), signal.SIGINT)
             assert (received, stop.signum) == ([signal.SIGINT], None)
+            stop.listen()
             os.kill(os.getpid(), signal.SIGINT)
             assert (received, stop.signum) == ([signal.SIGINT], signal.SIGINT)
-            with pytest.raises(Stopped), stop.nothing_to_save():
-                pytest.fail("it went on after a signal")
     finally:
         signal.signal(signal.SIGINT, previous)
 
 
+def test_a_stage_listens_to_signals_once_its_first_steps_are_compiled():
+    stage, state = make_stage()
+    recorder, order = Recorder(), []
+    recorder.compiling = lambda *, frozen: order.append("compiles")
+    recorder.advance = lambda steps: order.append("trains")
+    recorder.stop.listen = lambda: order.append("listens")
+    run(stage, state, recorder)
+    assert order[:3] == ["compiles", "listens", "trains"]
+
+
 def test_the_block_restores_the_signal_handlers():
     before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
-    with stop_on_signals():
+    with stop_on_signals() as stop:
+        stop.listen()
         assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] != before
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
