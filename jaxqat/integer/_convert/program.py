@@ -49,7 +49,9 @@ class ArraysProgram:
             return _results(jaxpr, kept, values)
 
         self._run = jax.jit(arrays)
-        self.text = self._run.lower(*(v.aval for v in jaxpr.invars)).as_text()
+        avals: Any = [v.aval for v in jaxpr.invars]  # Without the devices of the arrays.
+        shapes = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]
+        self.text = self._run.lower(*shapes).as_text()
         # JAX 0.10 prints constants, unless 'jax_use_simplified_jaxpr_constants' is set.
         self.key = _digest(self.text, _constants(jaxpr, kept))
 
