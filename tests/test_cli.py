@@ -128,7 +128,7 @@ def test_a_run_stopped_by_signals_ends_with_the_bits_of_an_uninterrupted_one(
         process.send_signal(signum)
         status, _, err = finish(process)
         assert status == 128 + signum
-        assert "the state is saved" in err
+        assert "Run the same command to resume." in err
         assert "Traceback" not in err
         assert not (run / "results.json").exists()
     status, out, err = finish(start(*train, compiled=compiled))
