@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import reprlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -198,17 +198,17 @@ class StageRun:
         with self.open_store() as store:
             restored = store.restore_newest_good(split_state(self.state_shapes()))
             if restored is None:
-                state, seconds = self.first_state(start()), 0.0
+                state, info = self.first_state(start()), {}
             else:
                 check_origin(restored, self.networks)
-                state, seconds = join_state(restored), restored.info["epoch_seconds"]
+                state, info = join_state(restored), restored.info
             done = int(state.step)
             if done < self.total_steps:
                 store.check_space(state)
                 self._announce(console, done)
                 self.folder.truncate_metrics(self.name, done)
                 with stop_on_signals() as stop:
-                    state = self._run(store, state, done, seconds, stop, console)
+                    state = self._run(store, state, done, info, stop, console)
                     store.wait()
             last = Model(state.params, state.collections, int(state.step))
             if self.networks.experiment.select == "last":
@@ -220,7 +220,7 @@ class StageRun:
         store: CheckpointStore,
         state: TrainState,
         done: int,
-        seconds: float,
+        info: Mapping[str, Any],
         stop: StopRequest,
         console: Console,
     ) -> TrainState:
@@ -238,7 +238,12 @@ class StageRun:
         with progress, RunLogs(self.folder, self.name, console) as logs:
             reporter = FolderReporter(self, store, progress, logs, console)
             return run_stage(
-                self.plan(), state, reporter=reporter, stop=stop, epoch_seconds=seconds
+                self.plan(),
+                state,
+                reporter=reporter,
+                stop=stop,
+                epoch_seconds=info.get("epoch_seconds", 0.0),
+                epoch_skipped=info.get("epoch_skipped", 0),
             )
 
     def _announce(self, console: Console, done: int) -> None:

@@ -16,7 +16,7 @@ from tiny_run import STEPS, STEPS_PER_EPOCH, files, signal_at, tiny
 from jaxqat import load, make_executor
 from jaxqat.commands import evaluate, report, train
 from jaxqat.errors import RecipeError
-from jaxqat.pipeline import compilation_choice
+from jaxqat.pipeline import compilation_choice, stages
 from jaxqat.pipeline.checkpoint import CheckpointError
 from jaxqat.pipeline.config import config_hash
 from jaxqat.pipeline.data import DataError, load_dataset
@@ -240,6 +240,30 @@ def test_a_run_stopped_within_an_epoch_and_resumed_ends_with_the_same_bits(
     assert ours["integer"] == theirs["integer"]
     assert network(run) == network(finished)
     assert ours["layers"] == theirs["layers"]
+
+
+def test_a_resumed_epoch_knows_how_many_of_its_steps_were_skipped(
+    tmp_path, monkeypatch, no_report, small_network, console
+):
+    run, save = tmp_path / "run", stages.FolderReporter.save
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(
+            stages.FolderReporter,
+            "save",
+            lambda self, *state, **facts: save(self, *state, **{**facts, "epoch_skipped": 1}),
+        )
+        signal_at(patch, 3)
+        train.train(tiny(), run, console=console)
+    given = []
+
+    def resumed(*arguments, **options):
+        given.append(options["epoch_skipped"])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stages, "run_stage", resumed)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(tiny(), run, console=console)
+    assert given == [1]
 
 
 def test_a_resumed_run_has_the_same_bits_in_the_fast_form(
