@@ -306,7 +306,7 @@ def test_infinite_loss_exits_with_1(tmp_path, config_file):
     assert status == 1
     assert "fp32: the loss or its gradient became infinite or NaN in step 2, in epoch 1" in err
     assert "at learning rate 2.95e+38" in err
-    assert "this stage has no checkpoint yet" in err
+    assert "This stage has no checkpoint yet" in err
     assert "Traceback" not in err
 
 
