@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_notebook_trains_evaluates_and_shows_the_report(tmp_path, monkeypatch):
     notebook = nbformat.read(ROOT / "scripts/colab.ipynb", as_version=4)
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]

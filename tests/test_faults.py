@@ -24,6 +24,7 @@ def environment(**changes: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **changes}
 
 
+@pytest.mark.long
 def test_a_run_that_is_killed_again_and_again_ends_with_the_bits_of_an_uninterrupted_one(tmp_path):
     """One round of the soak, whose 200 cycles are in the README's table."""
     path = tmp_path / "soak.json"

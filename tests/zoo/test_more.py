@@ -2,6 +2,8 @@
 
 import functools
 import json
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +14,13 @@ import jaxqat
 
 pytestmark = pytest.mark.slow
 
+# In a plain `pytest`; the others are marked long.
+QUICK = frozenset(
+    {
+        *("ResNet v2", "MobileNetV3", "U-Net, bilinear", "actor-critic", "backbone of features"),
+        *("LSTM", "NNX MobileNetV2", "Equinox CNN", "function"),
+    }
+)
 RECORDED = json.loads(table.RESULTS.read_text())["models"]
 # What no other machine changes; the others depend on the last bits of float32 in islands.
 EXACT = ("products", "integer_products", "integer_macs_percent", "islands", "codes", "bytes")
@@ -19,6 +28,10 @@ EXACT = ("products", "integer_products", "integer_macs_percent", "islands", "cod
 
 # Of Adam; others 5e-3.
 LEARNING_RATES = {"Inception": 2e-2}
+
+
+def marked(names: Iterable[str]) -> list[Any]:
+    return [pytest.param(n, marks=() if n in QUICK else pytest.mark.long) for n in names]
 
 
 @functools.cache
@@ -32,7 +45,7 @@ def test_the_readme_has_the_recorded_table_of_all_models():
     assert table.markdown(RECORDED) in readme
 
 
-@pytest.mark.parametrize("name", table.MODELS)
+@pytest.mark.parametrize("name", marked(table.MODELS))
 def test_a_model_converts_as_recorded_and_is_good(name):
     found = table.row(calibrated(name))
     assert {key: found[key] for key in EXACT} == {key: RECORDED[name][key] for key in EXACT}
@@ -43,7 +56,7 @@ def test_a_model_converts_as_recorded_and_is_good(name):
     assert found["largest_onnx_difference"] <= (1e-5 if found["islands"] else 0)
 
 
-@pytest.mark.parametrize("name", table.MORE)
+@pytest.mark.parametrize("name", marked(table.MORE))
 def test_a_model_trains_and_its_network_is_stored_and_exported(name, tmp_path):
     quantized = calibrated(name)
     losses, gradients = quantized.train(15, LEARNING_RATES.get(name, 5e-3))
