@@ -143,13 +143,11 @@ def _examine(
 
         devices = jax.devices()
     except Exception as error:  # Whatever versions that do not fit, or a driver, raise.
-        found.problems.append(
-            Problem(
-                what=f"JAX cannot be used: {type(error).__name__}: {error}".rstrip("."),
-                repair="Install versions that fit each other: pip install --upgrade jax jaxlib "
-                "(with the extra of your device, such as 'jax[cuda13]').",
-            )
+        repair = (
+            "Install versions that fit each other: pip install --upgrade jax jaxlib (with the "
+            "extra of your device, such as 'jax[cuda13]')."
         )
+        found.problems.append(_unusable("JAX", error, repair))
         return
     try:
         from jaxqat.integer import _self_test as tests
@@ -160,13 +158,11 @@ def _examine(
         from jaxqat.pipeline.run.folder import RunFolder
         from jaxqat.pipeline.settings.data import DataConfig
     except Exception as error:  # Of a package that does not fit this version of JAX, too.
-        found.problems.append(
-            Problem(
-                what=f"jaxqat cannot be used: {type(error).__name__}: {error}".rstrip("."),
-                repair="Install the package that the error names in a version that fits the "
-                "others, or jaxqat and all that it needs in a new environment.",
-            )
+        repair = (
+            "Install the package that the error names in a version that fits the others, or jaxqat "
+            "and all that it needs in a new environment."
         )
+        found.problems.append(_unusable("jaxqat", error, repair))
         return
     graph, data = None, DataConfig()
     if run is not None:
@@ -190,8 +186,8 @@ def _examine(
         _add_onnx_runtime(ways, found)
     else:
         found.notes.append(
-            "codes are tested with float multipliers and without ONNX Runtime, and this network "
-            "has fixed-point ones: only its sums are tested"
+            "this network has fixed-point multipliers: its sums are tested as it computes them, "
+            "its codes with float multipliers, and ONNX Runtime is left out"
         )
     what = f"testing {len(cases)} shapes of products in {len(ways)} ways"
     with Work(console, what, len(cases) * len(ways), "products") as work:
@@ -200,6 +196,11 @@ def _examine(
                 found.products.append(_tested(tests.check(case, name, way)))
                 work.advance(1)
     found.problems += _wrong_products(found.products)
+
+
+def _unusable(what: str, error: Exception, repair: str) -> Problem:
+    text = f"{what} cannot be used: {type(error).__name__}: {error}"
+    return Problem(what=text.rstrip("."), repair=repair)
 
 
 def _add_onnx_runtime(ways: dict[str, Any], found: _Findings) -> None:

@@ -67,6 +67,7 @@ def quantize(
         RecipeError: If the recipe does not exist or does not fit the network.
         CheckpointError: If the checkpoint is damaged.
         ConversionError: If parts of the network have no integer form.
+        Stopped: If a signal came while the network and its results were written; they are complete.
     """
     del method  # There is only one.
     console = console or Console()

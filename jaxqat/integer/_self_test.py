@@ -8,6 +8,7 @@ A *way* is one program that computes a product: the integer network, a training 
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -62,7 +63,7 @@ class Case:
         where = [f"on {_by(spatial)}"] if spatial else []
         return ", ".join([window, f"{channels} to {node.channels} channels", *more, *where])
 
-    @property
+    @functools.cached_property
     def total(self) -> np.ndarray:
         """The sums by NumPy, without the bias."""
         return sums(self.node, self.units)
