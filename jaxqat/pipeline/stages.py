@@ -29,6 +29,7 @@ from jaxqat.pipeline.run.snapshots import (
     restore_selected,
     split_state,
 )
+from jaxqat.pipeline.sentinel import Sentinel
 from jaxqat.pipeline.terminal import say, tell
 from jaxqat.pipeline.training import (
     DEFAULT,
@@ -166,6 +167,11 @@ class StageRun:
         module = self.networks.modules[self.name]
         return self.name == "qat" and isinstance(module, QuantizedModule)
 
+    def _check(self, console: Console) -> Callable[[TrainState, int], None] | None:
+        """Return the check of the state after each epoch, and of the epoch's number."""
+        is_on = self._has_ranges and isinstance(self.config, QatConfig) and self.config.sentinel
+        return Sentinel(self.networks, self.compilation, console).check if is_on else None
+
     def _ranges(self) -> Callable[[TrainState], dict[str, tuple[float, float]]]:
         """Return the function that reads the range of each layer's input off a state."""
         layers = self.networks.describe()
@@ -237,8 +243,9 @@ class StageRun:
         )
         with progress, RunLogs(self.folder, self.name, console) as logs:
             reporter = FolderReporter(self, store, progress, logs, console)
+            plan = dataclasses.replace(self.plan(), check=self._check(console))
             return run_stage(
-                self.plan(),
+                plan,
                 state,
                 reporter=reporter,
                 stop=stop,

@@ -115,6 +115,10 @@ class QatConfig(StageConfig):
     """Whether to also convert and test the network of post-training quantization: calibrated, but
     not fine-tuned."""
 
+    sentinel: bool = True
+    """Whether to compare integer sums of a few layers with NumPy's after each epoch, and to stop on
+    a difference: a compiler that computes them wrongly is found out."""
+
     optimizer: OptimizerConfig = dataclasses.field(
         default_factory=lambda: OptimizerConfig(learning_rate=1e-3)
     )

@@ -91,6 +91,7 @@ class StagePlan:
         key: The stage's random key.
         learning_rate: The schedule, for the record only.
         ranges: Returns the activation ranges, (low, high) by layer; None for a network without.
+        check: Checks the state after an epoch, given its number, and raises if it is wrong.
         validate: Returns 'validation_loss' and 'validation_accuracy'; None without that split.
         compilation: How training steps are compiled.
         skip_failed: Whether the steps leave out those that are not finite, as `make_step` does.
@@ -108,6 +109,7 @@ class StagePlan:
     learning_rate: Callable[[int], Any]
     validate: Callable[[TrainState], dict[str, float]] | None
     ranges: Callable[[TrainState], dict[str, tuple[float, float]]] | None = None
+    check: Callable[[TrainState, int], None] | None = None
     compilation: Compilation = DEFAULT
     skip_failed: bool = False
 
@@ -186,6 +188,8 @@ def run_stage(
             if epoch_skipped == stage.steps_per_epoch:
                 what = "the loss or its gradient was infinite or NaN in every step"
                 raise _diverged(stage, what, saved, epoch, reporter, int(saved.step))
+            if stage.check is not None:
+                stage.check(state, epoch)
             record = _record(stage, saved, ran, epoch, frozen, epoch_seconds, epoch_skipped)
             if stage.validate is not None:
                 record.update(stage.validate(state))

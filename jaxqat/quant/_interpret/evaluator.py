@@ -93,6 +93,22 @@ class Evaluator:
             if real
         }
 
+    @property
+    def products(self) -> dict[str, forms.Accumulator]:
+        """The sums of each layer's codes and weights, by its path; in loops, of the last one.
+
+        Not of layers in float or of dynamic ranges, whose sums have no form.
+        """
+        found = {
+            layer.path: self._known[node.outputs[0]].form
+            for node, layer in self.plan.layers.items()
+        }
+        return {
+            path: form
+            for path, form in found.items()
+            if isinstance(form, forms.Accumulator) and isinstance(form.source, forms.Multiplied)
+        }
+
     @default_promotion
     def run(self, arguments: list[Any]) -> list[Any]:
         """Run the program; return its results."""
