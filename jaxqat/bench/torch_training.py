@@ -15,7 +15,11 @@ Call = Callable[[], None]
 def torch_has(model: ModelConfig) -> bool:
     """Return whether this module builds the network."""
     is_resnet = model.target is None
-    return is_resnet and model.depth not in BOTTLENECK_DEPTHS and model.stem == "cifar"
+    return (
+        is_resnet
+        and model.depth not in BOTTLENECK_DEPTHS
+        and (model.stem, model.shortcut) == ("cifar", "conv")
+    )
 
 
 def torch_steps(

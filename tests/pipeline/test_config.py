@@ -85,7 +85,7 @@ def test_a_value_of_a_wrong_type_names_its_key(settings, key):
         ({"qat": {"epochs": 2, "freeze_epochs": 3}}, "qat.freeze_epochs must be in 0..2"),
         ({"quant": {"weight_bits": 9}}, "quant.weight_bits must be an integer in 2..8"),
         ({"quant": {"rules": [{"weight_bits": 1}]}}, "quant.rules.weight_bits must be"),
-        ({"model": {"depth": 20}}, "model.depth must be one of 18, 34, 50, got 20"),
+        ({"model": {"depth": 19}}, "model.depth must be one of 18, 34, 50, 20, 32, 44, 56, got 19"),
         ({"data": {"validation_size": -1}}, "data.validation_size must be >= 0"),
         ({"checkpoint": {"keep_last": 0}}, "checkpoint.keep_last must be 1 or more"),
         ({"seed": -1}, "seed must be in"),

@@ -1,4 +1,5 @@
-"""ResNet-18, -34 and -50 (He et al. 2015, arXiv:1512.03385) with a CIFAR or an ImageNet stem.
+"""ResNets (He et al. 2015, arXiv:1512.03385): -18, -34 and -50 with a CIFAR or an ImageNet stem,
+and those of three stages for CIFAR-10, ResNet-20 to -56.
 
 Layouts are NHWC for activations and HWIO for kernels. Layer names are explicit because checkpoints
 store them and quantization rules match them: 'stem_conv', 'stage2/block0/conv1',
@@ -14,10 +15,14 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxqat.pipeline.settings.model import ModelConfig
+from jaxqat.pipeline.settings.model import CIFAR_DEPTHS, ModelConfig
 
-# Blocks in each of the four stages (He et al. 2015, table 1); 50 layers use bottlenecks.
-STAGE_SIZES = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
+# Blocks in each stage (He et al. 2015, table 1); 50 layers use bottlenecks. Those of three stages
+# have 6n + 2 layers (section 4.2).
+STAGE_SIZES = {
+    **{18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)},
+    **{depth: ((depth - 2) // 6,) * 3 for depth in CIFAR_DEPTHS},
+}
 BOTTLENECK_DEPTHS = (50,)
 BOTTLENECK_EXPANSION = 4
 
@@ -59,6 +64,7 @@ class BasicBlock(nn.Module):
     features: int
     stride: int
     dtype: Any = jnp.float32
+    shortcut: str = "conv"
 
     @nn.compact
     def __call__(self, x: Float[Array, "n h w c"], train: bool) -> Float[Array, "n h2 w2 f"]:
@@ -67,7 +73,11 @@ class BasicBlock(nn.Module):
         y = conv(self.features, 3, self.stride, name="conv1")(x)
         y = nn.relu(norm(name="norm1")(y))
         y = norm(name="norm2")(conv(self.features, 3, 1, name="conv2")(y))
-        if self.stride != 1 or x.shape[-1] != self.features:
+        changes = self.stride != 1 or x.shape[-1] != self.features
+        if changes and self.shortcut == "pad":
+            more = self.features - x.shape[-1]
+            x = jnp.pad(x[:, :: self.stride, :: self.stride], ((0, 0),) * 3 + ((0, more),))
+        elif changes:
             x = conv(self.features, 1, self.stride, name="shortcut_conv")(x)
             x = norm(name="shortcut_norm")(x)
         return nn.relu(y + x)
@@ -102,7 +112,7 @@ class BottleneckBlock(nn.Module):
 class Stage(nn.Module):
     """Blocks of equal width, named block0, block1, ...; the first one has the stride."""
 
-    block: type[nn.Module]
+    block: Any  # Takes features, stride and dtype.
     size: int
     features: int
     stride: int
@@ -130,6 +140,7 @@ class ResNet(nn.Module):
     num_classes: int = 10
     stem: str = "cifar"
     dtype: Any = jnp.float32
+    shortcut: str = "conv"
 
     @nn.compact
     def __call__(self, x: Float[Array, "n h w c"], train: bool) -> Float[Array, "n k"]:
@@ -147,7 +158,9 @@ class ResNet(nn.Module):
             padding: Any = ((1, 1), (1, 1))  # Flax accepts pairs but annotates only str.
             x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=padding)
 
-        block = BottleneckBlock if self.depth in BOTTLENECK_DEPTHS else BasicBlock
+        block: Any = partial(BasicBlock, shortcut=self.shortcut)
+        if self.depth in BOTTLENECK_DEPTHS:
+            block = BottleneckBlock
         for i, size in enumerate(STAGE_SIZES[self.depth]):
             features, stride = self.width * 2**i, 1 if i == 0 else 2
             x = Stage(block, size, features, stride, self.dtype, name=f"stage{i + 1}")(x, train)
@@ -161,7 +174,7 @@ def build_resnet(config: ModelConfig, num_classes: int, dtype: Any = jnp.float32
     """Return the ResNet of a configuration.
 
     Args:
-        config: Depth, width and stem.
+        config: Depth, width, stem and shortcuts.
         num_classes: Number of logits, 2 or more.
         dtype: Compute precision, float32 or bfloat16; parameters are float32 for both.
 
@@ -176,6 +189,7 @@ def build_resnet(config: ModelConfig, num_classes: int, dtype: Any = jnp.float32
         num_classes=num_classes,
         stem=config.stem,
         dtype=dtype,
+        shortcut=config.shortcut,
     )
 
 

@@ -5,10 +5,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-DEPTHS = (18, 34, 50)
+CIFAR_DEPTHS = (20, 32, 44, 56)  # Of three stages (He et al. 2015, section 4.2).
+DEPTHS = (18, 34, 50, *CIFAR_DEPTHS)
 STEMS = ("cifar", "imagenet")
+SHORTCUTS = ("conv", "pad")
 MAX_WIDTH = 1024  # Three billion parameters in ResNet-18.
-RESNET_ONLY = ("depth", "width", "stem")
+RESNET_ONLY = ("depth", "width", "stem", "shortcut")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -16,13 +18,18 @@ class ModelConfig:
     """Which network to train: a ResNet, or your own (config key `model`)."""
 
     depth: int = 18
-    """Layers with weights on the longest path of the ResNet: 18, 34 or 50."""
+    """Layers with weights on the longest path of the ResNet: 18, 34 or 50; or 20, 32, 44 or 56 for
+    those of three stages for CIFAR-10, which are 16 wide in the literature."""
 
     width: int = 64
     """Channels of the first stage; each later stage doubles them. 64 is the paper's."""
 
     stem: str = "cifar"
     """'cifar': one 3x3 convolution; 'imagenet': 7x7 at stride 2 and a 3x3 max-pool at stride 2."""
+
+    shortcut: str = "conv"
+    """Around a block that changes size or width: 'conv', a 1x1 convolution and batch norm, or
+    'pad', every other pixel and channels of zeros (option A of He et al. 2015)."""
 
     target: str | None = None
     """Your own network instead of a ResNet: 'package.module:Name' of a Linen or NNX module class,
@@ -34,7 +41,8 @@ class ModelConfig:
 
     def __post_init__(self):
         if self.depth not in DEPTHS:
-            raise ValueError(f"model.depth must be one of 18, 34, 50, got {self.depth!r}.")
+            depths = ", ".join(map(str, DEPTHS))
+            raise ValueError(f"model.depth must be one of {depths}, got {self.depth!r}.")
         whole = isinstance(self.width, int) and not isinstance(self.width, bool)
         if not whole or not 1 <= self.width <= MAX_WIDTH:
             raise ValueError(
@@ -42,6 +50,14 @@ class ModelConfig:
             )
         if self.stem not in STEMS:
             raise ValueError(f"model.stem must be 'cifar' or 'imagenet', got {self.stem!r}.")
+        if self.shortcut not in SHORTCUTS:
+            raise ValueError(f"model.shortcut must be 'conv' or 'pad', got {self.shortcut!r}.")
+        if self.shortcut == "pad" and self.depth == 50:
+            raise ValueError(
+                "model.shortcut 'pad' is for blocks of two convolutions, not depth 50."
+            )
+        if self.stem == "imagenet" and self.depth in CIFAR_DEPTHS:
+            raise ValueError(f"model.stem must be 'cifar' for depth {self.depth}, got 'imagenet'.")
         if self.target is None and self.arguments:
             raise ValueError("model.arguments are those of model.target, which is not set.")
         if self.target is not None:

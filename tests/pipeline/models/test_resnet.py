@@ -12,7 +12,10 @@ from jaxqat.pipeline.models import ModelConfig, ResNet, build_model
 pytestmark = pytest.mark.slow
 
 # Odd sizes reveal padding on the wrong side, which a stride can hide for even ones.
-CASES = [(18, "cifar", 16), (18, "cifar", 13), (34, "imagenet", 33), (50, "imagenet", 32)]
+CASES = [
+    *((18, "cifar", 16), (18, "cifar", 13), (34, "imagenet", 33), (50, "imagenet", 32)),
+    (20, "cifar", 13),
+]
 BATCH, CLASSES, WIDTH = 4, 7, 4
 
 
@@ -40,6 +43,13 @@ def count(model):
         (ModelConfig(depth=18, stem="imagenet"), 1000, 11_689_512),
         (ModelConfig(depth=34, stem="imagenet"), 1000, 21_797_672),
         (ModelConfig(depth=50, stem="imagenet"), 1000, 25_557_032),
+        # 0.27, 0.46, 0.66 and 0.85 million in He et al. 2015, table 6, which has option A.
+        (ModelConfig(depth=20, width=16, shortcut="pad"), 10, 269_722),
+        (ModelConfig(depth=32, width=16, shortcut="pad"), 10, 464_154),
+        (ModelConfig(depth=44, width=16, shortcut="pad"), 10, 658_586),
+        (ModelConfig(depth=56, width=16, shortcut="pad"), 10, 853_018),
+        # With two 1x1 convolutions and their norms more: 512 + 64 + 2,048 + 128.
+        (ModelConfig(depth=20, width=16), 10, 272_474),
     ],
 )
 def test_the_number_of_parameters_is_the_published_one(config, classes, expected):
@@ -123,6 +133,8 @@ class NumpyResNet:
         if f"{name}/shortcut_conv/kernel" in self.params:
             x = self.conv(x, f"{name}/shortcut_conv", stride)
             x = self.norm(x, f"{name}/shortcut_norm")
+        elif x.shape != y.shape:
+            x = np.concatenate([x[:, ::2, ::2], np.zeros_like(y[..., x.shape[-1] :])], -1)
         return np.maximum(x + y, 0)
 
     def features(self, x):
@@ -132,7 +144,7 @@ class NumpyResNet:
             x = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-np.inf)
             windows = np.lib.stride_tricks.sliding_window_view(x, (3, 3), axis=(1, 2))
             x = windows[:, ::2, ::2].max((-1, -2))
-        blocks = {18: [2, 2, 2, 2], 34: [3, 4, 6, 3], 50: [3, 4, 6, 3]}[self.depth]
+        blocks = {18: [2, 2, 2, 2], 20: [3, 3, 3], 34: [3, 4, 6, 3], 50: [3, 4, 6, 3]}[self.depth]
         for stage, size in enumerate(blocks, 1):
             for i in range(size):
                 x = self.block(x, f"stage{stage}/block{i}", 2 if stage > 1 and i == 0 else 1)
@@ -175,6 +187,17 @@ def test_logits_and_statistics_are_those_of_a_numpy_network(depth, stem, size, t
             # Float64 throughout: sums of at most 288 terms and 1,024 pixels, some 2**-43 a layer,
             # over 50 layers that batch norm keeps from amplifying: 6e-12, with room to 1e-10.
             np.testing.assert_allclose(new[path], value, rtol=1e-10, atol=1e-10, err_msg=path)
+
+
+def test_shortcuts_of_padding_are_those_of_a_numpy_network():
+    model = ResNet(20, WIDTH, CLASSES, "cifar", jnp.float64, "pad")
+    variables = random_variables(model, 13)
+    assert not [path for path in parameter_paths(variables) if "shortcut" in path]
+    x = np.random.default_rng(1).normal(size=(BATCH, 13, 13, 3))
+    logits, _ = apply_float64(model, variables, x, train=False)
+    features = NumpyResNet(20, "cifar", variables, train=False).features(x)
+    head = variables["params"]["head"]
+    assert_logits_agree(logits, features, head["kernel"], head["bias"])
 
 
 def test_evaluation_uses_and_does_not_change_the_running_statistics():
@@ -225,7 +248,7 @@ def torch_resnet(depth, width, classes, stem):
     if stem == "imagenet":
         layers = [conv(3, width, 7, 2), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
     channels = width
-    for stage, size in enumerate([2, 2, 2, 2] if depth == 18 else [3, 4, 6, 3]):
+    for stage, size in enumerate({18: [2, 2, 2, 2], 20: [3, 3, 3]}.get(depth, [3, 4, 6, 3])):
         for i in range(size):
             block = Block(channels, width * 2**stage, 2 if stage and not i else 1)
             layers.append(block)
@@ -338,7 +361,10 @@ def test_initial_kernels_have_the_variances_of_pytorchs():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"depth": 20}, "model.depth must be one of 18, 34, 50, got 20"),
+        ({"depth": 19}, "model.depth must be one of 18, 34, 50, 20, 32, 44, 56, got 19"),
+        ({"shortcut": "none"}, "model.shortcut must be 'conv' or 'pad', got 'none'"),
+        ({"shortcut": "pad", "depth": 50}, "model.shortcut 'pad' is for blocks of two"),
+        ({"stem": "imagenet", "depth": 20}, "model.stem must be 'cifar' for depth 20"),
         ({"width": 0}, "model.width must be an integer in 1..1024, got 0"),
         ({"width": 2.5}, "model.width must be an integer in 1..1024, got 2.5"),
         ({"stem": "foo"}, "model.stem must be 'cifar' or 'imagenet', got 'foo'"),
