@@ -26,6 +26,7 @@ SUPPLIED = ("console", "command")  # Parameters that `dispatch` fills in; they a
 POSITIONAL = {
     "run": "the run folder",
     "folder": "the folder of runs",
+    "runs": "the run folders",
     "network": "the network",
     "paths": "the images",
 }

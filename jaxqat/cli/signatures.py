@@ -23,7 +23,7 @@ from jaxqat.pipeline.settings.data import SplitName
 
 COMMANDS = (
     *("train", "quantize", "evaluate", "analyze", "verify", "export", "benchmark", "lowering"),
-    *("report", "predict", "runs", "doctor"),
+    *("report", "predict", "runs", "compare", "doctor"),
 )
 # What annotations of parameters are made of.
 _NAMES = {

@@ -133,7 +133,7 @@ def draw_confusion(
         image = axes.imshow(share, cmap=colors, norm=PowerNorm(0.5, 0, 1))
         axes.set_title(title, loc="left")
         axes.grid(False)
-        _name_classes(axes, class_names)
+        name_classes(axes, class_names)
         if k <= MAX_COUNTED_CLASSES:
             _write_counts(axes, counts, share, theme)
         else:
@@ -143,7 +143,8 @@ def draw_confusion(
         return to_png(figure)
 
 
-def _name_classes(axes: Axes, class_names: Sequence[str]) -> None:
+def name_classes(axes: Axes, class_names: Sequence[str]) -> None:
+    """Name the rows and columns of a confusion matrix; more than 30 classes by their indices."""
     k = len(class_names)
     if k <= MAX_NAMED_CLASSES:
         names = [shorten(name) for name in class_names]

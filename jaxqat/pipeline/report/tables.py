@@ -178,13 +178,19 @@ def size(results: Results) -> dict[str, str]:
 
 def sizes(results: Results) -> list[tuple[str, int, float]]:
     """Return name, bytes and accuracy of every network that has a size of its own."""
+    bytes_of = sizes_by_key(results)
+    return [
+        (network.name, bytes_of[network.key], network.test.accuracy)
+        for network in results.tested()
+        if network.key in bytes_of
+    ]
+
+
+def sizes_by_key(results: Results) -> dict[str, int]:
+    """Return the bytes of every network that has a size of its own, by its key."""
     size = {"fp32": results.size_bytes.fp32, "integer": results.size_bytes.integer}
     size |= {f"ptq_{name}": ptq.size_bytes for name, ptq in results.ptq.items()}
-    return [
-        (network.name, found, network.test.accuracy)
-        for network in results.tested()
-        if (found := size.get(network.key)) is not None
-    ]
+    return {key: found for key, found in size.items() if found is not None}
 
 
 def speed(results: Results) -> list[dict[str, Any]]:

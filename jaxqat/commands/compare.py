@@ -1,0 +1,45 @@
+"""`jaxqat compare`: one page that compares several runs."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from jaxqat.errors import InputError
+from jaxqat.pipeline.report import write_comparison
+from jaxqat.pipeline.terminal import say, tell
+
+
+def compare(
+    runs: Sequence[Path],
+    *,
+    output: Path,
+    overwrite: bool = False,
+    console: Console | None = None,
+) -> Path:
+    """Compare runs on one page: accuracy, bytes, speed, curves, confusions and classes.
+
+    Needs `config.yaml`, `metrics.jsonl` and `results.json` of each run, which must have been tested
+    on the same images. Changes are those from the first run.
+
+    Args:
+        runs: Run folders, two or more; the others are compared with the first.
+        output: The page to write; one file, without scripts.
+        overwrite: Replace an existing file.
+        console: Where the path of the page is printed; None for standard output.
+
+    Returns:
+        Path of the page.
+
+    Raises:
+        InputError: The output exists, and `overwrite` is not given.
+        ReportError: There are fewer than two runs, a file is missing or broken, the runs were
+            tested on different data, or the page cannot be written.
+    """
+    console, output = console or Console(), Path(output)
+    if output.exists() and not overwrite:
+        raise InputError(f"{output}: already exists; give another name or pass --overwrite.")
+    tell(f"comparing {len(runs)} runs", console)
+    page = write_comparison([Path(run) for run in runs], output)
+    say(f"comparison: {page}", console)
+    return page

@@ -1,0 +1,110 @@
+"""`jaxqat compare`: one page over several runs, whose numbers are those of their files."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import tiny_run
+from tiny_run import run_command
+
+from jaxqat.pipeline.report import ReportError, comparison, write_comparison
+from jaxqat.pipeline.run.folder import RunFolder
+
+pytestmark = pytest.mark.slow
+
+finished = tiny_run.finished
+
+
+@pytest.fixture
+def runs(finished, tmp_path):
+    """A run, and a copy of it with a few test images in other classes and another accuracy."""
+    ignored = shutil.ignore_patterns("checkpoints", "figures", "ptq", "integer")
+    folders = [tmp_path / name for name in ("a/run", "b/run")]
+    for folder in folders:
+        shutil.copytree(finished, folder, ignore=ignored)
+    path = folders[1] / "results.json"
+    content = json.loads(path.read_text())
+    test = content["integer"]["test"]
+    matrix = np.array(test["confusion_matrix"])
+    true = int(matrix.diagonal().argmax())
+    taken = (true + 1) % len(matrix)
+    matrix[true, true] -= 2
+    matrix[true, taken] += 2
+    test["confusion_matrix"] = matrix.tolist()
+    test["accuracy"] = matrix.trace() / matrix.sum()
+    path.write_text(json.dumps(content))
+    return folders, true, taken
+
+
+def text_of(page):
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", page))
+
+
+def test_the_page_has_every_network_its_change_and_the_confusions_that_changed(runs, capsys):
+    folders, true, taken = runs
+    page = folders[0].parent / "page.html"
+    assert run_command("compare", *folders, "--output", page) == 0
+    assert f"comparison: {page}" in capsys.readouterr().out
+    results = [RunFolder(folder).read_results() for folder in folders]
+    text = text_of(page.read_text())
+    change = 100 * (results[1].integer.test.accuracy - results[0].integer.test.accuracy)
+    for name, result in zip(("a/run", "b/run"), results, strict=True):
+        for network in result.tested():
+            assert f"{name}: {network.name} {100 * network.test.accuracy:.2f}" in text
+    last = f"b/run: {list(results[1].tested())[-1].name}"
+    accuracy = f"{100 * results[1].integer.test.accuracy:.2f}"
+    shown = f"{change:+.2f}".replace("-", "−")
+    assert f"{last} {accuracy} {shown} {results[1].size_bytes.integer:,}" in text
+    names = [each.name for each in results[0].fp32.test.per_class]
+    before = results[0].integer.test.confusion_matrix[true][taken]
+    assert f"{names[true]} taken for {names[taken]}: {before} to {before + 2} (+2)" in text
+    assert "<script" not in page.read_text()
+
+
+def test_an_existing_page_is_kept_unless_told(runs, capsys):
+    folders, *_ = runs
+    page = folders[0].parent / "page.html"
+    page.write_text("mine")
+    assert run_command("compare", *folders, "--output", page) == 2
+    assert f"{page}: already exists" in capsys.readouterr().err
+    assert page.read_text() == "mine"
+    assert run_command("compare", *folders, "--output", page, "--overwrite") == 0
+    assert page.read_text().startswith("<!doctype html>")
+
+
+def test_what_cannot_be_compared_is_refused_by_name(runs, tmp_path):
+    folders, *_ = runs
+    page = tmp_path / "page.html"
+    with pytest.raises(ReportError, match="needs two runs or more, got 1"):
+        write_comparison(folders[:1], page)
+    with pytest.raises(ReportError, match="a run is given twice"):
+        write_comparison([folders[0], folders[0]], page)
+    path = folders[1] / "results.json"
+    content = json.loads(path.read_text())
+    content["data"]["sha256"]["test"] = "0" * 64
+    path.write_text(json.dumps(content))
+    with pytest.raises(
+        ReportError, match=r"a/run and b/run were tested on different data.*SHA-256"
+    ):
+        write_comparison(folders, page)
+    path.unlink()
+    with pytest.raises(ReportError, match=r"b/run/results.json"):
+        write_comparison(folders, page)
+    assert not page.exists()
+
+
+def test_a_shared_fp32_network_is_shown_once(runs):
+    folders, *_ = runs
+    path = folders[1] / "results.json"
+    content = json.loads(path.read_text())
+    content["fp32"]["from_run"] = {"name": "run", "config_hash": "0" * 64}
+    path.write_text(json.dumps(content))
+    points = comparison._points(
+        [
+            comparison.Named(name, comparison.read_run(folder))
+            for name, folder in zip("ab", folders, strict=True)
+        ]
+    )
+    assert [point.name for point in points if point.name.endswith("FP32")] == ["a: FP32"]
