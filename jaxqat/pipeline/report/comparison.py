@@ -158,7 +158,7 @@ def _points(runs: Sequence[Named]) -> list[_Point]:
 
 
 def _networks(runs: Sequence[Named]) -> list[dict[str, Any]]:
-    """Return a row for every network: scores, change from the first run's last one, bytes, speed."""
+    """Return a row for every network, with the change from the first run's last one."""
     base = runs[0].last.test.accuracy
     return [
         {
