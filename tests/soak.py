@@ -68,12 +68,13 @@ SAVING = "SIGKILL with an unfinished checkpoint in the run"
 STOPPED = "SIGTERM"
 FLIPPED = "one bit flipped in the newest checkpoint"
 CUT = "a file of the newest checkpoint cut short"
+EMPTIED = "a file of the newest checkpoint emptied"
 DELETED = "a folder of the newest checkpoint deleted"
 CLOCK = "the clock is set, forward or back by days"
 CACHE_CUT = "files of the compilation cache cut short"
 NO_CACHE = "a compilation cache that can be neither read nor written"
 KILLS = (*KILLED.values(), SAVING, STOPPED)
-FAULTS = (*KILLS, FLIPPED, CUT, DELETED, CLOCK, CACHE_CUT, NO_CACHE)
+FAULTS = (*KILLS, FLIPPED, CUT, EMPTIED, DELETED, CLOCK, CACHE_CUT, NO_CACHE)
 # Of one round, in the order of the phases: where a process is killed.
 ROUND = ("fp32", "fp32 saving", "fp32", "qat", "qat saving", "qat", "deploy", "deploy")
 
@@ -200,7 +201,9 @@ def damage(checkpoint: Path, fault: str, rng: random.Random) -> None:
     path = max(checkpoint.rglob("d/*"), key=lambda p: p.stat().st_size)
     content = bytearray(path.read_bytes())
     if fault == CUT:
-        content = content[: rng.randrange(len(content))]
+        content = content[: rng.randrange(1, len(content))]
+    elif fault == EMPTIED:
+        content = b""
     else:
         # In the middle, which holds array data; a few bytes elsewhere have no meaning.
         content[rng.randrange(len(content) // 4, len(content) // 2)] ^= 1 << rng.randrange(8)
@@ -241,7 +244,7 @@ def cycles(command: Command, rng: random.Random) -> Iterator[str]:
             yield SAVING if command.incomplete() else KILLED[command.phase() or "fp32"]
         checkpoint = newest(command.run)
         if checkpoint is not None and moment != "deploy" and rng.random() < 0.7:
-            fault = rng.choice([FLIPPED, CUT, DELETED])
+            fault = rng.choice([FLIPPED, CUT, EMPTIED, DELETED])
             damage(checkpoint, fault, rng)
             yield fault
     status = wait(command.start())

@@ -15,6 +15,7 @@ import typing
 from pathlib import Path
 
 import pytest
+import soak
 import tiny_run
 import yaml
 from tiny_run import SETTINGS, STEPS, run_command, without_privileges
@@ -31,7 +32,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
 TRAIN = train.train
-open_tmp = tiny_run.open_tmp
+open_tmp, same_run = tiny_run.open_tmp, tiny_run.finished
 # The command with a small network.
 COMMAND = [sys.executable, str(ROOT / "tests" / "tiny_run.py")]
 
@@ -136,6 +137,11 @@ def test_a_run_stopped_by_signals_ends_with_the_bits_of_an_uninterrupted_one(
     assert "resumed" in out or lines_of(run, "qat") == 2
     assert arrays(run) == arrays(finished)
     assert losses(run) == losses(finished)
+
+
+def test_two_identical_runs_differ_in_nothing_but_times(finished, same_run):
+    """In two processes, of which one had compiled other programs before."""
+    assert soak.differing(soak.outcome(finished), soak.outcome(same_run)) == []
 
 
 def test_evaluate_and_report_need_only_the_folder(tmp_path, finished):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -9,6 +10,11 @@ from pathlib import Path
 
 import pytest
 import soak
+import tiny_run
+import yaml
+from PIL import Image
+
+from jaxqat.pipeline.data import DataConfig, load_dataset
 
 pytestmark = [
     pytest.mark.slow,
@@ -16,12 +22,44 @@ pytestmark = [
 ]
 
 ROOT = Path(__file__).parents[1]
+finished = tiny_run.finished
 
 
 def environment(**changes: str) -> dict[str, str]:
     """Return the environment of a process that finds jaxqat and the tests' modules."""
     paths = (str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", ""))
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **changes}
+
+
+def run_in_trouble(trouble: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run the `jaxqat` command with the small network in a process of its own.
+
+    Args:
+        trouble: Python code that makes it; `networks.build_model` builds the network.
+        arguments: Of the command.
+    """
+    code = f"""
+import sys
+import tiny_run
+from jaxqat import cli
+from jaxqat.pipeline import networks
+networks.build_model = tiny_run.build_small
+{trouble}
+sys.exit(cli.main())
+"""
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment(),
+    )
+
+
+def write_config(folder: Path, **changes: object) -> Path:
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump({**tiny_run.SETTINGS, **changes}))
+    return path
 
 
 @pytest.mark.long
@@ -85,3 +123,109 @@ def test_a_download_without_a_network_ends_with_one_line(tmp_path, behaviour):
     assert "cannot download from https://www.cs.toronto.edu" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_disk_that_fills_up_ends_a_run_before_the_next_checkpoint(tmp_path):
+    """It has 100 bytes left from the first checkpoint on."""
+    run = tmp_path / "run"
+    trouble = f"""
+import shutil
+from pathlib import Path
+usage = shutil.disk_usage
+def filling(path):
+    full = Path({str(run / "checkpoints/fp32/6")!r}).exists()
+    return usage(path)._replace(free=100) if full else usage(path)
+shutil.disk_usage = filling
+"""
+    done = run_in_trouble(trouble, "train", "--config", write_config(tmp_path), "--workdir", run)
+    assert done.returncode == 1, done.stderr
+    *_, line = done.stderr.splitlines()
+    assert line.startswith("jaxqat: error: fp32: a checkpoint takes ")
+    assert "the disk has 100 bytes left" in line
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in (run / "checkpoints/fp32").iterdir()] == ["6"]
+    assert not (run / "results.json").exists()
+
+
+def test_steps_that_fail_are_left_out_on_request(tmp_path):
+    """In a batch of dark images, the logits are NaN; without the option, the run ends there."""
+    trouble = """
+import jax.numpy as jnp
+class Failing(tiny_run.SmallNet):
+    def __call__(self, x, train):
+        logits = super().__call__(x, train)
+        return jnp.where(jnp.mean(x) < -0.15, jnp.nan, logits) if train else logits
+networks.build_model = lambda config, classes, dtype: Failing(classes, dtype)
+"""
+    run = tmp_path / "run"
+    command = ("train", "--config", write_config(tmp_path), "--workdir", run)
+    done = run_in_trouble(trouble, *command)
+    assert done.returncode == 1, done.stdout
+    assert "fp32: the loss or its gradient became infinite or NaN in step" in done.stderr
+    assert "Traceback" not in done.stderr
+    shutil.rmtree(run)
+    done = run_in_trouble(trouble, *command, "--fp32.skip_failed_steps", "true")
+    assert "warning: fp32: skipped" in done.stdout, done.stderr
+
+
+def test_a_checkpoint_of_another_network_is_refused_with_the_arrays_that_differ(finished, tmp_path):
+    """One has another shape, one another dtype, one is missing, and one is there for nothing."""
+    trouble = """
+import flax.linen as nn
+import jax.numpy as jnp
+class Other(tiny_run.SmallNet):
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.Conv(4, (3, 3), strides=(2, 2), name="stem_conv")(x)
+        x = nn.relu(nn.BatchNorm(use_running_average=not train, name="stem_norm")(x))
+        y = nn.Conv(4, (1, 1), use_bias=False, name="block_conv")(x)
+        y = nn.BatchNorm(use_running_average=not train, use_bias=False, name="block_norm")(y)
+        x = jnp.mean(nn.relu(x + y), axis=(1, 2))
+        return nn.Dense(self.num_classes, param_dtype=jnp.float16, name="head")(x)
+networks.build_model = lambda config, classes, dtype: Other(classes, dtype)
+"""
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    before = tiny_run.files(run)
+    done = run_in_trouble(trouble, "evaluate", run, "--stage", "fp32")
+    assert done.returncode == 2, done.stderr
+    for difference in (
+        "params/block_conv/kernel is float32[3,3,4,4] there, expected float32[1,1,4,4]",
+        "params/head/kernel is float32[4,10] there, expected float16[4,10]",
+        "params/block_norm/bias is float32[4] there, expected absent",
+        "params/stem_conv/bias is absent there, expected float32[4]",
+    ):
+        assert difference in done.stderr
+    assert "Traceback" not in done.stderr
+    after = tiny_run.files(run)
+    after.pop(".lock", None)
+    assert after == before
+
+
+def test_a_damaged_cache_of_images_is_decoded_again_or_named(tmp_path):
+    images, run = tmp_path / "images", tmp_path / "run"
+    for number in range(80):
+        path = images / ("dark", "light")[number % 2] / f"{number:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (100 * (number % 2) + number,) * 3).save(path)
+    data = {"name": "folder", "data_dir": str(images), "cache_dir": str(tmp_path / "cache")}
+    load_dataset(DataConfig(**data))
+    (cache,) = (tmp_path / "cache").glob("*.npz")
+    good = cache.read_bytes()
+    damaged = bytearray(good)
+    damaged[len(good) // 2] ^= 1
+    cache.write_bytes(damaged)
+    config = write_config(tmp_path, data=data)
+    command = ("train", "--config", config, "--workdir", run)
+    done = run_in_trouble("", *command, "--fp32.epochs", "1", "--qat.epochs", "1")
+    assert done.returncode == 0, done.stderr
+    assert f"{cache}: the cache is damaged" in done.stderr
+    assert cache.read_bytes() == good
+    cache.write_bytes(damaged)
+    shutil.rmtree(images)
+    done = run_in_trouble("", *command[:-1], tmp_path / "other")
+    assert done.returncode == 2, done.stderr
+    *_, line = done.stderr.splitlines()
+    assert str(images) in line
+    assert "the cache is damaged" in line
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "other").exists()

@@ -109,6 +109,32 @@ def test_quantize_while_it_calibrates_changes_nothing(finished, tmp_path):
     assert after == before
 
 
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_quantize_while_it_converts_changes_nothing(finished, tmp_path, signum):
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    before = tiny_run.files(run)
+    process = start(SMALL, "quantize", run)
+    assert process.stdout is not None
+    assert any("converting to integers" in line for line in process.stdout)
+    verb = "interrupted" if signum == signal.SIGINT else "terminated"
+    assert interrupted(process, signum) == f"jaxqat: {verb}.\n"
+    after = tiny_run.files(run)
+    after.pop(".lock", None)
+    assert after == before
+
+
+def test_export_leaves_no_part_of_a_file(finished, tmp_path):
+    process = start(
+        *(SMALL, "export", finished, "--format", "stablehlo"),
+        *("--output", tmp_path / "network.stablehlo"),
+    )
+    assert process.stdout is not None
+    assert any("writing" in line for line in process.stdout)
+    time.sleep(0.1)
+    assert interrupted(process) == "jaxqat: interrupted.\n"
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("stage", ["integer", "qat"])
 def test_while_it_evaluates(finished, stage):
     process = start(SMALL, "evaluate", finished, "--stage", stage)

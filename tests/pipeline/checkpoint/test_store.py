@@ -162,6 +162,11 @@ def truncate_arrays(step: Path) -> None:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def empty_arrays(step: Path) -> None:
+    for path in array_files(step):
+        path.write_bytes(b"")
+
+
 def delete_info(step: Path) -> None:
     shutil.rmtree(step / "info")
 
@@ -182,6 +187,7 @@ def truncate_step_metadata(step: Path) -> None:
 
 DAMAGES = [
     truncate_arrays,
+    empty_arrays,
     delete_info,
     truncate_info,
     delete_array_folder,
