@@ -67,6 +67,7 @@ INSIDE = {
             "recipes",
             "compilation_choice",
             "damage",
+            "sentinel",
             "stages",
             "display",
         ),

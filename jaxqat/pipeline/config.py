@@ -121,19 +121,29 @@ def to_yaml(experiment: Experiment) -> str:
 
 
 def config_hash(experiment: Experiment) -> str:
-    """Return the SHA-256 of the canonical JSON: sorted keys, no spaces."""
-    text = json.dumps(to_dict(experiment), sort_keys=True, separators=(",", ":"))
+    """Return the SHA-256 of the canonical JSON: sorted keys, no spaces.
+
+    Without `qat.sentinel`, which changes no result.
+    """
+    text = json.dumps(_decisive(experiment), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def differences(old: Experiment, new: Experiment) -> list[str]:
-    """Return every setting that differs, as 'dotted.key: old -> new'."""
-    before, after = (dict(_flatten(to_dict(e))) for e in (old, new))
+    """Return every setting that differs and may change results, as 'dotted.key: old -> new'."""
+    before, after = (dict(_flatten(_decisive(e))) for e in (old, new))
     return [
         f"{key}: {json.dumps(before.get(key))} -> {json.dumps(after.get(key))}"
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key)
     ]
+
+
+def _decisive(experiment: Experiment) -> dict[str, Any]:
+    """Return the settings that results may depend on."""
+    settings = to_dict(experiment)
+    del settings["qat"]["sentinel"]
+    return settings
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -8,11 +8,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich.console import Console
 
 from jaxqat.errors import RunError
 from jaxqat.pipeline.networks import Networks
-from jaxqat.pipeline.terminal import tell
 from jaxqat.pipeline.training import Compilation, TrainState
 from jaxqat.quant import _forms as forms
 from jaxqat.quant._numerics import by_numpy
@@ -35,12 +33,13 @@ class Sentinel:
     Args:
         networks: The networks and the data.
         compilation: How training steps are compiled.
-        console: Tells that the program is compiled.
+        state: A state of the stage; others have the same shapes.
     """
 
-    def __init__(self, networks: Networks, compilation: Compilation, console: Console):
-        self._networks, self._compilation = networks, compilation
-        self._console, self._run, self._sources = console, None, {}
+    def __init__(self, networks: Networks, compilation: Compilation, state: TrainState):
+        self._networks = networks
+        self._sources: dict[str, forms.Multiplied] = {}
+        self._run = compilation.compile(jax.jit(self._sums), *self._arguments(state, 0))
 
     def check(self, state: TrainState, epoch: int) -> None:
         """Check some layers of the network after an epoch.
@@ -48,15 +47,9 @@ class Sentinel:
         Raises:
             WrongSumsError: If a sum is wrong; names the layer.
         """
-        train, size = self._networks.dataset.train, self._networks.experiment.qat.batch_size
-        images = train.images[np.arange(epoch * size, (epoch + 1) * size) % len(train)]
-        arguments = ({"params": state.params, **state.collections}, images)
-        if self._run is None:
-            tell("qat: compiling the check of its integer products", self._console)
-            self._run = self._compilation.compile(jax.jit(self._sums), *arguments)
+        found = self._run(*self._arguments(state, epoch))
         paths = sorted(self._sources)
         chosen = {paths[(epoch * LAYERS + i) % len(paths)] for i in range(min(LAYERS, len(paths)))}
-        found = self._run(*arguments)
         for path in sorted(chosen):
             codes, weights, total = jax.device_get(found[path])
             source = self._sources[path]
@@ -65,23 +58,30 @@ class Sentinel:
             if wrong.any():
                 raise WrongSumsError(
                     f"qat: {path}: {int(wrong.sum()):,} of {wrong.size:,} integer sums of the "
-                    f"compiled network are not those of NumPy, after epoch {epoch}. Nothing of "
-                    "this epoch was saved. `jaxqat doctor` tests this version of jaxlib on this "
-                    "device; qat.sentinel: false trains without this check."
+                    f"compiled network are not those of NumPy, after epoch {epoch}, which was not "
+                    "saved. `jaxqat doctor` tests this version of jaxlib on this device; "
+                    "qat.sentinel: false trains without this check."
                 )
+
+    def _arguments(self, state: TrainState, epoch: int) -> tuple[Any, Any]:
+        """Return the variables, and a batch that differs from epoch to epoch."""
+        train, size = self._networks.dataset.train, self._networks.experiment.qat.batch_size
+        images = train.images[np.arange(epoch * size, (epoch + 1) * size) % len(train)]
+        return {"params": state.params, **state.collections}, images
 
     def _sums(self, variables: Any, images: Any) -> dict[str, tuple[Any, Any, Any]]:
         """Return codes, weights and sums of each layer, of a few images of the batch."""
         networks = self._networks
         evaluator = networks.quantized.record(variables, networks.normalize(images), train=False)
-        self._sources = {}
         found: dict[str, tuple[Any, Any, Any]] = {}
         for path, accumulator in evaluator.products.items():
             source = accumulator.source
             assert isinstance(source, forms.Multiplied)
             self._sources[path] = source
             some = slice(IMAGES) if _has_rows(source) else slice(None)
-            found[path] = source.codes.codes[some], source.weight_codes, accumulator.total[some]
+            # Whole batches are multiplied, as in training, and cut afterwards.
+            codes, total = jax.lax.optimization_barrier((source.codes.codes, accumulator.total))
+            found[path] = codes[some], source.weight_codes, total[some]
         return found
 
 

@@ -167,10 +167,14 @@ class StageRun:
         module = self.networks.modules[self.name]
         return self.name == "qat" and isinstance(module, QuantizedModule)
 
-    def _check(self, console: Console) -> Callable[[TrainState, int], None] | None:
-        """Return the check of the state after each epoch, and of the epoch's number."""
-        is_on = self._has_ranges and isinstance(self.config, QatConfig) and self.config.sentinel
-        return Sentinel(self.networks, self.compilation, console).check if is_on else None
+    def _check(
+        self, state: TrainState, console: Console
+    ) -> Callable[[TrainState, int], None] | None:
+        """Return the check of a state like this one after an epoch; None for none."""
+        if not (self._has_ranges and isinstance(self.config, QatConfig) and self.config.sentinel):
+            return None
+        tell("qat: compiling the check of its integer products", console)
+        return Sentinel(self.networks, self.compilation, state).check
 
     def _ranges(self) -> Callable[[TrainState], dict[str, tuple[float, float]]]:
         """Return the function that reads the range of each layer's input off a state."""
@@ -243,7 +247,7 @@ class StageRun:
         )
         with progress, RunLogs(self.folder, self.name, console) as logs:
             reporter = FolderReporter(self, store, progress, logs, console)
-            plan = dataclasses.replace(self.plan(), check=self._check(console))
+            plan = dataclasses.replace(self.plan(), check=self._check(state, console))
             return run_stage(
                 plan,
                 state,

@@ -85,9 +85,7 @@ def test_what_cannot_be_compared_is_refused_by_name(runs, tmp_path):
     content = json.loads(path.read_text())
     content["data"]["sha256"]["test"] = "0" * 64
     path.write_text(json.dumps(content))
-    with pytest.raises(
-        ReportError, match=r"a/run and b/run were tested on.*SHA-256"
-    ):
+    with pytest.raises(ReportError, match=r"a/run and b/run were tested on.*SHA-256"):
         write_comparison(folders, page)
     path.unlink()
     with pytest.raises(ReportError, match=r"b/run/results.json"):

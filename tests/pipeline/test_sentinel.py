@@ -1,9 +1,10 @@
 """The sentinel of training: a wrong integer product is found and named; no bit changes."""
 
 import jax
+import numpy as np
 import pytest
 import tiny_run
-from tiny_run import files, tiny
+from tiny_run import STEPS, STEPS_PER_EPOCH, files, signal_at, tiny
 
 from jaxqat.commands import train
 from jaxqat.pipeline.data import load_dataset
@@ -12,6 +13,7 @@ from jaxqat.pipeline.run.folder import RunFolder
 from jaxqat.pipeline.run.snapshots import restore_model
 from jaxqat.pipeline.sentinel import LAYERS, Sentinel, WrongSumsError
 from jaxqat.pipeline.training import DEFAULT, FAST, init_state, make_optimizer
+from jaxqat.pipeline.training.stop import Stopped
 from jaxqat.quant._numerics import by_numpy
 from jaxqat.quant._numerics.products import Convolution
 
@@ -46,7 +48,7 @@ def break_block(monkeypatch):
 
 
 @pytest.mark.parametrize("compilation", [DEFAULT, FAST], ids=lambda c: c.name)
-def test_every_layer_is_compared_within_a_few_epochs(state, console, monkeypatch, compilation):
+def test_every_layer_is_compared_within_a_few_epochs(state, monkeypatch, compilation):
     networks, trained = state
     compared, accumulate = [], by_numpy.accumulate
 
@@ -55,7 +57,7 @@ def test_every_layer_is_compared_within_a_few_epochs(state, console, monkeypatch
         return accumulate(product, codes, weights)
 
     monkeypatch.setattr(by_numpy, "accumulate", recorded)
-    sentinel = Sentinel(networks, compilation, console)
+    sentinel = Sentinel(networks, compilation, trained)
     layers = networks.describe()
     for epoch in range(1, -(-len(layers) // LAYERS) + 1):
         sentinel.check(trained, epoch)
@@ -65,10 +67,10 @@ def test_every_layer_is_compared_within_a_few_epochs(state, console, monkeypatch
     assert set(compared) >= shapes
 
 
-def test_a_wrong_sum_is_found_and_its_layer_named(state, console, monkeypatch):
+def test_a_wrong_sum_is_found_and_its_layer_named(state, monkeypatch):
     networks, trained = state
     break_block(monkeypatch)
-    sentinel = Sentinel(networks, DEFAULT, console)
+    sentinel = Sentinel(networks, DEFAULT, trained)
     with pytest.raises(WrongSumsError, match=r"qat: block_conv: 1 of \d+ integer sums") as caught:
         for epoch in range(1, 3):
             sentinel.check(trained, epoch)
@@ -86,7 +88,13 @@ def test_a_run_with_a_wrong_product_stops_before_it_is_saved(
     assert not (tmp_path / "run" / "integer").exists()
 
 
-def test_the_sentinel_changes_no_bit(finished, tmp_path, small_network, no_report, console):
-    train.train(tiny(qat__sentinel=True), tmp_path / "run", console=console)
+def test_the_sentinel_changes_no_bit_and_may_be_turned_off_in_between(
+    finished, tmp_path, monkeypatch, small_network, no_report, console
+):
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        signal_at(patch, STEPS + STEPS_PER_EPOCH + 2)
+        train.train(tiny(qat__sentinel=True), tmp_path / "run", console=console)
+    assert "compiling the check of its integer products" in console.file.getvalue()
+    train.train(tiny(qat__sentinel=False), tmp_path / "run", console=console)
     for part in ("integer", "ptq"):
         assert files(tmp_path / "run" / part) == files(finished / part)
