@@ -140,7 +140,7 @@ shutil.disk_usage = filling
     done = run_in_trouble(trouble, "train", "--config", write_config(tmp_path), "--workdir", run)
     assert done.returncode == 1, done.stderr
     *_, line = done.stderr.splitlines()
-    assert line.startswith("jaxqat: error: fp32: a checkpoint takes ")
+    assert line.startswith(f"jaxqat: error: {run / 'checkpoints/fp32'}: a checkpoint takes ")
     assert "the disk has 100 bytes left" in line
     assert "Traceback" not in done.stderr
     assert [path.name for path in (run / "checkpoints/fp32").iterdir()] == ["6"]
@@ -148,24 +148,23 @@ shutil.disk_usage = filling
 
 
 def test_steps_that_fail_are_left_out_on_request(tmp_path):
-    """In a batch of dark images, the logits are NaN; without the option, the run ends there."""
+    """In some batches, whose images are dark, the logits are NaN."""
     trouble = """
 import jax.numpy as jnp
 class Failing(tiny_run.SmallNet):
     def __call__(self, x, train):
         logits = super().__call__(x, train)
-        return jnp.where(jnp.mean(x) < -0.15, jnp.nan, logits) if train else logits
+        return jnp.where(jnp.mean(x) < -0.09, jnp.nan, logits) if train else logits
 networks.build_model = lambda config, classes, dtype: Failing(classes, dtype)
 """
-    run = tmp_path / "run"
-    command = ("train", "--config", write_config(tmp_path), "--workdir", run)
-    done = run_in_trouble(trouble, *command)
-    assert done.returncode == 1, done.stdout
-    assert "fp32: the loss or its gradient became infinite or NaN in step" in done.stderr
-    assert "Traceback" not in done.stderr
-    shutil.rmtree(run)
-    done = run_in_trouble(trouble, *command, "--fp32.skip_failed_steps", "true")
-    assert "warning: fp32: skipped" in done.stdout, done.stderr
+    options = ("--fp32.skip_failed_steps", "true", "--qat.skip_failed_steps", "true")
+    config, run = write_config(tmp_path), tmp_path / "run"
+    done = run_in_trouble(trouble, "train", "--config", config, "--workdir", run, *options)
+    assert done.returncode == 0, done.stderr
+    shown = " ".join(done.stdout.split())
+    assert "warning: fp32: skipped 2 of 6 steps of epoch 2, as" in shown
+    assert "are infinite or NaN: 7, 9. " in shown
+    assert (run / "results.json").exists()
 
 
 def test_a_checkpoint_of_another_network_is_refused_with_the_arrays_that_differ(finished, tmp_path):
@@ -187,7 +186,7 @@ networks.build_model = lambda config, classes, dtype: Other(classes, dtype)
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     before = tiny_run.files(run)
     done = run_in_trouble(trouble, "evaluate", run, "--stage", "fp32")
-    assert done.returncode == 2, done.stderr
+    assert done.returncode == 1, done.stderr
     for difference in (
         "params/block_conv/kernel is float32[3,3,4,4] there, expected float32[1,1,4,4]",
         "params/head/kernel is float32[4,10] there, expected float16[4,10]",
@@ -218,7 +217,7 @@ def test_a_damaged_cache_of_images_is_decoded_again_or_named(tmp_path):
     command = ("train", "--config", config, "--workdir", run)
     done = run_in_trouble("", *command, "--fp32.epochs", "1", "--qat.epochs", "1")
     assert done.returncode == 0, done.stderr
-    assert f"{cache}: the cache is damaged" in done.stderr
+    assert "the cache is damaged" in done.stderr
     assert cache.read_bytes() == good
     cache.write_bytes(damaged)
     shutil.rmtree(images)
