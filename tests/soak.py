@@ -301,7 +301,8 @@ def soak(folder: Path, results: Path, wanted: int) -> dict[str, Any]:
         "problems": [],
     }
     if results.exists():
-        content |= json.loads(results.read_text())
+        found = json.loads(results.read_text())
+        content |= found | {"faults": content["faults"] | found["faults"]}
     config = folder / "tiny.yaml"
     config.write_text(yaml.safe_dump(SETTINGS))
     command = Command(folder / "run", folder / "log.txt", config, folder / "compiled")
