@@ -14,6 +14,7 @@ def compare(
     runs: Sequence[Path],
     *,
     output: Path,
+    figures: Path | None = None,
     overwrite: bool = False,
     console: Console | None = None,
 ) -> Path:
@@ -25,7 +26,8 @@ def compare(
     Args:
         runs: Run folders, two or more; the others are compared with the first.
         output: The page to write; one file, without scripts.
-        overwrite: Replace an existing file.
+        figures: Folder where the figures are written, too, as PNG files.
+        overwrite: Replace an existing page.
         console: Where the path of the page is printed; None for standard output.
 
     Returns:
@@ -40,6 +42,7 @@ def compare(
     if output.exists() and not overwrite:
         raise InputError(f"{output}: already exists; give another name or pass --overwrite.")
     tell(f"comparing {len(runs)} runs", console)
-    page = write_comparison([Path(run) for run in runs], output)
+    folder = None if figures is None else Path(figures)
+    page = write_comparison([Path(run) for run in runs], output, figures=folder)
     say(f"comparison: {page}", console)
     return page

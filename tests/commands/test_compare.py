@@ -45,7 +45,11 @@ def text_of(page):
 def test_the_page_has_every_network_its_change_and_the_confusions_that_changed(runs, capsys):
     folders, true, taken = runs
     page = folders[0].parent / "page.html"
-    assert run_command("compare", *folders, "--output", page) == 0
+    figures = page.with_name("figures")
+    assert run_command("compare", *folders, "--output", page, "--figures", figures) == 0
+    assert {path.stem for path in figures.iterdir()} == {
+        *("sizes", "speeds", "curves_fp32", "curves_qat", "f1", "confusion_1")
+    }
     assert f"comparison: {page}" in capsys.readouterr().out
     results = [RunFolder(folder).read_results() for folder in folders]
     text = text_of(page.read_text())

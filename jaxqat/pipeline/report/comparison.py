@@ -9,9 +9,10 @@ import numpy as np
 
 from jaxqat.analysis._text import percent
 from jaxqat.integer._store.files import write_atomically
-from jaxqat.pipeline.report import comparison_figures, figures, tables
+from jaxqat.pipeline.report import comparison_figures, tables
+from jaxqat.pipeline.report.figures import draw_f1, draw_sizes
 from jaxqat.pipeline.report.files import ReportError
-from jaxqat.pipeline.report.html import draw_all, template
+from jaxqat.pipeline.report.html import draw_all, template, write_figures
 from jaxqat.pipeline.report.read import Run, read_run
 from jaxqat.pipeline.results import TRAINED_STAGES, Tested
 
@@ -33,8 +34,13 @@ class Named(NamedTuple):
         return network._replace(name=f"{self.name}: {network.name}")
 
 
-def write_comparison(folders: Sequence[Path], output: Path) -> Path:
+def write_comparison(folders: Sequence[Path], output: Path, *, figures: Path | None = None) -> Path:
     """Write a page that compares runs with the first of them.
+
+    Args:
+        folders: Run folders, two or more.
+        output: The page.
+        figures: Folder for the figures as PNG; None for none.
 
     Returns:
         Path of the page: one self-contained file, without scripts.
@@ -49,7 +55,7 @@ def write_comparison(folders: Sequence[Path], output: Path) -> Path:
         Named(name, read_run(folder)) for name, folder in zip(_names(folders), folders, strict=True)
     ]
     _check_data(runs)
-    _, images = draw_all(_drawings(runs))
+    light, images = draw_all(_drawings(runs))
     page = template("comparison.html.j2").render(
         title=f"{len(runs)} runs",
         first=runs[0].name,
@@ -67,6 +73,8 @@ def write_comparison(folders: Sequence[Path], output: Path) -> Path:
         ],
         test_images=tables.count(runs[0].run.results.fp32.test.n),
     )
+    if figures is not None:
+        write_figures(figures, light)
     write_atomically(output, page, error=ReportError)
     return output
 
@@ -109,7 +117,7 @@ def _drawings(runs: Sequence[Named]) -> dict[str, Callable[..., bytes]]:
     drawings: dict[str, Callable[..., bytes]] = {}
     points = _points(runs)
     if len(sizes := [(p.name, p.size, p.accuracy) for p in points if p.size is not None]) > 1:
-        drawings["sizes"] = partial(figures.draw_sizes, sizes)
+        drawings["sizes"] = partial(draw_sizes, sizes)
     if len(speeds := [(p.name, p.speed, p.accuracy) for p in points if p.speed is not None]) > 1:
         drawings["speeds"] = partial(comparison_figures.draw_speeds, speeds)
     for stage in TRAINED_STAGES:
@@ -118,7 +126,7 @@ def _drawings(runs: Sequence[Named]) -> dict[str, Callable[..., bytes]]:
             drawings[f"curves_{stage}"] = partial(
                 comparison_figures.draw_overlaid, stage.upper(), epochs
             )
-    drawings["f1"] = partial(figures.draw_f1, [each.last for each in runs])
+    drawings["f1"] = partial(draw_f1, [each.last for each in runs])
     before = runs[0].last.test
     for number, each in enumerate(runs[1:], start=1):
         drawings[f"confusion_{number}"] = partial(

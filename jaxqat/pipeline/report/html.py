@@ -40,13 +40,7 @@ def write_report(workdir: Path) -> Path:
         light["samples"] = figures.draw_samples(run.samples, theme.LIGHT)
     page = _render(run, images, has_analysis=(workdir / ANALYSIS_PAGE).is_file())
     path = workdir / REPORT_FILE
-    folder = workdir / FIGURES_FOLDER
-    try:
-        folder.mkdir(exist_ok=True)
-    except OSError as error:
-        raise ReportError(f"{folder}: cannot be made: {error.strerror}.") from error
-    for name, png in light.items():
-        write_atomically(folder / f"{name}.png", png, error=ReportError)
+    write_figures(workdir / FIGURES_FOLDER, light)
     # Written last, so that a new page never comes with old figures.
     write_atomically(path, page, error=ReportError)
     return path
@@ -83,6 +77,20 @@ def draw_all(
     light = {name: draw(theme=theme.LIGHT) for name, draw in drawings.items()}
     dark = {name: draw(theme=theme.DARK) for name, draw in drawings.items()}
     return light, {name: (_embed(light[name]), _embed(dark[name])) for name in drawings}
+
+
+def write_figures(folder: Path, figures: Mapping[str, bytes]) -> None:
+    """Write figures by their names as PNG files into a folder, which is made.
+
+    Raises:
+        ReportError: If they cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ReportError(f"{folder}: cannot be made: {error.strerror}.") from error
+    for name, png in figures.items():
+        write_atomically(folder / f"{name}.png", png, error=ReportError)
 
 
 def _embed(png: bytes) -> str:
