@@ -22,6 +22,7 @@ import numpy as np
 
 import jaxqat
 from jaxqat.errors import ExportError, RunError
+from jaxqat.export._onnx.builder import library
 from jaxqat.export._onnx.runtime import load_onnx
 from jaxqat.export._replay import FORMAT, sha256
 from jaxqat.integer._compare import LARGEST_RESULT_DIFFERENCE, MOST_DIFFERING_OF_ISLANDS
@@ -78,8 +79,8 @@ def export_certificate(
         The folder.
 
     Raises:
-        ExportError: If the folder exists or cannot be written, the file cannot be read, or there
-            are no inputs.
+        ExportError: If the folder exists or cannot be written, the file cannot be read or takes
+            inputs of another type, or there are no inputs.
         WrongProductError: If a product is not the one that NumPy computes.
         ExecutionError: If the inputs do not fit the network.
     """
@@ -88,6 +89,7 @@ def export_certificate(
     check_folder(folder, overwrite)
     if not inputs.size:
         raise ExportError("a certificate needs at least one golden input.")
+    names = _onnx_names(file, inputs)
     executor = make_executor(graph)
     codes = {name: np.asarray(x) for name, x in executor.codes(inputs).items()}
     results = [np.asarray(x) for x in flat(graph.outputs, executor(inputs))]
@@ -106,7 +108,7 @@ def export_certificate(
             "device": jax.devices()[0].device_kind,
         },
         "file": None if file is None else _file(Path(file), folder),
-        "onnx": _onnx_names(file),
+        "onnx": names,
         "input": {"name": "input", **_described(inputs, "input")},
         "tensors": tensors,
         "results": outcomes,
@@ -215,11 +217,19 @@ def _file(path: Path, folder: Path) -> dict[str, str] | None:
     return {"path": os.path.relpath(path, folder), "sha256": digest}
 
 
-def _onnx_names(file: str | os.PathLike[str] | None) -> dict[str, Any] | None:
+def _onnx_names(
+    file: str | os.PathLike[str] | None, inputs: np.ndarray[Any, Any]
+) -> dict[str, Any] | None:
     """Return where the codes of each tensor are in an ONNX file; None for another file."""
     if file is None or Path(file).suffix != ".onnx":
         return None
-    described = {entry.key: entry.value for entry in load_onnx(file).metadata_props}
+    model = load_onnx(file)
+    (entry,) = model.graph.input
+    numpy_dtype = library("onnx").helper.tensor_dtype_to_np_dtype
+    taken = numpy_dtype(entry.type.tensor_type.elem_type)
+    if taken != inputs.dtype:
+        raise ExportError(f"{file}: takes {taken} inputs; the golden ones are {inputs.dtype}.")
+    described = {entry.key: entry.value for entry in model.metadata_props}
     return json.loads(described["codes"])
 
 

@@ -260,6 +260,14 @@ def test_what_cannot_be_replayed_has_the_status_2_and_a_reason(copy, capsys):
     assert "golden.npz is damaged" in capsys.readouterr().err
 
 
+def test_inputs_that_the_file_does_not_take_are_refused(graph, certified, tmp_path):
+    pixels = graphs.pixels(graph, 2).astype(np.float32)
+    message = rf"{certified[0]}: takes uint8 inputs; the golden ones are float32"
+    with pytest.raises(ExportError, match=message):
+        export_certificate(graph, tmp_path / "new", pixels, file=certified[0])
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_existing_certificate_is_replaced_only_on_request(graph, certified):
     with pytest.raises(ExportError, match="already exists; give another name or pass overwrite"):
         export_certificate(graph, certified[1], graphs.pixels(graph, 1))

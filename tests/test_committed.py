@@ -1,0 +1,59 @@
+"""The committed networks: they compute the recorded codes, and the README says what they reach."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import committed
+import numpy as np
+import pytest
+import yaml
+
+import jaxqat
+
+ROOT = Path(__file__).parents[1]
+NETWORKS = sorted(path.parent for path in committed.RESULTS.glob("*/integer"))
+
+networks = pytest.mark.parametrize("network", NETWORKS, ids=lambda path: path.name)
+
+
+def test_there_are_networks_of_8_4_and_2_bits():
+    configs = [yaml.safe_load((network / "config.yaml").read_text()) for network in NETWORKS]
+    assert sorted(config["quant"]["weight_bits"] for config in configs) == [2, 4, 8]
+
+
+@networks
+@pytest.mark.parametrize("form", ["network.onnx", "integer"])
+def test_a_network_computes_the_recorded_codes(network, form):
+    """In ONNX Runtime and in JAX, tensor by tensor, on 50 test images of CIFAR-10."""
+    replay = network / "certificate" / "replay.py"
+    command = [sys.executable, replay, network / form, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout)
+    tensors = jaxqat.load(network / "integer").tensors
+    codes = [row["verdict"] for row in found["rows"] if row["name"] in tensors]
+    assert codes == ["equal"] * 30
+    assert not found["file_changed"] and not found["not_compared"]
+
+
+@networks
+def test_a_network_classifies_the_images_as_well_as_its_results_say(network):
+    graph = jaxqat.load(network / "integer")
+    labels = np.loadtxt(network / "certificate" / "labels.txt", dtype=np.int64)
+    with np.load(network / "certificate" / "golden.npz") as golden:
+        predictions = jaxqat.make_executor(graph)(golden["input"]).argmax(-1)
+    accuracy = json.loads((network / "results.json").read_text())["integer"]["test"]["accuracy"]
+    # The correct ones of 50 are binomial: five standard deviations.
+    spread = 5 * np.sqrt(accuracy * (1 - accuracy) / len(labels))
+    assert len(labels) == 50 and abs((predictions == labels).mean() - accuracy) < spread
+
+
+@networks
+def test_the_readme_has_its_accuracy(network):
+    results = json.loads((network / "results.json").read_text())
+    row = f"| {100 * results['integer']['test']['accuracy']:.2f} % |"
+    size = f"| {results['size_bytes']['integer']:,} |"
+    readme = (ROOT / "README.md").read_text()
+    assert any(row in line and size in line for line in readme.splitlines())
