@@ -1,5 +1,6 @@
 """Faults that the real command survives, or ends from with one clear line."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -206,14 +207,14 @@ def test_a_damaged_cache_of_images_is_decoded_again_or_named(tmp_path):
         path = images / ("dark", "light")[number % 2] / f"{number:02}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8), (100 * (number % 2) + number,) * 3).save(path)
-    data = {"name": "folder", "data_dir": str(images), "cache_dir": str(tmp_path / "cache")}
-    load_dataset(DataConfig(**data))
+    data = DataConfig(name="folder", data_dir=str(images), cache_dir=str(tmp_path / "cache"))
+    load_dataset(data)
     (cache,) = (tmp_path / "cache").glob("*.npz")
     good = cache.read_bytes()
     damaged = bytearray(good)
     damaged[len(good) // 2] ^= 1
     cache.write_bytes(damaged)
-    config = write_config(tmp_path, data=data)
+    config = write_config(tmp_path, data=dataclasses.asdict(data))
     command = ("train", "--config", config, "--workdir", run)
     done = run_in_trouble("", *command, "--fp32.epochs", "1", "--qat.epochs", "1")
     assert done.returncode == 0, done.stderr

@@ -14,7 +14,7 @@ from jaxqat.pipeline.networks import Networks
 from jaxqat.pipeline.training import Compilation, TrainState
 from jaxqat.quant import _forms as forms
 from jaxqat.quant._numerics import by_numpy
-from jaxqat.quant._numerics.products import Convolution
+from jaxqat.quant._numerics.products import Convolution, Dot
 
 LAYERS = 2  # In each epoch; the next ones in the next epoch.
 IMAGES = 2  # Whose sums are compared, of a whole batch.
@@ -87,8 +87,10 @@ class Sentinel:
 
 def _has_rows(source: forms.Multiplied) -> bool:
     """Return whether each row of the codes gives the same row of the sums."""
-    numbers = source.product.params["dimension_numbers"]
-    if isinstance(source.product, Convolution):
+    product = source.product
+    assert isinstance(product, Convolution | Dot)
+    numbers = product.params["dimension_numbers"]
+    if isinstance(product, Convolution):
         return numbers.lhs_spec[0] == numbers.out_spec[0] == 0
     (summed, _), (batch, _) = numbers
-    return source.product.weight_side == 1 and 0 not in summed and not batch
+    return product.weight_side == 1 and 0 not in summed and not batch
