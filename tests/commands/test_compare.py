@@ -52,17 +52,18 @@ def test_the_page_has_every_network_its_change_and_the_confusions_that_changed(r
     }
     assert f"comparison: {page}" in capsys.readouterr().out
     results = [RunFolder(folder).read_results() for folder in folders]
+    tests = [each.integer.test for each in results if each.integer is not None]
     text = text_of(page.read_text())
-    change = 100 * (results[1].integer.test.accuracy - results[0].integer.test.accuracy)
+    change = 100 * (tests[1].accuracy - tests[0].accuracy)
     for name, result in zip(("a/run", "b/run"), results, strict=True):
         for network in result.tested():
             assert f"{name}: {network.name} {100 * network.test.accuracy:.2f}" in text
     last = f"b/run: {list(results[1].tested())[-1].name}"
-    accuracy = f"{100 * results[1].integer.test.accuracy:.2f}"
+    accuracy = f"{100 * tests[1].accuracy:.2f}"
     shown = f"{change:+.2f}".replace("-", "−")
     assert f"{last} {accuracy} {shown} {results[1].size_bytes.integer:,}" in text
     names = [each.name for each in results[0].fp32.test.per_class]
-    before = results[0].integer.test.confusion_matrix[true][taken]
+    before = tests[0].confusion_matrix[true][taken]
     assert f"{names[true]} taken for {names[taken]}: {before} to {before + 2} (+2)" in text
     assert "<script" not in page.read_text()
 
@@ -103,10 +104,12 @@ def test_a_shared_fp32_network_is_shown_once(runs):
     content = json.loads(path.read_text())
     content["fp32"]["from_run"] = {"name": "run", "config_hash": "0" * 64}
     path.write_text(json.dumps(content))
-    points = comparison._points(
-        [
-            comparison.Named(name, comparison.read_run(folder))
-            for name, folder in zip("ab", folders, strict=True)
-        ]
-    )
-    assert [point.name for point in points if point.name.endswith("FP32")] == ["a: FP32"]
+    named = [
+        comparison.Named(name, comparison.read_run(folder))
+        for name, folder in zip("ab", folders, strict=True)
+    ]
+    for shown, owner in ((named, "a"), (named[1:], "b")):
+        points = comparison._points(shown)
+        assert [p.name for p in points if p.name.endswith("FP32")] == [f"{owner}: FP32"]
+        curves = comparison._drawings(shown)["curves_fp32"]
+        assert list(curves.args[1]) == [owner]

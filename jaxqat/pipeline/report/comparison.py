@@ -57,7 +57,7 @@ def write_comparison(folders: Sequence[Path], output: Path, *, figures: Path | N
     _check_data(runs)
     light, images = draw_all(_drawings(runs))
     page = template("comparison.html.j2").render(
-        title=f"{len(runs)} runs",
+        title=f"Comparison of {len(runs)} runs",
         first=runs[0].name,
         images=images,
         stages=[stage for stage in TRAINED_STAGES if f"curves_{stage}" in images],
@@ -112,6 +112,18 @@ def _test_sha256(run: Run) -> str | None:
     return found.get("test") if isinstance(found, Mapping) else None
 
 
+def _with_own_fp32(runs: Sequence[Named]) -> list[Named]:
+    """Return the runs without those that began with the FP32 network of one before them."""
+    found: list[Named] = []
+    seen: list[Sequence[Sequence[int]]] = []
+    for each in runs:
+        fp32 = each.run.results.fp32
+        if fp32.from_run is None or fp32.test.confusion_matrix not in seen:
+            found.append(each)
+        seen.append(fp32.test.confusion_matrix)
+    return found
+
+
 def _drawings(runs: Sequence[Named]) -> dict[str, Callable[..., bytes]]:
     """Return a function of the theme for every figure with data."""
     drawings: dict[str, Callable[..., bytes]] = {}
@@ -121,7 +133,11 @@ def _drawings(runs: Sequence[Named]) -> dict[str, Callable[..., bytes]]:
     if len(speeds := [(p.name, p.speed, p.accuracy) for p in points if p.speed is not None]) > 1:
         drawings["speeds"] = partial(comparison_figures.draw_speeds, speeds)
     for stage in TRAINED_STAGES:
-        epochs = {each.name: each.run.epochs[stage] for each in runs if stage in each.run.epochs}
+        epochs = {
+            each.name: each.run.epochs[stage]
+            for each in (_with_own_fp32(runs) if stage == "fp32" else runs)
+            if stage in each.run.epochs
+        }
         if epochs:
             drawings[f"curves_{stage}"] = partial(
                 comparison_figures.draw_overlaid, stage.upper(), epochs
@@ -149,6 +165,7 @@ class _Point(NamedTuple):
 def _points(runs: Sequence[Named]) -> list[_Point]:
     """Return every network of every run; FP32 once where the runs share it."""
     found: list[_Point] = []
+    owners = {each.name for each in _with_own_fp32(runs)}
     for name, run in runs:
         sizes = tables.sizes_by_key(run.results)
         for network in run.results.tested():
@@ -159,8 +176,7 @@ def _points(runs: Sequence[Named]) -> list[_Point]:
                 sizes.get(network.key),
                 None if speed is None else speed.evaluate_images_per_s,
             )
-            shared = network.key == "fp32" and run.results.fp32.from_run is not None
-            if not shared:
+            if network.key != "fp32" or name in owners:
                 found.append(point)
     return found
 
