@@ -77,7 +77,7 @@ def test_the_report_beside_the_results_shows_their_scores(path):
         scores = (results[stage]["test"][key] for key in ("accuracy", "precision", "recall", "f1"))
         row = "".join(rf"<td[^>]*>{100 * score:.2f}</td>\s*" for score in scores)
         assert re.search(row, page), stage
-    assert len(page) < 1e6
+    assert len(page) < 1.2e6  # With the images; it is committed.
 
 
 def row_of_bits(results):
