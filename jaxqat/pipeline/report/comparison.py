@@ -10,7 +10,7 @@ import numpy as np
 from jaxqat.analysis._text import percent
 from jaxqat.integer._store.files import write_atomically
 from jaxqat.pipeline.report import comparison_figures, tables
-from jaxqat.pipeline.report.figures import draw_f1, draw_sizes
+from jaxqat.pipeline.report.figures import draw_accuracies, draw_f1, draw_sizes
 from jaxqat.pipeline.report.files import ReportError
 from jaxqat.pipeline.report.html import draw_all, template, write_figures
 from jaxqat.pipeline.report.read import Run, read_run
@@ -130,8 +130,8 @@ def _drawings(runs: Sequence[Named]) -> dict[str, Callable[..., bytes]]:
     points = _points(runs)
     if len(sizes := [(p.name, p.size, p.accuracy) for p in points if p.size is not None]) > 1:
         drawings["sizes"] = partial(draw_sizes, sizes)
-    if len(speeds := [(p.name, p.speed, p.accuracy) for p in points if p.speed is not None]) > 1:
-        drawings["speeds"] = partial(comparison_figures.draw_speeds, speeds)
+    if len(times := [(p.name, 1e3 / p.speed, p.accuracy) for p in points if p.speed]) > 1:
+        drawings["speeds"] = partial(draw_accuracies, times, "Time per image (ms)")
     for stage in TRAINED_STAGES:
         epochs = {
             each.name: each.run.epochs[stage]

@@ -6,13 +6,12 @@ from typing import Any
 import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, ScalarFormatter
+from matplotlib.ticker import MaxNLocator
 
-from jaxqat.pipeline.report.figures import MAX_COUNTED_CLASSES, ROW, WIDTH, name_classes
+from jaxqat.pipeline.report.figures import MARKERS, MAX_COUNTED_CLASSES, ROW, WIDTH, name_classes
 from jaxqat.pipeline.report.theme import Theme, themed, to_png
 
 STYLES = ("-", "--", "-.", ":")
-MARKERS = "osD^vPX"
 
 
 def draw_overlaid(
@@ -45,32 +44,6 @@ def draw_overlaid(
         loss.set_xlabel("Epoch")
         loss.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         figure.legend(loc="outside lower center", ncols=1, fontsize=8, handlelength=2.4)
-        return to_png(figure)
-
-
-def draw_speeds(networks: Sequence[tuple[str, float, float]], theme: Theme) -> bytes:
-    """Draw the accuracy of networks against their time for an image.
-
-    Args:
-        networks: Name, images per second and accuracy of each.
-        theme: Colours.
-    """
-    colors = (theme.test, theme.train, theme.validation)
-    with themed(theme):
-        figure = Figure(figsize=(WIDTH, 3.0 + ROW * len(networks)), layout="constrained")
-        axes = figure.subplots()
-        for place, (name, speed, accuracy) in enumerate(networks):
-            marker, color = MARKERS[place % len(MARKERS)], colors[place % len(colors)]
-            (point,) = axes.plot([1e3 / speed], [100 * accuracy], marker, color=color, label=name)
-            point.set(markersize=7, clip_on=False)
-        axes.set_xlim(0, 1.08 * max(1e3 / speed for _, speed, _ in networks))
-        axes.xaxis.set_major_locator(MaxNLocator(5))
-        scores = [100 * accuracy for _, _, accuracy in networks]
-        margin = max(1.0, 0.2 * (max(scores) - min(scores)))
-        axes.set_ylim(min(scores) - margin, max(scores) + margin)
-        axes.yaxis.set_major_formatter(ScalarFormatter(useOffset=False))
-        axes.set(xlabel="Time per image (ms)", ylabel="Accuracy (%)")
-        figure.legend(loc="outside lower center", ncols=1, fontsize=8, handlelength=1.4)
         return to_png(figure)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator, ScalarFormatter
+from matplotlib.ticker import EngFormatter, Formatter, MaxNLocator, ScalarFormatter
 
 from jaxqat.pipeline.report.samples import Samples
 from jaxqat.pipeline.report.theme import Theme, themed, to_png
@@ -21,6 +21,7 @@ from jaxqat.pipeline.results import LayerResult, Scores, TensorDifferences, Test
 WIDTH = 4.6  # Inches.
 PATH_LENGTH = 36  # Letters of a line; fits stage2/block0/shortcut_conv/output.
 ROW = 0.19  # Inches of a row with a name of one line.
+MARKERS = "osD^vPX"
 MAX_COUNTED_CLASSES = 16  # With more, a count does not fit its cell.
 MAX_NAMED_CLASSES = 30
 
@@ -213,23 +214,42 @@ def draw_sizes(networks: Sequence[tuple[str, int, float]], theme: Theme) -> byte
         networks: Name, bytes and accuracy of each.
         theme: Colours.
     """
+    in_bytes = EngFormatter("B")  # The theme does not parse formulas.
+    return draw_accuracies(networks, "Weights (bytes)", theme, in_bytes)
+
+
+def draw_accuracies(
+    networks: Sequence[tuple[str, float, float]],
+    cost: str,
+    theme: Theme,
+    formatter: Formatter | None = None,
+) -> bytes:
+    """Draw the accuracy of networks against what they cost.
+
+    Args:
+        networks: Name, cost and accuracy of each.
+        cost: What it is, with its unit.
+        theme: Colours.
+        formatter: Of the costs.
+    """
     colors = (theme.test, theme.train, theme.validation)
     with themed(theme):
         figure = Figure(figsize=(WIDTH, 3.0 + ROW * len(networks)), layout="constrained")
         axes = figure.subplots()
-        for place, (name, size, accuracy) in enumerate(networks):
-            marker, color = "osD^vPX"[place % 7], colors[place % len(colors)]
-            (point,) = axes.plot([size], [100 * accuracy], marker, color=color, label=name)
+        for place, (name, value, accuracy) in enumerate(networks):
+            marker, color = MARKERS[place % len(MARKERS)], colors[place % len(colors)]
+            (point,) = axes.plot([value], [100 * accuracy], marker, color=color, label=name)
             point.set(markersize=7, clip_on=False)
-        axes.set_xlim(0, 1.08 * max(size for _, size, _ in networks))
+        axes.set_xlim(0, 1.08 * max(value for _, value, _ in networks))
         axes.xaxis.set_major_locator(MaxNLocator(5))
-        axes.xaxis.set_major_formatter(EngFormatter("B"))  # The theme does not parse formulas.
+        if formatter is not None:
+            axes.xaxis.set_major_formatter(formatter)
         # At least two points high, so that a small difference looks small.
         scores = [100 * accuracy for _, _, accuracy in networks]
         margin = max(1.0, 0.2 * (max(scores) - min(scores)))
         axes.set_ylim(min(scores) - margin, max(scores) + margin)
         axes.yaxis.set_major_formatter(ScalarFormatter(useOffset=False))
-        axes.set(xlabel="Weights (bytes)", ylabel="Accuracy (%)")
+        axes.set(xlabel=cost, ylabel="Accuracy (%)")
         figure.legend(loc="outside lower center", ncols=1, fontsize=8, handlelength=1.4)
         return to_png(figure)
 
