@@ -34,13 +34,16 @@ def compare(
         Path of the page.
 
     Raises:
-        InputError: The output exists, and `overwrite` is not given.
-        ReportError: There are fewer than two runs, a file is missing or broken, the runs were
-            tested on different data, or the page cannot be written.
+        InputError: There are fewer than two runs, or the output exists and `overwrite` is not
+            given.
+        ReportError: A file is missing or broken, a run is given twice, the runs were tested on
+            different data, or the page cannot be written.
     """
     console, output = console or Console(), Path(output)
     if output.exists() and not overwrite:
         raise InputError(f"{output}: already exists; give another name or pass --overwrite.")
+    if len(runs) < 2:
+        raise InputError(f"a comparison needs two runs or more, got {len(runs)}.")
     tell(f"comparing {len(runs)} runs", console)
     folder = None if figures is None else Path(figures)
     page = write_comparison([Path(run) for run in runs], output, figures=folder)

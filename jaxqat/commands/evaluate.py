@@ -82,7 +82,7 @@ def evaluate(
         evaluate_images_per_s=measured.images_per_s,
         metrics=measured.scores,
     )
-    images = f"{measured.scores.n} images of the {split} split"
+    images = f"{measured.scores.n:,} images of the {split} split"
     print_evaluation(f"{experiment.name}: {name} at step {step}, {images}", measured, console)
     if json:
         print_json(result)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from jaxqat.analysis._text import percent
+from jaxqat.analysis._text import counted, percent
 from jaxqat.errors import InputError
 from jaxqat.integer._execute.executor import make_executor
 from jaxqat.integer._store.folder import load
@@ -110,7 +110,7 @@ def predict(
     tell(f"loading {network}", console)
     source = _open(Path(network))
     images = np.stack([_decode(path, source, resize) for path in files])
-    tell(f"classifying {len(files):,} images", console)
+    tell(f"classifying {counted(len(files), 'image')}", console)
     integer = _guesses(source, source.integer, images)
     real = [None] * len(files) if source.float is None else _guesses(source, source.float, images)
     found = tuple(

@@ -106,7 +106,8 @@ def quantize(
         analysis = None
         if is_worse(results.fp32.test.accuracy, ptq.test.accuracy):
             analysis = analyze_for_advice(networks, model, console)
-    print_results(results, console)
+    reestimated = experiment.qat.reestimate_batch_norm
+    print_results(results, console, reestimated=reestimated)
     say(f"report: {report}", console)
     if analysis is not None:
         print_advice(analysis, quant, console, f"jaxqat quantize {folder.path}")

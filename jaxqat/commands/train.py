@@ -102,7 +102,7 @@ def train(
             _repair(folder, experiment, console)
         if is_finished(folder):
             check_undamaged(folder, experiment)
-            return _already_finished(folder, console)
+            return _already_finished(folder, experiment, console)
         tell(f"data: loading {experiment.data.name}", console)
         dataset = load_dataset(experiment.data)
         _check_sizes(experiment, dataset)
@@ -115,7 +115,7 @@ def train(
                 other.copy_to(folder)
             results = _run(networks, folder, console, command)
             analysis = _analyze_if_worse(networks, folder, results, console)
-    print_results(results, console)
+    print_results(results, console, reestimated=experiment.qat.reestimate_batch_norm)
     say(f"report: {folder.report}", console)
     if analysis is not None:
         print_advice(analysis, experiment.quant, console, f"jaxqat quantize {folder.path}")
@@ -140,12 +140,12 @@ def _repair(folder: RunFolder, experiment: Experiment, console: Console) -> None
         say(f"{folder.path}: no checkpoint is damaged.", console)
 
 
-def _already_finished(folder: RunFolder, console: Console) -> Results:
+def _already_finished(folder: RunFolder, experiment: Experiment, console: Console) -> Results:
     results = folder.read_results()
     say(f"{folder.path}: this run is finished; there is nothing to do.", console)
     if not folder.report.exists():
         write_report(folder.path)
-    print_results(results, console)
+    print_results(results, console, reestimated=experiment.qat.reestimate_batch_norm)
     return results
 
 

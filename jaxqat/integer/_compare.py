@@ -157,7 +157,7 @@ class Verification:
             )
         flips = 0 if self.end_to_end is None else MOST_FLIPS * self.images
         if self.top1_flips > flips:
-            broken.append(f"{self.top1_flips} of {self.images} images change their class")
+            broken.append(f"{self.top1_flips:,} of {self.images:,} images change their class")
         if self.unexplained_results and not self.logits_only:
             broken.append(
                 f"{self.unexplained_results} of {self.results} results differ in images whose "

@@ -11,6 +11,7 @@ from jaxqat.pipeline.evaluation import Measured
 from jaxqat.pipeline.measurements import Comparison, Evaluation
 from jaxqat.pipeline.results import Results, RunInfo, Scores, VerificationResult, to_json
 from jaxqat.pipeline.run.folder import RunFolder
+from jaxqat.pipeline.scores import REESTIMATED
 from jaxqat.pipeline.terminal import print_table, say, tell
 
 SCORES = ("accuracy", "precision", "recall", "F1", "loss")
@@ -26,11 +27,19 @@ def print_json(measurement: RunInfo) -> None:
     print(json.dumps(to_json(measurement), indent=1))
 
 
-def print_results(results: Results, console: Console) -> None:
-    """Print the scores of all networks on the test split."""
+def print_results(results: Results, console: Console, *, reestimated: bool = False) -> None:
+    """Print the scores of all networks on the test split.
+
+    Args:
+        results: The scores.
+        console: Where they are printed.
+        reestimated: Whether the statistics of batch norm were estimated again before quantization.
+    """
     title = f"{results.name}: {results.data['name']}, test split"
     rows = [(network.name, *_scores(network.test)) for network in results.tested()]
     print_table(title, ("network", *SCORES), rows, console)
+    if reestimated:
+        say(f"note: {REESTIMATED}", console)
     ptq = [(f"PTQ ({name})", each.verify) for name, each in results.ptq.items()]
     for stage, check in (*ptq, ("QAT", results.verify)):
         if check is not None:

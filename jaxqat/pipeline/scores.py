@@ -4,6 +4,11 @@ import dataclasses
 
 from jaxqat.pipeline.bounded_json import Amount, Count, Share
 
+REESTIMATED = (
+    "FP32 has batch norm's statistics of its training; for the other networks they were estimated "
+    "again (qat.reestimate_batch_norm), so their scores differ by more than quantization."
+)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClassScores:

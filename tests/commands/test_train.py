@@ -1,6 +1,7 @@
 """Train, evaluate and report from end to end, on a network that compiles in a second."""
 
 import dataclasses
+import html
 import importlib.util
 import json
 import os
@@ -18,7 +19,7 @@ from jaxqat.commands import evaluate, report, train
 from jaxqat.errors import RecipeError
 from jaxqat.pipeline import compilation_choice, stages
 from jaxqat.pipeline.checkpoint import CheckpointError
-from jaxqat.pipeline.config import config_hash
+from jaxqat.pipeline.config import config_hash, to_yaml
 from jaxqat.pipeline.data import DataError, load_dataset
 from jaxqat.pipeline.evaluation import Predictor
 from jaxqat.pipeline.measurements import Evaluation
@@ -26,6 +27,7 @@ from jaxqat.pipeline.report.samples import read_samples
 from jaxqat.pipeline.results import read, to_json
 from jaxqat.pipeline.run.folder import RunFolder, RunFolderError
 from jaxqat.pipeline.run.snapshots import check_same_data
+from jaxqat.pipeline.scores import REESTIMATED
 from jaxqat.pipeline.training import DivergedError, Stopped
 
 pytestmark = pytest.mark.slow
@@ -201,6 +203,20 @@ def test_every_epoch_has_its_gradient_norm_and_the_ranges_of_every_layer(finishe
     assert records[-1]["ranges"] == expected and len(expected) == 3
     table = (finished / "metrics.csv").read_text().splitlines()
     assert len(table) == 5 and table[4].startswith("qat,2,12,")
+
+
+def test_statistics_that_were_estimated_again_are_told_beside_the_scores(
+    finished, tmp_path, small_network, console
+):
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    (run / "report.html").unlink()
+    experiment = tiny(qat__reestimate_batch_norm=True)
+    (run / "config.yaml").write_text(to_yaml(experiment))
+    train.train(experiment, run, console=console)
+    printed, page = " ".join(console.file.getvalue().split()), (run / "report.html").read_text()
+    assert f"note: {REESTIMATED}" in printed
+    assert REESTIMATED in html.unescape(page)
+    assert "they were estimated again" not in (finished / "report.html").read_text()
 
 
 def test_the_dropped_batch_is_printed(finished):

@@ -170,7 +170,7 @@ def test_an_unfinished_fp32_stage_is_an_error(float_run, tmp_path, small_network
 
 
 def test_a_folder_that_is_not_a_run_is_an_error(tmp_path, small_network, capsys):
-    assert "is not a run folder" in refused(tmp_path, tmp_path / "nothing", capsys)
+    assert "there is no such folder" in refused(tmp_path, tmp_path / "nothing", capsys)
 
 
 def test_other_data_is_an_error(finished, tmp_path, small_network, capsys, monkeypatch):

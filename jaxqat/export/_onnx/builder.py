@@ -30,7 +30,7 @@ def library(name: str) -> ModuleType:
         return importlib.import_module(name)
     except ImportError as error:
         raise MissingPackageError(
-            f"The package {name!r} is not installed; ONNX export and checks need "
+            f"The package {name!r} is not installed; ONNX files need "
             f"`pip install 'jaxqat[{'onnx,openvino' if name == 'openvino' else 'onnx'}]'`."
         ) from error
 

@@ -19,6 +19,8 @@ from jaxqat.pipeline.results import TRAINED_STAGES, Tested
 # What must be equal: the test images, and the order of the classes.
 SAME = ("name", "num_classes", "image_shape")
 MOST_CHANGED = 8
+# Of networks, by the first part of their keys: each has a marker of its own in the figures.
+KINDS = ("fp32", "ptq", "qat", "integer")
 
 
 class Named(NamedTuple):
@@ -46,11 +48,9 @@ def write_comparison(folders: Sequence[Path], output: Path, *, figures: Path | N
         Path of the page: one self-contained file, without scripts.
 
     Raises:
-        ReportError: There are fewer than two runs, a file is missing or broken, the runs were
-            tested on different data, or the page cannot be written; names the file or run.
+        ReportError: A file is missing or broken, a run is given twice, the runs were tested on
+            different data, or the page cannot be written; names the file or run.
     """
-    if len(folders) < 2:
-        raise ReportError(f"a comparison needs two runs or more, got {len(folders)}.")
     runs = [
         Named(name, read_run(folder)) for name, folder in zip(_names(folders), folders, strict=True)
     ]
@@ -129,9 +129,11 @@ def _drawings(runs: Sequence[Named]) -> dict[str, Callable[..., bytes]]:
     drawings: dict[str, Callable[..., bytes]] = {}
     points = _points(runs)
     if len(sizes := [(p.name, p.size, p.accuracy) for p in points if p.size is not None]) > 1:
-        drawings["sizes"] = partial(draw_sizes, sizes)
+        styles = [p.style for p in points if p.size is not None]
+        drawings["sizes"] = partial(draw_sizes, sizes, styles=styles)
     if len(times := [(p.name, 1e3 / p.speed, p.accuracy) for p in points if p.speed]) > 1:
-        drawings["speeds"] = partial(draw_accuracies, times, "Time per image (ms)")
+        styles = [p.style for p in points if p.speed]
+        drawings["speeds"] = partial(draw_accuracies, times, "Time per image (ms)", styles=styles)
     for stage in TRAINED_STAGES:
         epochs = {
             each.name: each.run.epochs[stage]
@@ -160,13 +162,15 @@ class _Point(NamedTuple):
     accuracy: float
     size: int | None
     speed: float | None
+    style: tuple[int, int]
+    """Number of its colour, which is its run's, and of its marker, which is its kind's."""
 
 
 def _points(runs: Sequence[Named]) -> list[_Point]:
     """Return every network of every run; FP32 once where the runs share it."""
     found: list[_Point] = []
     owners = {each.name for each in _with_own_fp32(runs)}
-    for name, run in runs:
+    for place, (name, run) in enumerate(runs):
         sizes = tables.sizes_by_key(run.results)
         for network in run.results.tested():
             speed = run.results.speed.get(network.key)
@@ -175,6 +179,7 @@ def _points(runs: Sequence[Named]) -> list[_Point]:
                 network.test.accuracy,
                 sizes.get(network.key),
                 None if speed is None else speed.evaluate_images_per_s,
+                (place, KINDS.index(network.key.partition("_")[0])),
             )
             if network.key != "fp32" or name in owners:
                 found.append(point)

@@ -207,22 +207,30 @@ def draw_f1(networks: Sequence[Tested], theme: Theme) -> bytes:
         return to_png(figure)
 
 
-def draw_sizes(networks: Sequence[tuple[str, int, float]], theme: Theme) -> bytes:
+def draw_sizes(
+    networks: Sequence[tuple[str, int, float]],
+    theme: Theme,
+    *,
+    styles: Sequence[tuple[int, int]] | None = None,
+) -> bytes:
     """Draw the accuracy of networks against the bytes of their weights.
 
     Args:
         networks: Name, bytes and accuracy of each.
         theme: Colours.
+        styles: As for `draw_accuracies`.
     """
     in_bytes = EngFormatter("B")  # The theme does not parse formulas.
-    return draw_accuracies(networks, "Weights (bytes)", theme, in_bytes)
+    return draw_accuracies(networks, "Weights (bytes)", theme, formatter=in_bytes, styles=styles)
 
 
 def draw_accuracies(
     networks: Sequence[tuple[str, float, float]],
     cost: str,
     theme: Theme,
+    *,
     formatter: Formatter | None = None,
+    styles: Sequence[tuple[int, int]] | None = None,
 ) -> bytes:
     """Draw the accuracy of networks against what they cost.
 
@@ -231,15 +239,18 @@ def draw_accuracies(
         cost: What it is, with its unit.
         theme: Colours.
         formatter: Of the costs.
+        styles: Number of the colour and of the marker of each; by default, all differ.
     """
-    colors = (theme.test, theme.train, theme.validation)
+    colors = (theme.test, theme.train, theme.validation, theme.muted)
+    styles = [(place, place) for place in range(len(networks))] if styles is None else styles
     with themed(theme):
         figure = Figure(figsize=(WIDTH, 3.0 + ROW * len(networks)), layout="constrained")
         axes = figure.subplots()
-        for place, (name, value, accuracy) in enumerate(networks):
-            marker, color = MARKERS[place % len(MARKERS)], colors[place % len(colors)]
-            (point,) = axes.plot([value], [100 * accuracy], marker, color=color, label=name)
-            point.set(markersize=7, clip_on=False)
+        for (name, value, accuracy), (color, marker) in zip(networks, styles, strict=True):
+            (point,) = axes.plot([value], [100 * accuracy], MARKERS[marker % len(MARKERS)])
+            point.set(label=name, color=colors[color % len(colors)], clip_on=False)
+            # Hollow, so that one under another is seen.
+            point.set(markersize=7, markeredgewidth=1.5, markerfacecolor="none")
         axes.set_xlim(0, 1.08 * max(value for _, value, _ in networks))
         axes.xaxis.set_major_locator(MaxNLocator(5))
         if formatter is not None:

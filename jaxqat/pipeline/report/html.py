@@ -13,6 +13,7 @@ from jaxqat.pipeline.report import figures, gallery, paper, tables, theme
 from jaxqat.pipeline.report.files import ReportError
 from jaxqat.pipeline.report.read import Run, read_run
 from jaxqat.pipeline.results import Results
+from jaxqat.pipeline.scores import REESTIMATED
 
 REPORT_FILE = "report.html"
 ANALYSIS_PAGE = "analysis.html"
@@ -149,6 +150,7 @@ def _render(run: Run, images: dict[str, tuple[str, str]], *, has_analysis: bool)
         facts=_facts(run),
         scores=tables.scores(run),
         departures=paper.departures(run),
+        reestimated=_reestimated(run),
         on_paper_data=paper.is_on_paper_data(run),
         test_images=tables.count(results.fp32.test.n),
         per_class=tables.per_class(results),
@@ -178,6 +180,12 @@ def _headline(results: Results) -> list[tuple[str, str]]:
     if ratio != tables.DASH:
         numbers.append((f"{ratio}×", "smaller weights"))
     return numbers
+
+
+def _reestimated(run: Run) -> str | None:
+    qat = run.config.get("qat")
+    is_on = isinstance(qat, Mapping) and qat.get("reestimate_batch_norm") is True
+    return REESTIMATED if is_on else None
 
 
 def _facts(run: Run) -> list[tuple[str, str]]:

@@ -155,7 +155,10 @@ class RunFolder:
             RunFolderError: If this is not a run folder.
         """
         if not self.config.is_file():
-            raise RunFolderError(f"{self.path}: is not a run folder: it holds no config.yaml.")
+            why = "is not a run folder: it holds no config.yaml"
+            if not self.path.exists():
+                why = "there is no such folder"
+            raise RunFolderError(f"{self.path}: {why}.")
         return configs.load(self.config)
 
     def read_results(self) -> Results:

@@ -142,6 +142,8 @@ def test_a_file_that_cannot_be_replaced_stays_unchanged(tmp_path, monkeypatch):
 def test_a_folder_without_config_is_not_a_run(tmp_path):
     with pytest.raises(RunFolderError, match=r"is not a run folder: it holds no config.yaml"):
         RunFolder(tmp_path).load_config()
+    with pytest.raises(RunFolderError, match=r"nowhere: there is no such folder"):
+        RunFolder(tmp_path / "nowhere").load_config()
 
 
 @pytest.mark.parametrize(

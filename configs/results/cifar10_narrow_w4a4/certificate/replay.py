@@ -322,6 +322,9 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     try:
         found = replay(options.folder, options.network, options.runner)
+    except ModuleNotFoundError as error:
+        print(f"replay: error: {error}: install it, or pass --runner.", file=sys.stderr)
+        return 2
     except Exception as error:  # A runtime raises what it likes, and status 1 means a difference.
         print(f"replay: error: {error or repr(error)}", file=sys.stderr)
         return 2
