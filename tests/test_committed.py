@@ -18,9 +18,9 @@ NETWORKS = sorted(path.parent for path in committed.RESULTS.glob("*/integer"))
 networks = pytest.mark.parametrize("network", NETWORKS, ids=lambda path: path.name)
 
 
-def test_there_are_networks_of_8_4_and_2_bits():
+def test_there_are_networks_of_8_4_3_and_2_bits():
     configs = [yaml.safe_load((network / "config.yaml").read_text()) for network in NETWORKS]
-    assert sorted(config["quant"]["weight_bits"] for config in configs) == [2, 4, 8]
+    assert sorted(config["quant"]["weight_bits"] for config in configs) == [2, 3, 4, 8]
 
 
 @networks
