@@ -23,8 +23,14 @@ def test_there_are_networks_of_8_4_3_and_2_bits():
     assert sorted(config["quant"]["weight_bits"] for config in configs) == [2, 3, 4, 8]
 
 
-@networks
-@pytest.mark.parametrize("form", ["network.onnx", "integer"])
+FORMS = [
+    pytest.param(network, form, marks=[pytest.mark.long] * is_long, id=f"{network.name}-{form}")
+    for network in NETWORKS
+    for form, is_long in (("network.onnx", False), ("integer", network.name != "cifar10_narrow"))
+]
+
+
+@pytest.mark.parametrize(("network", "form"), FORMS)
 def test_a_network_computes_the_recorded_codes(network, form):
     """In ONNX Runtime and in JAX, tensor by tensor, on 50 test images of CIFAR-10."""
     replay = network / "certificate" / "replay.py"

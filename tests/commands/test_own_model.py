@@ -32,6 +32,10 @@ MODELS = {
 }
 
 
+# In a plain `pytest`; without state is the simplest case.
+RUNS = [pytest.param(n, marks=[pytest.mark.long] * (n == "Stateless")) for n in MODELS]
+
+
 def write_config(folder: Path, name: str) -> Path:
     model = {"target": f"own_models:{name}", "arguments": MODELS[name]}
     path = folder / "config.yaml"
@@ -39,7 +43,7 @@ def write_config(folder: Path, name: str) -> Path:
     return path
 
 
-@pytest.fixture(scope="module", params=list(MODELS))
+@pytest.fixture(scope="module", params=RUNS)
 def run(request, tmp_path_factory) -> Path:
     """A finished run of each network."""
     folder = tmp_path_factory.mktemp(request.param)

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 # In a plain `pytest`; the others are marked long.
 QUICK = frozenset(
     {
-        *("ResNet v2", "MobileNetV3", "U-Net, bilinear", "actor-critic", "backbone of features"),
+        *("U-Net, bilinear", "actor-critic", "backbone of features"),
         *("LSTM", "NNX MobileNetV2", "Equinox CNN", "function"),
     }
 )

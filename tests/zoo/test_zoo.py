@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -23,6 +24,11 @@ ATTENTION = Recipe(rules=(Rule(kind="attention"),))
 
 CONVERTIBLE = [name for name, case in ZOO.items() if not case.refused]
 REFUSED = [name for name, case in ZOO.items() if case.refused]
+LONG = "nnx lstm"  # Not in a plain `pytest`, where Linen's is.
+
+
+def marked(names: Iterable[str]) -> list[Any]:
+    return [pytest.param(n, marks=[pytest.mark.long] * (n == LONG)) for n in names]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +67,7 @@ def check_training(run: Trained) -> None:
         assert np.abs(gradient).max() > 0, row.path
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", marked(ZOO))
 def test_calibration_leaves_the_parameters_as_they_were_and_adds_one_collection(name):
     run = trained(name)
     jax.tree.map(np.testing.assert_array_equal, run.calibrated, run.quantized.before)
@@ -73,12 +79,12 @@ def test_calibration_leaves_the_parameters_as_they_were_and_adds_one_collection(
     assert run.quantized.added == added
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", marked(ZOO))
 def test_a_model_of_others_trains_and_every_quantized_weight_gets_a_gradient(name):
     check_training(trained(name))
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", marked(ZOO))
 def test_every_product_with_weights_is_quantized_and_every_other_one_says_why_not(name):
     table, case = trained(name).quantized.table(), ZOO[name]
     quantized = {row.path: row for row in table if row.weight_bits is not None}
@@ -91,7 +97,7 @@ def test_every_product_with_weights_is_quantized_and_every_other_one_says_why_no
     ]
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", marked(ZOO))
 def test_no_weight_of_the_parameter_tree_is_missing_from_the_table(name):
     """Counted in the tree: a scanned layer has a row per iteration, joined kernels have one."""
     run = trained(name)
@@ -138,7 +144,7 @@ def test_every_sum_is_an_integer_kernel_of_onnx_runtime(name, tmp_path):
 
 
 @pytest.mark.filterwarnings("error:Explicitly requested dtype")  # Tokens are int64.
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", marked(REFUSED))
 def test_a_strict_conversion_names_every_part_without_an_integer_form(name):
     quantized = trained(name).quantized
     with pytest.raises(jaxqat.ConversionError) as error:
@@ -153,7 +159,7 @@ def test_a_strict_conversion_names_every_part_without_an_integer_form(name):
         )
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", marked(REFUSED))
 def test_a_model_with_such_parts_becomes_a_network_with_float_islands(name, tmp_path):
     quantized = trained(name).quantized
     graph = jaxqat.load(jaxqat.save(quantized.convert(), tmp_path / "network"))

@@ -43,4 +43,6 @@ FILES = [
 def test_committed_results_can_be_read(path, of):
     found = read(path, of, error=RunFolderError)
     verify = found if isinstance(found, Comparison) else found.verify
-    assert verify is not None and verify.results == 0  # Those runs compared codes and classes.
+    assert verify is not None and verify.images == 10_000
+    if not verify.logits_only:  # OpenVINO gives no codes.
+        assert (verify.codes > 10**9, verify.differing, verify.differing_results) == (True, 0, 0)
