@@ -4,7 +4,9 @@
 
 copies the results, the report and the integer network of each run to `configs/results/RUN`, exports
 the network to ONNX there, and writes the certificate: the first test images with their labels, and
-the digest of every tensor's codes.
+the digest of every tensor's codes. The program that replays it is not copied:
+
+    python jaxqat/export/_replay.py --folder configs/results/RUN/certificate
 """
 
 import argparse
@@ -39,6 +41,7 @@ def commit(run: Path, target: Path) -> None:
     certificate = target / "certificate"
     images = test.images[:IMAGES]
     export_certificate(graph, certificate, images, file=file, store_codes=False)
+    (certificate / "replay.py").unlink()
     np.savetxt(certificate / "labels.txt", test.labels[:IMAGES], fmt="%d")
 
 

@@ -33,8 +33,8 @@ FORMS = [
 @pytest.mark.parametrize(("network", "form"), FORMS)
 def test_a_network_computes_the_recorded_codes(network, form):
     """In ONNX Runtime and in JAX, tensor by tensor, on 50 test images of CIFAR-10."""
-    replay = network / "certificate" / "replay.py"
-    command = [sys.executable, replay, network / form, "--json"]
+    replay, folder = ROOT / "jaxqat" / "export" / "_replay.py", network / "certificate"
+    command = [sys.executable, replay, network / form, "--folder", folder, "--json"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout)
