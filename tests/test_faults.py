@@ -1,14 +1,17 @@
 """Faults that the real command survives, or ends from with one clear line."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import soak
 import tiny_run
@@ -23,7 +26,7 @@ pytestmark = [
 ]
 
 ROOT = Path(__file__).parents[1]
-finished = tiny_run.finished
+finished, open_tmp = tiny_run.finished, tiny_run.open_tmp
 
 
 def environment(**changes: str) -> dict[str, str]:
@@ -55,6 +58,11 @@ sys.exit(cli.main())
         timeout=300,
         env=environment(),
     )
+
+
+def without_lock(run: Path) -> dict[str, str]:
+    """Return the digests of a run's files; a command that read it may have left its lock."""
+    return {name: digest for name, digest in tiny_run.files(run).items() if name != ".lock"}
 
 
 def write_config(folder: Path, **changes: object) -> Path:
@@ -196,9 +204,7 @@ networks.build_model = lambda config, classes, dtype: Other(classes, dtype)
     ):
         assert difference in done.stderr
     assert "Traceback" not in done.stderr
-    after = tiny_run.files(run)
-    after.pop(".lock", None)
-    assert after == before
+    assert without_lock(run) == before
 
 
 def test_a_damaged_cache_of_images_is_decoded_again_or_named(tmp_path):
@@ -220,6 +226,22 @@ def test_a_damaged_cache_of_images_is_decoded_again_or_named(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "the cache is damaged" in done.stderr
     assert cache.read_bytes() == good
+    # With another picture, it is another data set: neither evaluated nor trained on.
+    before = without_lock(run)
+    Image.new("RGB", (8, 8), (200, 0, 0)).save(images / "dark" / "00.png")
+    shutil.copytree(run / "checkpoints", tmp_path / "stopped/checkpoints")
+    shutil.copy(run / "config.yaml", tmp_path / "stopped")
+    for given in (("evaluate", run), ("train", *command[1:3], "--workdir", tmp_path / "stopped")):
+        options = ("--fp32.epochs", "1", "--qat.epochs", "1") if given[0] == "train" else ()
+        done = run_in_trouble("", *given, *options)
+        assert done.returncode == 2, done.stderr
+        *_, line = done.stderr.splitlines()
+        assert "was trained on other data. There -> here: " in line
+        assert "sha256" in line
+        assert "Traceback" not in done.stderr
+    assert without_lock(run) == before
+    (new,) = {*(tmp_path / "cache").glob("*.npz")} - {cache}
+    new.unlink()
     cache.write_bytes(damaged)
     shutil.rmtree(images)
     done = run_in_trouble("", *command[:-1], tmp_path / "other")
@@ -229,3 +251,89 @@ def test_a_damaged_cache_of_images_is_decoded_again_or_named(tmp_path):
     assert "the cache is damaged" in line
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "other").exists()
+
+
+def test_a_run_of_another_config_is_refused_with_the_difference_and_left_as_it_is(
+    finished, tmp_path
+):
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    before = without_lock(run)
+    config = write_config(tmp_path)
+    done = run_in_trouble("", "train", "--config", config, "--workdir", run, "--qat.epochs", "3")
+    assert done.returncode == 2, done.stderr
+    assert "qat.epochs: 2 -> 3" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert without_lock(run) == before
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as another user")
+def test_a_read_only_run_is_found_at_the_start_and_can_be_evaluated(finished, open_tmp):
+    run = Path(shutil.copytree(finished, open_tmp / "run"))
+    for path in (run, *run.rglob("*")):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    before = tiny_run.files(run)
+    # Python's own files may be readable for root only: what the commands need is imported before.
+    trouble = f"""
+import os
+import jax
+cli.main(["evaluate", {str(finished)!r}])
+os.seteuid({tiny_run.NOBODY})
+"""
+    done = run_in_trouble(trouble, "evaluate", run)
+    assert done.returncode == 0, done.stderr
+    assert "is read-only, so the result was not written to it." in " ".join(done.stdout.split())
+    config = write_config(open_tmp)
+    done = run_in_trouble(trouble, "train", "--config", config, "--workdir", run)
+    assert done.returncode == 2, done.stderr
+    assert f"workdir {run}: cannot be written: Permission denied" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert tiny_run.files(run) == before
+
+
+class Malicious:
+    """An object whose pickle creates a file when it is loaded."""
+
+    def __init__(self, path: Path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+def test_files_of_a_stranger_end_with_one_line_and_no_code_of_theirs_runs(finished, tmp_path):
+    """A pickle among the arrays of a network, a path out of its folder, a config that explodes."""
+    target = tmp_path / "made by a stranger"
+    pickled = Path(shutil.copytree(finished, tmp_path / "pickled"))
+    arrays = pickled / "integer/arrays.npz"
+    with np.load(arrays) as members:
+        contents = dict(members)
+    name = next(iter(contents))
+    contents[name] = np.array([Malicious(target)], object)
+    np.savez(arrays, **contents)
+    resealed(pickled / "integer")
+    escaping = Path(shutil.copytree(finished, tmp_path / "escaping"))
+    with zipfile.ZipFile(escaping / "integer/arrays.npz", "a") as archive:
+        archive.writestr("../../made by a stranger", "x")
+    resealed(escaping / "integer")
+    for run in (pickled, escaping):
+        done = run_in_trouble("", "evaluate", run)
+        assert done.returncode in (1, 2), done.stdout
+        *_, line = done.stderr.splitlines()
+        assert line.startswith("jaxqat: error: ") and "arrays.npz" in line
+        assert "Traceback" not in done.stderr
+        assert not target.exists()
+    bomb = tmp_path / "bomb.yaml"
+    levels = [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
+    bomb.write_text("\n".join(["a0: &a0 [x, x]", *levels]))
+    done = run_in_trouble("", "train", "--config", bomb, "--workdir", tmp_path / "run")
+    assert done.returncode == 2, done.stdout
+    assert str(bomb) in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def resealed(network: Path) -> None:
+    """Write the checksums of a stored network anew, as a stranger would."""
+    sums = network / "SHA256SUMS"
+    lines = [line.split("  ") for line in sums.read_text().splitlines()]
+    digests = {name: hashlib.sha256((network / name).read_bytes()).hexdigest() for _, name in lines}
+    sums.write_text("".join(f"{digest}  {name}\n" for name, digest in digests.items()))

@@ -48,6 +48,17 @@ class FloatNetwork(FloatVisitor[Any]):
         """Return the product of two tensors."""
         return inputs[0] * inputs[1]
 
+    def mat_mul(self, node: g.MatMul, inputs: list[Any]) -> Any:
+        """Return the product of two tensors over common axes."""
+        shapes = [tuple(x.shape) for x in inputs]
+        matrices = []
+        for side, (x, shape) in enumerate(zip(inputs, shapes, strict=True)):
+            x = self.permute(x, node.as_matrices(side, len(shape)))
+            common = tuple(x.shape)[: len(node.batched[0])]
+            matrices.append(x.reshape(*common, *node.matrix_size(side, shape)))
+        left, right = matrices
+        return (left @ right).reshape(*tuple(left.shape)[:-2], *node.free_sizes(shapes))
+
     def table(self, node: g.Table, x: Any) -> Any:
         """Refuse: a table has no function of real numbers."""
         raise BenchmarkError(f"node {node.name!r}: a table of codes has no float form to measure.")

@@ -63,10 +63,14 @@ def least_seconds(graph: g.IntegerGraph, batch: int, device: Device) -> float:
 
 def macs(graph: g.IntegerGraph) -> int:
     """Return the multiply-accumulate operations for one image."""
-    return sum(
-        math.prod(node.output_shape([graph.tensors[node.inputs[0]].shape])[:-1]) * node.weights.size
-        for node in graph.products()
-    )
+    total = 0
+    for node in graph.nodes:
+        shapes = [graph.tensors[name].shape for name in node.inputs if name in graph.tensors]
+        if isinstance(node, g.Product):
+            total += math.prod(node.output_shape(shapes)[:-1]) * node.weights.size
+        elif isinstance(node, g.MatMul):
+            total += node.macs(shapes)
+    return total
 
 
 def traffic(graph: g.IntegerGraph, batch: int) -> int:

@@ -30,10 +30,10 @@ from jaxqat.integer._execute.executor import make_executor
 from jaxqat.integer._guard import check_graph
 from jaxqat.integer._numpy_products import codes as numpy_codes
 from jaxqat.integer._numpy_products import real as numpy_real
-from jaxqat.integer._numpy_products import sums
+from jaxqat.integer._numpy_products import sums, sums_of_pairs
 from jaxqat.integer._results import flat
 from jaxqat.integer._store.files import write_atomically
-from jaxqat.integer.graph import INPUT, FloatOp, IntegerGraph, Product
+from jaxqat.integer.graph import INPUT, FloatOp, IntegerGraph, MatMul, Product
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 
@@ -180,13 +180,15 @@ def _check_products(
     Raises:
         WrongProductError: If one differs; names it.
     """
-    for node in graph.products():
-        source = graph.tensors[node.inputs[0]]
+    for node in graph.nodes:
+        if not isinstance(node, Product | MatMul):
+            continue
         actual = codes.get(node.output, results.get(node.output))
         exact = graph.requantization == "float" or node.output not in graph.tensors
-        if source.name not in codes or actual is None or not exact:
+        if not codes.keys() >= {*node.inputs} or actual is None or not exact:
             continue
-        expected = _by_numpy(graph, node, codes[source.name].astype(np.int64) - source.zero_point)
+        read = [codes[x].astype(np.int64) - graph.tensors[x].zero_point for x in node.inputs]
+        expected = _by_numpy(graph, node, read)
         if not np.array_equal(expected, actual):
             count = int((expected != actual).sum())
             raise WrongProductError(
@@ -196,8 +198,11 @@ def _check_products(
             )
 
 
-def _by_numpy(graph: IntegerGraph, node: Product, units: np.ndarray[Any, Any]) -> Any:
-    total, out = sums(node, units), graph.tensors.get(node.output)
+def _by_numpy(
+    graph: IntegerGraph, node: Product | MatMul, units: list[np.ndarray[Any, Any]]
+) -> Any:
+    total = sums(node, *units) if isinstance(node, Product) else sums_of_pairs(node, *units)
+    out = graph.tensors.get(node.output)
     return numpy_real(node, total) if out is None else numpy_codes(node, total, out)
 
 

@@ -14,6 +14,7 @@ from jaxqat.integer.graph import (
     Concat,
     FloatOp,
     IntegerGraph,
+    MatMul,
     MaxPool,
     Move,
     Multiply,
@@ -70,6 +71,8 @@ class GraphVisitor(ABC, Generic[Value]):
                 return self.quantize(node, inputs[0] if inputs else images)
             case Product():
                 return self.product(node, parameters.get(node.name), inputs[0])
+            case MatMul():
+                return self.mat_mul(node, inputs)
             case Add():
                 return self.add(node, inputs)
             case Multiply():
@@ -97,6 +100,10 @@ class GraphVisitor(ABC, Generic[Value]):
     @abstractmethod
     def product(self, node: Product, arrays: Any, x: Value) -> Value:
         """Visit a convolution or a dense layer; `arrays` are its parameters, if given."""
+
+    @abstractmethod
+    def mat_mul(self, node: MatMul, inputs: list[Value]) -> Value:
+        """Visit a product of two tensors over common axes."""
 
     @abstractmethod
     def add(self, node: Add, inputs: list[Value]) -> Value:

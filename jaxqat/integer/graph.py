@@ -29,6 +29,7 @@ from jaxqat.integer._nodes.add import Add
 from jaxqat.integer._nodes.base import CODE_MAX, CODE_MIN, Node, Tensor, check_shape
 from jaxqat.integer._nodes.concat import Concat
 from jaxqat.integer._nodes.float_op import FloatOp
+from jaxqat.integer._nodes.mat_mul import MatMul
 from jaxqat.integer._nodes.max_pool import MaxPool
 from jaxqat.integer._nodes.move import Move
 from jaxqat.integer._nodes.multiply import Multiply
@@ -51,6 +52,7 @@ __all__ = [
     "InputType",
     "IntegerGraph",
     "Island",
+    "MatMul",
     "MaxPool",
     "Move",
     "Multiply",
@@ -72,7 +74,7 @@ INPUT = "<input>"
 """By this name a `FloatOp` reads the network's input."""
 
 NODE_KINDS: tuple[type[Node], ...] = (
-    *(Quantize, Product, Add, Multiply, Requantize, Table),
+    *(Quantize, Product, MatMul, Add, Multiply, Requantize, Table),
     *(MaxPool, SumPool, Move, Concat, FloatOp),
 )
 """Every kind of node that a graph can have."""
@@ -83,7 +85,7 @@ class IntegerGraph:
     """An integer network.
 
     What has no integer form is computed by `FloatOp` nodes, on real tensors: results of such nodes,
-    of products and of average pools that are not in `tensors`. Only `FloatOp` and `Quantize` nodes
+    of products (of two tensors too) and of average pools that are not in `tensors`. Only `FloatOp` and `Quantize` nodes
     read real tensors.
 
     The constructor checks these invariants: each node reads only tensors of earlier nodes; each

@@ -236,6 +236,17 @@ class Maker:
         )
         return self.emit(node, grid)
 
+    def mat_mul(self, name, left, right, contracted, batched):
+        multiplier = F(self.tensors[left].scale * self.tensors[right].scale)
+        node = g.MatMul(
+            name=name, inputs=(left, right), output=f"{name}/real", contracted=contracted,
+            batched=batched, multiplier=multiplier,
+        )  # fmt: skip
+        grid = self.grid(self._run(node, self.tensors))
+        multiplier = F(multiplier / grid.scale)
+        node = dataclasses.replace(node, multiplier=multiplier, output=f"{name}/output")
+        return self.emit(node, grid)
+
     def same(self, node_type, name, x, **fields):
         """Add a node whose output is on its input's grid."""
         fields |= {"name": name, "output": f"{name}/output"}
@@ -368,6 +379,26 @@ def gated(m: Maker):
     return m.finish()
 
 
+def matrices(m: Maker):
+    """Attention without its softmax, and products of tensors over several axes and over one."""
+    x = m.conv("stem", m.quantize(), 8, relu=False)
+    rows, columns, _ = m.tensors[x].shape
+    places = rows * columns
+    heads = {"kind": "reshape", "shape": (places, 2, 4)}
+    query, key, value = (
+        m.same(g.Move, f"{name}/heads", m.conv(name, x, 8, window=1, relu=relu), **heads)
+        for name, relu in (("query", False), ("key", True), ("value", False))
+    )
+    scores = m.mat_mul("scores", query, key, ((3,), (3,)), ((0, 2), (0, 2)))
+    mixed = m.mat_mul("mixed", scores, value, ((3,), (1,)), ((0, 1), (0, 2)))
+    mixed = m.same(g.Move, "back", mixed, kind="transpose", axes=(0, 2, 1, 3))
+    # Heads and places are summed over; then one number for each pair of the others.
+    gram = m.mat_mul("gram", mixed, query, ((2, 1), (2, 1)), ((0,), (0,)))
+    flat = m.same(g.Move, "flat", gram, kind="reshape", shape=(16,))
+    m.head(m.mat_mul("outer", flat, flat, ((), ()), ((0, 1), (0, 1))))
+    return m.finish()
+
+
 def moves(m: Maker):
     """All kinds of moves; the result is a tensor of codes."""
     x = m.conv("conv1", m.quantize(), 6, relu=False)
@@ -397,6 +428,7 @@ CASES = {
     "series": Case(series, (25, 2)),
     "volume": Case(volume, (6, 6, 4, 1)),
     "gated": Case(gated, (8, 6, 3)),
+    "matrices": Case(matrices, (4, 3, 3)),
     "moves": Case(moves, (7, 6, 3)),
 }
 

@@ -74,6 +74,8 @@ def step(node, tensors, codes, images=None, requantization="float", reals=None) 
             return summed(inputs, node.factors, node.shift, zero) - zero
         case g.Multiply():
             return rescaled(inputs[0] * inputs[1], node.multiplier)
+        case g.MatMul():
+            return rescaled(paired(node, *inputs), node.multiplier)
         case g.Requantize():
             return rescaled(inputs[0], node.multiplier)
         case g.SumPool():
@@ -191,6 +193,25 @@ def product(node, x):
         ]
         terms.append(np.concatenate(groups, -1))
     return np.sum(terms, axis=0)
+
+
+def paired(node, left, right):
+    """Sums of products of two tensors over common axes, int64."""
+    letters = iter("abcdefghijklmnopqrstuvwxyz")
+    names = [[""] * left.ndim, [""] * right.ndim]
+    shared = [zip(*axes, strict=True) for axes in (node.batched, node.contracted)]
+    result = []
+    for is_summed, pairs in enumerate(shared):
+        for here, there in pairs:
+            names[0][here] = names[1][there] = letter = next(letters)
+            result += [] if is_summed else [letter]
+    for side in names:
+        for axis, name in enumerate(side):
+            if not name:
+                side[axis] = next(letters)
+                result.append(side[axis])
+    terms = ",".join("".join(side) for side in names)
+    return np.einsum(f"{terms}->{''.join(result)}", left, right)
 
 
 def moved(node, x):

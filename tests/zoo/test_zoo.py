@@ -178,6 +178,12 @@ def test_attention_products_are_quantized_by_a_rule_and_the_model_trains(name):
     assert len(rows) == ZOO[name].float_pairs
     assert all((r.weight_bits, r.act_bits, r.float_reason) == (8, 8, None) for r in rows)
     assert not any(row.float_reason for row in run.quantized.table())
+    graph = run.quantized.convert()
+    assert sum(isinstance(node, g.MatMul) for node in graph.nodes) == len(rows)
+    assert not any(op.operation == "dot" for op in graph.float_ops)
+    check = run.quantized.verify(graph)
+    assert (check.differing, check.failures) == (0, ())
+    check_in_onnx_runtime(run.quantized, graph)
 
 
 # Bits of weights and inputs, of layers inside and at the edge.

@@ -10,13 +10,14 @@ import numpy as np
 from jaxqat.errors import ExportError
 from jaxqat.export._onnx import moves as onnx_moves
 from jaxqat.export._onnx.builder import OPSET, Builder, channels_first, channels_last, output_name
-from jaxqat.export._onnx.products import geometry, oriented_weights
+from jaxqat.export._onnx.products import geometry, mat_mul, oriented_weights
 from jaxqat.integer._float_visitor import FloatVisitor
 from jaxqat.integer.graph import (
     Add,
     Concat,
     FloatOp,
     IntegerGraph,
+    MatMul,
     MaxPool,
     Move,
     Multiply,
@@ -100,6 +101,13 @@ class OnnxFloatWriter(FloatVisitor[str]):
     def multiply(self, node: Multiply, inputs: list[str]) -> str:
         """Write a Mul."""
         return self.builder.add("Mul", inputs, node.output)
+
+    def mat_mul(self, node: MatMul, inputs: list[str]) -> str:
+        """Write a MatMul."""
+        shapes = [self.graph.tensors[name].shape for name in node.inputs]
+        product = mat_mul(self.builder, node, "MatMul", inputs, shapes)
+        axes = channels_first(1 + len(node.output_shape(shapes)))
+        return self.builder.transpose(product, axes, f"{node.name}/channels_first")
 
     def max_pool(self, node: MaxPool, x: str) -> str:
         """Write a MaxPool."""

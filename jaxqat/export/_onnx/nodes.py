@@ -16,18 +16,19 @@ import numpy as np
 
 from jaxqat.errors import ExportError
 from jaxqat.export._onnx import moves as onnx_moves
+from jaxqat.export._onnx import tables
 from jaxqat.export._onnx.builder import Builder, channels_first, channels_last, output_name
 from jaxqat.export._onnx.float_ops import FloatOpWriter
 from jaxqat.export._onnx.grids import UINT8_MAX, offsets, pool_scale, sum_scales, weight_scales
-from jaxqat.export._onnx.products import geometry, oriented_weights
+from jaxqat.export._onnx.products import geometry, mat_mul, oriented_weights
 from jaxqat.integer._visitor import GraphVisitor
 from jaxqat.integer.graph import (
-    CODE_MIN,
     INPUT,
     Add,
     Concat,
     FloatOp,
     IntegerGraph,
+    MatMul,
     MaxPool,
     Move,
     Multiply,
@@ -42,7 +43,7 @@ from jaxqat.integer.graph import (
 
 _ONE = np.float32(1)
 BATCH = {"batch": 1}
-FLOAT, INT32 = 1, 6  # ONNX's element types.
+FLOAT = 1  # ONNX's element type.
 
 
 class OnnxWriter(GraphVisitor[str]):
@@ -179,7 +180,7 @@ class OnnxWriter(GraphVisitor[str]):
             # A copy, because the codes are an output too.
             return builder.add("Identity", [self.entries[out.name]], f"{out.name}/codes")
         if self._uint8 and not node.inputs:
-            codes = self._looked_up(node, images)
+            codes = tables.of_pixels(builder, node, images, self.offsets[out.name])
         else:
             # The float32 product of training first, then the rounding as a separate node.
             inverse = builder.constant(np.float32(node.inverse), "inverse")
@@ -193,24 +194,6 @@ class OnnxWriter(GraphVisitor[str]):
         is_nan = builder.add("IsNaN", [real], f"{name}/is_nan")
         nothing = builder.constant(np.float32(0), "nothing")
         return builder.add("Where", [is_nan, nothing, real], f"{name}/numbers")
-
-    def _looked_up(self, node: Quantize, images: str) -> str:
-        """Write the lookup of pixels in the table of codes, at entry 256 * channel + pixel."""
-        if node.table is None:
-            raise ExportError(
-                f"node {node.name!r}: the network has no table for uint8 images; use "
-                "input='float', or convert with `preprocess`."
-            )
-        builder = self.builder
-        table = (node.table.astype(np.int16) + self.offsets[node.output]).astype(np.uint8)
-        index = builder.add("Cast", [images], "pixel", to=INT32)
-        if (table == table[:, :1]).all():
-            table = table[:, 0]
-        else:
-            first = builder.constant(256 * np.arange(table.shape[1], dtype=np.int32), "first_entry")
-            index = builder.add("Add", [index, first], "entry")
-        entries = builder.constant(table.T.ravel(), "table")
-        return builder.add("Gather", [entries, index], f"{node.output}/codes")
 
     def product(self, node: Product, arrays: Any, x: str) -> str:
         """Write a Conv or a Gemm, with codes or the network's real result as output."""
@@ -261,6 +244,21 @@ class OnnxWriter(GraphVisitor[str]):
         ]
         return builder.add("DequantizeLinear", inputs, f"{node.name}/real_bias", axis=0)
 
+    def mat_mul(self, node: MatMul, inputs: list[str]) -> str:
+        """Write a MatMulInteger of the codes, whose result is int32, and its requantization."""
+        shapes = [self.graph.tensors[name].shape for name in node.inputs]
+        zeros = [self._zero(self.graph.tensors[name]) for name in node.inputs]
+        builder = self.builder
+        total = mat_mul(builder, node, "MatMulInteger", inputs, shapes, zeros)
+        total = builder.add("Cast", [total], f"{node.name}/float_sum", to=FLOAT)
+        multiplier = builder.constant(node.multiplier, f"{node.name}/multiplier")
+        real = builder.add("Mul", [total, multiplier], f"{node.name}/real")
+        out = self.graph.tensors.get(node.output)
+        if out is None:
+            return real
+        codes, axes = self._quantized(real, out, _ONE), channels_first(1 + len(out.shape))
+        return builder.transpose(codes, axes, f"{out.name}/channels_first")
+
     def add(self, node: Add, inputs: list[str]) -> str:
         """Write an Add of dequantized terms, which runtimes replace by a QLinearAdd."""
         out = self.graph.tensors[node.output]
@@ -288,18 +286,9 @@ class OnnxWriter(GraphVisitor[str]):
 
     def table(self, node: Table, x: str) -> str:
         """Write the lookup of codes in a table."""
-        builder, source = self.builder, node.inputs[0]
-        codes = np.arange(UINT8_MAX + 1) - self.offsets[source]  # In the order of uint8 codes.
-        entries = node.table[np.clip(codes - CODE_MIN, 0, UINT8_MAX)].astype(np.int16)
-        stored = (entries + self.offsets[node.output]).astype(np.uint8)
-        index = builder.add("Cast", [x], f"{node.name}/index", to=INT32)
-        if stored.ndim == 2:  # A table for each channel, one behind the other.
-            channels = np.arange(stored.shape[1], dtype=np.int32)
-            first = (256 * channels).reshape(-1, *[1] * (len(self.graph.tensors[source].shape) - 1))
-            first = builder.constant(first, f"{node.name}/first_entry")
-            index = builder.add("Add", [index, first], f"{node.name}/entry")
-        table = builder.constant(stored.T.ravel(), f"{node.name}/entries")
-        return builder.add("Gather", [table, index], f"{node.output}/codes")
+        offsets = self.offsets[node.inputs[0]], self.offsets[node.output]
+        rank = 1 + len(self.graph.tensors[node.output].shape)
+        return tables.of_codes(self.builder, node, x, offsets, rank)
 
     def max_pool(self, node: MaxPool, x: str) -> str:
         """Write a MaxPool of codes."""

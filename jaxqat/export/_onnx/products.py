@@ -1,9 +1,12 @@
-"""Weights and geometry of a product in ONNX's terms."""
+"""Products in ONNX's terms: weights and geometry of a layer, matrices of two tensors."""
+
+from collections.abc import Sequence
 
 import numpy as np
 
 from jaxqat.errors import ExportError
-from jaxqat.integer.graph import Product
+from jaxqat.export._onnx.builder import Builder, channels_first
+from jaxqat.integer.graph import MatMul, Product
 
 
 def oriented_weights(weights: np.ndarray, kind: str, spatial: int) -> np.ndarray:
@@ -36,3 +39,43 @@ def geometry(node: Product, spatial: int) -> dict[str, object]:
         "pads": [low for low, _ in padding] + [high for _, high in padding],
         "group": node.groups,
     }
+
+
+def mat_mul(
+    builder: Builder,
+    node: MatMul,
+    operator: str,
+    inputs: Sequence[str],
+    shapes: Sequence[tuple[int, ...]],
+    more: Sequence[str] = (),
+) -> str:
+    """Write a product of two tensors; return the name of its result, in JAX's layout.
+
+    Args:
+        builder: The ONNX graph so far.
+        node: The product.
+        operator: 'MatMul' or 'MatMulInteger'.
+        inputs: Names of the tensors, channels first.
+        shapes: Their shapes in JAX's layout, without the batch.
+        more: Further inputs of the operator.
+    """
+    full = [(-1, *shape) for shape in shapes]
+    common = [0] * len(node.batched[0])  # For a Reshape: as before.
+    one = [len(node.free(side, len(shape))) == 1 for side, shape in enumerate(full)]
+    is_matrix = [each and len(node.contracted[0]) == 1 for each in one]
+    matrices: list[str] = []
+    for side, (x, shape) in enumerate(zip(inputs, full, strict=True)):
+        first = channels_first(len(shape))
+        axes = [first.index(axis) for axis in node.as_matrices(side, len(shape))]
+        x = builder.transpose(x, axes, f"{node.name}/operand{side}")
+        if not is_matrix[side]:
+            size = np.array([*common, *node.matrix_size(side, shape)], np.int64)
+            size = builder.constant(size, f"{node.name}/size{side}")
+            x = builder.add("Reshape", [x, size], f"{node.name}/matrices{side}")
+        matrices.append(x)
+    total = builder.add(operator, [*matrices, *more], f"{node.name}/products")
+    if all(one):
+        return total
+    size = np.array([*common, *node.free_sizes(full)], np.int64)
+    size = builder.constant(size, f"{node.name}/size")
+    return builder.add("Reshape", [total, size], f"{node.name}/sum")

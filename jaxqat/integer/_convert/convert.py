@@ -219,7 +219,7 @@ class _ModelEmitter(Emitter):
 
     def _integer_result(self, form: forms.Form | None) -> str | None:
         """Emit the result of a last product, or codes; return its name, None for other forms."""
-        if isinstance(form, forms.Accumulator):
+        if isinstance(form, forms.Accumulator | forms.Paired):
             return self.islands.exact(form)
         return self.read(form) if isinstance(form, forms.Codes) else None
 

@@ -15,10 +15,7 @@ import numpy as np
 
 from jaxqat.integer import graph as g
 from jaxqat.integer._convert.fields import Bounds, Deferred
-from jaxqat.integer._convert.geometry import (
-    UnconvertibleError,
-    move_fields,
-)
+from jaxqat.integer._convert.geometry import UnconvertibleError, mat_mul_fields, move_fields
 from jaxqat.integer._convert.islands import Islands
 from jaxqat.integer._convert.layout import Layout, batch_first, reshaped
 from jaxqat.integer._convert.products import ProductEmitter, as_array, scalar
@@ -103,8 +100,11 @@ class Emitter(ProductEmitter):
             self.input_type = "uint8" if values.dtype == jnp.uint8 else "int32"
         return g.INPUT
 
-    def real_result(self, form: forms.Accumulator) -> str:
+    def real_result(self, form: forms.Accumulator | forms.Paired) -> str:
         """Emit a product or an average without requantization; return the name of its result."""
+        if isinstance(form, forms.Paired):
+            self._mat_mul(form, None, output := self.unique(f"{form.path}/real"))
+            return output
         source = form.source
         path = source.path if isinstance(source, forms.Multiplied) else self.read(source.codes)
         return self.accumulate(form, None, self.unique(f"{path}/real"))
@@ -112,7 +112,9 @@ class Emitter(ProductEmitter):
     def rearranged(self, name: str, form: forms.Accumulator, layout: Layout) -> str:
         """Emit a product's real result in the traced layout; return its name."""
         if self.strict:
-            raise UnconvertibleError(f"{name}: the axes of its result are in another order")
+            raise UnconvertibleError(
+                f"{name}: its result has several axes of channels, or they are not the last"
+            )
         return self.islands.rearranged(name, form.total, layout)
 
     def emit(
@@ -223,6 +225,20 @@ class Emitter(ProductEmitter):
         }
         self.nodes.append((g.Multiply, fields))
 
+    def _paired(self, form: forms.Paired, grid: Grid, name: str, shape, bounds: Bounds) -> None:
+        self._tensor(name, grid, shape, bounds)
+        self._mat_mul(form, grid, name)
+
+    def _mat_mul(self, form: forms.Paired, grid: Grid | None, output: str) -> None:
+        fields = {
+            **mat_mul_fields(form.dot, form.path),
+            "name": self.unique(form.path),
+            "inputs": (self.read(form.left), self.read(form.right)),
+            "output": output,
+            "multiplier": self.defer(form.multiplier(grid), scalar(np.float32)),
+        }
+        self.nodes.append((g.MatMul, fields))
+
     def _requantize(
         self, name: str, source: str, before: Grid, grid: Grid, shape, bounds: Bounds
     ) -> None:
@@ -318,6 +334,7 @@ _EMITTERS: dict[type, Callable[..., None]] = {
     forms.Sum: Emitter._sum,
     forms.Tabulated: Emitter._table,
     forms.Times: Emitter._times,
+    forms.Paired: Emitter._paired,
     forms.Moved: Emitter._move,
     forms.Joined: Emitter._join,
 }

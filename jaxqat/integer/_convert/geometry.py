@@ -12,6 +12,7 @@ import numpy as np
 from jaxqat.errors import InputError
 from jaxqat.integer import graph as g
 from jaxqat.quant._forms.forms import Operation
+from jaxqat.quant._numerics.products import Dot
 
 
 class UnconvertibleError(InputError):
@@ -47,6 +48,18 @@ def _window_fields(operation: Operation, where: str) -> dict[str, Any]:
         "window": tuple(window[1:-1]),
         "strides": tuple(strides[1:-1]),
         "padding": tuple((int(low), int(high)) for low, high in padding[1:-1]),
+    }
+
+
+def mat_mul_fields(dot: Dot, where: str) -> dict[str, Any]:
+    """Return the axes of a product of two activations."""
+    contracted, batched = dot.params["dimension_numbers"]
+    if any(tuple(axes[:1]) != (0,) for axes in batched):
+        raise UnconvertibleError(f"{where}: the first axis of its result is not the batch")
+    fields = {"contracted": contracted, "batched": batched}
+    return {
+        key: tuple(tuple(int(axis) for axis in axes) for axes in sides)
+        for key, sides in fields.items()
     }
 
 

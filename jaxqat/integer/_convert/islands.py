@@ -60,7 +60,7 @@ class Islands:
     def __init__(self, emitter: Any):
         self._emitter = emitter
         self._known: dict[TracedNode, list[Value]] = {}
-        self._results: dict[forms.Accumulator, str] = {}
+        self._results: dict[forms.Accumulator | forms.Paired, str] = {}
         self._growing: dict[TracedNode, bool] = {}
         self._dequantized: dict[str, str] = {}
         self._cast: dict[tuple[str, str], str] = {}
@@ -179,7 +179,7 @@ class Islands:
             return self.time_major(form) or self._emitter.read(form)
         return self.exact(form)
 
-    def exact(self, form: forms.Accumulator) -> str:
+    def exact(self, form: forms.Accumulator | forms.Paired) -> str:
         """Return the name of the real result of a product or an average, emitted once."""
         if form not in self._results:
             self._results[form] = self._emitter.real_result(form)
@@ -297,7 +297,7 @@ def _is_integer(operand: forms.Operand) -> bool:
         return isinstance(operand.form, forms.Codes)
     primitive = primitive_of(operand.made.node.name)
     sums = primitive.is_product or primitive.kind is Kind.SUM
-    return sums and isinstance(operand.form, forms.Accumulator)
+    return sums and isinstance(operand.form, forms.Accumulator | forms.Paired)
 
 
 def _repeats(equation: Any) -> bool:

@@ -224,6 +224,33 @@ class Platform(GraphVisitor[Array]):
         units = self.rescaled(left * right, node.multiplier)
         return self.clipped(node.output, units + self.graph.tensors[node.output].zero_point)
 
+    def mat_mul(self, node: g.MatMul, inputs: list[Array]) -> Array:
+        """Multiply two tensors over common axes."""
+        left, right = (self.matrices(node, side, x) for side, x in enumerate(inputs))
+        total = self.sums_of_pairs(node, left, right)
+        free = node.free_sizes([x.shape for x in inputs])
+        total = total.reshape(*left.shape[:-2], *free)
+        tensor = self.graph.tensors.get(node.output)
+        if tensor is None:
+            return total.astype(jnp.float32) * node.multiplier
+        return self.clipped(node.output, self.rescaled(total, node.multiplier) + tensor.zero_point)
+
+    def matrices(self, node: g.MatMul, side: int, x: Array) -> Array:
+        """Return a tensor as matrices: (*batched, rows, columns)."""
+        size = node.matrix_size(side, x.shape)
+        x = jnp.transpose(x, node.as_matrices(side, x.ndim))
+        return x.reshape(*x.shape[: len(node.batched[0])], *size)
+
+    def sums_of_pairs(self, node: g.MatMul, left: Array, right: Array) -> Int[Array, "..."]:
+        """Return sum((q_1 - z_1) (q_2 - z_2)) of stored matrices, int32."""
+        rank = left.ndim
+        axes = (((rank - 1,), (rank - 2,)), (tuple(range(rank - 2)),) * 2)
+        total = lax.dot_general(left, right, axes, preferred_element_type=jnp.int32)
+        zeros = [self.stored_zero(name) for name in node.inputs]
+        rows = jnp.sum(left.astype(jnp.int32), axis=-1, keepdims=True)
+        columns = jnp.sum(right.astype(jnp.int32), axis=-2, keepdims=True)
+        return total - zeros[1] * rows - zeros[0] * columns + left.shape[-1] * zeros[0] * zeros[1]
+
     def requantize(self, node: g.Requantize, x: Array) -> Array:
         """Put codes on another grid."""
         units = self.rescaled(self.units(node.inputs[0], x), node.multiplier)

@@ -28,6 +28,8 @@ CHUNK = 8
 # Limit on the operands of a concatenation, because compilation time grows faster than their number:
 # 1 s for 100, 26 s for 800.
 MAX_PIECES = 128
+# float32 holds sums of as many products of codes less zero points, below 2**24 in all.
+MAX_PAIRS = 2**24 // 256**2
 
 
 class Cpu(Platform):
@@ -67,6 +69,19 @@ class Cpu(Platform):
         for group, matrix in enumerate(weights):
             parts.append(self.dot(jnp.concatenate([c[group] for c in split], -1), matrix))
         return jnp.concatenate(parts, -1) + arrays["bias"]
+
+    def sums_of_pairs(self, node: g.MatMul, left: Array, right: Array) -> Int[Array, "..."]:
+        """Return sum((q_1 - z_1) (q_2 - z_2)) of stored matrices, int32: exact float32 sums."""
+        x, y = (
+            self.units(name, stored).astype(jnp.float32)
+            for name, stored in zip(node.inputs, (left, right), strict=True)
+        )
+        total: Any = 0
+        for start in range(0, x.shape[-1], MAX_PAIRS):
+            part = slice(start, start + MAX_PAIRS)
+            sums = jnp.matmul(x[..., part], y[..., part, :], precision=lax.Precision.HIGHEST)
+            total = total + sums.astype(jnp.int32)
+        return total
 
     def batched(self, function: Callable[[Array], Any]) -> Callable[[Array], Any]:
         """Evaluate a function in chunks of the batch that fit the cache."""

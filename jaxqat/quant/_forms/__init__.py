@@ -9,6 +9,7 @@ rounded to integers:
     a tensor that is codes already:       round((code - z) * m)
     a residual addition:                  the sum of its terms, each on an int8 grid by itself
     a product of two quantized tensors:   round((code_1 - z_1) (code_2 - z_2) m)
+    their dot product, as in attention:   round(sum((code_1 - z_1) (code_2 - z_2)) m)
     ReLU, clipping, pooling, reshaping:   the same operation on the rounded values
     a function of codes, such as swish:   round(f(s_in (code - z)) / s), looked up per code
     per-channel factors of codes:         as a product with weights of 1
@@ -24,7 +25,13 @@ is rounded, and additions still work as above.
 derive the form of a result from the forms of the operands (`rules`).
 """
 
-from jaxqat.quant._forms.accumulators import Accumulator, Coefficients, Multiplied, Summed
+from jaxqat.quant._forms.accumulators import (
+    Accumulator,
+    Coefficients,
+    Multiplied,
+    Paired,
+    Summed,
+)
 from jaxqat.quant._forms.exact import quotient, uncontracted
 from jaxqat.quant._forms.forms import (
     Clamp,
@@ -54,6 +61,7 @@ __all__ = [
     "Multiplied",
     "Operand",
     "Operation",
+    "Paired",
     "Real",
     "Sum",
     "Summed",

@@ -1,4 +1,4 @@
-"""The form of an int32 sum of code products, with the affine operations that follow it."""
+"""Forms of int32 sums of code products: of a layer, with what follows it, and of two activations."""
 
 import dataclasses
 from typing import NamedTuple, Self
@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int, Int8
 from jaxqat.quant._forms.exact import quotient, uncontracted
 from jaxqat.quant._forms.forms import Codes, Operation
 from jaxqat.quant._numerics.grids import Grid
-from jaxqat.quant._numerics.products import AnyProduct
+from jaxqat.quant._numerics.products import AnyProduct, Dot
 
 # A bias of more accumulator units than int32 holds means that the channel is a constant, as when
 # batch norm's gamma is 0.
@@ -35,6 +35,12 @@ class Multiplied:
     weight_codes: Int8[Array, "..."]
     weight_bits: int
     axes: tuple[int, ...] | None = None
+
+    @property
+    def output_axes(self) -> tuple[int, ...]:
+        """The axes of the result that only the weights have: those of its channels."""
+        own = self.product.output_axes(self.weight_codes.ndim)
+        return own if self.axes is None else tuple(self.axes.index(axis) for axis in own)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -138,3 +144,33 @@ class Accumulator:
     def plus(self, term: Array) -> Self:
         """Return the form of the tensor with per-channel terms added."""
         return dataclasses.replace(self, offset=self.offset + term)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Paired:
+    """The product of two quantized activations over common axes, as in attention.
+
+        round(total * m),   total = sum((q_1 - z_1) (q_2 - z_2)),   m = s_1 s_2 / s
+
+    Attributes:
+        path: Path of the product.
+        dot: The product.
+        left: Its left operand.
+        right: Its right operand.
+        total: The sums, int32.
+    """
+
+    path: str
+    dot: Dot
+    left: Codes
+    right: Codes
+    total: Int[Array, "..."]
+
+    def in_units(self, grid: Grid) -> Float[Array, "..."]:
+        """Return the tensor in units of the grid's scale, rounded to integers, not clipped."""
+        return jnp.round(self.total.astype(jnp.float32) * self.multiplier(grid))
+
+    def multiplier(self, grid: Grid | None) -> Float[Array, ""]:
+        """Return what a sum is multiplied by: for units of a grid's scale, or without one, real."""
+        scale = self.left.grid.scale * self.right.grid.scale
+        return scale if grid is None else quotient(scale, grid.scale)

@@ -201,6 +201,17 @@ def _before_the_move(rule: FormRule, operation: Operation, operands: list[Operan
     return None
 
 
+def _is_by_channel(form: Accumulator, shape: Shape) -> bool:
+    """Return whether coefficients of this shape are one per channel, which may be several axes."""
+    full = form.total.shape
+    if is_channelwise(shape, full):
+        return True
+    if not isinstance(form.source, Multiplied) or len(shape) != len(full):
+        return False
+    varying = {axis for axis, n in enumerate(shape) if n != 1}
+    return varying <= {*form.source.output_axes}
+
+
 def _with_coefficients(
     operands: list[Operand], shape: Shape
 ) -> tuple[Accumulator, Array, bool] | None:
@@ -214,7 +225,7 @@ def _with_coefficients(
             form = _accumulated(Operation("copy", {}, lambda x: x), form)
         if not isinstance(form, Accumulator) or not other.constant or values is None:
             continue
-        if form.total.shape != tuple(shape) or not is_channelwise(jnp.shape(values), shape):
+        if form.total.shape != tuple(shape) or not _is_by_channel(form, jnp.shape(values)):
             continue
         return form, jax.lax.stop_gradient(jnp.asarray(values, jnp.float32)), is_left
     return None

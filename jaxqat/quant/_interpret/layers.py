@@ -67,7 +67,7 @@ class LayerEvaluator:
         """Return the quantized result of a layer."""
         if isinstance(layer, Pair):
             values = self._switched(node, layer, lambda: self._multiply_pair(layer))
-            return LayerOutput(values, None, f"a product of two activations ({layer.path})")
+            return LayerOutput(values, self._paired(layer))
         if isinstance(layer, Lookup):
             values = self._switched(node, layer, lambda: self._look_up(node, layer))
             return LayerOutput(values, None, f"a look-up in {layer.path}")
@@ -120,6 +120,13 @@ class LayerEvaluator:
         operands: list[Any] = [self._read(layer.left), self._read(layer.right)]
         both = [pairs.Quantized(o.values, o.form.codes, o.form.grid) for o in operands]
         return pairs.multiply(layer.dot, layer.dtype, *both)
+
+    def _paired(self, layer: Pair) -> forms.Form:
+        """Return the form of a product of two activations."""
+        left, right = self._read(layer.left).form, self._read(layer.right).form
+        assert isinstance(left, forms.Codes) and isinstance(right, forms.Codes)
+        total = pairs.sums(layer.dot, left.codes, left.grid, right.codes, right.grid)
+        return forms.Paired(layer.path, layer.dot, left, right, jax.lax.stop_gradient(total))
 
     def _look_up(self, node: TracedNode, layer: Lookup) -> Any:
         weights: Any = self._read(layer.weights).values

@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Int, Int8
 
 from jaxqat.quant._numerics import injection
 from jaxqat.quant._numerics.activations import dequantize
+from jaxqat.quant._numerics.grids import Grid
 from jaxqat.quant._numerics.products import Dot, backward
 from jaxqat.quant._numerics.promotion import default_promotion
 
@@ -22,12 +23,39 @@ class Quantized(NamedTuple):
     grid: Any
 
 
+def sums(
+    dot: Dot, q: Int8[Array, "..."], left: Grid, k: Int8[Array, "..."], right: Grid
+) -> Int[Array, "..."]:
+    """Return sum((q - z_1) (k - z_2)) of two tensors of codes, int32.
+
+    It is sum(q k) - z_1 sum(k) - z_2 sum(q) + n z_1 z_2, sums over n pairs (Jacob et al. 2018,
+    arXiv:1712.05877, equation 7).
+
+    Args:
+        dot: The product, whose `weight_side` is 1.
+        q: Codes of the left operand.
+        left: Their grid.
+        k: Codes of the right operand.
+        right: Their grid.
+    """
+    numbers = dot.params["dimension_numbers"]
+    total, sides = injection.dot_general_of_codes(q, k, numbers), numbers[0]
+    if right.zero_point is not None:
+        of_left = jnp.sum(q.astype(jnp.int32), axis=sides[0], keepdims=True)
+        total = total - right.zero_point * dot.data_over_output(of_left)
+    if left.zero_point is not None:
+        total = total - left.zero_point * dot.zero_sums(q.shape, k)
+    if left.zero_point is not None and right.zero_point is not None:
+        count = math.prod(q.shape[a] for a in sides[0])
+        total = total + left.zero_point * right.zero_point * count
+    return total
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def multiply(dot: Dot, dtype: Any, left: Quantized, right: Quantized) -> Array:
     """Multiply two quantized activations, with the gradients of the float dot.
 
-    y = s_1 s_2 (sum(q k) - z_1 sum(k) - z_2 sum(q) + n z_1 z_2), sums over n pairs (Jacob et al.
-    2018, arXiv:1712.05877, equation 7).
+    y = s_1 s_2 sum((q - z_1) (k - z_2)), with the sums of `sums`.
 
     Args:
         dot: The product, whose `weight_side` is 1.
@@ -41,15 +69,7 @@ def multiply(dot: Dot, dtype: Any, left: Quantized, right: Quantized) -> Array:
 @default_promotion
 def _forward(dot, dtype, left, right):
     (x, q, s), (y, k, t) = left, right
-    numbers = dot.params["dimension_numbers"]
-    total, sides = injection.dot_general_of_codes(q, k, numbers), numbers[0]
-    if t.zero_point is not None:
-        sums = jnp.sum(q.astype(jnp.int32), axis=sides[0], keepdims=True)
-        total = total - t.zero_point * dot.data_over_output(sums)
-    if s.zero_point is not None:
-        total = total - s.zero_point * dot.zero_sums(q.shape, k)
-    if s.zero_point is not None and t.zero_point is not None:
-        total = total + s.zero_point * t.zero_point * math.prod(q.shape[a] for a in sides[0])
+    total = sums(dot, q, s, k, t)
     real = (total.astype(jnp.float32) * (s.scale * t.scale)).astype(dtype)
     return real, (q, s, x[..., :0], k, t, y[..., :0])
 

@@ -44,6 +44,10 @@ class AnyProduct(Protocol):
         """Axes of the weights that are summed over: they share one scale."""
         ...
 
+    def output_axes(self, weight_rank: int) -> tuple[int, ...]:
+        """Return the axes of the output that only weights of this rank have."""
+        ...
+
     def over_output(self, values: Array) -> Array:
         """Return per-channel values of the weights' rank as they broadcast over the output."""
         ...
@@ -108,6 +112,9 @@ class Convolution:
     def channel_axes(self) -> tuple[int, ...]:
         spec = self.params["dimension_numbers"].rhs_spec
         return tuple(axis for axis in range(self.output_rank) if axis != spec[0])
+
+    def output_axes(self, weight_rank: int) -> tuple[int, ...]:
+        return (self.params["dimension_numbers"].out_spec[1],)
 
     def over_output(self, values: Array) -> Array:
         shape = [1] * self.output_rank
@@ -290,6 +297,12 @@ class Dot:
     @property
     def channel_axes(self) -> tuple[int, ...]:
         return tuple(self.params["dimension_numbers"][0][self.weight_side])
+
+    def output_axes(self, weight_rank: int) -> tuple[int, ...]:
+        summed, batch = (len(axes[self.weight_side]) for axes in self.params["dimension_numbers"])
+        count = weight_rank - summed - batch
+        first = batch if self.weight_side == 0 else self.output_rank - count
+        return tuple(range(first, first + count))
 
     def over_output(self, values: Array) -> Array:
         return self._spread(values, self.weight_side)

@@ -30,6 +30,8 @@ def real_values(graph, images):
                 value = sum(
                     x * np.float64(m) for x, m in zip(inputs, node.multipliers, strict=True)
                 )
+            case g.MatMul():
+                value = integer_graph.paired(node, *inputs) * np.float64(node.multiplier)
             case g.Requantize():
                 value = inputs[0] * np.float64(node.multiplier)
             case g.SumPool():

@@ -76,6 +76,7 @@ def test_every_product_is_an_integer_kernel(case, recipe, tmp_path):
     pools = sum(isinstance(n, g.SumPool) and not n.drop_axes for n in graph.nodes)
     assert counts["QLinearConv"] == sum(spatial) + pools
     assert counts["QGemm"] == len(spatial) - sum(spatial)
+    assert counts["MatMulInteger"] == sum(isinstance(n, g.MatMul) for n in graph.nodes)
     assert not {"Conv", "Gemm", "MatMul", "AveragePool"} & counts.keys()
     # The only additions find a channel's table.
     assert counts["Add"] == sum(isinstance(n, g.Table) and n.table.ndim == 2 for n in graph.nodes)
@@ -83,7 +84,7 @@ def test_every_product_is_an_integer_kernel(case, recipe, tmp_path):
     # Codes as outputs change no kernel; each only needs a transposition if it is NHWC internally.
     exposed = optimized(with_codes(model), tmp_path)
     layout = {"Transpose", "MaxPool", "NhwcMaxPool"}
-    if any(isinstance(n, g.Multiply) for n in graph.nodes):  # It is no fused kernel.
+    if any(isinstance(n, g.Multiply | g.MatMul) for n in graph.nodes):  # It is no fused kernel.
         layout |= {"QuantizeLinear", "DequantizeLinear"}
     assert {k: n for k, n in counts.items() if k not in layout} == {
         k: n for k, n in exposed.items() if k not in layout

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from integer import models
-from integer.models import MODELS, WEIGHTS, assert_same, calibrated, conv, inputs, trained
-from references import integer_graph, integers
+from integer.models import CLASSES, MODELS, WEIGHTS, assert_same, calibrated, conv, inputs, trained
+from references import integer_graph, integers, sqnr
 
 import jaxqat
 from jaxqat import ConversionError
@@ -267,3 +267,29 @@ def test_a_mirrored_border_is_moved_codes():
 
     _, actual, expected = converted(model)
     assert_same(expected, actual, every=False)
+
+
+class Heads(nn.Module):
+    """Dense layers over several axes, each output with a bias and a factor of its own."""
+
+    @nn.compact
+    def __call__(self, x):
+        bias = nn.initializers.normal(1.0)
+        x = nn.DenseGeneral((3, 4), bias_init=bias, name="apart")(x)
+        factor = self.param("factor", nn.initializers.normal(1.0), (3, 4))
+        x = relu(jnp.swapaxes(x * factor, -1, -2))
+        return nn.DenseGeneral(CLASSES, axis=(-2, -1), bias_init=bias, name="together")(x)
+
+
+def test_a_bias_for_each_of_several_output_axes_is_part_of_the_product():
+    x = np.random.default_rng(0).normal(size=(6, 7, 8)).astype(np.float32)
+    variables = Heads().init(jax.random.key(0), x)
+    model = jaxqat.calibrate(Heads(), variables, batches=[x])
+    graph = jaxqat.convert(model, x, strict=True)
+    apart, _ = graph.products()
+    assert len(np.unique(apart.bias)) == 12 and len(np.unique(apart.multiplier)) == 12
+    check = jaxqat.verify(model, graph=graph, batches=[x])
+    assert (check.differing, check.failures) == (0, ())
+    _, result = integer_graph.run(graph, x)
+    # Three quantized tensors of 8 bits.
+    assert sqnr.decibels(Heads().apply(variables, x), result) > 30

@@ -252,6 +252,10 @@ def test_a_dot_of_codes_with_a_zero_point_is_that_of_the_shifted_codes(case):
     scaled = np.einsum(formula, np.ones(data_shape), per_channel * np.ones(weight_shape))
     count = np.einsum(formula, np.ones(data_shape), np.ones(weight_shape))
     np.testing.assert_allclose(spread * np.ones_like(total), scaled / count, rtol=1e-6)
+    # Channels are where scales vary, behind the axes that both sides have.
+    common = len(product.params["dimension_numbers"][1][0])
+    varying = (axis for axis, n in enumerate(spread.shape) if n != 1)
+    assert product.output_axes(weights.ndim) == tuple(a for a in varying if a >= common)
 
 
 def _all(jaxpr):

@@ -1,0 +1,242 @@
+"""Products of two activations, as in attention, become integer products by a rule."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from references import integer_graph, sqnr
+
+import jaxqat
+from jaxqat.export import run_onnx
+from jaxqat.integer import graph as g
+from jaxqat.integer._execute.base import Platform
+from jaxqat.integer._execute.cpu import MAX_PAIRS, Cpu
+from jaxqat.integer._execute.executor import make_executor
+from jaxqat.quant.recipe import Recipe, Rule
+
+RNG = np.random.default_rng(0)
+RULE = Rule(kind="attention")
+X = RNG.normal(size=(6, 5, 12)).astype(np.float32)
+PARAMS = {
+    "q": RNG.normal(size=(12, 12)) / 3,
+    "k": RNG.normal(size=(12, 12)) / 3,
+    "v": RNG.normal(size=(12, 12)) / 3,
+    "head": RNG.normal(size=(12, 4)) / 3,
+}
+PARAMS = {name: values.astype(np.float32) for name, values in PARAMS.items()}
+
+
+def heads(x):
+    return x.reshape(*x.shape[:-1], 3, 4)
+
+
+def by_einsum(q, k, v):
+    """As `nn.MultiHeadDotProductAttention` multiplies, without the softmax."""
+    weights = jnp.einsum("...qhd,...khd->...hqk", heads(q), heads(k))
+    return jnp.einsum("...hqk,...khd->...qhd", weights, heads(v)).reshape(q.shape)
+
+
+def by_matmul(q, k, v):
+    return (q @ k.transpose(0, 2, 1)) @ v
+
+
+def heads_first(q, k, v):
+    q, k, v = (heads(x).transpose(0, 2, 1, 3) for x in (q, k, v))
+    mixed = (q @ jnp.swapaxes(k, -1, -2)) @ v
+    return mixed.transpose(0, 2, 1, 3).reshape(*mixed.shape[:1], 5, 12)
+
+
+def mapped(q, k, v):
+    """`jax.vmap` over the examples, and over the heads of each."""
+
+    def of_head(q, k, v):
+        return (q @ k.T) @ v
+
+    def of_example(q, k, v):
+        return jax.vmap(of_head, 1, 1)(heads(q), heads(k), heads(v)).reshape(q.shape)
+
+    return jax.vmap(of_example)(q, k, v)
+
+
+def linear(q, k, v):
+    """Linear attention: keys and values first, places are summed over."""
+    return jnp.einsum("bqhd,bhde->bqhe", heads(q), jnp.einsum("bkhd,bkhe->bhde", heads(k), heads(v))
+    ).reshape(q.shape)  # fmt: skip
+
+
+def over_two_axes(q, k, v):
+    """Sums over heads and channels; the result is a channel's weight for each place."""
+    return v * jnp.einsum("bqhd,bkhd->bqk", heads(q), heads(k)).mean(-1, keepdims=True)
+
+
+LAYOUTS = {
+    f.__name__: f for f in (by_einsum, by_matmul, heads_first, mapped, linear, over_two_axes)
+}
+
+
+def network(layout):
+    def apply(params, x):
+        mixed = layout(*(x @ params[name] for name in "qkv"))
+        return mixed @ params["head"]
+
+    return apply
+
+
+def calibrated(function, rules=(RULE,), batches=(X,), **options):
+    recipe = Recipe(rules=rules, **options)
+    return jaxqat.calibrate(function, {"params": PARAMS}, batches=batches, recipe=recipe)
+
+
+def in_float(graph):
+    return [op for op in graph.float_ops if op.operation == "dot"]
+
+
+@pytest.mark.parametrize("activations", ["affine", "symmetric"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_training_and_every_runtime_compute_the_same_codes(layout, activations, tmp_path):
+    function = network(LAYOUTS[layout])
+    model = calibrated(function, activations=activations)
+    graph = jaxqat.load(jaxqat.save(jaxqat.convert(model, X[:2]), tmp_path / "network"))
+    pairs = [node for node in graph.nodes if isinstance(node, g.MatMul)]
+    assert len(pairs) == (1 if layout == "over_two_axes" else 2)
+    assert not in_float(graph)
+
+    check = jaxqat.verify(model, graph=graph, batches=[X, X[:1] * 2])
+    assert (check.differing, check.failures) == (0, ())
+    if layout != "over_two_axes":  # Its mean over places is an island.
+        assert not graph.float_ops and not check.island_codes
+
+    codes, result = integer_graph.run(graph, X)
+    for platform in (Platform, Cpu):
+        values = platform(graph).visit(jnp.asarray(X), platform(graph).parameters)
+        for name, expected in codes.items():
+            found = platform(graph).codes(name, values[name])
+            if not graph.float_ops:
+                np.testing.assert_array_equal(found, expected, err_msg=f"{platform} {name}")
+    # Products of float32 scales, and a sum in float of the last layer.
+    np.testing.assert_allclose(make_executor(graph)(X), result, rtol=1e-5, atol=1e-5)
+    # 8 bits of noise in up to seven tensors one behind the other; 25 to 33 dB were seen.
+    assert sqnr.decibels(function(PARAMS, X), result) > 20
+
+    path = jaxqat.export_onnx(graph, tmp_path / "network.onnx")
+    found, onnx_codes = run_onnx(path, X, expose=True)
+    if not graph.float_ops:
+        for name, expected in codes.items():
+            np.testing.assert_array_equal(onnx_codes[name], expected, err_msg=name)
+    np.testing.assert_allclose(found, result, rtol=1e-5, atol=1e-5)
+
+
+class Attention(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = x + nn.MultiHeadDotProductAttention(num_heads=3, name="attention")(x, x)
+        return nn.Dense(4, name="head")(x)
+
+
+def test_only_the_softmax_of_flax_attention_is_an_island():
+    variables = Attention().init(jax.random.key(0), X)
+    recipe = Recipe(rules=(RULE,))
+    model = jaxqat.calibrate(Attention(), variables, batches=[X], recipe=recipe)
+    graph = jaxqat.convert(model, X[:2])
+    assert sum(isinstance(node, g.MatMul) for node in graph.nodes) == 2
+    (island,) = graph.islands
+    assert "exp" in island.operations and "dot" not in island.operations
+    (scores,) = island.inputs
+    assert scores not in graph.tensors  # The sums are multiplied once, and not rounded.
+    check = jaxqat.verify(model, graph=graph, batches=[X])
+    assert (check.differing, check.failures) == (0, ())
+    assert check.codes and check.island_codes
+    text = str(jaxqat.describe(model, X))
+    assert "100.0 % of the MACs multiply integers" in text
+    exact = Attention().apply(variables, X)
+    assert sqnr.decibels(exact, jaxqat.make_executor(graph)(X)) > 25
+
+
+def test_a_product_whose_batch_comes_second_stays_in_float():
+    def time_first(q, k, v):
+        q, k, v = (x.transpose(1, 0, 2) for x in (q, k, v))
+        scores = jnp.einsum("qbd,kbd->bqk", q, k)
+        return jnp.einsum("bqk,kbd->bqd", scores, v)
+
+    model = calibrated(network(time_first))
+    graph = jaxqat.convert(model, X[:2])
+    check = jaxqat.verify(model, graph=graph, batches=[X])
+    assert (check.differing, check.failures) == (0, ())
+    assert in_float(graph) or sum(isinstance(n, g.MatMul) for n in graph.nodes) == 2
+
+
+def test_long_sums_are_exact_on_a_cpu():
+    """More products than float32 holds the sum of, all of the largest codes."""
+    length = 2 * MAX_PAIRS + 5
+    tensors = {
+        name: g.Tensor(name=name, shape=shape, scale=np.float32(1), zero_point=-128)
+        for name, shape in (("input", (2, length)), ("pair", (2, 2)))
+    }
+    quantize = g.Quantize(name="quantize", inputs=(), output="input", inverse=np.float32(1))
+    node = g.MatMul(
+        name="pair", inputs=("input", "input"), output="pair", contracted=((2,), (2,)),
+        batched=((0,), (0,)), multiplier=np.float32(2**-18),
+    )  # fmt: skip
+    graph = g.IntegerGraph(
+        input_shape=(2, length), tensors=tensors, nodes=(quantize, node),
+        outputs=(g.Output(name="pair", shape=(2, 2)),),
+    )  # fmt: skip
+    cpu = Cpu(graph)
+    x = np.full((1, 2, length), 255, np.uint8)
+    x[0, 1, :3] = (254, 1, 0)
+    left = jnp.asarray(x)
+    sums = cpu.sums_of_pairs(node, left, left.transpose(0, 2, 1))
+    expected = np.einsum("bqk,bpk->bqp", x.astype(np.int64), x.astype(np.int64))
+    assert expected.max() > 2**24
+    np.testing.assert_array_equal(sums, expected)
+
+
+BROKEN = {
+    "three inputs": ({"inputs": ("x", "x", "x")}, "has 3 inputs; it multiplies two"),
+    "another size": ({"contracted": ((1,), (2,))}, r"sums over axes of the sizes \[4\] and \[3\]"),
+    "no such axis": ({"contracted": ((3,), (2,))}, "which are not axes of"),
+    "an axis twice": ({"contracted": ((2, 2), (2, 2))}, "which are not axes of"),
+    "other counts": ({"contracted": ((2, 1), (2,))}, "not as many for both tensors"),
+    "no batch": ({"batched": ((), ())}, "of which 0 is not the first"),
+    "a multiplier of 0": ({"multiplier": np.float32(0)}, "multiplier is not positive"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_graph_checks_products_of_two_tensors(case):
+    changes, message = BROKEN[case]
+    fields = {
+        "name": "pair", "inputs": ("x", "x"), "output": "y", "contracted": ((2,), (2,)),
+        "batched": ((0,), (0,)), "multiplier": np.float32(0.5),
+    }  # fmt: skip
+    node = g.MatMul(**{**fields, **changes})
+    x = g.Tensor(name="x", shape=(4, 3), scale=np.float32(1), zero_point=0)
+    with pytest.raises(jaxqat.GraphError, match=message):
+        node.check([x] * len(node.inputs), None)
+        node.output_shape([x.shape] * len(node.inputs))
+
+
+def test_a_sum_that_may_overflow_is_refused():
+    x = g.Tensor(name="x", shape=(1, 2**31 // 255**2 + 1), scale=np.float32(1), zero_point=-128)
+    node = g.MatMul(
+        name="pair", inputs=("x", "x"), output="y", contracted=((2,), (2,)),
+        batched=((0,), (0,)), multiplier=np.float32(1),
+    )  # fmt: skip
+    with pytest.raises(jaxqat.GraphError, match="can reach 21475.*, beyond int32"):
+        node.check([x, x], None)
+
+
+def test_the_integer_network_trains_on():
+    """Gradients reach the parameters of both operands, and the loss falls."""
+    model = calibrated(network(by_einsum))
+    target = RNG.normal(size=(6, 5, 4)).astype(np.float32)
+
+    def loss(params):
+        return jnp.mean((model.with_variables(params=params)(X) - target) ** 2)
+
+    value, gradient = jax.value_and_grad(loss)(PARAMS)
+    assert all(float(jnp.abs(gradient[name]).max()) > 0 for name in PARAMS)
+    norm = sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(gradient))
+    after = jax.tree.map(lambda p, g: p - 0.01 * value / norm * g, PARAMS, gradient)
+    assert loss(after) < value
