@@ -26,6 +26,7 @@ import numpy as np
 import pytest
 from architectures.networks import ARCHITECTURES, NONE, fast_jit, prepared
 from architectures.reference import Quantizer
+from plain import others_long
 from references.sqnr import decibels
 
 import jaxqat
@@ -58,7 +59,7 @@ def calibrated(name: str, recipe: str) -> jaxqat.BoundModel:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", others_long(RECIPES, ["int8"]))
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_logits_of_new_images_are_as_near_to_float_as_the_reference_has_them(name, recipe):
     network, real = prepared(name), float_result(name)
@@ -69,7 +70,7 @@ def test_logits_of_new_images_are_as_near_to_float_as_the_reference_has_them(nam
     assert found >= decibels(real, expected) - margin
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", others_long(RECIPES, ["int8"]))
 @pytest.mark.parametrize("name", [name for name, a in ARCHITECTURES.items() if a.converts])
 def test_no_code_of_its_integer_network_differs(name, recipe):
     network = prepared(name)

@@ -12,6 +12,7 @@ import pytest
 import tiny_run
 import yaml
 from PIL import Image
+from plain import others_long
 from tiny_run import SETTINGS, STEPS_PER_EPOCH, files, run_command, signal_at
 
 import jaxqat
@@ -32,8 +33,8 @@ MODELS = {
 }
 
 
-# In a plain `pytest`; without state is the simplest case.
-RUNS = [pytest.param(n, marks=[pytest.mark.long] * (n == "Stateless")) for n in MODELS]
+# Without state is the simplest case.
+RUNS = others_long(MODELS, ["LinenDropout", "NNXBatchNorm"])
 
 
 def write_config(folder: Path, name: str) -> Path:

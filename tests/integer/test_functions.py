@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from integer.test_islands import PARAMS, X, calibrated, conv, head, network
+from plain import others_long
 from references import integer_graph, sqnr
 
 import jaxqat
@@ -138,14 +139,22 @@ MODELS["factors of rows"] = lambda p, x: (
 )
 
 
-@pytest.mark.parametrize("name", MODELS)
+# One of each kind: of functions, products, factors and layouts.
+PLAIN = (
+    *("swish", "where", "a square behind relu", "bounds of a function", "a gate of channels"),
+    *("a gated half", "slopes by channel", "a product of functions", "factors behind relu"),
+    *("channels first", "products", "a transposed convolution that crops", "features"),
+)
+
+
+@pytest.mark.parametrize("name", others_long(MODELS, PLAIN))
 def test_a_model_is_integer_throughout_and_none_of_its_codes_differ(name, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     model = calibrated(MODELS[name])
     graph = jaxqat.convert(model, X[:2], strict=True)
     assert not graph.float_ops
     graph = jaxqat.load(jaxqat.save(graph, tmp_path / "network"))
-    check = jaxqat.verify(model, graph=graph, batches=[X, X[:1] * 2])
+    check = jaxqat.verify(model, graph=graph, batches=[X, X * 2])
     assert (check.differing, check.failures) == (0, ())
     assert check.codes > 1000
     # In NumPy, and in ONNX Runtime with standard operators.

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from integer import float_cases, graphs
+from plain import others_long
 from references import integer_graph
 
 import jaxqat
@@ -119,7 +120,10 @@ def calibrated(function, x: np.ndarray = X, recipe: jaxqat.Recipe | str = "int8"
     return jaxqat.calibrate(function, {"params": PARAMS}, batches=[x], recipe=recipe)
 
 
-@pytest.mark.parametrize("name", MODELS)
+PLAIN = ("normalization", "attention", "time first", "a token", "many", "a softmax at the end")
+
+
+@pytest.mark.parametrize("name", others_long(MODELS, PLAIN))
 def test_a_model_with_parts_in_float_becomes_a_network_that_computes_the_same(name, tmp_path):
     model = calibrated(MODELS[name])
     with pytest.raises(jaxqat.ConversionError):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from flax.traverse_util import flatten_dict
+from plain import others_long
 from references.sqnr import decibels
 
 import jaxqat
@@ -310,7 +311,9 @@ def attention_networks(kind):
         yield network.calibrate(TOKENS)
 
 
-@pytest.mark.parametrize("kind", ["linen", "linen, each weight", "nnx"])
+@pytest.mark.parametrize(
+    "kind", others_long(["linen", "linen, each weight", "nnx"], ["linen", "nnx"])
+)
 def test_attention_drops_codes_of_its_weights(kind):
     inference, training = attention_networks(kind)
     assert inference.state.keys() == training.state.keys()

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from plain import others_long
 
 import jaxqat
 from jaxqat import Recipe, Rule
@@ -147,7 +148,14 @@ def strict():
         yield
 
 
-@pytest.mark.parametrize("case", CASES)
+# One of each kind of model, and of each kind of range.
+PLAIN = (
+    *("function int8", "function w4a4_lsq", "function dynamic", "function snr", "function groups"),
+    *("attention", "equinox", "embeddings", "residual int8"),
+)
+
+
+@pytest.mark.parametrize("case", others_long(CASES, PLAIN))
 def test_results_gradients_and_integer_networks_are_the_same_under_strict_promotion(case):
     expected = everything(case)
     with strict():

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from plain import others_long
 from zoo import table
 from zoo.harness import Quantized, at, check_in_onnx_runtime
 
@@ -31,7 +32,8 @@ LEARNING_RATES = {"Inception": 2e-2}
 
 
 def marked(names: Iterable[str]) -> list[Any]:
-    return [pytest.param(n, marks=() if n in QUICK else pytest.mark.long) for n in names]
+    names = list(names)
+    return others_long(names, [name for name in names if name in QUICK])
 
 
 @functools.cache

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from plain import others_long
 from zoo.cases import LINEN, ZOO
 from zoo.harness import Quantized, at, check_in_onnx_runtime, copied
 
@@ -24,11 +25,12 @@ ATTENTION = Recipe(rules=(Rule(kind="attention"),))
 
 CONVERTIBLE = [name for name, case in ZOO.items() if not case.refused]
 REFUSED = [name for name, case in ZOO.items() if case.refused]
-LONG = "nnx lstm"  # Not in a plain `pytest`, where Linen's is.
+LONG = ("nnx lstm", "nnx vit")  # Not in a plain `pytest`, where Linen's are.
 
 
 def marked(names: Iterable[str]) -> list[Any]:
-    return [pytest.param(n, marks=[pytest.mark.long] * (n == LONG)) for n in names]
+    names = list(names)
+    return others_long(names, [name for name in names if name not in LONG])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Forms of int32 sums of code products: of a layer, with what follows it, and of two activations."""
+"""Forms of int32 sums of code products: those of a layer, and those of two activations."""
 
 import dataclasses
 from typing import NamedTuple, Self

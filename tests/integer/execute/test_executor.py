@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from integer import graphs, models
 from integer.models import MODELS, assert_same, inputs, trained
+from plain import others_long
 from references import integer_graph
 
 from jaxqat import ExecutionError, make_executor
@@ -43,7 +44,7 @@ def run(graph, platform, images):
     return network.codes(images), network(images)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", others_long(RECIPES, ["int8"]))
 @pytest.mark.parametrize("name", MODELS)
 def test_converted_models_give_the_codes_of_the_reference(name, recipe):
     graph = trained(MODELS[name], recipe).convert()
