@@ -22,7 +22,7 @@ import pytest
 from rich.console import Console
 
 from jaxqat import cli
-from jaxqat.commands import train
+from jaxqat.commands import analyze, quantize, train
 from jaxqat.pipeline import config as configs
 from jaxqat.pipeline.config import Experiment
 from jaxqat.pipeline.training.progress import StageProgress
@@ -110,7 +110,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """Save the seconds for drawing a report that the test does not read."""
-    monkeypatch.setattr(train, "write_report", lambda path: path)
+    for command in (train, quantize, analyze):
+        monkeypatch.setattr(command, "write_report", lambda path: path)
 
 
 def files(run: Path) -> dict[str, str]:

@@ -80,7 +80,7 @@ def test_every_command_works_on_the_run(run, tmp_path, capfd):
     assert files(run) == before
 
 
-@pytest.mark.parametrize("run", ["Stateless"], indirect=True)
+@pytest.mark.parametrize("run", ["LinenDropout"], indirect=True)
 def test_a_changed_file_of_the_network_is_told(run, monkeypatch, recwarn):
     evaluated = ("evaluate", run, "--stage", "fp32")
     assert run_command(*evaluated) == 0
@@ -88,7 +88,7 @@ def test_a_changed_file_of_the_network_is_told(run, monkeypatch, recwarn):
     source = Path(own_models.__file__).read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr(Path, "read_bytes", lambda path: source + b"# changed")
-        changed = source_sha256(ModelConfig(target="own_models:Stateless"))
+        changed = source_sha256(ModelConfig(target="own_models:LinenDropout"))
     assert changed != hashlib.sha256(source).hexdigest()
     monkeypatch.setattr("jaxqat.pipeline.networks.source_sha256", lambda config: changed)
     with pytest.warns(SourceWarning, match="before the file of model.target .* was changed"):

@@ -112,7 +112,7 @@ def float_op(node, inputs, images):
 
 def quantized(node, images, zero_point):
     """The input in steps."""
-    if images.dtype == np.uint8:
+    if images.dtype == np.uint8 and node.table is not None:
         channels = np.arange(images.shape[-1])
         return node.table[images, channels].astype(np.int64) - zero_point
     scaled = np.round(images.astype(np.float32) * np.float32(node.inverse))

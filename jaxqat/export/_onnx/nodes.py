@@ -179,6 +179,8 @@ class OnnxWriter(GraphVisitor[str]):
             self.entries[out.name] = builder.name(f"{out.name}/entry")
             # A copy, because the codes are an output too.
             return builder.add("Identity", [self.entries[out.name]], f"{out.name}/codes")
+        if self.graph.input_type != "float32" and not node.inputs:
+            images = builder.add("Cast", [images], f"{out.name}/numbers", to=FLOAT)
         if self._uint8 and not node.inputs:
             codes = tables.of_pixels(builder, node, images, self.offsets[out.name])
         else:

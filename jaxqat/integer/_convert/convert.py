@@ -91,6 +91,11 @@ def convert(
     nodes = _needed(nodes, [output.name for output in emitter.outputs])
     kept = {node.output for node in nodes}
     if preprocess is not None:
+        if emitter.input_type != "float32":
+            raise ConversionError(
+                f"preprocess makes the model's float32 input of images, and this model takes "
+                f"{emitter.input_type} itself: convert without it."
+            )
         if any(g.INPUT in node.inputs for node in nodes):
             raise ConversionError(
                 "preprocess needs a model whose input is quantized at once, and this one computes "

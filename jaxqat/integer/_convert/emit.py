@@ -141,6 +141,8 @@ class Emitter(ProductEmitter):
 
     def read(self, codes: forms.Codes) -> str:
         """Return the name of a tensor of codes; moved codes are made here."""
+        if isinstance(codes, forms.Pixels):
+            return self._pixels(codes)
         real = self.islands.time_major(codes) if id(codes) not in self._moved else None
         if real is not None:
             if codes.moved is None or codes.codes.shape[:1] != (self.batch,):
@@ -161,6 +163,18 @@ class Emitter(ProductEmitter):
             after = codes.codes.shape
             self._tensor_like(source, name, after[1:], operation, codes.grid)
             self._add_move(operation, source, before.codes.shape, name, after)
+            self._moved[id(codes)] = name
+            self._sources.append(codes)
+        return self._moved[id(codes)]
+
+    def _pixels(self, codes: forms.Pixels) -> str:
+        """Return the name of the network's uint8 input as codes; it is made here."""
+        if id(codes) not in self._moved:
+            shape = codes.codes.shape
+            if shape[:1] != (self.batch,):
+                raise UnconvertibleError(f"the first axis of an input {shape} is not the batch")
+            source, name = self.read_input(codes.images), self.unique("pixels")
+            self._quantize_real(source, codes.grid, name, shape[1:], Bounds())
             self._moved[id(codes)] = name
             self._sources.append(codes)
         return self._moved[id(codes)]
@@ -331,6 +345,7 @@ _EMITTERS: dict[type, Callable[..., None]] = {
     forms.Real: Emitter._quantize,
     forms.Accumulator: Emitter._accumulator,
     forms.Codes: Emitter._codes,
+    forms.Pixels: Emitter._codes,
     forms.Sum: Emitter._sum,
     forms.Tabulated: Emitter._table,
     forms.Times: Emitter._times,

@@ -293,6 +293,8 @@ def _is_integer(operand: forms.Operand) -> bool:
     What follows a product, such as a bias, is computed in float, as in training: the form would
     round it to whole units of the accumulator.
     """
+    if operand.values is not None and not jnp.issubdtype(operand.values.dtype, jnp.floating):
+        return False  # The input itself, such as pixels.
     if operand.made is None or isinstance(operand.form, forms.Codes):
         return isinstance(operand.form, forms.Codes)
     primitive = primitive_of(operand.made.node.name)

@@ -6,7 +6,7 @@ where it can, a *form*: the tensor as an expression over codes and accumulators 
 rounded to integers:
 
     product, affine operations after it:  round((acc + b) * m), b = round(offset / scale) - z sum(k)
-    a tensor that is codes already:       round((code - z) * m)
+    a tensor that is codes already:       round((code - z) * m); uint8 inputs are codes too
     a residual addition:                  the sum of its terms, each on an int8 grid by itself
     a product of two quantized tensors:   round((code_1 - z_1) (code_2 - z_2) m)
     their dot product, as in attention:   round(sum((code_1 - z_1) (code_2 - z_2)) m)
@@ -41,6 +41,7 @@ from jaxqat.quant._forms.forms import (
     Joined,
     Moved,
     Operation,
+    Pixels,
     Real,
     Sum,
     Times,
@@ -62,6 +63,7 @@ __all__ = [
     "Operand",
     "Operation",
     "Paired",
+    "Pixels",
     "Real",
     "Sum",
     "Summed",

@@ -7,7 +7,7 @@ import numpy as np
 from jax.extend import core as jex_core
 
 from jaxqat.quant._forms.accumulators import Accumulator
-from jaxqat.quant._forms.forms import Form, Operation
+from jaxqat.quant._forms.forms import Form, Operation, are_pixels
 from jaxqat.quant._forms.operand import Operand, is_number
 from jaxqat.quant._forms.primitives import Kind, Primitive, primitive_of
 from jaxqat.quant._forms.tables import Tabulated, coefficient, tabled
@@ -28,6 +28,8 @@ def form_of(node: TracedNode, operands: list[Operand], aval: Any, *, tables: boo
         return _form_inside(next(inner_jaxprs(node.equation)), operands, tables=tables)
     if all(operand.form is None for operand in operands):
         return None
+    if any(map(_is_uint8, operands)) and primitive.kind is not Kind.CAST:
+        return None  # Arithmetic of uint8 wraps around.
     operation = Operation(node.name, node.equation.params, lambda *x: node.bind(*x)[0])
     if tables and _may_be_table(primitive, operands, tuple(aval.shape)):
         table = tabled(operation, operands, tuple(aval.shape))
@@ -42,6 +44,9 @@ def _may_be_table(primitive: Primitive, operands: list[Operand], shape: tuple[in
     """Return whether an operation can be part of a table, and its form is not a better one."""
     if any(isinstance(operand.form, Tabulated) for operand in operands):
         return primitive.is_elementwise
+    if any(are_pixels(operand.form) for operand in operands):
+        # Whatever comes first of the input: in units of 1, a bias would be rounded to a pixel.
+        return primitive.is_elementwise and primitive.kind is not Kind.CAST
     if primitive.joins_branches and not any(operand.constant for operand in operands):
         return False  # A residual addition of codes.
     if primitive.kind is Kind.AFFINE:
@@ -51,6 +56,12 @@ def _may_be_table(primitive: Primitive, operands: list[Operand], shape: tuple[in
             each is None or each.ndim == 0 for each in found
         )
     return primitive.kind in (Kind.FUNCTION, Kind.SELECT)
+
+
+def _is_uint8(operand: Operand) -> bool:
+    """Return whether an operand is the uint8 input itself, and not what was made real of it."""
+    values = operand.values
+    return are_pixels(operand.form) and values is not None and values.dtype == jnp.uint8
 
 
 def _form_inside(jaxpr: Any, operands: list[Operand], *, tables: bool) -> Form | None:

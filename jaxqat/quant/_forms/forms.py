@@ -6,7 +6,8 @@ from functools import partial
 from typing import Any, Protocol
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int8
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int8, UInt8
 
 from jaxqat.quant._forms.exact import quotient
 from jaxqat.quant._numerics import activations
@@ -89,6 +90,34 @@ class Codes:
         if grid is self.grid:
             return units
         return jnp.round(units * quotient(self.grid.scale, grid.scale))
+
+
+_PIXEL_GRID = Grid(np.float32(1), np.float32(1), np.int32(-128), -128, 127)  # pyright: ignore[reportArgumentType]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pixels(Codes):
+    """A uint8 input of the model: its values are codes already, each less 128, of the scale 1.
+
+    What the model computes of them first, such as x / 255, is a function of codes then, and the
+    integer network needs no float operation for it.
+
+    Attributes:
+        images: The input.
+    """
+
+    images: UInt8[Array, "..."] | None = None
+
+    @classmethod
+    def of(cls, images: UInt8[Array, "..."]) -> "Pixels":
+        """Return an input as codes."""
+        codes = (images.astype(jnp.int32) + _PIXEL_GRID.low).astype(jnp.int8)
+        return cls(codes, _PIXEL_GRID, images=images)
+
+
+def are_pixels(form: Form | None) -> bool:
+    """Return whether a form is that of a uint8 input, perhaps moved."""
+    return isinstance(form, Codes) and form.grid is _PIXEL_GRID
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -117,11 +117,19 @@ class Evaluator:
             *zip(program.inputs, arguments, strict=True),
             *program.constants.items(),
         ):
-            self._write(number, value, None, None)
+            self._write(number, value, self._pixels(number, value), None)
         self._run_nodes()
         self.outputs = [self._read(a) for a in program.outputs]
         self.results = [self._result(output) for output in self.outputs]
         return self.results
+
+    def _pixels(self, number: int, value: Any) -> forms.Form | None:
+        """Return the form of a uint8 input of the model; with frozen ranges, it is codes."""
+        is_data = self.plan.level[number] > PARAMETERS
+        uint8 = getattr(value, "dtype", None) == jnp.uint8 and jnp.ndim(value) > 1
+        if self._mode is Mode.FROZEN and is_data and uint8:
+            return forms.Pixels.of(value)
+        return None
 
     def _run_nodes(self) -> None:
         for node in self.plan.program.nodes:
