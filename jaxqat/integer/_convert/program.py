@@ -13,6 +13,11 @@ from jax.interpreters.partial_eval import dce_jaxpr
 
 from jaxqat.quant._trace.program import INLINED, bind_equation, is_jaxpr
 
+# The last programs by their key, which XLA need not compile again: two networks of one model and
+# recipe, as before and after training, have the same.
+_RECENT: dict[bytes, Callable[..., list[jax.Array]]] = {}
+_MOST = 4
+
 # Calls whose derivative rules nobody needs here. JAX keeps them whole, with all of their inputs.
 _WITH_DERIVATIVES = frozenset({"custom_jvp_call", "custom_vjp_call"})
 
@@ -54,6 +59,10 @@ class ArraysProgram:
         self.text = self._run.lower(*shapes).as_text()
         # JAX 0.10 prints constants, unless 'jax_use_simplified_jaxpr_constants' is set.
         self.key = _digest(self.text, _constants(jaxpr, kept))
+        self._run = _RECENT.pop(self.key, self._run)
+        _RECENT[self.key] = self._run
+        if len(_RECENT) > _MOST:
+            del _RECENT[next(iter(_RECENT))]
 
     def __call__(self, *arguments: Sequence[Any]) -> list[jax.Array]:
         """Compile the program and return its results.

@@ -8,7 +8,9 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import matplotlib.style
+import numpy as np
 import PIL.Image
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 DPI = 200  # Sharp on a phone.
@@ -89,14 +91,17 @@ def to_png(figure: Figure, *, has_photos: bool = False) -> bytes:
 
     Without photos, it has few colours: a third of the bytes, and no eye sees the difference.
     """
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=DPI, metadata={"Software": None})
-    image = PIL.Image.open(drawn).convert("RGB")
-    return encode_png(image if has_photos else image.quantize(COLORS, dither=_NO_DITHER))
+    figure.set_dpi(DPI)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()  # Once; `savefig` draws twice, the first time for the layout.
+    image = PIL.Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    if has_photos:
+        return encode_png(image)
+    return encode_png(image.quantize(COLORS, dither=_NO_DITHER), optimize=False)
 
 
-def encode_png(image: PIL.Image.Image) -> bytes:
-    """Return an image as PNG."""
+def encode_png(image: PIL.Image.Image, *, optimize: bool = True) -> bytes:
+    """Return an image as PNG; optimized, it takes a tenth less and seven times as long."""
     buffer = io.BytesIO()
-    image.save(buffer, format="png", optimize=True)
+    image.save(buffer, format="png", optimize=optimize)
     return buffer.getvalue()

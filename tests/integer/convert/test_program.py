@@ -62,6 +62,18 @@ def test_programs_for_other_batches_are_equal_unless_a_number_depends_on_the_bat
     assert _program(lambda x: x.shape[0], 2).key != _program(lambda x: x.shape[0], 4).key
 
 
+def test_an_equal_program_is_not_compiled_again_and_computes_of_its_own_parameters():
+    first, second = _program(lambda x: 127.0, 2), _program(lambda x: 127.0, 2)
+    assert first._run is second._run
+    example = [jax.ShapeDtypeStruct((2, 3), jnp.float32)]
+    for program, weights in ((first, WEIGHTS), (second, 2 * WEIGHTS)):
+        wanted = np.abs(weights).max(0) / np.float32(127)
+        np.testing.assert_array_equal(program([weights], example)[0], wanted)
+    for divisor in (1.0, 2.0, 3.0, 4.0):  # The oldest are forgotten.
+        _program(lambda x, divisor=divisor: divisor, 2)
+    assert _program(lambda x: 127.0, 2)._run is not first._run
+
+
 DIFFERENT_CONSTANTS = """
 import jax, numpy as np
 from jaxqat.integer._convert.program import ArraysProgram
