@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from integer import graphs
 from lowering.assertions import (
     assert_activations_are_codes,
     assert_integer_network,
@@ -13,6 +14,8 @@ from lowering.functions import CASES, F32, shape
 from lowering.networks import CONVOLUTIONS, network, network_shapes
 from lowering.targets import GPUS, TPUS, for_targets, on_all
 
+from jaxqat.integer import graph as g
+from jaxqat.integer._execute.executor import PLATFORMS
 from jaxqat.lowering import compile_for, kernels
 
 # A TPU leaves an activation of fewer images in float on the chip, between two fused convolutions.
@@ -87,3 +90,33 @@ def test_an_activation_that_is_not_requantized_is_found(target):
     compiled = compile_for(target, function, *SHAPES)
     with pytest.raises(AssertionError, match="written between layers"):
         assert_activations_are_codes(compiled, smallest=SMALLEST)
+
+
+def attention():
+    """Return a network with the two products of attention, at each of 256 places."""
+    m = graphs.Maker((16, 16, 8))
+    places = m.same(g.Move, "places", m.quantize(), kind="reshape", shape=(256, 8))
+    heads = {"kind": "reshape", "shape": (256, 2, 64)}
+    query, key, value = (
+        m.same(g.Move, f"{name}/heads", m.dense(name, places, 128, relu=False), **heads)
+        for name in ("query", "key", "value")
+    )
+    scores = m.mat_mul("scores", query, key, ((3,), (3,)), ((0, 2), (0, 2)))
+    mixed = m.mat_mul("mixed", scores, value, ((3,), (1,)), ((0, 1), (0, 2)))
+    mixed = m.same(g.Move, "back", mixed, kind="transpose", axes=(0, 2, 1, 3))
+    m.head(m.same(g.Move, "flat", mixed, kind="reshape", shape=(256, 128)))
+    return m.finish()
+
+
+@for_targets([*GPUS, *TPUS])
+def test_products_of_two_activations_are_integer(target):
+    executor = PLATFORMS["tpu" if target.platform == "tpu" else "cuda"](attention())
+
+    def function(parameters, images):
+        return executor.result(executor.visit(images, parameters))
+
+    compiled = compile_for(target, function, executor.parameters, shape(8, 16, 16, 8, dtype=F32))
+    # A compiler may merge the products that read the same tensor.
+    assert_products_are_integer(compiled, products=4)
+    found = [p.op_name for kernel in kernels(compiled.text) for p in kernel.products]
+    assert any("scores" in name for name in found) and any("mixed" in name for name in found)

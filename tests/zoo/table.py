@@ -93,9 +93,11 @@ OF_OTHERS = {
     "Equinox CNN": "equinox cnn",
     "function": "function",
 }
+ATTENTION = jaxqat.Recipe(rules=(jaxqat.Rule(kind="attention"),))
 MODELS: Mapping[str, Case] = {
     **MORE,
     **{name: functools.partial(ZOO[case].make, "int8") for name, case in OF_OTHERS.items()},
+    "ViT, attention by rule": functools.partial(ZOO["vit"].make, ATTENTION),
 }
 
 

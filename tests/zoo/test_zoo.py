@@ -13,14 +13,13 @@ import pytest
 from plain import others_long
 from zoo.cases import LINEN, ZOO
 from zoo.harness import Quantized, at, check_in_onnx_runtime, copied
+from zoo.table import ATTENTION
 
 import jaxqat
-from jaxqat import Recipe, Rule
+from jaxqat import Recipe
 from jaxqat.integer import graph as g
 
 pytestmark = pytest.mark.slow
-
-ATTENTION = Recipe(rules=(Rule(kind="attention"),))
 
 
 CONVERTIBLE = [name for name, case in ZOO.items() if not case.refused]
