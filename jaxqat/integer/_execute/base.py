@@ -244,8 +244,9 @@ class Platform(GraphVisitor[Array]):
     def sums_of_pairs(self, node: g.MatMul, left: Array, right: Array) -> Int[Array, "..."]:
         """Return sum((q_1 - z_1) (q_2 - z_2)) of stored matrices, int32."""
         rank = left.ndim
-        axes = (((rank - 1,), (rank - 2,)), (tuple(range(rank - 2)),) * 2)
-        total = lax.dot_general(left, right, axes, preferred_element_type=jnp.int32)
+        common = tuple(range(rank - 2))
+        numbers = ((rank - 1,), (rank - 2,)), (common, common)
+        total = lax.dot_general(left, right, numbers, preferred_element_type=jnp.int32)
         zeros = [self.stored_zero(name) for name in node.inputs]
         rows = jnp.sum(left.astype(jnp.int32), axis=-1, keepdims=True)
         columns = jnp.sum(right.astype(jnp.int32), axis=-2, keepdims=True)
