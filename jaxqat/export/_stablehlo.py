@@ -103,7 +103,7 @@ def export_stablehlo(
         )
     if input not in ("float", "uint8"):
         raise ExportError(f"input must be 'float' or 'uint8', got {input!r}.")
-    if input == "uint8" and not graph.takes_uint8:
+    if input == "uint8" and not graph.takes_uint8 and graph.input_type != "uint8":
         raise ExportError(
             "input 'uint8' needs a network that was converted with `preprocess`; use 'float'."
         )

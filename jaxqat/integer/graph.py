@@ -84,9 +84,9 @@ NODE_KINDS: tuple[type[Node], ...] = (
 class IntegerGraph:
     """An integer network.
 
-    What has no integer form is computed by `FloatOp` nodes, on real tensors: results of such nodes,
-    of products (of two tensors too) and of average pools that are not in `tensors`. Only `FloatOp`
-    and `Quantize` nodes read real tensors.
+    What has no integer form is computed by `FloatOp` nodes, on real tensors: results of `FloatOp`,
+    `Product`, `MatMul` and `SumPool` nodes that are not in `tensors`. Only `FloatOp` and `Quantize`
+    nodes read real tensors.
 
     The constructor checks these invariants: each node reads only tensors of earlier nodes; each
     tensor is the output of exactly one node and has its output shape; moves and max pools keep

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from integer import float_cases, graphs
 from plain import others_long
-from references import integer_graph
+from references import integer_graph, sqnr
 
 import jaxqat
 from jaxqat.errors import GraphError
+from jaxqat.export import run_onnx
 from jaxqat.export._onnx.model import onnx_model
 from jaxqat.integer import graph as g
 from jaxqat.integer._compare import TensorCheck, Verification
@@ -297,7 +298,7 @@ def test_other_recipes_become_networks_that_compute_the_same(name):
     assert name == "dynamic ranges" or check.failures == ()
 
 
-def test_islands_of_a_bfloat16_model_compute_in_bfloat16():
+def test_islands_of_a_bfloat16_model_compute_in_bfloat16(tmp_path):
     class Half(nn.Module):
         @nn.compact
         def __call__(self, x):
@@ -312,6 +313,24 @@ def test_islands_of_a_bfloat16_model_compute_in_bfloat16():
     assert found.dtype == wanted.dtype
     np.testing.assert_allclose(found.astype("f"), wanted.astype("f"), atol=2**-7)
     assert jaxqat.verify(model, graph=graph, batches=[X]).differing == 0
+    # NumPy's files have no such type.
+    loaded = jaxqat.load(jaxqat.save(graph, tmp_path / "network"))
+    np.testing.assert_array_equal(jaxqat.make_executor(loaded)(X), found)
+
+
+def test_islands_of_a_float16_model_are_exported(tmp_path):
+    def half(p, x):
+        x = conv(x, p["first"]).astype(jnp.float16)
+        x = (x - x.mean(-1, keepdims=True)) * jnp.float16(1.5)
+        return head(p, conv(x.astype(jnp.float32), p["second"]))
+
+    model = calibrated(half)
+    graph = jaxqat.convert(model, X[:2])
+    assert {node.dtype for node in graph.float_ops} >= {"float16"}
+    path = jaxqat.export_onnx(graph, tmp_path / "network.onnx")
+    found, wanted = run_onnx(path, X)[0], np.asarray(jaxqat.make_executor(graph)(X))
+    # Means in float16 have 11 bits; a runtime may sum them in another order.
+    assert sqnr.decibels(wanted, found) > 40
 
 
 def test_a_long_recurrence_converts():

@@ -302,6 +302,7 @@ class FloatOpWriter:
             raise _error(node, "it is no look-up along one axis")
         count = len(indices) - 1
         index = self._part(node, "Squeeze", [operands[1], self._numbers([count], "axes")])
+        index = self._part(node, "Cast", [index], to=6)  # ONNX takes int32 and int64 alone.
         # ONNX puts the axes of the indices in the place of the table's axis.
         offsets = [i if i < axis else i + count for i in range(len(table) - 1)]
         rest = iter(range(axis, axis + count))

@@ -61,7 +61,7 @@ def onnx_model(
             f"The network's requantization is {graph.requantization!r}, a rounding shift of 64-bit "
             "products, for which ONNX has no operation; convert with requantization='float'."
         )
-    uint8 = input == "uint8"
+    uint8 = input == "uint8" and graph.input_type != "uint8"  # With a table for it.
     writer = OnnxWriter(graph, INPUT, uint8=uint8, opset=opset, by_segment=by_segment)
     writer.write()
     inputs = [(INPUT, np.uint8 if uint8 else np.dtype(graph.input_type), graph.input_shape)]

@@ -84,6 +84,8 @@ class OnnxWriter(GraphVisitor[str]):
         self._by_segment = by_segment
         self._float_ops = FloatOpWriter(self.builder, image, opset)
         self._shapes: dict[str, list[Any]] = {INPUT: [BATCH, *graph.input_shape]}
+        operations = (node for node in graph.nodes if isinstance(node, FloatOp))
+        self._types = {INPUT: graph.input_type, **{node.output: node.dtype for node in operations}}
         self.offsets = offsets(graph)
         self.codes: dict[str, str] = {}
         self._real: dict[tuple[str, float], str] = {}
@@ -179,11 +181,12 @@ class OnnxWriter(GraphVisitor[str]):
             self.entries[out.name] = builder.name(f"{out.name}/entry")
             # A copy, because the codes are an output too.
             return builder.add("Identity", [self.entries[out.name]], f"{out.name}/codes")
-        if self.graph.input_type != "float32" and not node.inputs:
-            images = builder.add("Cast", [images], f"{out.name}/numbers", to=FLOAT)
         if self._uint8 and not node.inputs:
             codes = tables.of_pixels(builder, node, images, self.offsets[out.name])
         else:
+            source = node.inputs[0] if node.inputs else INPUT
+            if self._types.get(source, "float32") != "float32":
+                images = builder.add("Cast", [images], f"{out.name}/numbers", to=FLOAT)
             # The float32 product of training first, then the rounding as a separate node.
             inverse = builder.constant(np.float32(node.inverse), "inverse")
             scaled = builder.add("Mul", [images, inverse], f"{out.name}/scaled")

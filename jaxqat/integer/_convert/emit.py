@@ -15,9 +15,9 @@ import numpy as np
 
 from jaxqat.integer import graph as g
 from jaxqat.integer._convert.fields import Bounds, Deferred
-from jaxqat.integer._convert.geometry import UnconvertibleError, mat_mul_fields, move_fields
+from jaxqat.integer._convert.geometry import UnconvertibleError, move_fields
 from jaxqat.integer._convert.islands import Islands
-from jaxqat.integer._convert.layout import Layout, batch_first, reshaped
+from jaxqat.integer._convert.layout import Layout, batch_first, pair_of, reshaped
 from jaxqat.integer._convert.products import ProductEmitter, as_array, scalar
 from jaxqat.quant import _forms as forms
 from jaxqat.quant._numerics.grids import Grid
@@ -112,9 +112,8 @@ class Emitter(ProductEmitter):
     def rearranged(self, name: str, form: forms.Accumulator, layout: Layout) -> str:
         """Emit a product's real result in the traced layout; return its name."""
         if self.strict:
-            raise UnconvertibleError(
-                f"{name}: its result has several axes of channels, or they are not the last"
-            )
+            several = "has several axes of channels" if layout.outputs > 1 else "is transposed"
+            raise UnconvertibleError(f"{name}: its real result {several}")
         return self.islands.rearranged(name, form.total, layout)
 
     def emit(
@@ -244,10 +243,11 @@ class Emitter(ProductEmitter):
         self._mat_mul(form, grid, name)
 
     def _mat_mul(self, form: forms.Paired, grid: Grid | None, output: str) -> None:
+        operands, axes = pair_of(form)
         fields = {
-            **mat_mul_fields(form.dot, form.path),
+            **axes,
             "name": self.unique(form.path),
-            "inputs": (self.read(form.left), self.read(form.right)),
+            "inputs": tuple(map(self.read, operands)),
             "output": output,
             "multiplier": self.defer(form.multiplier(grid), scalar(np.float32)),
         }

@@ -12,7 +12,6 @@ import numpy as np
 from jaxqat.errors import InputError
 from jaxqat.integer import graph as g
 from jaxqat.quant._forms.forms import Operation
-from jaxqat.quant._numerics.products import Dot
 
 
 class UnconvertibleError(InputError):
@@ -45,21 +44,9 @@ def _window_fields(operation: Operation, where: str) -> dict[str, Any]:
     if dilated or outer != (1, 1, 1, 1) or any((*padding[0], *padding[-1])):
         raise UnconvertibleError(f"{where}: its window is dilated, or not of spatial axes alone")
     return {
-        "window": tuple(window[1:-1]),
-        "strides": tuple(strides[1:-1]),
+        "window": tuple(map(int, window[1:-1])),
+        "strides": tuple(map(int, strides[1:-1])),
         "padding": tuple((int(low), int(high)) for low, high in padding[1:-1]),
-    }
-
-
-def mat_mul_fields(dot: Dot, where: str) -> dict[str, Any]:
-    """Return the axes of a product of two activations."""
-    contracted, batched = dot.params["dimension_numbers"]
-    if any(tuple(axes[:1]) != (0,) for axes in batched):
-        raise UnconvertibleError(f"{where}: the first axis of its result is not the batch")
-    fields = {"contracted": contracted, "batched": batched}
-    return {
-        key: tuple(tuple(int(axis) for axis in axes) for axes in sides)
-        for key, sides in fields.items()
     }
 
 
@@ -84,12 +71,12 @@ def move_fields(
 
 
 def _transpose(params: dict[str, Any]) -> dict[str, Any] | None:
-    axes = tuple(params["permutation"])
+    axes = tuple(map(int, params["permutation"]))
     return {"kind": "transpose", "axes": axes} if axes[0] == 0 else None
 
 
 def _reverse(params: dict[str, Any]) -> dict[str, Any] | None:
-    axes = tuple(params["dimensions"])
+    axes = tuple(map(int, params["dimensions"]))
     return {"kind": "reverse", "axes": axes} if 0 not in axes else None
 
 
@@ -100,9 +87,9 @@ def _slice(params: dict[str, Any]) -> dict[str, Any] | None:
         return None
     return {
         "kind": "slice",
-        "starts": tuple(starts),
-        "stops": (-1, *stops[1:]),
-        "strides": tuple(strides),
+        "starts": tuple(map(int, starts)),
+        "stops": (-1, *map(int, stops[1:])),
+        "strides": tuple(map(int, strides)),
     }
 
 
@@ -110,7 +97,7 @@ def _pad(params: dict[str, Any]) -> dict[str, Any] | None:
     config = params["padding_config"]
     if any(low < 0 or high < 0 or inner for low, high, inner in config) or any(config[0]):
         return None
-    return {"kind": "pad", "padding": tuple((low, high) for low, high, _ in config)}
+    return {"kind": "pad", "padding": tuple((int(low), int(high)) for low, high, _ in config)}
 
 
 _MOVES: dict[str, Callable[[dict[str, Any]], dict[str, Any] | None]] = {

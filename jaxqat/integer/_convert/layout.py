@@ -110,6 +110,26 @@ def _of_dense(product: Any, weights: Axes, data: Axes) -> Layout:
     return Layout((*free, *of_data), len(of_data), (*summed, *outputs), result, len(outputs))
 
 
+def pair_of(form: forms.Paired) -> tuple[list[forms.Codes], dict[str, Any]]:
+    """Return the operands of a product of two activations, batch first, and its axes.
+
+    Raises:
+        UnconvertibleError: The operands have no axis in common, such as the batch.
+    """
+    contracted, batched = form.dot.params["dimension_numbers"]
+    if not batched[0]:
+        raise UnconvertibleError(f"{form.path}: multiplies the batch's examples with each other")
+    operands: list[forms.Codes] = []
+    places: list[tuple[Axes, Axes]] = []
+    sides = zip((form.left, form.right), contracted, batched, strict=True)
+    for codes, summed, common in sides:
+        order = (common[0], *(axis for axis in range(codes.codes.ndim) if axis != common[0]))
+        operands.append(transposed(codes, order))
+        places.append((tuple(map(order.index, summed)), tuple(map(order.index, common))))
+    summed, common = zip(*places, strict=True)
+    return operands, {"contracted": summed, "batched": common}
+
+
 def arrange_weights(layout: Layout, kind: str) -> Callable[[np.ndarray], np.ndarray]:
     """Return what puts the codes of weights into the graph's layout."""
 

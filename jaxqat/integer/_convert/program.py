@@ -2,6 +2,7 @@
 """The program that computes the arrays of a graph, without what only the model's results need."""
 
 import hashlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,7 +17,8 @@ from jaxqat.quant._trace.program import INLINED, bind_equation, is_jaxpr
 # The last programs by their key, which XLA need not compile again: two networks of one model and
 # recipe, as before and after training, have the same.
 _RECENT: dict[bytes, Callable[..., list[jax.Array]]] = {}
-_MOST = 4
+_MOST = 2  # They keep the arrays that they hold, such as weights that a function closes over.
+_LOCK = threading.Lock()
 
 # Calls whose derivative rules nobody needs here. JAX keeps them whole, with all of their inputs.
 _WITH_DERIVATIVES = frozenset({"custom_jvp_call", "custom_vjp_call"})
@@ -59,10 +61,11 @@ class ArraysProgram:
         self.text = self._run.lower(*shapes).as_text()
         # JAX 0.10 prints constants, unless 'jax_use_simplified_jaxpr_constants' is set.
         self.key = _digest(self.text, _constants(jaxpr, kept))
-        self._run = _RECENT.pop(self.key, self._run)
-        _RECENT[self.key] = self._run
-        if len(_RECENT) > _MOST:
-            del _RECENT[next(iter(_RECENT))]
+        with _LOCK:
+            self._run = _RECENT.pop(self.key, self._run)
+            _RECENT[self.key] = self._run
+            if len(_RECENT) > _MOST:
+                del _RECENT[next(iter(_RECENT))]
 
     def __call__(self, *arguments: Sequence[Any]) -> list[jax.Array]:
         """Compile the program and return its results.

@@ -52,6 +52,8 @@ class Executor:
         self._segments: Callable[..., Any] = jax.jit(self._by_segment, compiler_options=options)
         self._on_device: Any = None
         self._seen_floats = False
+        reads_codes = any(isinstance(n, Quantize) and not n.inputs for n in graph.nodes)
+        self._takes_pixels = graph.input_type == "uint8" and reads_codes
 
     @property
     def compiler_options(self) -> dict[str, Any] | None:
@@ -130,6 +132,10 @@ class Executor:
         if expected != "float32":
             if not jnp.issubdtype(images.dtype, jnp.integer):
                 raise ExecutionError(f"inputs must be {expected}, got {images.dtype}.")
+            if self._takes_pixels and images.dtype != expected:
+                raise ExecutionError(
+                    f"images must be {expected}, as the network was converted, got {images.dtype}."
+                )
             return images
         if images.dtype == jnp.uint8 and not self.graph.takes_uint8:
             raise ExecutionError(

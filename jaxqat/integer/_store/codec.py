@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+from jax import dtypes
 
 from jaxqat.integer import graph as g
 from jaxqat.integer._packing import pack, packed_size, stored_bits, unpack
@@ -25,6 +26,7 @@ FORMAT = 5
 
 _MAX_ITEM = 16  # Bytes of the largest number.
 _ARRAY_KEYS = {"array", "dtype", "shape", "sha256"}
+_EXTENDED = {"bfloat16": np.dtype(dtypes.bfloat16)}  # Two bytes each.
 _CLASSES = {kind.__name__: kind for kind in g.NODE_KINDS}
 
 
@@ -180,6 +182,12 @@ class _GraphCodec:
         described = {"array": name, "dtype": array.dtype.name, "shape": list(array.shape)}
         return {**described, "sha256": _sha256(array)}
 
+    @staticmethod
+    def _typed(array: np.ndarray, dtype: Any) -> np.ndarray:
+        """Return an array of a type that NumPy's files do not know, such as bfloat16, as such."""
+        is_raw = array.dtype.kind == "V" and dtype in _EXTENDED
+        return array.view(_EXTENDED[dtype]) if is_raw and array.dtype.itemsize == 2 else array
+
     def _decode_array(self, value: Any, key: str) -> np.ndarray:
         if not isinstance(value, dict) or value.keys() - {"packed"} != _ARRAY_KEYS:
             raise wrong(key, value, "an object with array, dtype, shape and sha256")
@@ -188,6 +196,7 @@ class _GraphCodec:
             raise CodecError(f"{key}: there is no array {value['array']!r}.")
         if "packed" in value:
             array = _unpack(array, value, key)
+        array = self._typed(array, value["dtype"] if isinstance(value["dtype"], str) else None)
         if [array.dtype.name, list(array.shape)] != [value["dtype"], value["shape"]]:
             raise CodecError(
                 f"{key}: the array must be {value['dtype']}{value['shape']}, "

@@ -97,7 +97,7 @@ _PIXEL_GRID = Grid(np.float32(1), np.float32(1), np.int32(-128), -128, 127)  # p
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pixels(Codes):
-    """A uint8 input of the model: its values are codes already, each less 128, of the scale 1.
+    """A uint8 input of the model as codes: pixel - 128, of the scale 1 and the zero point -128.
 
     What the model computes of them first, such as x / 255, is a function of codes then, and the
     integer network needs no float operation for it.
@@ -116,7 +116,7 @@ class Pixels(Codes):
 
 
 def are_pixels(form: Form | None) -> bool:
-    """Return whether a form is that of a uint8 input, perhaps moved."""
+    """Return whether a form is that of a uint8 input, perhaps moved: then it has this very grid."""
     return isinstance(form, Codes) and form.grid is _PIXEL_GRID
 
 
@@ -134,8 +134,6 @@ class Sum:
     def in_units(self, grid: Grid) -> Float[Array, "..."]:
         terms = (self.left, self.right)
         codes = [form for term in terms if (form := _codes_of(term)) is not None]
-        if len(codes) < len(terms):  # A term that the plan did not find; it has no integer form.
-            return self.left.in_units(grid) + self.right.in_units(grid)
         multipliers = self.dyadic(grid, codes).multipliers
         left, right = map(partial(_multiplied, grid=grid), terms, multipliers)
         return jnp.round(left + right + grid.zero) - grid.zero
@@ -165,6 +163,11 @@ class Times:
     def multiplier(self, grid: Grid) -> Float[Array, ""]:
         """Return what a product of codes is multiplied by for units of the grid's scale."""
         return quotient(self.left.grid.scale * self.right.grid.scale, grid.scale)
+
+
+def are_codes(form: Form) -> bool:
+    """Return whether a form is a quantized tensor, where the layers before it are on."""
+    return _codes_of(form) is not None
 
 
 def _codes_of(term: Form) -> Codes | None:

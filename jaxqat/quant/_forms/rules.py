@@ -13,7 +13,17 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxqat.quant._forms.accumulators import Accumulator, Multiplied, Summed
-from jaxqat.quant._forms.forms import Clamp, Codes, Form, Joined, Moved, Operation, Sum, Times
+from jaxqat.quant._forms.forms import (
+    Clamp,
+    Codes,
+    Form,
+    Joined,
+    Moved,
+    Operation,
+    Sum,
+    Times,
+    are_codes,
+)
 from jaxqat.quant._forms.operand import Operand, is_channelwise, is_number
 from jaxqat.quant._numerics.grids import stretched
 
@@ -184,7 +194,8 @@ def added(operation: Operation, operands: list[Operand], shape: Shape) -> Form |
     left, right = (operand.any_form for operand in operands)
     if left is None or right is None or any(o.constant for o in operands):
         return None
-    return Sum(left, right)
+    # Terms that the plan did not quantize are added in float, in every program.
+    return Sum(left, right) if are_codes(left) and are_codes(right) else None
 
 
 def _before_the_move(rule: FormRule, operation: Operation, operands: list[Operand]) -> Form | None:

@@ -67,7 +67,8 @@ class LayerEvaluator:
         """Return the quantized result of a layer."""
         if isinstance(layer, Pair):
             values = self._switched(node, layer, lambda: self._multiply_pair(layer))
-            return LayerOutput(values, self._paired(layer))
+            form = self._paired(layer)
+            return LayerOutput(values, form, f"the length of the sums of {layer.path}")
         if isinstance(layer, Lookup):
             values = self._switched(node, layer, lambda: self._look_up(node, layer))
             return LayerOutput(values, None, f"a look-up in {layer.path}")
@@ -121,10 +122,12 @@ class LayerEvaluator:
         both = [pairs.Quantized(o.values, o.form.codes, o.form.grid) for o in operands]
         return pairs.multiply(layer.dot, layer.dtype, *both)
 
-    def _paired(self, layer: Pair) -> forms.Form:
-        """Return the form of a product of two activations."""
+    def _paired(self, layer: Pair) -> forms.Form | None:
+        """Return the form of a product of two activations; None if a sum may overflow int32."""
         left, right = self._read(layer.left).form, self._read(layer.right).form
         assert isinstance(left, forms.Codes) and isinstance(right, forms.Codes)
+        if pairs.terms(layer.dot, left.codes) > pairs.MOST_TERMS:
+            return None
         total = pairs.sums(layer.dot, left.codes, left.grid, right.codes, right.grid)
         return forms.Paired(layer.path, layer.dot, left, right, jax.lax.stop_gradient(total))
 

@@ -23,6 +23,20 @@ class Quantized(NamedTuple):
     grid: Any
 
 
+MOST_TERMS = (2**31 - 1) // 255**2
+"""So many products of two codes, each less its zero point, have a sum that int32 holds."""
+
+
+def terms(dot: Dot, q: Int8[Array, "..."]) -> int:
+    """Return how many products each sum has.
+
+    Args:
+        dot: The product.
+        q: Codes of the left operand.
+    """
+    return math.prod(q.shape[axis] for axis in dot.params["dimension_numbers"][0][0])
+
+
 def sums(
     dot: Dot, q: Int8[Array, "..."], left: Grid, k: Int8[Array, "..."], right: Grid
 ) -> Int[Array, "..."]:
@@ -46,8 +60,7 @@ def sums(
     if left.zero_point is not None:
         total = total - left.zero_point * dot.zero_sums(q.shape, k)
     if left.zero_point is not None and right.zero_point is not None:
-        count = math.prod(q.shape[a] for a in sides[0])
-        total = total + left.zero_point * right.zero_point * count
+        total = total + left.zero_point * right.zero_point * terms(dot, q)
     return total
 
 

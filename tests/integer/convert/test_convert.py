@@ -293,3 +293,18 @@ def test_a_bias_for_each_of_several_output_axes_is_part_of_the_product():
     _, result = integer_graph.run(graph, x)
     # Three quantized tensors of 8 bits.
     assert sqnr.decibels(Heads().apply(variables, x), result) > 30
+
+
+def test_a_padded_tensor_between_layers_is_stored(tmp_path):
+    """JAX's parameters of it are NumPy integers."""
+    x = np.random.default_rng(0).normal(size=(6, 7, 8)).astype(np.float32)
+    params = {name: np.eye(8, dtype=np.float32) for name in "ab"}
+
+    def padded(p, x):
+        return jnp.pad(relu(x @ p["a"]), ((0, 0), (1, 2), (0, 0)))[:, ::2] @ p["b"]
+
+    model = jaxqat.calibrate(padded, {"params": params}, batches=[x])
+    graph = jaxqat.load(jaxqat.save(jaxqat.convert(model, x), tmp_path / "network"))
+    assert any(isinstance(node, g.Move) and node.kind == "pad" for node in graph.nodes)
+    check = jaxqat.verify(model, graph=graph, batches=[x])
+    assert (check.differing, check.failures) == (0, ())
