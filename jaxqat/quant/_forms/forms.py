@@ -126,12 +126,21 @@ class Sum:
 
     The plan quantizes both terms. The sum is rounded once, with the zero point inside the
     rounding, as in ONNX Runtime's QLinearAdd (`dyadic` has the equation).
+
+    Attributes:
+        left: The one term.
+        right: The other one.
+        values: The sum, if the plan did not quantize both: it is rounded then, as a real number,
+            and has no integer form.
     """
 
     left: Form
     right: Form
+    values: Float[Array, "..."] | None = None
 
     def in_units(self, grid: Grid) -> Float[Array, "..."]:
+        if self.values is not None:
+            return Real(self.values).in_units(grid)
         terms = (self.left, self.right)
         codes = [form for term in terms if (form := _codes_of(term)) is not None]
         multipliers = self.dyadic(grid, codes).multipliers

@@ -187,15 +187,16 @@ def subtracted(operation: Operation, operands: list[Operand], shape: Shape) -> F
 
 def added(operation: Operation, operands: list[Operand], shape: Shape) -> Form | None:
     """Return the form of x + c, c one term per channel; or of a residual addition."""
-    del operation
     found = _with_coefficients(operands, shape)
     if found is not None:
         return found[0].plus(found[1])
     left, right = (operand.any_form for operand in operands)
     if left is None or right is None or any(o.constant for o in operands):
         return None
-    # Terms that the plan did not quantize are added in float, in every program.
-    return Sum(left, right) if are_codes(left) and are_codes(right) else None
+    if are_codes(left) and are_codes(right):
+        return Sum(left, right)
+    values = [operand.values for operand in operands if operand.values is not None]
+    return Sum(left, right, operation.bind(*values)) if len(values) == 2 else None
 
 
 def _before_the_move(rule: FormRule, operation: Operation, operands: list[Operand]) -> Form | None:

@@ -205,9 +205,15 @@ def test_two_tensors_have_a_form_if_they_are_added_or_multiplied():
     assert_units(derived("mul", lax.mul, codes(UNITS), codes(OTHER)), expected)
 
 
-def test_terms_of_an_addition_that_are_not_quantized_are_rounded_each():
+def test_terms_of_an_addition_that_are_not_quantized_are_added_in_float():
     form = derived("add", lax.add, codes(UNITS), accumulator(5 * OTHER))
     assert_units(form, UNITS + 5 * OTHER)
+    # Their forms would round each of them: 0.3 + 0.3 units are one, and not none.
+    terms = codes(UNITS), forms.Operand(jnp.full(SHAPE, 0.3, jnp.float32), None, False)
+    other = forms.Operand(jnp.full(SHAPE, 0.3, jnp.float32), forms.Real(jnp.zeros(SHAPE)), False)
+    np.testing.assert_array_equal(
+        derived("add", lax.add, terms[1], other).in_units(grid(0)), np.ones(SHAPE)
+    )
 
 
 @pytest.mark.parametrize("operand", [codes, accumulator])
