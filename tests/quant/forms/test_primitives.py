@@ -209,11 +209,9 @@ def test_terms_of_an_addition_that_are_not_quantized_are_added_in_float():
     form = derived("add", lax.add, codes(UNITS), accumulator(5 * OTHER))
     assert_units(form, UNITS + 5 * OTHER)
     # Their forms would round each of them: 0.3 + 0.3 units are one, and not none.
-    terms = codes(UNITS), forms.Operand(jnp.full(SHAPE, 0.3, jnp.float32), None, False)
-    other = forms.Operand(jnp.full(SHAPE, 0.3, jnp.float32), forms.Real(jnp.zeros(SHAPE)), False)
-    np.testing.assert_array_equal(
-        derived("add", lax.add, terms[1], other).in_units(grid(0)), np.ones(SHAPE)
-    )
+    values = jnp.full(SHAPE, 0.3 * SCALE, jnp.float32)
+    term = forms.Operand(values, forms.Real(values), False)
+    assert_units(derived("add", lax.add, term, term), np.ones(SHAPE, int))
 
 
 @pytest.mark.parametrize("operand", [codes, accumulator])
