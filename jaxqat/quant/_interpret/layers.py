@@ -66,8 +66,8 @@ class LayerEvaluator:
     def result(self, node: TracedNode, layer: Layer | Lookup | Pair) -> LayerOutput:
         """Return the quantized result of a layer."""
         if isinstance(layer, Pair):
-            values = self._switched(node, layer, lambda: self._multiply_pair(layer))
-            form = self._paired(layer)
+            values, total = self._switched(node, layer, lambda: self._multiply_pair(layer))
+            form = self._paired(layer, total)
             return LayerOutput(values, form, f"the length of the sums of {layer.path}")
         if isinstance(layer, Lookup):
             values = self._switched(node, layer, lambda: self._look_up(node, layer))
@@ -117,18 +117,17 @@ class LayerEvaluator:
         weights = self._read(layer.weights).values
         return EvaluatedLayer(layer, weights, self._states.step_size(layer, weights), result)
 
-    def _multiply_pair(self, layer: Pair) -> Any:
+    def _multiply_pair(self, layer: Pair) -> pairs.PairResult:
         operands: list[Any] = [self._read(layer.left), self._read(layer.right)]
         both = [pairs.Quantized(o.values, o.form.codes, o.form.grid) for o in operands]
         return pairs.multiply(layer.dot, layer.dtype, *both)
 
-    def _paired(self, layer: Pair) -> forms.Form | None:
+    def _paired(self, layer: Pair, total: Any) -> forms.Form | None:
         """Return the form of a product of two activations; None if a sum may overflow int32."""
         left, right = self._read(layer.left).form, self._read(layer.right).form
         assert isinstance(left, forms.Codes) and isinstance(right, forms.Codes)
         if pairs.terms(layer.dot, left.codes) > pairs.MOST_TERMS:
             return None
-        total = pairs.sums(layer.dot, left.codes, left.grid, right.codes, right.grid)
         return forms.Paired(layer.path, layer.dot, left, right, jax.lax.stop_gradient(total))
 
     def _look_up(self, node: TracedNode, layer: Lookup) -> Any:
@@ -188,9 +187,9 @@ class LayerEvaluator:
         def real() -> Any:
             value = node.bind(*(self._read(a).values for a in node.inputs))[0]
             like = jax.eval_shape(quantized)
-            if not isinstance(like, multiply.MultiplyResult):
+            if not isinstance(like, multiply.MultiplyResult | pairs.PairResult):
                 return value
-            nothing: multiply.MultiplyResult = jax.tree.map(_zeros, like)
+            nothing: multiply.MultiplyResult | pairs.PairResult = jax.tree.map(_zeros, like)
             return nothing._replace(real=value)
 
         return cast(Any, jax.lax.cond(on, quantized, real))

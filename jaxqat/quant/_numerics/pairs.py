@@ -23,6 +23,18 @@ class Quantized(NamedTuple):
     grid: Any
 
 
+class PairResult(NamedTuple):
+    """Result of a product of two activations: the real one, which has the gradients, and its sums.
+
+    Attributes:
+        real: s_1 s_2 total.
+        total: sum((q - z_1) (k - z_2)), int32.
+    """
+
+    real: Array
+    total: Int[Array, "..."]
+
+
 MOST_TERMS = (2**31 - 1) // 255**2
 """So many products of two codes, each less its zero point, have a sum that int32 holds."""
 
@@ -65,7 +77,7 @@ def sums(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def multiply(dot: Dot, dtype: Any, left: Quantized, right: Quantized) -> Array:
+def multiply(dot: Dot, dtype: Any, left: Quantized, right: Quantized) -> PairResult:
     """Multiply two quantized activations, with the gradients of the float dot.
 
     y = s_1 s_2 sum((q - z_1) (k - z_2)), with the sums of `sums`.
@@ -84,15 +96,15 @@ def _forward(dot, dtype, left, right):
     (x, q, s), (y, k, t) = left, right
     total = sums(dot, q, s, k, t)
     real = (total.astype(jnp.float32) * (s.scale * t.scale)).astype(dtype)
-    return real, (q, s, x[..., :0], k, t, y[..., :0])
+    return PairResult(real, total), (q, s, x[..., :0], k, t, y[..., :0])
 
 
 @default_promotion
-def _backward(dot, dtype, residuals, gradient):
+def _backward(dot, dtype, residuals, gradients):
     del dtype
     q, s, x_like, k, t, y_like = residuals
     x, y = dequantize(q, s, x_like.dtype), dequantize(k, t, y_like.dtype)
-    of_x, of_y = backward(dot, x, y, gradient)
+    of_x, of_y = backward(dot, x, y, gradients.real)
     return Quantized(of_x, None, None), Quantized(of_y, None, None)
 
 
