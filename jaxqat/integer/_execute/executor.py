@@ -67,7 +67,7 @@ class Executor:
         (`graph.outputs`).
 
         Args:
-            images: (batch, *input_shape), float32; or uint8 if the graph has a table.
+            images: (batch, *input_shape), of the graph's `input_type`; or uint8 if it has a table.
 
         Raises:
             ExecutionError: If the images have another shape or type, or those of the first call

@@ -98,6 +98,13 @@ def in_float(graph):
     return [op for op in graph.float_ops if op.operation == "dot"]
 
 
+def assert_same_results(graph, found, expected):
+    if graph.float_ops:  # A last bit in an island can move a code behind it to its neighbour.
+        assert sqnr.decibels(expected, found) > 40
+    else:
+        np.testing.assert_array_equal(found, expected)
+
+
 @pytest.mark.parametrize("activations", ["affine", "symmetric"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_training_and_every_runtime_compute_the_same_codes(layout, activations, tmp_path):
@@ -121,9 +128,8 @@ def test_training_and_every_runtime_compute_the_same_codes(layout, activations, 
             found = platform(graph).codes(name, values[name])
             if name not in graph.entries:
                 np.testing.assert_array_equal(found, expected, err_msg=f"{platform} {name}")
-    # Products of float32 scales, and a sum in float of the last layer.
-    np.testing.assert_allclose(make_executor(graph)(X), result, rtol=1e-5, atol=1e-5)
-    # 8 bits of noise in up to seven tensors one behind the other; 25 to 33 dB were seen.
+    assert_same_results(graph, make_executor(graph)(X), result)
+    # Up to seven tensors of 8 bits one behind the other.
     assert sqnr.decibels(function(PARAMS, X), result) > 20
 
     path = jaxqat.export_onnx(graph, tmp_path / "network.onnx")
@@ -131,7 +137,7 @@ def test_training_and_every_runtime_compute_the_same_codes(layout, activations, 
     if not graph.float_ops:
         for name, expected in codes.items():
             np.testing.assert_array_equal(onnx_codes[name], expected, err_msg=name)
-    np.testing.assert_allclose(found, result, rtol=1e-5, atol=1e-5)
+    assert_same_results(graph, found, result)
 
 
 class Attention(nn.Module):
@@ -178,7 +184,7 @@ def test_operands_with_the_time_first_are_multiplied_as_the_model_does(batch):
 
 def test_a_product_of_examples_with_each_other_is_an_error():
     model = calibrated(lambda p, x: (x @ p["q"]).mean(1) @ (x @ p["k"]).mean(1).T @ p["head"][:6])
-    with pytest.raises(jaxqat.ConversionError):
+    with pytest.raises(jaxqat.ConversionError, match="batch"):
         jaxqat.convert(model, X)
 
 
