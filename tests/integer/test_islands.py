@@ -329,8 +329,10 @@ def test_islands_of_a_float16_model_are_exported(tmp_path):
     assert {node.dtype for node in graph.float_ops} >= {"float16"}
     path = jaxqat.export_onnx(graph, tmp_path / "network.onnx")
     found, wanted = run_onnx(path, X)[0], np.asarray(jaxqat.make_executor(graph)(X))
-    # Means in float16 have 11 bits; a runtime may sum them in another order.
-    assert sqnr.decibels(wanted, found) > 40
+    # Both round in float16, to 2**-11, in another order: each code of 2**-8 moves with a chance of
+    # up to 2 * 2**-11 / 2**-8, a quarter. A step squared times that is three times the noise of
+    # rounding to codes, a twelfth: 5 dB more than that of a tensor of 8 bits, of 35 dB and more.
+    assert sqnr.decibels(wanted, found) > 30
 
 
 def test_a_long_recurrence_converts():
