@@ -33,12 +33,12 @@ class FloatNetwork(FloatVisitor[Any]):
 
     def run(self, arrays: Arrays, images: Any) -> Any:
         """Return the network's result."""
-        values, outputs = self.visit(images, arrays), self.graph.outputs
+        values, outputs = self.visit([images], arrays), self.graph.outputs
         return nested(outputs, [values[output.name] for output in outputs])
 
-    def quantize(self, node: g.Quantize, images: Any) -> Any:
-        """Return the images without rounding."""
-        return images
+    def quantize(self, node: g.Quantize, x: Any) -> Any:
+        """Return the numbers without rounding."""
+        return x
 
     def add(self, node: g.Add, inputs: list[Any]) -> Any:
         """Return the sum of two tensors."""

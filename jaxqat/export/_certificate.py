@@ -33,7 +33,7 @@ from jaxqat.integer._numpy_products import real as numpy_real
 from jaxqat.integer._numpy_products import sums, sums_of_pairs
 from jaxqat.integer._results import flat
 from jaxqat.integer._store.files import write_atomically
-from jaxqat.integer.graph import INPUT, FloatOp, IntegerGraph, MatMul, Product
+from jaxqat.integer.graph import FloatOp, IntegerGraph, MatMul, Product
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 
@@ -85,6 +85,11 @@ def export_certificate(
         ExecutionError: If the inputs do not fit the network.
     """
     check_graph(graph, "export_certificate", error=ExportError)
+    if len(graph.inputs) > 1:
+        raise ExportError(
+            f"a certificate holds golden inputs of one array, and the network reads "
+            f"{len(graph.inputs)}: {', '.join(map(str, graph.inputs))}."
+        )
     folder, inputs = Path(folder), np.asarray(inputs)
     check_folder(folder, overwrite)
     if not inputs.size:
@@ -126,7 +131,7 @@ def _tensors(
     for number, node in enumerate(graph.nodes):
         name, key = node.output, None
         entry: dict[str, Any] = {"name": name, "layer": node.name}
-        entry |= {"reads": [source for source in node.inputs if source != INPUT]}
+        entry |= {"reads": [source for source in node.inputs if source != graph.input.name]}
         entry["by_island"] = name in graph.entries
         if name not in codes:  # Real numbers, and what an executor fuses: nothing to compare.
             found.append({**entry, "sha256": "", "array": None})

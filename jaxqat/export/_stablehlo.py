@@ -24,45 +24,63 @@ from jaxqat.export._files import check_target
 from jaxqat.integer._execute import Platform
 from jaxqat.integer._execute.executor import PLATFORMS
 from jaxqat.integer._guard import check_graph
+from jaxqat.integer._inputs import Input, arrays_of, check_inputs
 from jaxqat.integer._results import Output, check_places, flat
 from jaxqat.integer._store.files import read_regular, write_atomically
 from jaxqat.integer.graph import IntegerGraph
 
 EXPORT_PLATFORMS = ("cpu", "cuda", "tpu")
-_MAGIC = b"jaxqat.stablehlo.2"
+_MAGIC = b"jaxqat.stablehlo.3"
 _MAX_BYTES = 2**34
 
 
 class StableHloNetwork:
-    """An exported network, as a function from images to its result.
+    """An exported network, as a function from the model's inputs to its result.
 
     Attributes:
-        description: Input, outputs, platforms and metadata, from `export_stablehlo`.
+        description: Inputs, outputs, platforms and metadata, from `export_stablehlo`.
     """
 
     def __init__(self, exported: export.Exported, description: dict[str, Any]):
         self.description = description
-        self._call: Callable[[Any], Any] = jax.jit(exported.call)
+        self._call: Callable[..., Any] = jax.jit(exported.call)
+        self._inputs = [
+            Input(shape=tuple(entry["shape"]), path=tuple(entry["path"]))
+            for entry in description["inputs"]
+        ]
 
-    def __call__(self, images: Any) -> Any:
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         """Return the network's result, of the types in the description.
 
+        Args:
+            *arguments: The model's inputs, such as images.
+            **keywords: Arrays that the model takes by keyword.
+
         Raises:
-            ExportError: If the images do not have the file's input shape or type.
+            ExportError: If an array is missing or does not have the file's shape or type.
         """
-        images = np.asarray(images) if not hasattr(images, "dtype") else images
-        declared = self.description["input"]
-        shape, dtype = tuple(declared["shape"]), declared["dtype"]
-        batch = declared["batch"]
-        fits = batch is None or images.shape[0] == batch
-        if dtype != "uint8" and all(jnp.issubdtype(t, jnp.integer) for t in (dtype, images.dtype)):
-            images = images.astype(dtype)  # NumPy's integers are int64.
-        if tuple(images.shape[1:]) != shape or images.dtype.name != dtype or not fits:
+        try:
+            given = arrays_of(self._inputs, arguments, keywords)
+        except ValueError as error:
+            raise ExportError(f"{error}.") from error
+        types = [entry["dtype"] for entry in self.description["inputs"]]
+        arrays = [self._checked(*each) for each in zip(self._inputs, types, given, strict=True)]
+        return self._call(*arrays)
+
+    def _checked(self, each: Input, dtype: str, array: Any) -> Any:
+        """Return the array of an input after a check of its type and shape."""
+        array = np.asarray(array) if not hasattr(array, "dtype") else array
+        batch = self.description["batch"]
+        fits = batch is None or array.shape[0] == batch
+        if dtype == "int32" and jnp.issubdtype(array.dtype, jnp.integer):
+            array = array.astype(dtype)  # NumPy's integers are int64.
+        if tuple(array.shape[1:]) != each.shape or array.dtype.name != dtype or not fits:
             raise ExportError(
-                f"images must be {dtype} of the shape ({batch or 'batch'}, "
-                f"{', '.join(map(str, shape))}), got {images.dtype.name} {tuple(images.shape)}."
+                f"{'images' if len(self._inputs) == 1 else f'input {each}'} must be {dtype} of the "
+                f"shape ({batch or 'batch'}, {', '.join(map(str, each.shape))}), got "
+                f"{array.dtype.name} {tuple(array.shape)}."
             )
-        return self._call(images)
+        return array
 
 
 def export_stablehlo(
@@ -103,18 +121,26 @@ def export_stablehlo(
         )
     if input not in ("float", "uint8"):
         raise ExportError(f"input must be 'float' or 'uint8', got {input!r}.")
-    if input == "uint8" and not graph.takes_uint8 and graph.input_type != "uint8":
+    pixels = graph.takes_uint8 or all(each.type == "uint8" for each in graph.inputs)
+    if input == "uint8" and not pixels:
         raise ExportError(
             "input 'uint8' needs a network that was converted with `preprocess`; use 'float'."
         )
-    dtype = "uint8" if input == "uint8" else graph.input_type
+    types = ["uint8" if input == "uint8" else each.type for each in graph.inputs]
     size = batch if batch is not None else export.symbolic_shape("batch")[0]
-    images = jax.ShapeDtypeStruct((size, *graph.input_shape), jnp.dtype(dtype))
+    arrays = [
+        jax.ShapeDtypeStruct((size, *each.shape), jnp.dtype(dtype))
+        for each, dtype in zip(graph.inputs, types, strict=True)
+    ]
     program = jax.jit(_program(graph, tuple(platforms)))
     with _without_tracebacks():
-        exported = export.export(program, platforms=platforms)(images)
+        exported = export.export(program, platforms=platforms)(*arrays)
     description = {
-        "input": {"shape": list(graph.input_shape), "dtype": dtype, "batch": batch},
+        "inputs": [
+            {"path": list(each.path), "shape": list(each.shape), "dtype": dtype}
+            for each, dtype in zip(graph.inputs, types, strict=True)
+        ],
+        "batch": batch,
         "outputs": _described(graph, jax.tree.unflatten(exported.out_tree, exported.out_avals)),
         "platforms": list(platforms),
         "metadata": graph.metadata,
@@ -154,25 +180,25 @@ def _without_tracebacks() -> Generator[None]:
 
 
 def _program(graph: IntegerGraph, platforms: tuple[str, ...]) -> Any:
-    """Return a function from images to the result that holds the weights once for all platforms."""
+    """Return a function of the inputs that holds the weights once for all platforms."""
     by_name = {name: PLATFORMS[name](graph) for name in platforms}
     arrays = {p.name: {"weights": p.weights, "bias": p.bias} for p in graph.products()}
 
     def run(platform: Platform) -> Any:
-        def on_platform(images: jax.Array, arrays: Any) -> Any:
+        def on_platform(arrays: Any, *inputs: jax.Array) -> Any:
             parameters = platform.parameters_from(arrays)
 
-            def apply(images: jax.Array) -> Any:
-                return platform.result(platform.visit(images, parameters))
+            def apply(inputs: Sequence[jax.Array]) -> Any:
+                return platform.result(platform.visit(inputs, parameters))
 
-            return platform.batched(apply)(images)
+            return platform.batched(apply)(inputs)
 
         return on_platform
 
-    def program(images: jax.Array) -> Any:
+    def program(*inputs: jax.Array) -> Any:
         constants: Any = jax.tree.map(jnp.asarray, arrays)
         branches = {name: run(platform) for name, platform in by_name.items()}
-        return lax.platform_dependent(images, constants, **branches)
+        return lax.platform_dependent(constants, *inputs, **branches)
 
     return program
 
@@ -205,17 +231,20 @@ def _check_description(path: Path, description: Any, exported: export.Exported) 
         ExportError: If not.
     """
     try:
-        (images,) = exported.in_avals
-        given, made = description["input"], description["outputs"]
+        given, made = description["inputs"], description["outputs"]
+        check_inputs([Input(shape=(), path=tuple(entry["path"])) for entry in given])
+        sizes = {str(x.shape[0]): x.shape[0] for x in exported.in_avals}
+        (size,) = sizes.values()  # Symbolic or a number.
         outputs = [Output(name="", shape=(), path=tuple(entry["path"])) for entry in made]
         check_places([output.path for output in outputs])
         result = jax.tree.unflatten(exported.out_tree, exported.out_avals)
         results = flat(outputs, result)
-        batch = images.shape[0] if isinstance(images.shape[0], int) else None
-        wanted = [list(images.shape[1:]), images.dtype.name, batch, list(exported.platforms)]
-        wanted += [[list(x.shape[1:]), x.dtype.name] for x in results]
-        found = [given["shape"], given["dtype"], given["batch"], description["platforms"]]
-        found += [[entry["shape"], entry["dtype"]] for entry in made]
+        batch = size if isinstance(size, int) else None
+        avals = [*exported.in_avals, *results]
+        wanted = [batch, list(exported.platforms), len(exported.in_avals)]
+        wanted += [[list(x.shape[1:]), x.dtype.name] for x in avals]
+        found = [description["batch"], description["platforms"], len(given)]
+        found += [[entry["shape"], entry["dtype"]] for entry in (*given, *made)]
         same = found == wanted and len(results) == len(exported.out_avals)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise ExportError(f"{path}: its description is incomplete: {error!r}.") from error

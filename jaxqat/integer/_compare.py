@@ -18,6 +18,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -45,9 +46,10 @@ class Observation(NamedTuple):
     results: Sequence[Any]
 
 
-Network = Callable[[np.ndarray], Observation]
-# From images and the codes at the entries of integer parts to what each part makes of them.
-Segments = Callable[[np.ndarray, Mapping[str, Any]], Observation]
+# From a batch, an array or a tuple of the model's arguments.
+Network = Callable[[Any], Observation]
+# From a batch and the codes at the entries of integer parts to what each part makes of them.
+Segments = Callable[[Any, Mapping[str, Any]], Observation]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,17 +194,17 @@ def compare(
     expected: Network,
     actual: Network,
     graph: IntegerGraph,
-    batches: Iterable[np.ndarray],
+    batches: Iterable[Any],
     real: Network | None = None,
     segments: Segments | None = None,
 ) -> Verification:
-    """Run two networks on the same images and count the codes that differ.
+    """Run two networks on the same inputs and count the codes that differ.
 
     Args:
         expected: The reference.
         actual: The network to check.
         graph: Scales and zero points of the tensors.
-        batches: Images.
+        batches: Images, or tuples of the arguments of a model of several inputs.
         real: The float network; None leaves out SQNR.
         segments: The network to check, part by part; None if it has no float islands.
     """
@@ -213,9 +215,10 @@ def compare(
     images = flips = flips_fp32 = nan_inputs = 0
     logits_only = False
     for batch in each_batch(batches):
-        left, right = _in_shape(expected(batch), graph, len(batch)), actual(batch)
+        count = jax.tree.leaves(batch)[0].shape[0]
+        left, right = _in_shape(expected(batch), graph, count), actual(batch)
         floats = None if real is None else real(batch)
-        has_differing = np.zeros(len(batch), bool)
+        has_differing = np.zeros(count, bool)
         parts = right if segments is None else segments(batch, left.tensors)
         for name in left.tensors.keys() & right.tensors.keys():
             codes = np.asarray(parts.tensors[name], np.int32)
@@ -228,7 +231,7 @@ def compare(
                 tensor = graph.tensors[name]
                 value = (codes - tensor.zero_point) * np.float64(tensor.scale)
                 entry.measure(np.asarray(floats.tensors[name], np.float64), value)
-        images += len(batch)
+        images += count
         nan_inputs += _nans(batch)
         logits_only = not left.tensors or not right.tensors
         unseen = any(name not in left.tensors for name in graph.entries)
@@ -321,8 +324,8 @@ def _maker(graph: IntegerGraph, name: str) -> Node | None:
 
 def _nans(batch: Any) -> int:
     """Return how many values are NaN; integers are not."""
-    floats = jnp.issubdtype(batch.dtype, jnp.floating)
-    return int(np.isnan(np.asarray(batch, np.float32)).sum()) if floats else 0
+    floats = [x for x in jax.tree.leaves(batch) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return sum(int(np.isnan(np.asarray(x, np.float32)).sum()) for x in floats)
 
 
 @dataclasses.dataclass

@@ -46,11 +46,10 @@ class FloatVisitor(GraphVisitor[Value]):
         self,
         node: Node,
         values: Mapping[str, Value],
-        images: Value,
         parameters: Mapping[str, Any],
     ) -> Value:
         """Compute one node and clip it to the bounds of its output."""
-        x = super().node(node, values, images, parameters)
+        x = super().node(node, values, parameters)
         out = self.graph.tensors.get(node.output)
         if out is None or isinstance(node, Quantize | Move | MaxPool | Concat):
             return x

@@ -18,6 +18,7 @@ from jax import lax
 
 from jaxqat.integer._execute.cpu import CHUNK
 from jaxqat.integer._execute.executor import default_platform, make_executor
+from jaxqat.integer._inputs import INPUT, Input
 from jaxqat.integer._nodes.base import CODE_MAX, CODE_MIN, Tensor
 from jaxqat.integer._nodes.product import Product
 from jaxqat.integer._nodes.quantize import Quantize
@@ -81,9 +82,12 @@ class Case:
         made = {self.out.name: self.out} if requantized and self.out is not None else {}
         shape = node.output_shape([self.source.shape])
         return IntegerGraph(
-            input_shape=self.source.shape,
+            inputs=(Input(shape=self.source.shape),),
             tensors={self.source.name: self.source, **made},
-            nodes=(Quantize(name="input", inputs=(), output=self.source.name, inverse=ONE), node),
+            nodes=(
+                Quantize(name="input", inputs=(INPUT,), output=self.source.name, inverse=ONE),
+                node,
+            ),
             outputs=(Output(name=node.output, shape=shape),),
         )
 

@@ -15,20 +15,21 @@ from jaxqat.errors import ExecutionError
 from jaxqat.integer._compare import Network, Observation, Segments, Verification, compare
 from jaxqat.integer._execute.executor import Executor, make_executor
 from jaxqat.integer._guard import check_graph
+from jaxqat.integer._inputs import needed
 from jaxqat.integer._results import flat
 from jaxqat.integer.graph import IntegerGraph
-from jaxqat.quant._models.batches import each_batch
+from jaxqat.quant._models.batches import as_arguments, each_batch, preparing
 from jaxqat.quant._models.bound import QuantizedModel, check_quantized
 
-# From images to the model's input; None if they are the same.
-Preprocess = Callable[[Any], Any] | None
+# From a batch to the model's arguments; None if they are the same.
+Preprocess = Callable[..., Any] | None
 
 
 def verify(
     model: QuantizedModel,
     *state: Any,
     graph: IntegerGraph,
-    batches: Iterable[np.ndarray],
+    batches: Iterable[Any],
     preprocess: Preprocess = None,
     executor: Executor | None = None,
     **kwargs: Any,
@@ -41,7 +42,7 @@ def verify(
         model: What `jaxqat.quantize` returned.
         *state: Its variables; nothing for a model that holds them.
         graph: What `convert` returned for it.
-        batches: Images, as the integer network takes them.
+        batches: Images, as the integer network takes them; a tuple holds several arguments.
         preprocess: Function from the images to the model's input; None if they are the same.
         executor: Executor of the integer network; None makes one for the present device.
         **kwargs: Keyword arguments of the model's call; they must select inference, as
@@ -62,8 +63,10 @@ def verify(
     deployed = executor or make_executor(graph)
     if preprocess is None and graph.takes_uint8:
         batches = map(_checked, each_batch(batches))
-    segments = integer_segments(deployed) if graph.entries else None
-    return compare(trained, integer_network(deployed), graph, batches, real, segments)
+    keywords = model.bind(*state, **kwargs).kwargs
+    segments = integer_segments(deployed, **keywords) if graph.entries else None
+    network = integer_network(deployed, **keywords)
+    return compare(trained, network, graph, batches, real, segments)
 
 
 def _checked(batch: Any) -> Any:
@@ -82,13 +85,14 @@ def training_network(
 ) -> Network:
     """Return the quantized model in inference mode."""
     arrays, rebuild = model.bind(*state, **kwargs).split_arrays()
+    prepare = preparing(preprocess)
 
     @jax.jit
-    def run(arrays: Any, images: Any) -> tuple[dict[str, Any], list[Any]]:
-        evaluator = rebuild(arrays).record(_prepared(images, preprocess))
+    def run(arrays: Any, batch: Any) -> tuple[dict[str, Any], list[Any]]:
+        evaluator = rebuild(arrays).record(*prepare(as_arguments(batch)))
         return {"/".join(k): c.codes for k, c in evaluator.codes.items()}, evaluator.results
 
-    return lambda images: Observation(*run(arrays, images))
+    return lambda batch: Observation(*run(arrays, batch))
 
 
 def float_network(
@@ -96,30 +100,40 @@ def float_network(
 ) -> Network:
     """Return the model in float, with the real values of the tensors that are quantized."""
     arrays, rebuild = model.bind(*state, **kwargs).split_arrays()
+    prepare = preparing(preprocess)
 
     @jax.jit
-    def run(arrays: Any, images: Any) -> tuple[dict[str, Any], list[Any]]:
-        evaluator = rebuild(arrays).observe(_prepared(images, preprocess))
+    def run(arrays: Any, batch: Any) -> tuple[dict[str, Any], list[Any]]:
+        evaluator = rebuild(arrays).observe(*prepare(as_arguments(batch)))
         return {"/".join(k): x for k, x in evaluator.observed.items()}, evaluator.results
 
-    return lambda images: Observation(*run(arrays, images))
+    return lambda batch: Observation(*run(arrays, batch))
 
 
-def integer_network(executor: Executor) -> Network:
-    """Return the integer network."""
-    outputs = executor.graph.outputs
-    return lambda images: Observation(executor.codes(images), flat(outputs, executor(images)))
+def integer_network(executor: Executor, **keywords: Any) -> Network:
+    """Return the integer network.
+
+    Args:
+        executor: Its executor.
+        **keywords: Keyword arguments of the model's call.
+    """
+    graph = executor.graph
+
+    def network(batch: Any) -> Observation:
+        arguments, named = needed(graph.inputs, as_arguments(batch), keywords)
+        codes, result = executor.codes(*arguments, **named), executor(*arguments, **named)
+        return Observation(codes, flat(graph.outputs, result))
+
+    return network
 
 
-def integer_segments(executor: Executor) -> Segments:
+def integer_segments(executor: Executor, **keywords: Any) -> Segments:
     """Return the integer network with given codes at the end of each float island."""
+    graph = executor.graph
 
-    def segments(images: Any, entries: Any) -> Observation:
-        codes, result = executor.segments(images, entries)
-        return Observation(codes, flat(executor.graph.outputs, result))
+    def segments(batch: Any, entries: Any) -> Observation:
+        arguments, named = needed(graph.inputs, as_arguments(batch), keywords)
+        codes, result = executor.segments(entries, *arguments, **named)
+        return Observation(codes, flat(graph.outputs, result))
 
     return segments
-
-
-def _prepared(images: Any, preprocess: Preprocess) -> Any:
-    return images if preprocess is None else preprocess(images)

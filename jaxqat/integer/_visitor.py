@@ -5,11 +5,10 @@ Execution, ONNX export and the float networks are visitors. A new node kind need
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 from jaxqat.integer.graph import (
-    INPUT,
     Add,
     Concat,
     FloatOp,
@@ -39,18 +38,22 @@ class GraphVisitor(ABC, Generic[Value]):
     def __init__(self, graph: IntegerGraph):
         self.graph = graph
 
-    def visit(self, images: Value, parameters: Mapping[str, Any] | None = None) -> dict[str, Value]:
+    def visit(
+        self, inputs: Sequence[Value], parameters: Mapping[str, Any] | None = None
+    ) -> dict[str, Value]:
         """Return the value of each node, by the name of its output.
 
         Args:
-            images: Value of the network's input.
+            inputs: Values of the network's inputs, in their order.
             parameters: Arrays of each product by the node's name, for visitors that take them
                 as arguments.
         """
-        values: dict[str, Value] = {INPUT: images}
+        given = [each.name for each in self.graph.inputs]
+        values: dict[str, Value] = dict(zip(given, inputs, strict=True))
         for node in self.visited_nodes():
-            values[node.output] = self.node(node, values, images, parameters or {})
-        del values[INPUT]
+            values[node.output] = self.node(node, values, parameters or {})
+        for name in given:
+            del values[name]
         return values
 
     def visited_nodes(self) -> Iterable[Node]:
@@ -61,14 +64,13 @@ class GraphVisitor(ABC, Generic[Value]):
         self,
         node: Node,
         values: Mapping[str, Value],
-        images: Value,
         parameters: Mapping[str, Any],
     ) -> Value:
         """Return the value of one node, given the values of the nodes before it."""
         inputs = [values[name] for name in node.inputs]
         match node:
             case Quantize():
-                return self.quantize(node, inputs[0] if inputs else images)
+                return self.quantize(node, inputs[0])
             case Product():
                 return self.product(node, parameters.get(node.name), inputs[0])
             case MatMul():
@@ -94,8 +96,8 @@ class GraphVisitor(ABC, Generic[Value]):
         raise TypeError(f"node {node.name!r}: {type(node).__name__} is not a known node kind.")
 
     @abstractmethod
-    def quantize(self, node: Quantize, images: Value) -> Value:
-        """Visit the quantization of the network's input, or of a real tensor."""
+    def quantize(self, node: Quantize, x: Value) -> Value:
+        """Visit the quantization of an input, or of a real tensor."""
 
     @abstractmethod
     def product(self, node: Product, arrays: Any, x: Value) -> Value:

@@ -24,6 +24,7 @@ from typing import Any, Literal, cast
 import numpy as np
 
 from jaxqat.errors import GraphError
+from jaxqat.integer._inputs import INPUT, Input, InputType, check_inputs
 from jaxqat.integer._islands import Island, find_islands
 from jaxqat.integer._nodes.add import Add
 from jaxqat.integer._nodes.base import CODE_MAX, CODE_MIN, Node, Tensor, check_shape
@@ -49,6 +50,7 @@ __all__ = [
     "Add",
     "Concat",
     "FloatOp",
+    "Input",
     "InputType",
     "IntegerGraph",
     "Island",
@@ -68,10 +70,6 @@ __all__ = [
 ]
 
 Requantization = Literal["float", "fixed_point"]
-InputType = Literal["float32", "int32", "uint8"]
-
-INPUT = "<input>"
-"""By this name a `FloatOp` reads the network's input."""
 
 NODE_KINDS: tuple[type[Node], ...] = (
     *(Quantize, Product, MatMul, Add, Multiply, Requantize, Table),
@@ -95,8 +93,7 @@ class IntegerGraph:
     and finite; no accumulator can overflow int32.
 
     Attributes:
-        input_shape: Shape of one input, without the batch. The input is float32, or also uint8 if
-            the `Quantize` node has a table, unless `input_type` says otherwise.
+        inputs: The arrays that the network reads; only `Quantize` and `FloatOp` nodes do.
         tensors: Tensors by name.
         nodes: Nodes in order of execution.
         outputs: The arrays of the network's result, each a tensor of `tensors`, whose real values
@@ -104,26 +101,24 @@ class IntegerGraph:
         requantization: 'float' (one float32 multiplication and a rounding) or 'fixed_point'
             (int32 multiplier and rounding shift).
         metadata: Free-form description, such as 'labels' (class names) and the origin.
-        input_type: Type of the model's own input; that of tokens is int32.
 
     Raises:
         GraphError: If an invariant is broken; names the node or tensor.
     """
 
-    input_shape: tuple[int, ...]
+    inputs: tuple[Input, ...]
     tensors: dict[str, Tensor]
     nodes: tuple[Node, ...]
     outputs: tuple[Output, ...]
     requantization: Requantization = "float"
     metadata: dict[str, object] = dataclasses.field(default_factory=dict[str, object])
-    input_type: InputType = "float32"
 
     def __post_init__(self):
-        available: set[str] = {INPUT}
-        real: dict[str, tuple[int, ...]] = {INPUT: self.input_shape}
+        real: dict[str, tuple[int, ...]] = {each.name: each.shape for each in self.inputs}
+        available = set(real)
         for tensor in self.tensors.values():
             tensor.check()
-        check_shape("input_shape", self.input_shape)
+        self._check_inputs()
         self._check_outputs()
         # Only these nodes read real tensors.
         real_readers = (node for node in self.nodes if isinstance(node, Quantize | FloatOp))
@@ -138,33 +133,52 @@ class IntegerGraph:
         missing = [name for name in (*self.tensors, *results) if name not in available]
         if missing:
             raise GraphError(f"no node makes {missing[0]!r}.")
-        inputs = sum(isinstance(node, Quantize) and not node.inputs for node in self.nodes)
-        read = inputs + sum(INPUT in node.inputs for node in self.nodes)
-        if inputs > 1 or not read:
-            raise GraphError(
-                f"exactly one Quantize node must quantize the input, or FloatOp nodes read it: got "
-                f"{inputs} and {read - inputs}."
-            )
+        unread = [each for each in self.inputs if each.name not in read]
+        if unread:
+            raise GraphError(f"no Quantize or FloatOp node reads the input {unread[0]}.")
         self._check_labels()
 
     def __repr__(self) -> str:
         islands = f", {count} float islands" if (count := len(self.islands)) else ""
         shapes = ", ".join(f"{o} {o.shape}".strip() for o in self.outputs)
+        taken = ", ".join(str(each.shape) for each in self.inputs)
         return (
-            f"IntegerGraph({self.input_shape} -> {shapes}, {len(self.nodes)} nodes, "
+            f"IntegerGraph({taken} -> {shapes}, {len(self.nodes)} nodes, "
             f"{self.size_bytes():,} bytes of weights{islands})"
         )
 
     @property
+    def input(self) -> Input:
+        """The only array that the network reads.
+
+        Raises:
+            GraphError: If there are several.
+        """
+        if len(self.inputs) != 1:
+            names = ", ".join(map(str, self.inputs))
+            raise GraphError(f"the network reads {len(self.inputs)} arrays ({names}), not one.")
+        return self.inputs[0]
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of the only array that the network reads, without the batch."""
+        return self.input.shape
+
+    @property
+    def input_type(self) -> InputType:
+        """Type of the only array that the network reads."""
+        return self.input.type
+
+    @property
     def quantize(self) -> Quantize:
-        """The node that quantizes the input.
+        """The first node that quantizes an input.
 
         Raises:
             GraphError: If there is none: float operations read the input.
         """
         for node in self.nodes:
-            if isinstance(node, Quantize) and not node.inputs:
-                return node
+            if self.quantizes_input(node):
+                return cast("Quantize", node)
         raise GraphError("no Quantize node reads the input: float operations do.")
 
     @property
@@ -192,7 +206,8 @@ class IntegerGraph:
     @property
     def entries(self) -> tuple[str, ...]:
         """Names of the tensors that are quantized from real ones: of float islands' results."""
-        return tuple(n.output for n in self.nodes if isinstance(n, Quantize) and n.inputs)
+        quantized = (node for node in self.nodes if isinstance(node, Quantize))
+        return tuple(node.output for node in quantized if not self.quantizes_input(node))
 
     @property
     def islands(self) -> tuple[Island, ...]:
@@ -207,6 +222,10 @@ class IntegerGraph:
     def products(self) -> Iterator[Product]:
         """Yield convolutions and dense layers, in order."""
         return (node for node in self.nodes if isinstance(node, Product))
+
+    def quantizes_input(self, node: Node) -> bool:
+        """Return whether a node quantizes an input, and not a float island's result."""
+        return isinstance(node, Quantize) and any(i.name in node.inputs for i in self.inputs)
 
     def _is_quantized(self, name: str) -> bool:
         return any(isinstance(node, Quantize) for node in self.readers(name))
@@ -242,6 +261,14 @@ class IntegerGraph:
             add(product.bias, product.bias.nbytes)
             add(product.multiplier, product.multiplier.nbytes)
         return sum(sizes.values())
+
+    def _check_inputs(self) -> None:
+        for each in self.inputs:
+            check_shape(f"inputs: {each}", each.shape)
+        try:
+            check_inputs(self.inputs)
+        except ValueError as error:
+            raise GraphError(f"inputs: {error}.") from error
 
     def _check_outputs(self) -> None:
         for output in self.outputs:
@@ -282,7 +309,7 @@ class IntegerGraph:
                 return  # Its batch may be anywhere.
             shapes = list[tuple[int, ...]]()
         elif isinstance(node, Quantize):
-            shapes = [real.get(name, ()) for name in node.inputs or (INPUT,)]
+            shapes = [real.get(name, ()) for name in node.inputs]
         else:
             shapes = [self.tensors[name].shape for name in node.inputs]
         shape = node.output_shape(shapes)

@@ -116,9 +116,10 @@ def test_a_network_is_tested_once_for_each_shape_grid_and_kind_of_result():
     names = ("a", "b", "c", "d")
     tensors = {name: tensor(name, 3 if name == "d" else -128) for name in names}
     graph = g.IntegerGraph(
-        input_shape=(4,), tensors=tensors, outputs=(g.Output(name="result", shape=(4,)),),
+        inputs=(g.Input(shape=(4,)),), tensors=tensors,
+        outputs=(g.Output(name="result", shape=(4,)),),
         nodes=(
-            g.Quantize(name="q", inputs=(), output="a", inverse=np.float32(1)),
+            g.Quantize(name="q", inputs=(g.INPUT,), output="a", inverse=np.float32(1)),
             product("first", "a", "b"), product("second", "b", "c"), product("third", "c", "d"),
             product("fourth", "d", "result"),
         ),

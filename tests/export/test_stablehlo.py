@@ -72,7 +72,8 @@ def test_a_network_of_tokens_takes_integers(tmp_path):
     path = export_stablehlo(graph, tmp_path / "network", platforms=("cpu",))
     assert path == tmp_path / "network"
     loaded = load_stablehlo(path)
-    assert loaded.description["input"] == {"shape": [4], "dtype": "int32", "batch": None}
+    assert loaded.description["inputs"] == [{"path": [0], "shape": [4], "dtype": "int32"}]
+    assert loaded.description["batch"] is None
     assert loaded.description["outputs"] == [{"path": [], "shape": [3], "dtype": "float32"}]
     expected = jaxqat.make_executor(graph)(tokens)
     for batch in (tokens, tokens.astype(np.int32)):
@@ -153,12 +154,15 @@ def test_a_changed_length_of_the_description_is_detected(file, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d["input"].update(shape=[9, 9, 3]), "does not fit its program"),
-        (lambda d: d["input"].update(dtype="int64"), "does not fit its program"),
+        (lambda d: d["inputs"][0].update(shape=[9, 9, 3]), "does not fit its program"),
+        (lambda d: d["inputs"][0].update(dtype="int64"), "does not fit its program"),
         (lambda d: d["outputs"][0].update(shape="many"), "does not fit its program"),
         (lambda d: d.update(platforms=["cpu"]), "does not fit its program"),
         (lambda d: d.update(metadata=None), "does not fit its program"),
-        (lambda d: d.pop("input"), "is incomplete"),
+        (lambda d: d["inputs"][0].update(path=[]), "begins with an argument"),
+        (lambda d: d["inputs"].append(d["inputs"][0]), "must be unique"),
+        (lambda d: d.update(batch=4), "does not fit its program"),
+        (lambda d: d.pop("inputs"), "is incomplete"),
         (lambda d: d.update(outputs=[]), "is incomplete"),
     ],
 )

@@ -56,9 +56,9 @@ class Case(NamedTuple):
     def graph(self) -> g.IntegerGraph:
         node = self.node()
         return g.IntegerGraph(
-            input_shape=self.shape, tensors={}, nodes=(node,),
+            inputs=(g.Input(shape=self.shape, type="int32" if self.kind == "rows" else "float32"),),
+            tensors={}, nodes=(node,),
             outputs=(g.Output(name="result", shape=tuple(node.shape[1:])),),
-            input_type="int32" if self.kind == "rows" else "float32",
         )  # fmt: skip
 
 

@@ -60,8 +60,8 @@ class Maker:
         self.symmetric, self.bits = symmetric, bits
         self.requantization: g.Requantization = requantization
         self.shape, self.tensors, self.nodes, self.codes = shape, {}, [], {}
-        self.reals: dict[str, np.ndarray] = {}
         self.images = pixels(self, batch, seed + 1000)
+        self.reals: dict[str, np.ndarray] = {g.INPUT: self.images}
 
     @property
     def input_shape(self):
@@ -126,7 +126,9 @@ class Maker:
         every = normalized(np.repeat(np.arange(256, dtype=np.uint8)[:, None], channels, 1))
         table = np.clip(np.round(every * inverse) + grid.zero_point, grid.low, grid.high)
         table = table.astype(np.int8)
-        node = g.Quantize(name="input", inputs=(), output="input", inverse=inverse, table=table)
+        node = g.Quantize(
+            name="input", inputs=(g.INPUT,), output="input", inverse=inverse, table=table
+        )
         return self.emit(node, grid)
 
     def product(self, name, x, weights_shape, **options):
@@ -283,7 +285,7 @@ class Maker:
         else:
             shape = self._run(self.nodes[-1], self.tensors).shape[1:]
         return g.IntegerGraph(
-            input_shape=self.shape, tensors=self.tensors, nodes=tuple(self.nodes),
+            inputs=(g.Input(shape=self.shape),), tensors=self.tensors, nodes=tuple(self.nodes),
             outputs=(g.Output(name=output, shape=shape),), requantization=self.requantization,
             metadata={"labels": [f"class {i}" for i in range(shape[-1])], "origin": "a test"},
         )  # fmt: skip

@@ -82,17 +82,31 @@ def test_an_output_that_no_node_makes_is_refused():
         dataclasses.replace(GRAPH, nodes=GRAPH.nodes[:-1], outputs=SCORES)
 
 
-@pytest.mark.parametrize("count", [0, 2])
-def test_a_graph_has_exactly_one_quantize_node(count):
+def test_each_input_is_read_by_its_name():
     _, quantize = first(GRAPH, g.Quantize)
-    second = dataclasses.replace(quantize, name="second", output="second")
-    other = dataclasses.replace(GRAPH.tensors["input"], name="second")
-    with refused("exactly one Quantize node" if count else "reads 'input', which no node"):
-        dataclasses.replace(
-            GRAPH,
-            nodes=(*GRAPH.nodes, second) if count else GRAPH.nodes[1:],
-            tensors={**GRAPH.tensors, "second": other},
-        )
+    with refused("reads 'input', which no node"):
+        dataclasses.replace(GRAPH, nodes=GRAPH.nodes[1:])
+    (image,) = GRAPH.inputs
+    second = g.Input(shape=image.shape, path=(1, "mask"))
+    with refused("no Quantize or FloatOp node reads the input 1/mask"):
+        dataclasses.replace(GRAPH, inputs=(image, second))
+    again = dataclasses.replace(quantize, name="again", output="again", inputs=(second.name,))
+    tensors = {**GRAPH.tensors, "again": dataclasses.replace(GRAPH.tensors["input"], name="again")}
+    with refused("reads '<input 1/mask>', which no node"):
+        dataclasses.replace(GRAPH, nodes=(*GRAPH.nodes, again), tensors=tensors)
+    both = dataclasses.replace(
+        GRAPH, nodes=(*GRAPH.nodes, again), tensors=tensors, inputs=(image, second)
+    )
+    assert both.entries == ()  # No island makes them.
+    with pytest.raises(GraphError, match=r"reads 2 arrays \(0, 1/mask\), not one"):
+        both.input_shape  # noqa: B018
+
+
+@pytest.mark.parametrize("paths", [((),), ((0,), (0,)), ((0,), (0, "a")), (("x",), ("x", 1))])
+def test_two_inputs_have_no_place_in_common(paths):
+    inputs = tuple(g.Input(shape=GRAPH.input_shape, path=path) for path in paths)
+    with refused("inputs: "):
+        dataclasses.replace(GRAPH, inputs=inputs)
 
 
 @pytest.mark.parametrize(
@@ -255,9 +269,9 @@ def product_of(codes_high, inputs, bias):
         multiplier=one,
         weight_scale=one,
     )
-    quantize = g.Quantize(name="q", inputs=(), output="x", inverse=np.float32(1))
+    quantize = g.Quantize(name="q", inputs=(g.INPUT,), output="x", inverse=np.float32(1))
     return g.IntegerGraph(
-        input_shape=(inputs,),
+        inputs=(g.Input(shape=(inputs,)),),
         tensors={"x": tensor},
         nodes=(quantize, product),
         outputs=(g.Output(name="y", shape=(1,)),),
@@ -376,8 +390,8 @@ def test_sizes_that_no_tensor_has_are_refused(shape):
         with_tensor(GRAPH, "input", shape=shape)
     with refused("outputs: .*: sizes must be positive"):
         dataclasses.replace(GRAPH, outputs=(g.Output(name=GRAPH.output.name, shape=shape),))
-    with refused("input_shape: sizes must be positive"):
-        dataclasses.replace(GRAPH, input_shape=shape)
+    with refused("inputs: 0: sizes must be positive"):
+        dataclasses.replace(GRAPH, inputs=(g.Input(shape=shape),))
 
 
 @pytest.mark.parametrize("labels", [[], ["cat"], [str(i) for i in range(6)]])

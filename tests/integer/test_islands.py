@@ -479,4 +479,4 @@ def test_the_input_is_read():
     )  # fmt: skip
     with pytest.raises(GraphError, match="one Quantize node must quantize the input"):
         outputs = (g.Output(name="one", shape=()),)
-        g.IntegerGraph(input_shape=(2,), tensors={}, nodes=(node,), outputs=outputs)
+        g.IntegerGraph(inputs=(g.Input(shape=(2,)),), tensors={}, nodes=(node,), outputs=outputs)

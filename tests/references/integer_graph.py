@@ -20,11 +20,14 @@ def run(graph, images):
 
     Args:
         graph: An `IntegerGraph`.
-        images: (batch, *graph.input_shape): float32, or uint8 if the graph has a table.
+        images: (batch, *graph.input_shape): float32, or uint8 if the graph has a table; a tuple of
+            arrays for a graph of several inputs.
     """
-    codes, reals = {}, {g.INPUT: images}
+    arrays = images if isinstance(images, tuple) else (images,)
+    reals = {each.name: x for each, x in zip(graph.inputs, arrays, strict=True)}
+    codes = {}
     for node in graph.nodes:
-        steps = step(node, graph.tensors, codes, images, graph.requantization, reals)
+        steps = step(node, graph.tensors, codes, arrays[0], graph.requantization, reals)
         if node.output not in graph.tensors:
             reals[node.output] = steps
             continue
@@ -53,7 +56,7 @@ def step(node, tensors, codes, images=None, requantization="float", reals=None) 
     """What a node makes, in steps of its output's grid (int64), or its real result (float32)."""
     if isinstance(node, g.FloatOp):
         return float_op(node, [real(name, tensors, codes, reals) for name in node.inputs], images)
-    if isinstance(node, g.Quantize) and node.inputs:
+    if isinstance(node, g.Quantize):
         assert reals is not None
         return quantized(node, reals[node.inputs[0]], tensors[node.output].zero_point)
     inputs = [codes[name].astype(np.int64) - tensors[name].zero_point for name in node.inputs]
@@ -65,8 +68,6 @@ def step(node, tensors, codes, images=None, requantization="float", reals=None) 
         return rounded(total, multiplier, requantization)
 
     match node:
-        case g.Quantize():
-            return quantized(node, images, tensors[node.output].zero_point)
         case g.Product():
             return rescaled(product(node, inputs[0]) + node.bias, node.multiplier)
         case g.Add():

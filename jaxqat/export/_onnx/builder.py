@@ -6,6 +6,7 @@ becomes (batch, channels, *spatial); (batch, channels) is the same in both.
 
 import hashlib
 import importlib
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 
 import jaxqat
 from jaxqat.errors import ExportError, MissingPackageError
+from jaxqat.integer._inputs import FIRST, Input
 from jaxqat.integer.graph import Output
 
 # Current ONNX Runtime and OpenVINO support opset 17; 13 is the oldest with all operators used.
@@ -159,6 +161,13 @@ def output_name(output: Output) -> str:
         return "logits"
     first = () if isinstance(output.path[0], str) else ("output",)
     return "_".join(map(str, (*first, *output.path)))
+
+
+def input_names(inputs: Sequence[Input]) -> list[str]:
+    """Return a name for each input: 'images' for the only argument, else from its place."""
+    if len(inputs) == 1 and inputs[0].path == FIRST:
+        return ["images"]
+    return ["_".join(map(str, ("input", *each.path))) for each in inputs]
 
 
 def digest(model: Any) -> str:

@@ -9,7 +9,14 @@ import numpy as np
 
 from jaxqat.errors import ExportError
 from jaxqat.export._onnx import moves as onnx_moves
-from jaxqat.export._onnx.builder import OPSET, Builder, channels_first, channels_last, output_name
+from jaxqat.export._onnx.builder import (
+    OPSET,
+    Builder,
+    channels_first,
+    channels_last,
+    input_names,
+    output_name,
+)
 from jaxqat.export._onnx.products import geometry, mat_mul, oriented_weights
 from jaxqat.integer._float_visitor import FloatVisitor
 from jaxqat.integer.graph import (
@@ -40,14 +47,15 @@ def float_model(graph: IntegerGraph, *, opset: int = OPSET) -> Any:
     """
     writer = OnnxFloatWriter(graph)
     builder, outputs = writer.builder, graph.outputs
-    values = writer.visit(builder.name("images"))
+    given = [builder.name(name) for name in input_names(graph.inputs)]
+    values = writer.visit(given)
     names = [builder.name(output_name(output)) for output in outputs]
     real = [
         builder.transpose(values[o.name], channels_last(1 + len(o.shape)), "last") for o in outputs
     ]
     builder.rename_all(real, names)
     return builder.model(
-        [("images", np.float32, graph.input_shape)],
+        [(name, np.float32, i.shape) for name, i in zip(given, graph.inputs, strict=True)],
         [(name, np.float32, o.shape) for name, o in zip(names, outputs, strict=True)],
         opset=opset,
         properties={},
@@ -74,10 +82,10 @@ class OnnxFloatWriter(FloatVisitor[str]):
             x = self.builder.add("Clip", [x, "", top], f"{node.output}/clip")
         return x
 
-    def quantize(self, node: Quantize, images: str) -> str:
+    def quantize(self, node: Quantize, x: str) -> str:
         """Write the transposition to ONNX's layout."""
-        rank = 1 + len(self.graph.input_shape)
-        return self.builder.transpose(images, channels_first(rank), "channels_first")
+        rank = 1 + len(self.graph.tensors[node.output].shape)
+        return self.builder.transpose(x, channels_first(rank), "channels_first")
 
     def product(self, node: Product, arrays: Any, x: str) -> str:
         """Write a Conv or a Gemm."""

@@ -36,7 +36,7 @@ class FloatOpWriter:
 
     Args:
         builder: The ONNX graph.
-        image: Name of the network's input, whose first axis is the batch.
+        image: Name of an input of the network, whose first axis is the batch.
         opset: Version of ONNX's operators.
     """
 

@@ -21,15 +21,13 @@ import numpy as np
 
 from jaxqat.errors import ExportError
 from jaxqat.export._files import check_target
-from jaxqat.export._onnx.builder import OPSET, channels_first, library
+from jaxqat.export._onnx.builder import OPSET, channels_first, input_names, library
 from jaxqat.export._onnx.nodes import OnnxWriter
 from jaxqat.integer._guard import check_graph
 from jaxqat.integer._store.files import write_atomically
 from jaxqat.integer.graph import IntegerGraph
 
 Input = Literal["float", "uint8"]
-
-INPUT = "images"
 
 
 def onnx_model(
@@ -61,14 +59,18 @@ def onnx_model(
             f"The network's requantization is {graph.requantization!r}, a rounding shift of 64-bit "
             "products, for which ONNX has no operation; convert with requantization='float'."
         )
-    uint8 = input == "uint8" and graph.input_type != "uint8"  # With a table for it.
-    writer = OnnxWriter(graph, INPUT, uint8=uint8, opset=opset, by_segment=by_segment)
+    uint8 = input == "uint8" and any(i.type != "uint8" for i in graph.inputs)  # With a table.
+    names = input_names(graph.inputs)
+    writer = OnnxWriter(graph, names, uint8=uint8, opset=opset, by_segment=by_segment)
     writer.write()
-    inputs = [(INPUT, np.uint8 if uint8 else np.dtype(graph.input_type), graph.input_shape)]
+    inputs = [
+        (name, np.dtype(np.uint8 if uint8 else each.type), each.shape)
+        for name, each in zip(names, graph.inputs, strict=True)
+    ]
     for name, entry in writer.entries.items():
         shape = graph.tensors[name].shape
         _, *order = channels_first(1 + len(shape))
-        inputs.append((entry, np.uint8, tuple(shape[axis - 1] for axis in order)))
+        inputs.append((entry, np.dtype(np.uint8), tuple(shape[axis - 1] for axis in order)))
     return writer.builder.model(
         inputs,
         _results(graph, writer),
@@ -120,8 +122,9 @@ def _results(graph: IntegerGraph, writer: OnnxWriter) -> list[tuple[str, Any, tu
 
 def _properties(graph: IntegerGraph, input: Input, writer: OnnxWriter) -> dict[str, str]:
     """Return the file's metadata: JSON text by key."""
-    input_description = {
-        "layout": ["batch", *(f"space{i}" for i in range(len(graph.input_shape) - 1)), "channel"],
+    rank = len(graph.inputs[0].shape)
+    described = {
+        "layout": ["batch", *(f"space{i}" for i in range(rank - 1)), "channel"],
         "values": "0..255, normalized inside" if input == "uint8" else "normalized as in training",
     }
     codes = {
@@ -137,7 +140,8 @@ def _properties(graph: IntegerGraph, input: Input, writer: OnnxWriter) -> dict[s
     return {
         **({} if labels is None else {"labels": json.dumps(labels, default=str)}),
         "metadata": json.dumps(metadata, default=str),
-        "input": json.dumps(input_description),
+        "input": json.dumps(described),
+        "inputs": json.dumps([list(each.path) for each in graph.inputs]),
         "codes": json.dumps(codes),
         "islands": json.dumps([str(island) for island in graph.islands]),
         "outputs": json.dumps([list(output.path) for output in graph.outputs]),

@@ -9,7 +9,7 @@ Bounds narrower than uint8 are clipped on the codes, after QuantizeLinear: a flo
 before it would keep ONNX Runtime from using an integer kernel.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,6 @@ from jaxqat.export._onnx.grids import UINT8_MAX, offsets, pool_scale, sum_scales
 from jaxqat.export._onnx.products import geometry, mat_mul, oriented_weights
 from jaxqat.integer._visitor import GraphVisitor
 from jaxqat.integer.graph import (
-    INPUT,
     Add,
     Concat,
     FloatOp,
@@ -62,7 +61,7 @@ class OnnxWriter(GraphVisitor[str]):
     def __init__(
         self,
         graph: IntegerGraph,
-        image: str,
+        names: Sequence[str],
         *,
         uint8: bool,
         opset: int,
@@ -72,7 +71,7 @@ class OnnxWriter(GraphVisitor[str]):
 
         Args:
             graph: The network.
-            image: Name of its input.
+            names: Names of its inputs, in their order.
             uint8: Whether the input is uint8 images, looked up in the table.
             opset: Version of ONNX's operators.
             by_segment: Whether the tensors that float islands make are inputs of the file, so that
@@ -82,19 +81,21 @@ class OnnxWriter(GraphVisitor[str]):
         self.builder = Builder()
         self.entries: dict[str, str] = {}
         self._by_segment = by_segment
-        self._float_ops = FloatOpWriter(self.builder, image, opset)
-        self._shapes: dict[str, list[Any]] = {INPUT: [BATCH, *graph.input_shape]}
-        operations = (node for node in graph.nodes if isinstance(node, FloatOp))
-        self._types = {INPUT: graph.input_type, **{node.output: node.dtype for node in operations}}
+        self._inputs = [self.builder.name(name) for name in names]
+        self._float_ops = FloatOpWriter(self.builder, self._inputs[0], opset)
+        given = graph.inputs
+        self._shapes: dict[str, list[Any]] = {i.name: [BATCH, *i.shape] for i in given}
+        self._types: dict[str, str] = {each.name: each.type for each in given}
+        self._types |= {node.output: node.dtype for node in graph.float_ops}
         self.offsets = offsets(graph)
         self.codes: dict[str, str] = {}
         self._real: dict[tuple[str, float], str] = {}
-        self._image, self._uint8 = self.builder.name(image), uint8
+        self._uint8 = uint8
         self.results = [self.builder.name(output_name(output)) for output in graph.outputs]
 
     def write(self) -> None:
         """Write all nodes, and give the network's real results their names."""
-        values = self.visit(self._image)
+        values = self.visit(self._inputs)
         real = [self._in_jax(output.name, values) for output in self.graph.outputs]
         self.builder.rename_all(real, self.results)
 
@@ -110,11 +111,10 @@ class OnnxWriter(GraphVisitor[str]):
         self,
         node: Node,
         values: Mapping[str, str],
-        images: str,
         parameters: Mapping[str, Any],
     ) -> str:
         """Write one node, and store the name of its output's codes."""
-        output = super().node(node, values, images, parameters)
+        output = super().node(node, values, parameters)
         tensor = self.graph.tensors.get(node.output)
         if tensor is not None:
             self.codes[node.output] = output
@@ -173,23 +173,22 @@ class OnnxWriter(GraphVisitor[str]):
         inputs = inputs if inputs[2] else inputs[:2]
         return self.builder.add("Clip", inputs, f"{tensor.name}/codes")
 
-    def quantize(self, node: Quantize, images: str) -> str:
+    def quantize(self, node: Quantize, x: str) -> str:
         """Write the codes of real numbers: a rounding, or a lookup of pixels in the table."""
         out = self.graph.tensors[node.output]
         builder, rank = self.builder, 1 + len(out.shape)
-        if self._by_segment and node.inputs:
+        if self._by_segment and out.name in self.graph.entries:
             self.entries[out.name] = builder.name(f"{out.name}/entry")
             # A copy, because the codes are an output too.
             return builder.add("Identity", [self.entries[out.name]], f"{out.name}/codes")
-        if self._uint8 and not node.inputs:
-            codes = tables.of_pixels(builder, node, images, self.offsets[out.name])
+        if self._uint8 and self.graph.quantizes_input(node):
+            codes = tables.of_pixels(builder, node, x, self.offsets[out.name])
         else:
-            source = node.inputs[0] if node.inputs else INPUT
-            if self._types.get(source, "float32") != "float32":
-                images = builder.add("Cast", [images], f"{out.name}/numbers", to=FLOAT)
+            if self._types.get(node.inputs[0], "float32") != "float32":
+                x = builder.add("Cast", [x], f"{out.name}/numbers", to=FLOAT)
             # The float32 product of training first, then the rounding as a separate node.
             inverse = builder.constant(np.float32(node.inverse), "inverse")
-            scaled = builder.add("Mul", [images, inverse], f"{out.name}/scaled")
+            scaled = builder.add("Mul", [x, inverse], f"{out.name}/scaled")
             codes = self._quantized(self._without_nan(scaled, out.name), out, _ONE)
         return builder.transpose(codes, channels_first(rank), f"{out.name}/channels_first")
 

@@ -11,13 +11,16 @@ import numpy as np
 
 from jaxqat.errors import ExportError
 from jaxqat.export._onnx.builder import DIGEST, channels_first, channels_last, digest, library
+from jaxqat.integer._inputs import Input, arrays_of, check_inputs
 from jaxqat.integer._results import Output, check_places, nested
 from jaxqat.integer._store.files import read_regular
+from jaxqat.quant._models.batches import as_arguments
 
 MAX_BYTES = 2**31  # Of a protobuf message.
 MAX_OFFSET = 255  # Between the numbers of a file and int8 codes.
 
-# From a batch, and codes of the entries of a file by segment, to the result and codes.
+# From a batch, codes of the entries of a file by segment, and arguments by keyword, to the result
+# and codes.
 Runner = Callable[..., tuple[Any, dict[str, np.ndarray]]]
 
 
@@ -92,6 +95,13 @@ def _check_metadata(model: Any, name: str) -> None:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ExportError(f"{name}: its metadata 'codes' is invalid: {error}.") from error
     try:
+        inputs = _inputs(model)
+        check_inputs(inputs)
+        if not 0 < len(inputs) <= len(model.graph.input):
+            raise ValueError(f"{len(inputs)} places of {len(model.graph.input)} inputs")
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ExportError(f"{name}: its metadata 'inputs' is invalid: {error}.") from error
+    try:
         places = json.loads(_described(model, "outputs"))
         check_places([tuple(path) for path in places])
         if len(places) > len(model.graph.output):
@@ -155,10 +165,10 @@ def make_runner(source: str | os.PathLike | bytes, *, expose: bool = False) -> R
         expose: Whether to return the codes of all tensors too.
 
     Returns:
-        A function from images (n, *input_shape) of the type that the file declares, and int8 codes
-        by tensor if it was written by segment, to the result, as the integer network returns it,
-        and the codes by name of the graph's tensor, int8 in JAX's layout (empty without `expose`).
-        It raises `ExportError` for other images.
+        A function from images (n, *input_shape) of the type that the file declares, or a tuple of
+        the model's arguments, and int8 codes by tensor if it was written by segment, to the result,
+        as the integer network returns it, and the codes by name of the graph's tensor, int8 in
+        JAX's layout (empty without `expose`). It raises `ExportError` for other inputs.
 
     Raises:
         ExportError: If the file cannot be read.
@@ -166,7 +176,9 @@ def make_runner(source: str | os.PathLike | bytes, *, expose: bool = False) -> R
     """
     model = load_onnx(source)
     session = make_session(with_codes(model) if expose else model)
-    declared, *given_codes = session.get_inputs()
+    inputs = _inputs(model)
+    declared = session.get_inputs()[: len(inputs)]
+    given_codes = session.get_inputs()[len(inputs) :]
     described = json.loads(_described(model, "codes")) if expose or given_codes else {}
     entries = described if expose else {}
     places = json.loads(_described(model, "outputs"))
@@ -178,10 +190,15 @@ def make_runner(source: str | os.PathLike | bytes, *, expose: bool = False) -> R
     names = [*results, *{entry["output"] for entry in entries.values()}]
 
     def run(
-        images: np.ndarray, given: Mapping[str, Any] | None = None
+        batch: Any, given: Mapping[str, Any] | None = None, **keywords: Any
     ) -> tuple[Any, dict[str, np.ndarray]]:
-        _check_images(images, declared)
-        feed = {declared.name: images}
+        try:
+            arrays = arrays_of(inputs, as_arguments(batch), keywords)
+        except ValueError as error:
+            raise ExportError(f"{error}.") from error
+        feed: dict[str, np.ndarray] = {}
+        for each, entry, array in zip(inputs, declared, arrays, strict=True):
+            feed[entry.name] = _checked(np.asarray(array), entry, each, len(inputs))
         for name, entry in described.items():
             if "entry" in entry:
                 feed[entry["entry"]] = _as_numbers(np.asarray((given or {})[name]), entry["offset"])
@@ -197,7 +214,7 @@ def make_runner(source: str | os.PathLike | bytes, *, expose: bool = False) -> R
 
 def run_onnx(
     source: str | os.PathLike | bytes,
-    images: np.ndarray,
+    images: Any,
     *,
     batch_size: int = 256,
     expose: bool = False,
@@ -209,13 +226,15 @@ def run_onnx(
 
     Args:
         source: Path or content of the file.
-        images: (n, *input_shape), with n of at least 1.
+        images: (n, *input_shape), with n of at least 1; or a tuple of the model's arguments.
         batch_size: Images per batch.
         expose: Whether to return the codes of all tensors too.
     """
     run = make_runner(source, expose=expose)
-    starts = range(0, max(len(images), 1), batch_size)
-    results, codes = zip(*(run(images[i : i + batch_size]) for i in starts), strict=True)
+    count = len(jax.tree.leaves(images)[0])
+    starts = range(0, max(count, 1), batch_size)
+    parts = (jax.tree.map(lambda x, i=i: x[i : i + batch_size], images) for i in starts)
+    results, codes = zip(*map(run, parts), strict=True)
     return jax.tree.map(lambda *parts: np.concatenate(parts), *results), {
         name: np.concatenate([batch[name] for batch in codes]) for name in codes[0]
     }
@@ -233,14 +252,27 @@ def _as_numbers(codes: np.ndarray, offset: int) -> np.ndarray:
     return numbers.transpose(channels_first(codes.ndim))
 
 
-def _check_images(images: np.ndarray, declared: Any) -> None:
+def _checked(array: np.ndarray, declared: Any, each: Input, count: int) -> np.ndarray:
+    """Return the array of an input after a check of its type and shape."""
     dtype = {"float": "float32"}.get(name := declared.type[len("tensor(") : -1], name)
     shape = tuple(declared.shape[1:])
-    if images.dtype.name != dtype or images.shape[1:] != shape or not len(images):
+    if array.dtype.name != dtype or array.shape[1:] != shape or not len(array):
         raise ExportError(
-            f"images must be {dtype} of the shape (n, {', '.join(map(str, shape))}), with n of at "
-            f"least 1, got {images.dtype.name} {images.shape}."
+            f"{'images' if count == 1 else f'input {each}'} must be {dtype} of the shape (n, "
+            f"{', '.join(map(str, shape))}), with n of at least 1, got {array.dtype.name} "
+            f"{array.shape}."
         )
+    return array
+
+
+def _inputs(model: Any) -> list[Input]:
+    """Return the inputs of a file; their shapes and types are those that it declares.
+
+    A file of an earlier version has one, and does not describe it.
+    """
+    if not any(entry.key == "inputs" for entry in model.metadata_props):
+        return [Input(shape=())]
+    return [Input(shape=(), path=tuple(path)) for path in json.loads(_described(model, "inputs"))]
 
 
 def _described(model: Any, key: str) -> str:

@@ -104,11 +104,13 @@ def export_web(
 
 
 def _check(graph: IntegerGraph, folder: Path, overwrite: bool) -> None:
-    if not graph.takes_uint8 or len(graph.input_shape) != 3 or graph.input_shape[2] not in (1, 3):
+    first, *others = graph.inputs
+    if others or not graph.takes_uint8 or len(first.shape) != 3 or first.shape[2] not in (1, 3):
+        taken = " and ".join(f"{each.type} of shape {each.shape}" for each in graph.inputs)
         raise ExportError(
             "The page needs a network of uint8 images of 1 or 3 channels: convert it with "
-            f"`preprocess`, the normalization; this one takes {graph.input_type} of shape "
-            f"{graph.input_shape}{' and uint8' if graph.takes_uint8 else ''}."
+            f"`preprocess`, the normalization; this one takes {taken}"
+            f"{' and uint8' if graph.takes_uint8 else ''}."
         )
     if len(graph.outputs) != 1 or len(graph.outputs[0].shape) != 1:
         shapes = [output.shape for output in graph.outputs]

@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import SequenceKey
 
 from jaxqat.errors import ConversionError
 from jaxqat.integer import graph as g
@@ -21,14 +20,15 @@ from jaxqat.integer._convert.batch_sizes import batch_sizes, unlike
 from jaxqat.integer._convert.emit import Emitter
 from jaxqat.integer._convert.fields import finished, finished_node, indices
 from jaxqat.integer._convert.geometry import UnconvertibleError
+from jaxqat.integer._convert.places import Place, argument_places, result_place
 from jaxqat.integer._convert.program import ArraysProgram
-from jaxqat.integer._convert.table import with_table
+from jaxqat.integer._convert.table import with_tables
 from jaxqat.quant import _forms as forms
 from jaxqat.quant._interpret import Evaluator
 from jaxqat.quant._models.bound import QuantizedModel
 from jaxqat.quant._numerics.promotion import default_promotion
 from jaxqat.quant._plan.plan import STATISTICS
-from jaxqat.quant._trace.arguments import key_of, split_arrays
+from jaxqat.quant._trace.arguments import split_arrays
 
 
 def convert(
@@ -59,7 +59,7 @@ def convert(
         strict: Whether to refuse a model with parts that have no integer form.
         preprocess: Function from uint8 images to the model's float input. Each value must depend on
             the value in its place and its channel alone, as in normalization; this is checked on
-            random images. With it the graph takes uint8 images too.
+            random images. With it the graph takes uint8 images too. For models of one input.
         metadata: Plain data to keep with the graph.
         **kwargs: Keyword arguments of the model's call, such as `train=False`.
 
@@ -90,28 +90,18 @@ def convert(
     tensors = {n: g.Tensor(**finished(fields, values)) for n, fields in emitter.tensors.items()}
     nodes = _needed(nodes, [output.name for output in emitter.outputs])
     kept = {node.output for node in nodes}
+    read = {name for node in nodes for name in node.inputs}
+    inputs = tuple(each for each in emitter.inputs if each.name in read)
     if preprocess is not None:
-        if emitter.input_type != "float32":
-            raise ConversionError(
-                f"preprocess makes the model's float32 input of images, and this model takes "
-                f"{emitter.input_type} itself: convert without it."
-            )
-        if any(g.INPUT in node.inputs for node in nodes):
-            raise ConversionError(
-                "preprocess needs a model whose input is quantized at once, and this one computes "
-                "with it in float first. Convert without preprocess and give the network the "
-                "model's own input."
-            )
-        nodes = [with_table(node, tensors, preprocess) for node in nodes]
+        nodes = with_tables(nodes, inputs, tensors, preprocess)
     try:
         return g.IntegerGraph(
-            input_shape=emitter.input_shape or (),
+            inputs=inputs,
             tensors={name: t for name, t in tensors.items() if name in kept},
             nodes=tuple(nodes),
             outputs=tuple(emitter.outputs),
             requantization=requantization,
             metadata=metadata or {},
-            input_type=emitter.input_type,
         )
     except g.GraphError as error:
         raise ConversionError(f"The model cannot be converted: {error}") from error
@@ -143,8 +133,8 @@ _STATISTICS = (
 class _ModelEmitter(Emitter):
     """Emit a whole model, and collect the reasons why it cannot be converted."""
 
-    def __init__(self, strict: bool, as_products: frozenset[str], batch: int):
-        super().__init__(strict, as_products, batch)
+    def __init__(self, strict: bool, as_products: frozenset[str], batch: int, given: Any):
+        super().__init__(strict, as_products, batch, given)
         self.problems: list[str] = []
         self.hint = ""  # What the reason for problems may be.
         self.outputs: list[g.Output] = []
@@ -169,7 +159,7 @@ class _ModelEmitter(Emitter):
             form, before = evaluator.forms[name], evaluator.before[name]
             emit = functools.partial(self.quantized, name, form, before, codes)
             self._try(path, emit, tensor="/".join(name))
-        places = [_place(path) for path in evaluator.paths]
+        places = [result_place(path) for path in evaluator.paths]
         for place, operand in zip(places, evaluator.outputs, strict=True):
             where = "/".join(("the model's output", *map(str, place or ())))
             self._try(where, functools.partial(self._result, place, operand))
@@ -197,7 +187,7 @@ class _ModelEmitter(Emitter):
             if not self.problems:
                 raise
 
-    def _result(self, path: tuple[str | int, ...] | None, output: forms.Operand) -> None:
+    def _result(self, path: Place | None, output: forms.Operand) -> None:
         form, values = output.form, output.values
         shape = () if values is None else tuple(values.shape)
         if path is None:
@@ -215,7 +205,9 @@ class _ModelEmitter(Emitter):
             self.outputs.append(g.Output(name=name, shape=shape[1:], path=path))
             return
         reason = output.float_reason or (
-            "an addition, a clipping or a reshaping of the last product" if form else "the input"
+            "the input"
+            if form is None or any(True for _ in forms.real_parts(form))
+            else "an addition, a clipping or a reshaping of the last product"
         )
         raise UnconvertibleError(
             f"{shape} comes from {reason}. Return the result of the last product, and apply what "
@@ -242,6 +234,7 @@ class _TracedModel:
         self._strict, self._as_products = strict, frozenset[str]()
         bound, inputs = model.bind_call(arguments, kwargs)
         shapes, self._make_inputs = split_arrays((inputs, dict(bound.kwargs)))
+        self._places = argument_places(inputs, dict(bound.kwargs))
         # NumPy's int64 becomes int32 as an input of a jitted function; `jnp.zeros` would warn.
         dtypes = [jax.dtypes.canonicalize_dtype(x.dtype, allow_extended_dtype=True) for x in shapes]
         self._examples = [
@@ -356,19 +349,12 @@ class _TracedModel:
     def _function(self, parameters: list[Any], examples: list[Any]) -> list[jax.Array]:
         inputs, kwargs = self._make_inputs(examples)
         batch = next((x.shape[0] for x in examples if x.shape), 0)
-        emitter = _ModelEmitter(self._strict, self._as_products, batch)
+        given = list(zip(self._places, examples, strict=True))
+        emitter = _ModelEmitter(self._strict, self._as_products, batch, given)
         emitter.model(self._rebuild(parameters).record(*inputs, **kwargs))
         self._found.append(emitter)
         emitter.check(emitter.problems)
         return emitter.arrays
-
-
-def _place(path: tuple[Any, ...]) -> tuple[str | int, ...] | None:
-    """Return a place in the model's result from a path in (result, new variables)."""
-    number, *keys = path
-    if number.idx != 0:
-        return None
-    return tuple(k.idx if isinstance(k, SequenceKey) else key_of((k,))[0] for k in keys)
 
 
 def _hinted(emitter: _ModelEmitter) -> str:
@@ -386,7 +372,7 @@ def _needed(nodes: list[g.Node], outputs: list[str]) -> list[g.Node]:
     """Return the nodes that the outputs depend on."""
     needed, kept = set(outputs), list[g.Node]()
     for node in reversed(nodes):
-        if node.output in needed or (isinstance(node, g.Quantize) and not node.inputs):
+        if node.output in needed:
             needed.update(node.inputs)
             kept.append(node)
     return kept[::-1]

@@ -6,7 +6,7 @@ every number (scales, codes, biases, multipliers) is computed by that very progr
 stands for an array until the program has run.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -18,6 +18,7 @@ from jaxqat.integer._convert.fields import Bounds, Deferred
 from jaxqat.integer._convert.geometry import UnconvertibleError, move_fields
 from jaxqat.integer._convert.islands import Islands
 from jaxqat.integer._convert.layout import Layout, batch_first, pair_of, reshaped
+from jaxqat.integer._convert.places import Place, input_at
 from jaxqat.integer._convert.products import ProductEmitter, as_array, scalar
 from jaxqat.quant import _forms as forms
 from jaxqat.quant._numerics.grids import Grid
@@ -32,21 +33,29 @@ class Emitter(ProductEmitter):
         strict: Whether what has no integer form is refused, and not computed in float.
         batch: Size of the batch.
         islands: Emits float operations.
-        input_shape: Shape of the network's input; None until something reads it.
-        input_type: Its type.
     """
 
     def __init__(
-        self, strict: bool = True, as_products: frozenset[str] = frozenset(), batch: int = 1
+        self,
+        strict: bool = True,
+        as_products: frozenset[str] = frozenset(),
+        batch: int = 1,
+        given: Sequence[tuple[Place, Any]] = (),
     ):
+        """Start with no nodes.
+
+        Args:
+            strict: As the attribute.
+            as_products: Parts that are emitted as products (`ProductEmitter`).
+            batch: As the attribute.
+            given: The arrays among the arguments of the model's call, each with its place.
+        """
         super().__init__(as_products)
         self.strict, self.batch = strict, batch
         self.islands = Islands(self)
         self._moved: dict[int, str] = {}
         self._sources: list[forms.Codes] = []  # So that the ids in `_moved` are not reused.
-        self.input_shape: tuple[int, ...] | None = None
-        self.input_type: g.InputType = "float32"
-        self._input: Any = None
+        self._given = [(input_at(place, values), values) for place, values in given]
 
     def quantized(
         self, key: tuple[str, ...], form: forms.Form, before: forms.Operand, codes: forms.Codes
@@ -88,17 +97,25 @@ class Emitter(ProductEmitter):
             self.islands.restore(islands)
             return None
 
-    def read_input(self, values: Any) -> str:
-        """Return the name of the network's input; there is one."""
-        if self._input is not None and values is not self._input:
+    @property
+    def inputs(self) -> list[g.Input]:
+        """An input for each array of the model's arguments, in their order."""
+        return [each for each, _ in self._given]
+
+    def read_input(self, values: Any) -> g.Input:
+        """Return the network's input that is an array of the model's arguments."""
+        found = next((each for each, array in self._given if array is values), None)
+        if found is None:
             raise UnconvertibleError(
-                f"an input of the shape {tuple(values.shape)} besides one of "
-                f"{tuple(self._input.shape)}; an integer network has one"
+                f"{tuple(values.shape)} is neither an argument of the model's call nor a constant"
             )
-        self._input, self.input_shape = values, tuple(values.shape[1:])
-        if not jnp.issubdtype(values.dtype, jnp.floating):
-            self.input_type = "uint8" if values.dtype == jnp.uint8 else "int32"
-        return g.INPUT
+        if tuple(values.shape[:1]) != (self.batch,):
+            raise UnconvertibleError(
+                f"the input {found} of the shape {tuple(values.shape)} has no value for each "
+                "example of the batch. Give it the batch as its first axis, or make it a constant "
+                "of the model"
+            )
+        return found
 
     def real_result(self, form: forms.Accumulator | forms.Paired) -> str:
         """Emit a product or an average without requantization; return the name of its result."""
@@ -169,20 +186,15 @@ class Emitter(ProductEmitter):
     def _pixels(self, codes: forms.Pixels) -> str:
         """Return the name of the network's uint8 input as codes; it is made here."""
         if id(codes) not in self._moved:
-            shape = codes.codes.shape
-            if shape[:1] != (self.batch,):
-                raise UnconvertibleError(f"the first axis of an input {shape} is not the batch")
             source, name = self.read_input(codes.images), self.unique("pixels")
-            self._quantize_real(source, codes.grid, name, shape[1:], Bounds())
+            self._quantize_real(source.name, codes.grid, name, source.shape, Bounds())
             self._moved[id(codes)] = name
             self._sources.append(codes)
         return self._moved[id(codes)]
 
     def _quantize(self, form: forms.Real, grid: Grid, name: str, shape, bounds: Bounds) -> None:
         if form.float_reason is None:
-            if self.strict and self._input is not None:
-                raise UnconvertibleError(f"{name}: a second float input; a graph has one")
-            source = self.read_input(form.values)
+            source = self.read_input(form.values).name
         elif self.strict:
             raise UnconvertibleError(f"{name}: {form.float_reason} before it has no integer form")
         else:
@@ -192,10 +204,8 @@ class Emitter(ProductEmitter):
     def _quantize_real(self, source: str, grid: Grid, name: str, shape, bounds: Bounds) -> None:
         self._tensor(name, grid, shape, bounds)
         inverse = self.defer(grid.inverse, scalar(np.float32))
-        first = not any(cls is g.Quantize and not fields["inputs"] for cls, fields in self.nodes)
-        inputs = () if source == g.INPUT and first else (source,)
-        fields = {"name": f"{name}/quantize", "inputs": inputs, "output": name, "inverse": inverse}
-        self.nodes.append((g.Quantize, fields))
+        fields = {"name": f"{name}/quantize", "inputs": (source,), "output": name}
+        self.nodes.append((g.Quantize, {**fields, "inverse": inverse}))
 
     def _table(self, form: forms.Tabulated, grid: Grid, name: str, shape, bounds: Bounds) -> None:
         source = self.read(form.codes)

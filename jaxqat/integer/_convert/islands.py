@@ -88,7 +88,8 @@ class Islands:
     def result(self, operand: forms.Operand) -> str:
         """Return the name of a tensor that the network returns; its own input is copied."""
         name = self.real(operand)
-        return self._reshape(name, operand.values, "result") if name == g.INPUT else name
+        is_input = any(name == each.name for each in self._emitter.inputs)
+        return self._reshape(name, operand.values, "result") if is_input else name
 
     def quantize(self, name: str, before: forms.Operand, grid: Grid) -> None:
         """Quantize a tensor whose first axis is not the batch, as float operations.
@@ -155,8 +156,8 @@ class Islands:
         if made is None:
             if operand.constant:
                 return operand.values
-            name = self._emitter.read_input(operand.values)
-            return self._typed(name, operand.values, self._emitter.input_type)
+            given = self._emitter.read_input(operand.values)
+            return self._typed(given.name, operand.values, given.type)
         node = made.node
         if node not in self._known:
             operands = [self._value(each) for each in made.operands()]

@@ -2,7 +2,7 @@
 """The table of a network's uint8 images: the code of each pixel value."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -13,16 +13,47 @@ from jaxqat.integer import graph as g
 from jaxqat.quant._numerics.promotion import default_promotion
 
 
-def with_table(
-    node: g.Node, tensors: dict[str, g.Tensor], preprocess: Callable[[jax.Array], jax.Array]
-) -> g.Node:
-    """Return the node that quantizes the input with the table of `preprocess`; others as they are.
+def with_tables(
+    nodes: Sequence[g.Node],
+    inputs: Sequence[g.Input],
+    tensors: dict[str, g.Tensor],
+    preprocess: Callable[[jax.Array], jax.Array],
+) -> list[g.Node]:
+    """Return nodes, with the table of `preprocess` where they quantize the input.
 
     Raises:
-        ConversionError: `preprocess` looks at more than a value and its channel.
+        ConversionError: The model has several inputs, or does not quantize float images at once; or
+            `preprocess` looks at more than a value and its channel.
     """
-    if not isinstance(node, g.Quantize) or node.inputs:
-        return node
+    if len(inputs) > 1:
+        raise ConversionError(
+            f"preprocess makes one input of images, and this model has {len(inputs)}: convert "
+            "without it."
+        )
+    (each,) = inputs
+    if each.type != "float32":
+        raise ConversionError(
+            f"preprocess makes the model's float32 input of images, and this model takes "
+            f"{each.type} itself: convert without it."
+        )
+    readers = [node for node in nodes if each.name in node.inputs]
+    if not all(isinstance(node, g.Quantize) for node in readers):
+        raise ConversionError(
+            "preprocess needs a model whose input is quantized at once, and this one computes "
+            "with it in float first. Convert without preprocess and give the network the "
+            "model's own input."
+        )
+    return [
+        _with_table(node, tensors, preprocess)
+        if isinstance(node, g.Quantize) and each.name in node.inputs
+        else node
+        for node in nodes
+    ]
+
+
+def _with_table(
+    node: g.Quantize, tensors: dict[str, g.Tensor], preprocess: Callable[[jax.Array], jax.Array]
+) -> g.Quantize:
     tensor = tensors[node.output]
 
     @default_promotion

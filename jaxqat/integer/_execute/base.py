@@ -6,7 +6,7 @@ products are laid out and accumulated. All platforms compute the same integers.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -87,8 +87,8 @@ class Platform(GraphVisitor[Array]):
             return self.depthwise(node, codes, arrays["weights"]) + arrays["bias"]
         return convolve(node, codes, arrays["weights"]) + arrays["bias"]
 
-    def batched(self, function: Callable[[Array], Any]) -> Callable[[Array], Any]:
-        """Return a function of a batch in the form in which this platform evaluates it."""
+    def batched(self, function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """Return a function of a batch's arrays in the form in which this platform evaluates it."""
         return function
 
     # All platforms share these.
@@ -140,45 +140,44 @@ class Platform(GraphVisitor[Array]):
 
     def visit(
         self,
-        images: Array,
+        inputs: Sequence[Array],
         parameters: Mapping[str, Any] | None = None,
         entries: Mapping[str, Array] | None = None,
     ) -> dict[str, Array]:
         """Return the value of each node, by the name of its output.
 
         Args:
-            images: The network's input.
+            inputs: Values of the network's inputs, in their order.
             parameters: Arrays of each product by the node's name.
             entries: Codes of tensors, by name, that their readers see in place of the computed
                 ones.
         """
-        self._batch = images.shape[0]
+        self._batch = inputs[0].shape[0]
         self._entries = {name: self.stored(name, x) for name, x in (entries or {}).items()}
-        return super().visit(images, parameters)
+        return super().visit(inputs, parameters)
 
     @default_promotion
     def node(
         self,
         node: g.Node,
         values: Mapping[str, Array],
-        images: Array,
         parameters: Mapping[str, Any],
     ) -> Array:
         """Compute one node in a named scope of the program."""
         seen = {name: self._entries.get(name, values[name]) for name in node.inputs}
         with jax.named_scope(node.name):
-            return super().node(node, seen, images, parameters)
+            return super().node(node, seen, parameters)
 
-    def quantize(self, node: g.Quantize, images: Array) -> Array:
-        """Return the codes of the input: round float32, look up uint8 in the table.
+    def quantize(self, node: g.Quantize, x: Array) -> Array:
+        """Return the codes of an input: round float32, look up uint8 in the table.
 
         A NaN gets the code of zero.
         """
         tensor = self.graph.tensors[node.output]
-        if images.dtype == jnp.uint8 and node.table is not None:
+        if x.dtype == jnp.uint8 and node.table is not None:
             table = (node.table.astype(np.int32) + self.offset(tensor)).astype(self.stored_type)
-            return look_up(jnp.asarray(table), images.astype(jnp.int32))
-        units = jnp.round(images.astype(jnp.float32) * node.inverse)
+            return look_up(jnp.asarray(table), x.astype(jnp.int32))
+        units = jnp.round(x.astype(jnp.float32) * node.inverse)
         units = jnp.where(jnp.isnan(units), np.float32(0), units)
         return self.clipped(node.output, units + tensor.zero_point)
 

@@ -83,9 +83,9 @@ class Cpu(Platform):
             total = total + sums.astype(jnp.int32)
         return total
 
-    def batched(self, function: Callable[[Array], Any]) -> Callable[[Array], Any]:
+    def batched(self, function: Callable[[Any], Any]) -> Callable[[Any], Any]:
         """Evaluate a function in chunks of the batch that fit the cache."""
-        return lambda images: in_chunks(function, images)
+        return lambda arrays: in_chunks(function, arrays)
 
     def dot(self, codes: Array, weights: Array) -> Int[Array, "..."]:
         """Return int32 sums over the last axis of the codes."""
@@ -118,18 +118,22 @@ def _windows(node: g.Product, padded: Array) -> Iterator[tuple[tuple[int, ...], 
     return windows(padded, node.window, node.strides, node.dilation)
 
 
-def in_chunks(function: Any, images: Array, chunk: int = CHUNK) -> Any:
-    """Evaluate a function of a batch in chunks and concatenate the results.
+def in_chunks(function: Any, arrays: Any, chunk: int = CHUNK) -> Any:
+    """Evaluate a function of a batch, of one array or more, in chunks; concatenate the results.
 
     The last chunk is filled up with zeros: a smaller one would be a second program to compile.
     """
-    batch = images.shape[0]
+    batch = jax.tree.leaves(arrays)[0].shape[0]
     # A symbolic batch (jax.export) cannot be split.
     if not isinstance(batch, int) or batch <= chunk:
-        return function(images)
+        return function(arrays)
     missing = -batch % chunk
-    filled = jnp.pad(images, [(0, missing)] + [(0, 0)] * (images.ndim - 1))
-    parts = lax.map(function, filled.reshape(-1, chunk, *images.shape[1:]))
+
+    def split(x: Array) -> Array:
+        filled = jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1))
+        return filled.reshape(-1, chunk, *x.shape[1:])
+
+    parts = lax.map(function, jax.tree.map(split, arrays))
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:batch], parts)
 
 

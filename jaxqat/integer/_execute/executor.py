@@ -1,7 +1,7 @@
 # pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
-"""Compilation of an integer graph to a function of images, for one platform."""
+"""Compilation of an integer graph to a function of its inputs, for one platform."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ from jaxqat.integer import graph as g
 from jaxqat.integer._execute import Cpu, Cuda, PallasCuda, Platform
 from jaxqat.integer._execute.pallas_conv import COMPUTE_CAPABILITY
 from jaxqat.integer._guard import check_graph
-from jaxqat.integer._nodes.quantize import Quantize
+from jaxqat.integer._inputs import Input, arrays_of
 
 # By name; "cuda" and "cuda_pallas" run on the same device.
 PLATFORMS: dict[str, type[Platform]] = {
@@ -26,12 +26,12 @@ PLATFORMS: dict[str, type[Platform]] = {
 }
 
 
-# (parameters, images) -> result
-_Compiled = Callable[[Any, Any], Any]
+# (parameters, inputs...) -> result
+_Compiled = Callable[..., Any]
 
 
 class Executor:
-    """An integer network as a compiled function of images.
+    """An integer network as a compiled function of the model's inputs.
 
         network = make_executor(graph)
         logits = network(images)
@@ -52,64 +52,73 @@ class Executor:
         self._segments: Callable[..., Any] = jax.jit(self._by_segment, compiler_options=options)
         self._on_device: Any = None
         self._seen_floats = False
-        reads_codes = any(isinstance(n, Quantize) and not n.inputs for n in graph.nodes)
-        self._takes_pixels = graph.input_type == "uint8" and reads_codes
 
     @property
     def compiler_options(self) -> dict[str, Any] | None:
         """Options of `jax.jit` to compile `apply` for this platform."""
         return self._platform.compiler_options
 
-    def __call__(self, images: Any) -> Any:
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         """Return the network's result, float32.
 
         Several results are in tuples and dictionaries, as the model returns them
         (`graph.outputs`).
 
         Args:
-            images: (batch, *input_shape), of the graph's `input_type`; or uint8 if it has a table.
+            *arguments: The model's inputs (`graph.inputs`), such as images: arrays of the shape
+                (batch, *shape) and the type of the input; or uint8 if the network has a table.
+            **keywords: Arrays that the model takes by keyword.
 
         Raises:
-            ExecutionError: If the images have another shape or type, or those of the first call
-                are floats of 0 to 255 and the network's input is not.
+            ExecutionError: If an array is missing or has another shape or type, or the images of
+                the first call are floats of 0 to 255 and the network's input is not.
         """
-        return self._apply(self._device_parameters(), self._checked(images))
+        return self._apply(self._device_parameters(), *self._checked(arguments, keywords))
 
-    def codes(self, images: Any) -> dict[str, Int8[Array, "..."]]:
+    def codes(self, *arguments: Any, **keywords: Any) -> dict[str, Int8[Array, "..."]]:
         """Return the codes of all tensors by name, except those of fused branches."""
-        return self._codes(self._device_parameters(), self._checked(images))
+        return self._codes(self._device_parameters(), *self._checked(arguments, keywords))
 
-    def segments(self, images: Any, entries: Any) -> tuple[dict[str, Int8[Array, "..."]], Any]:
+    def segments(
+        self, entries: Any, *arguments: Any, **keywords: Any
+    ) -> tuple[dict[str, Int8[Array, "..."]], Any]:
         """Return codes and the result where the readers of some tensors see given codes.
 
         So each part between two float islands is computed by itself. The codes that are returned
         are the computed ones, also of these tensors.
 
         Args:
-            images: As for a call.
             entries: Codes by name, of the tensors that float islands make (`graph.entries`).
+            *arguments: As for a call.
+            **keywords: As for a call.
         """
         entries = {name: entries[name] for name in self.graph.entries if name in entries}
-        return self._segments(self._device_parameters(), self._checked(images), entries)
+        arrays = self._checked(arguments, keywords)
+        return self._segments(self._device_parameters(), entries, *arrays)
 
-    def apply(self, parameters: Any, images: Array) -> Any:
-        """Compute the result as a pure function of the parameters, for callers that compile it."""
+    def apply(self, parameters: Any, *inputs: Array) -> Any:
+        """Compute the result as a pure function of the parameters, for callers that compile it.
 
-        def result(images: Array) -> Any:
-            return self._platform.result(self._platform.visit(images, parameters))
+        Args:
+            parameters: `parameters`.
+            *inputs: An array for each of `graph.inputs`.
+        """
 
-        return self._platform.batched(result)(images)
+        def result(inputs: Sequence[Array]) -> Any:
+            return self._platform.result(self._platform.visit(inputs, parameters))
 
-    def _all_codes(self, parameters: Any, images: Array) -> dict[str, Array]:
-        def codes(images: Array) -> dict[str, Array]:
-            return self._codes_of(self._platform.visit(images, parameters))
+        return self._platform.batched(result)(inputs)
 
-        return self._platform.batched(codes)(images)
+    def _all_codes(self, parameters: Any, *inputs: Array) -> dict[str, Array]:
+        def codes(inputs: Sequence[Array]) -> dict[str, Array]:
+            return self._codes_of(self._platform.visit(inputs, parameters))
+
+        return self._platform.batched(codes)(inputs)
 
     def _by_segment(
-        self, parameters: Any, images: Array, entries: Any
+        self, parameters: Any, entries: Any, *inputs: Array
     ) -> tuple[dict[str, Array], Any]:
-        values = self._platform.visit(images, parameters, entries)
+        values = self._platform.visit(inputs, parameters, entries)
         return self._codes_of(values), self._platform.result(values)
 
     def _codes_of(self, values: dict[str, Array]) -> dict[str, Array]:
@@ -121,41 +130,61 @@ class Executor:
             self._on_device = jax.device_put(self.parameters)
         return self._on_device
 
-    def _checked(self, images: Any) -> Any:
-        images = images if hasattr(images, "dtype") else np.asarray(images)
-        if tuple(images.shape[1:]) != self.graph.input_shape:
+    def _checked(self, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> list[Any]:
+        """Return the array of each input."""
+        inputs = self.graph.inputs
+        try:
+            given = arrays_of(inputs, arguments, keywords)
+        except ValueError as error:
+            raise ExecutionError(f"{error}.") from error
+        arrays = [x if hasattr(x, "dtype") else np.asarray(x) for x in given]
+        for each, x in zip(inputs, arrays, strict=True):
+            self._check(each, x)
+        sizes = {str(each): x.shape[0] for each, x in zip(inputs, arrays, strict=True)}
+        if len({str(size) for size in sizes.values()}) > 1:
+            raise ExecutionError(f"the inputs must have one size of the batch, got {sizes}.")
+        if not self._seen_floats and not any(isinstance(x, Tracer) for x in arrays):
+            for each, x in zip(inputs, arrays, strict=True):
+                if jnp.issubdtype(x.dtype, jnp.floating):
+                    self._seen_floats = True  # Whoever normalizes one batch normalizes all of them.
+                    _check_normalized(self.graph, each, np.asarray(x))
+        return arrays
+
+    def _check(self, each: Input, x: Any) -> None:
+        """Check the shape and the type of an array."""
+        name = "images" if len(self.graph.inputs) == 1 else f"input {each}"
+        if not x.shape or tuple(x.shape[1:]) != each.shape:
             raise ExecutionError(
-                f"images must have the shape (batch, "
-                f"{', '.join(map(str, self.graph.input_shape))}), got {tuple(images.shape)}."
+                f"{name} must have the shape (batch, {', '.join(map(str, each.shape))}), got "
+                f"{tuple(x.shape)}."
             )
-        expected = self.graph.input_type
-        if expected != "float32":
-            if not jnp.issubdtype(images.dtype, jnp.integer):
-                raise ExecutionError(f"inputs must be {expected}, got {images.dtype}.")
-            if self._takes_pixels and images.dtype != expected:
+        readers = [node for node in self.graph.readers(each.name) if isinstance(node, g.Quantize)]
+        if each.type == "bool" and x.dtype != jnp.bool_:
+            raise ExecutionError(f"{name} must be bool, got {x.dtype}.")
+        if each.type in ("int32", "uint8"):
+            if not jnp.issubdtype(x.dtype, jnp.integer):
+                raise ExecutionError(f"{name} must be {each.type}, got {x.dtype}.")
+            if each.type == "uint8" and readers and x.dtype != each.type:
                 raise ExecutionError(
-                    f"images must be {expected}, as the network was converted, got {images.dtype}."
+                    f"{name} must be {each.type}, as the network was converted, got {x.dtype}."
                 )
-            return images
-        if images.dtype == jnp.uint8 and not self.graph.takes_uint8:
+        if each.type != "float32":
+            return
+        if x.dtype == jnp.uint8 and all(node.table is None for node in readers):
             raise ExecutionError(
-                "images are uint8, but the network was converted without `preprocess`: give the "
+                f"{name} are uint8, but the network was converted without `preprocess`: give the "
                 "model's float32 input, or convert with `preprocess`."
             )
-        if images.dtype != jnp.uint8 and not jnp.issubdtype(images.dtype, jnp.floating):
-            raise ExecutionError(f"images must be float32 or uint8, got {images.dtype}.")
-        if images.dtype != jnp.uint8 and not self._seen_floats and not isinstance(images, Tracer):
-            self._seen_floats = True  # Whoever normalizes one batch normalizes all of them.
-            _check_normalized(self.graph, np.asarray(images))
-        return images
+        if x.dtype != jnp.uint8 and not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ExecutionError(f"{name} must be float32 or uint8, got {x.dtype}.")
 
 
-def _check_normalized(graph: g.IntegerGraph, images: np.ndarray) -> None:
+def _check_normalized(graph: g.IntegerGraph, each: Input, images: np.ndarray) -> None:
     """Refuse pixel values where the network's input has a far smaller range."""
-    inputs = [n for n in graph.nodes if isinstance(n, Quantize) and not n.inputs]
-    if not inputs or not images.size:
+    readers = [node for node in graph.readers(each.name) if isinstance(node, g.Quantize)]
+    if not readers or not images.size:
         return
-    tensor = graph.tensors[inputs[0].output]
+    tensor = graph.tensors[readers[0].output]
     high = float((tensor.high - tensor.zero_point) * tensor.scale)
     if images.min() < 0 or not 4 * high < images.max() <= 255:
         return
@@ -169,7 +198,7 @@ def _check_normalized(graph: g.IntegerGraph, images: np.ndarray) -> None:
 
 
 def make_executor(graph: g.IntegerGraph, *, platform: str | None = None) -> Executor:
-    """Return an integer network as a jitted function of images.
+    """Return an integer network as a jitted function of the model's inputs.
 
     The codes are the same on every platform.
 

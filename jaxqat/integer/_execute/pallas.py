@@ -81,13 +81,12 @@ class PallasCuda(Cuda):
         self,
         node: g.Node,
         values: Mapping[str, Array],
-        images: Array,
         parameters: Mapping[str, Any],
     ) -> Array:
         """Compute one node; an addition together with its fused branch."""
         branch = self.fused.get(node.name)
         if branch is None or not isinstance(node, g.Add):
-            return super().node(node, values, images, parameters)
+            return super().node(node, values, parameters)
         with jax.named_scope(node.name):
             return self._add_to_branch(node, branch, values, parameters)
 

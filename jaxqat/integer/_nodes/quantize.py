@@ -1,5 +1,5 @@
 # pyright: strict
-"""Quantize: codes of real numbers, those of the network's input or of a float island."""
+"""Quantize: codes of real numbers, those of an input of the network or of a float island."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -13,8 +13,7 @@ from jaxqat.integer._nodes.base import Node, Shape, Tensor
 class Quantize(Node):
     """Quantize real numbers: clip(round(x * inverse) + zero_point, low, high).
 
-    Its `inputs` are empty where it quantizes the network's input, which one node at most does.
-    Otherwise they name the real tensor that a `FloatOp` made.
+    It reads an input of the network, or the real tensor that a `FloatOp` made.
 
     Attributes:
         inverse: float32 reciprocal of the output's scale, by which training multiplies too.
@@ -34,8 +33,8 @@ class Quantize(Node):
     def check(self, inputs: Sequence[Tensor], output: Tensor | None) -> None:
         """Check `inverse`, and that a table has an int8 code for each value of each channel."""
         del inputs
-        if len(self.inputs) > 1 or (self.inputs and self.table is not None):
-            raise self.error("quantizes the input, with or without a table, or one real tensor.")
+        if len(self.inputs) != 1:
+            raise self.error(f"quantizes one real tensor, got {len(self.inputs)}.")
         self.check_factors("inverse", (self.inverse,))
         if self.table is None or output is None:
             return

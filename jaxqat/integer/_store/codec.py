@@ -21,8 +21,10 @@ from jax import dtypes
 from jaxqat.integer import graph as g
 from jaxqat.integer._packing import pack, packed_size, stored_bits, unpack
 from jaxqat.integer._store.typed_json import CodecError, Encoding, TypedJson, at, wrong
+from jaxqat.integer._store.upgrade import from_format_5
 
-FORMAT = 5
+FORMAT = 6
+_UPGRADES = {5: from_format_5}
 
 _MAX_ITEM = 16  # Bytes of the largest number.
 _ARRAY_KEYS = {"array", "dtype", "shape", "sha256"}
@@ -66,8 +68,11 @@ def parse(text: str) -> dict[str, Any]:
     if not isinstance(content, dict) or "format" not in content:
         raise CodecError("has no 'format'.")
     version = content.pop("format")
+    if type(version) is int and version in _UPGRADES:
+        return _UPGRADES[version](content)
     if type(version) is not int or version != FORMAT:
-        raise CodecError(f"format is {version!r}; this version of jaxqat reads {FORMAT}.")
+        known = ", ".join(map(str, (*_UPGRADES, FORMAT)))
+        raise CodecError(f"format is {version!r}; this version of jaxqat reads {known}.")
     return content
 
 

@@ -117,19 +117,24 @@ class Evaluator:
             *zip(program.inputs, arguments, strict=True),
             *program.constants.items(),
         ):
-            self._write(number, value, self._pixels(number, value), None)
+            self._write(number, value, self._given(number, value), None)
         self._run_nodes()
         self.outputs = [self._read(a) for a in program.outputs]
         self.results = [self._result(output) for output in self.outputs]
         return self.results
 
-    def _pixels(self, number: int, value: Any) -> forms.Form | None:
-        """Return the form of a uint8 input of the model; with frozen ranges, it is codes."""
+    def _given(self, number: int, value: Any) -> forms.Form | None:
+        """Return the form of an input of the model, with frozen ranges.
+
+        uint8 is codes. Real numbers are rounded first where they are only moved, joined or clipped
+        before they are quantized, so that the network does that on codes.
+        """
         is_data = self.plan.level[number] > PARAMETERS
-        uint8 = getattr(value, "dtype", None) == jnp.uint8 and jnp.ndim(value) > 1
-        if self._mode is Mode.FROZEN and is_data and uint8:
+        if self._mode is not Mode.FROZEN or not is_data or jnp.ndim(value) < 2:
+            return None
+        if value.dtype == jnp.uint8:
             return forms.Pixels.of(value)
-        return None
+        return forms.Real(value) if value.dtype == jnp.float32 else None
 
     def _run_nodes(self) -> None:
         for node in self.plan.program.nodes:

@@ -29,6 +29,11 @@ def split_arrays(tree: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
     return [leaf for leaf in leaves if _is_array(leaf)], rebuild
 
 
+def array_paths(tree: Any) -> list[tuple[Any, ...]]:
+    """Return the paths of the arrays that `split_arrays` returns."""
+    return [path for path, x in jax.tree_util.tree_flatten_with_path(tree)[0] if _is_array(x)]
+
+
 def _is_array(leaf: Any) -> bool:
     return isinstance(leaf, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct))
 

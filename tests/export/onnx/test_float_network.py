@@ -15,13 +15,13 @@ from jaxqat.integer import graph as g  # noqa: E402
 
 def real_values(graph, images):
     """Return the result in float64, with every tensor in units of its grid and never rounded."""
-    units, tensors = {}, graph.tensors
+    units, tensors = {graph.input.name: images.astype(np.float64)}, graph.tensors
     for node in graph.nodes:
         out = tensors.get(node.output)
         inputs = [units[name] for name in node.inputs]
         match node:
             case g.Quantize():
-                units[node.output] = images.astype(np.float64) / out.scale
+                units[node.output] = inputs[0] / out.scale
                 continue
             case g.Product():
                 value = integer_graph.product(node, inputs[0]) + node.bias

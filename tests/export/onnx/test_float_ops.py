@@ -80,7 +80,7 @@ def test_a_batch_may_be_part_of_an_axis():
     x, first = CASES[MORE].input(), CASES[MORE].node()
     back = node("back", "reshape", ("result",), [BATCH, 20], {"shape": [BATCH, 20]}, (None,))
     graph = g.IntegerGraph(
-        input_shape=(4, 5),
+        inputs=(g.Input(shape=(4, 5)),),
         tensors={},
         nodes=(first, back),
         outputs=(g.Output(name="back", shape=(20,)),),
@@ -93,7 +93,7 @@ def test_a_batch_may_be_part_of_an_axis():
 @pytest.mark.parametrize("operation", ["reduce_and", "reduce_or"])
 def test_reductions_of_masks_give_those_of_jax(operation):
     graph = g.IntegerGraph(
-        input_shape=(4, 2), tensors={}, outputs=(g.Output(name="any", shape=(2,)),),
+        inputs=(g.Input(shape=(4, 2)),), tensors={}, outputs=(g.Output(name="any", shape=(2,)),),
         nodes=(
             node("mask", "gt", (g.INPUT,), [BATCH, 4, 2], {}, (None, np.array(0.5, "f")), "bool"),
             node("any", operation, ("mask",), [BATCH, 2], {"axes": [1]}, (None,), "bool"),

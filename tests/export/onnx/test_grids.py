@@ -29,14 +29,14 @@ def tensor(name, shape, scale, zero_point, **bounds):
 
 def network(tensors, nodes, output):
     return g.IntegerGraph(
-        input_shape=tensors[0].shape,
+        inputs=(g.Input(shape=tensors[0].shape),),
         tensors={t.name: t for t in tensors},
         nodes=tuple(nodes),
         outputs=(g.Output(name=output, shape=tensors[-1].shape),),
     )
 
 
-QUANTIZE = g.Quantize(name="quantize", inputs=(), output="x", inverse=F(1))
+QUANTIZE = g.Quantize(name="quantize", inputs=(g.INPUT,), output="x", inverse=F(1))
 
 
 def sum_of_two(factors, shift, zeros, out):

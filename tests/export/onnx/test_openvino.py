@@ -50,7 +50,7 @@ def disturbed(graph, images, seed):
     rng = np.random.default_rng(seed)
     codes = {}
     for node in graph.nodes:
-        units = integer_graph.step(node, graph.tensors, codes, images)
+        units = integer_graph.step(node, graph.tensors, codes, images, reals={g.INPUT: images})
         if node.output not in graph.tensors:
             return units
         if isinstance(node, g.Product | g.Add | g.Requantize | g.SumPool):

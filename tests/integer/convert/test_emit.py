@@ -37,7 +37,8 @@ def operation(name, bind, **params):
 
 def emitted(form, shape=SHAPE, **tensors):
     """Nodes and tensors, finished, that put a form on GRID as the tensor 'y'."""
-    emitter = Emitter()
+    given = [((0,), form.values)] if isinstance(form, forms.Real) else []
+    emitter = Emitter(given=given)
     emitter.tensors.update(tensors)
     emitter.emit(form, GRID, "y", shape, Bounds())
 
@@ -56,7 +57,7 @@ def emitted(form, shape=SHAPE, **tensors):
 def test_the_input_becomes_a_quantize():
     ((kind, node),), tensors = emitted(forms.Real(jnp.zeros((1, *SHAPE))))
     assert kind is g.Quantize
-    assert (node.inputs, node.output, node.inverse) == ((), "y", 2)
+    assert (node.inputs, node.output, node.inverse) == ((g.INPUT,), "y", 2)
     tensor = tensors["y"]
     assert (tensor.shape, tensor.scale, tensor.zero_point) == (SHAPE, 0.5, 3)
     assert (tensor.low, tensor.high) == (-128, 127)

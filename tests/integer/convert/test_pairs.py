@@ -123,7 +123,7 @@ def test_training_and_every_runtime_compute_the_same_codes(layout, activations, 
     codes, result = integer_graph.run(graph, X)
     given = {name: codes[name] for name in graph.entries}  # One last bit in an island moves them.
     for platform in (Platform, Cpu):
-        values = platform(graph).visit(jnp.asarray(X), platform(graph).parameters, given)
+        values = platform(graph).visit([jnp.asarray(X)], platform(graph).parameters, given)
         for name, expected in codes.items():
             found = platform(graph).codes(name, values[name])
             if name not in graph.entries:
@@ -215,13 +215,13 @@ def test_long_sums_are_exact_on_a_cpu():
         name: g.Tensor(name=name, shape=shape, scale=np.float32(1), zero_point=-128)
         for name, shape in (("input", (2, length)), ("pair", (2, 2)))
     }
-    quantize = g.Quantize(name="quantize", inputs=(), output="input", inverse=np.float32(1))
+    quantize = g.Quantize(name="quantize", inputs=(g.INPUT,), output="input", inverse=np.float32(1))
     node = g.MatMul(
         name="pair", inputs=("input", "input"), output="pair", contracted=((2,), (2,)),
         batched=((0,), (0,)), multiplier=np.float32(2**-18),
     )  # fmt: skip
     graph = g.IntegerGraph(
-        input_shape=(2, length), tensors=tensors, nodes=(quantize, node),
+        inputs=(g.Input(shape=(2, length)),), tensors=tensors, nodes=(quantize, node),
         outputs=(g.Output(name="pair", shape=(2, 2)),),
     )  # fmt: skip
     cpu = Cpu(graph)

@@ -169,9 +169,9 @@ def extremes(kind: Any, shape, weights, *, symmetric, groups=1):
     )  # fmt: skip
     sums = integer_graph.product(node, images)
     bias = (1 - sums[0].reshape(-1, weights.shape[-1])[0]).astype(np.int32)
-    quantize = g.Quantize(name="q", inputs=(), output="x", inverse=np.float32(1))
+    quantize = g.Quantize(name="q", inputs=(g.INPUT,), output="x", inverse=np.float32(1))
     graph = g.IntegerGraph(
-        input_shape=shape, tensors={"x": tensor},
+        inputs=(g.Input(shape=shape),), tensors={"x": tensor},
         outputs=(g.Output(name="y", shape=sums.shape[1:]),),
         nodes=(quantize, dataclasses.replace(node, bias=bias)),
     )  # fmt: skip
