@@ -46,6 +46,7 @@ INSIDE = {
             "_nodes",
             "_islands",
             "_results",
+            "_inputs",
             "graph",
             "_guard",
             "_visitor",

@@ -206,6 +206,15 @@ class MyModel(nn.Module):
         return nn.Dense(3, name="head")(x.mean((1, 2)))
 
 
+class Encoder(nn.Module):
+    """Stands for the user's module of several inputs in the README."""
+
+    @nn.compact
+    def __call__(self, tokens, positions, *, mask):
+        x = nn.Embed(9, 8, name="tokens")(tokens) + nn.Embed(5, 8, name="positions")(positions)
+        return nn.Dense(3, name="head")((x * mask[..., None]).mean(1))
+
+
 class NNXModel(nnx.Module):
     """Stands for the user's NNX module in the README."""
 
@@ -250,9 +259,15 @@ def test_the_library_examples_run_as_printed(tmp_path, monkeypatch, capsys):
             "b": rng.normal(size=(8, 4)).astype(np.float32),
         },
         "rows": rng.normal(size=(16, 12)).astype(np.float32),
+        "encoder": Encoder(),
+        "tokens": rng.integers(0, 9, (6, 5)),
+        "positions": np.tile(np.arange(5), (6, 1)),
+        "mask": rng.random((6, 5)) < 0.8,
     }
+    given = {key: names[key] for key in ("tokens", "positions", "mask")}
+    names["encoder_variables"] = Encoder().init(jax.random.key(0), **given)
     blocks = code_blocks("Use it as a library")
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     kinds = {"linen": "images", "nnx": "images", "function": "rows", "equinox": "rows"}
     for block, (kind, inputs) in zip(blocks, kinds.items(), strict=False):
         scope = {**names, "jaxqat": jaxqat}
@@ -267,7 +282,9 @@ def test_the_library_examples_run_as_printed(tmp_path, monkeypatch, capsys):
             expected = scope["network"](names["images"])
             np.testing.assert_array_equal(scope["predict"](names["images"]), expected)
     for block in blocks[4:]:
-        exec(block, {**names, "jaxqat": jaxqat})
+        scope = {**names, "jaxqat": jaxqat}
+        exec(block, scope)
+    assert len(scope["graph"].inputs) == 3 and scope["scores"].shape == (6, 3)
     assert "quantized against float, 6 examples" in capsys.readouterr().out
 
 

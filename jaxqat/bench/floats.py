@@ -80,6 +80,8 @@ class FloatNetwork(FloatVisitor[Any]):
                 return self.pad(x, node.padding)
             case "slice":
                 return x[(slice(None), *node.slices)]
+            case "take":
+                return x[(slice(None),) * node.axis + (list(node.indices),)]
 
     @abstractmethod
     def window_sums(self, node: g.SumPool, x: Any) -> Any:

@@ -17,6 +17,7 @@ FOLDER = Path(__file__).parent / "format6"
 NETWORKS = {
     "residual": graphs.build("residual", bits=4),
     "gated": graphs.build("gated"),
+    "moves": graphs.build("moves", bits=2),
     "concat": graphs.build("concat", symmetric=True, requantization="fixed_point"),
 }
 

@@ -410,6 +410,8 @@ def moves(m: Maker):
     cut = {"starts": (0, 1, 0, 0), "stops": (-1, rows, columns, 6), "strides": (1, 2, 1, 1)}
     x = m.same(g.Move, "cut", x, kind="slice", **cut)
     x = m.same(g.Move, "mirror", x, kind="reverse", axes=(2,))
+    x = m.same(g.Move, "repeat", x, kind="take", axis=2, indices=(0, 0, 1, 1, 2, 2, 3, 3))
+    x = m.same(g.Move, "pick", x, kind="take", axis=3, indices=(4, 0, 1, 5, 1))
     return m.finish(m.conv("conv2", x, 4, window=1, relu=False))
 
 

@@ -98,7 +98,7 @@ def test_each_input_is_read_by_its_name():
         GRAPH, nodes=(*GRAPH.nodes, again), tensors=tensors, inputs=(image, second)
     )
     assert both.entries == ()  # No island makes them.
-    with pytest.raises(GraphError, match=r"reads 2 arrays \(0, 1/mask\), not one"):
+    with pytest.raises(g.GraphError, match=r"reads 2 arrays \(0, 1/mask\), not one"):
         both.input_shape  # noqa: B018
 
 

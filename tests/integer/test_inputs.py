@@ -1,6 +1,7 @@
 """Networks of models with several inputs: arguments, keywords, dictionaries of arrays."""
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -98,7 +99,7 @@ class Case:
     """A model, arguments of its call, and what its network's inputs are."""
 
     model: nn.Module
-    arguments: tuple
+    arguments: tuple[Any, ...]
     places: list
     types: list
     keywords: dict = dataclasses.field(default_factory=dict)
@@ -130,8 +131,8 @@ def converted(case):
     variables = case.model.init(jax.random.key(0), *case.arguments, **case.keywords)
     batch = case.arguments if len(case.arguments) > 1 else case.arguments[0]
     model = jaxqat.calibrate(case.model, variables, batches=[batch], **case.keywords)
-    few = jax.tree.map(lambda x: x[:2], (case.arguments, case.keywords))
-    return variables, model, jaxqat.convert(model, *few[0], **few[1])
+    few, named = (jax.tree.map(lambda x: x[:2], x) for x in (case.arguments, case.keywords))
+    return variables, model, jaxqat.convert(model, *few, **named)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -229,4 +229,6 @@ def moved(node, x):
         case "slice":
             stops = (len(x), *node.stops[1:])
             return x[tuple(map(slice, node.starts, stops, node.strides))]
+        case "take":
+            return np.take(x, node.indices, node.axis)
     raise TypeError(f"no such move: {node.kind}")

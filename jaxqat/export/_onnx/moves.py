@@ -43,6 +43,9 @@ def move(builder: Builder, node: Move, codes: str, rank: int, zero: np.generic) 
             axes = [axis for axis in range(1, rank)]
             ends = [[field[order[a]] for a in axes] for field in (node.starts, node.stops)]
             ends += [axes, [node.strides[order[a]] for a in axes]]
+        case "take":
+            indices = builder.constant(np.array(node.indices, np.int64), f"{node.name}/indices")
+            return builder.add("Gather", [codes, indices], name, axis=axis_first(node.axis, rank))
         case "pad":
             pads = [node.padding[a][side] for side in (0, 1) for a in order]
             pads = builder.constant(np.array(pads, np.int64), f"{node.name}/pads")

@@ -14,7 +14,6 @@ from jaxqat.export._onnx.builder import DIGEST, channels_first, channels_last, d
 from jaxqat.integer._inputs import Input, arrays_of, check_inputs
 from jaxqat.integer._results import Output, check_places, nested
 from jaxqat.integer._store.files import read_regular
-from jaxqat.quant._models.batches import as_arguments
 
 MAX_BYTES = 2**31  # Of a protobuf message.
 MAX_OFFSET = 255  # Between the numbers of a file and int8 codes.
@@ -193,7 +192,8 @@ def make_runner(source: str | os.PathLike | bytes, *, expose: bool = False) -> R
         batch: Any, given: Mapping[str, Any] | None = None, **keywords: Any
     ) -> tuple[Any, dict[str, np.ndarray]]:
         try:
-            arrays = arrays_of(inputs, as_arguments(batch), keywords)
+            arguments = batch if isinstance(batch, tuple) else (batch,)
+            arrays = arrays_of(inputs, arguments, keywords)
         except ValueError as error:
             raise ExportError(f"{error}.") from error
         feed: dict[str, np.ndarray] = {}

@@ -15,11 +15,12 @@ import numpy as np
 
 from jaxqat.integer import graph as g
 from jaxqat.integer._convert.fields import Bounds, Deferred
-from jaxqat.integer._convert.geometry import UnconvertibleError, move_fields
+from jaxqat.integer._convert.geometry import UnconvertibleError, move_steps
 from jaxqat.integer._convert.islands import Islands
-from jaxqat.integer._convert.layout import Layout, batch_first, pair_of, reshaped
+from jaxqat.integer._convert.layout import Layout, batch_first, pair_of
 from jaxqat.integer._convert.places import Place, input_at
 from jaxqat.integer._convert.products import ProductEmitter, as_array, scalar
+from jaxqat.integer._convert.repetitions import repetition, shape_of, unrepeated, unrepeating
 from jaxqat.quant import _forms as forms
 from jaxqat.quant._numerics.grids import Grid
 
@@ -55,6 +56,7 @@ class Emitter(ProductEmitter):
         self.islands = Islands(self)
         self._moved: dict[int, str] = {}
         self._sources: list[forms.Codes] = []  # So that the ids in `_moved` are not reused.
+        self._sliced: list[tuple[forms.Form, Grid, Bounds, str]] = []
         self._given = [(input_at(place, values), values) for place, values in given]
 
     def quantized(
@@ -83,15 +85,14 @@ class Emitter(ProductEmitter):
 
     def attempt(self, emit: Callable[[], _Result]) -> _Result | None:
         """Call `emit`; without an integer form, undo its nodes and return None."""
-        lengths = [len(x) for x in (self.arrays, self.requirements, self.nodes)]
+        lists = (self.arrays, self.requirements, self.nodes, self._sliced)
+        lengths = [len(x) for x in lists]
         before = dict(self.tensors), dict(self._moved), dict(self._names)
         islands = self.islands.snapshot()
         try:
             return emit()
         except UnconvertibleError:
-            for items, length in zip(
-                (self.arrays, self.requirements, self.nodes), lengths, strict=True
-            ):
+            for items, length in zip(lists, lengths, strict=True):
                 del items[length:]
             self.tensors, self._moved, self._names = before
             self.islands.restore(islands)
@@ -173,12 +174,11 @@ class Emitter(ProductEmitter):
             self._moved[id(codes)] = self.read(same)
             self._sources.append(codes)
         if id(codes) not in self._moved:
-            operation, before = codes.moved
+            operation, before = unrepeating(codes.moved, codes.codes.shape)
             source = self.read(before)
             name = self.unique(f"{source}/{operation.name}")
             after = codes.codes.shape
-            self._tensor_like(source, name, after[1:], operation, codes.grid)
-            self._add_move(operation, source, before.codes.shape, name, after)
+            self._add_move(operation, source, before.codes.shape, name, after, codes.grid)
             self._moved[id(codes)] = name
             self._sources.append(codes)
         return self._moved[id(codes)]
@@ -238,7 +238,7 @@ class Emitter(ProductEmitter):
         self.nodes.append((g.Add, fields))
 
     def _times(self, form: forms.Times, grid: Grid, name: str, shape, bounds: Bounds) -> None:
-        inputs = tuple(self.read(_unrepeated(factor)) for factor in (form.left, form.right))
+        inputs = tuple(self.read(unrepeated(factor)) for factor in (form.left, form.right))
         self._tensor(name, grid, shape, bounds)
         fields = {
             "name": self.unique(f"{name}/multiply"),
@@ -279,19 +279,42 @@ class Emitter(ProductEmitter):
         if form.operation.name == "pad" and not bounds.hold_zero():
             self.emit(form, grid, inner := self.unique(f"{name}/padded"), shape, Bounds())
             return self._requantize(name, inner, grid, grid, shape, bounds)
-        before = jax.eval_shape(lambda: form.inner.in_units(grid)).shape
-        source = self.unique(f"{name}/unmoved")
-        self.emit(form.inner, grid, source, before[1:], bounds)
-        self._tensor_like(source, name, shape, form.operation, grid)
-        return self._add_move(form.operation, source, before, name, (before[0], *shape))
+        before = shape_of(form.inner, grid)
+        if isinstance(form.inner, forms.Moved):
+            shapes = shape_of(form.inner.inner, grid), before, (before[0], *shape)
+            both = repetition(form.operation, form.inner.operation, shapes)
+            if both is not None:
+                form, before = forms.Moved(form.inner.inner, both), shapes[0]
+        source = self._unmoved(form.inner, grid, name, before[1:], bounds)
+        return self._add_move(form.operation, source, before, name, (before[0], *shape), grid)
 
-    def _add_move(self, operation: forms.Operation, source: str, before, name: str, after) -> None:
-        node, fields = move_fields(operation, before, after, name)
-        own = {"name": self.unique(f"{name}/{operation.name}"), "inputs": (source,), "output": name}
-        self.nodes.append((node, {**own, **fields}))
+    def _unmoved(self, form: forms.Form, grid: Grid, name: str, shape, bounds: Bounds) -> str:
+        """Return the name of what is moved; parts of one tensor on one grid are parts of codes."""
+        for same, same_grid, same_bounds, source in self._sliced:
+            if same is form and same_grid is grid and same_bounds == bounds:
+                return source
+        source = self.unique(f"{name}/unmoved")
+        self.emit(form, grid, source, shape, bounds)
+        self._sliced.append((form, grid, bounds, source))
+        return source
+
+    def _add_move(
+        self, operation: forms.Operation, source: str, before, name: str, after, grid: Grid
+    ) -> None:
+        *steps, last = move_steps(operation, tuple(before), tuple(after), name)
+        for step in (*steps, last):
+            output = name if step is last else self.unique(f"{name}/{step.kind.__name__.lower()}")
+            self._tensor_like(source, output, step.shape, operation, grid)
+            own = {"name": self.unique(f"{output}/{operation.name}"), "inputs": (source,)}
+            fields = {**own, "output": output, **step.fields}
+            if isinstance(fields.get("indices"), jax.Array):
+                indices = fields["indices"]
+                fields["indices"] = self.defer(indices, lambda array: tuple(map(int, array)))
+            self.nodes.append((step.kind, fields))
+            source = output
 
     def _join(self, form: forms.Joined, grid: Grid, name: str, shape, bounds: Bounds) -> None:
-        axis = form.operation.params["dimension"]
+        axis = int(form.operation.params["dimension"])  # NumPy's in `jnp.roll`.
         if axis == 0:
             raise UnconvertibleError(f"{name}: a concatenation of batches")
         names = []
@@ -331,22 +354,6 @@ class Emitter(ProductEmitter):
                 code = self.arrays[bound.index] if isinstance(bound, Deferred) else bound
                 fields[key] = self.defer(widened(code, grid.zero), int)
         self.tensors[name] = fields
-
-
-def _unrepeated(codes: forms.Codes) -> forms.Codes:
-    """Return codes before they were repeated, with an axis of size 1 for each repeated one."""
-    if codes.moved is None or codes.moved[0].name != "broadcast_in_dim":
-        return codes
-    operation, before = codes.moved
-    shape = [1] * codes.codes.ndim
-    for axis, size in zip(
-        operation.params["broadcast_dimensions"], before.codes.shape, strict=True
-    ):
-        shape[axis] = size
-    before = _unrepeated(before)
-    if before.codes.shape == tuple(shape):
-        return before
-    return reshaped(before, tuple(shape))
 
 
 # The nodes of each form. `Either` exists only where layers are switched off, never in conversion.

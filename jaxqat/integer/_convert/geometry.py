@@ -4,14 +4,14 @@ Each function reads the parameters of a JAX primitive and refuses, with the reas
 has no node for.
 """
 
-from collections.abc import Callable
-from typing import Any
-
-import numpy as np
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from jaxqat.errors import InputError
 from jaxqat.integer import graph as g
 from jaxqat.quant._forms.forms import Operation
+
+Shape = tuple[int, ...]
 
 
 class UnconvertibleError(InputError):
@@ -50,24 +50,78 @@ def _window_fields(operation: Operation, where: str) -> dict[str, Any]:
     }
 
 
-def move_fields(
-    operation: Operation, before: tuple[int, ...], after: tuple[int, ...], where: str
-) -> tuple[type[g.Node], dict[str, Any]]:
-    """Return the node for an operation that moves or picks elements, and its fields."""
+class Step(NamedTuple):
+    """One node of a move.
+
+    Attributes:
+        kind: Class of the node.
+        fields: Its fields, without names; indices may be an array of the program.
+        shape: Shape of its result, without the batch.
+    """
+
+    kind: type[g.Node]
+    fields: dict[str, Any]
+    shape: Shape
+
+
+def move_steps(operation: Operation, before: Shape, after: Shape, where: str) -> list[Step]:
+    """Return the nodes for an operation that moves or picks elements.
+
+    Args:
+        operation: The operation.
+        before: Shape of what it reads, with the batch.
+        after: Shape of its result, with the batch.
+        where: Name of the result, for messages.
+    """
     name, params = operation.name, operation.params
     if name == "reduce_window_max":
-        return g.MaxPool, _window_fields(operation, where)
+        return [Step(g.MaxPool, _window_fields(operation, where), after[1:])]
     if before[0] != after[0]:
         raise UnconvertibleError(f"{where}: {name!r} changes the batch axis {before} -> {after}")
-    if name in ("reshape", "squeeze", "expand_dims", "broadcast_in_dim"):
-        permutes = name == "reshape" and params.get("dimensions") is not None
-        if permutes or np.prod(before) != np.prod(after):
-            raise UnconvertibleError(f"{where}: {name!r} repeats elements, {before} -> {after}")
-        return g.Move, {"kind": "reshape", "shape": tuple(after[1:])}
+    if name == "reduce_max":
+        window = before[1:-1]
+        fields = {"window": window, "strides": window, "padding": ((0, 0),) * len(window)}
+        one = (*(1,) * len(window), before[-1])
+        return [Step(g.MaxPool, fields, one), *_reshape(one, after[1:])]
+    if name == "take":
+        return [_take(params["axis"], params["indices"], after[1:], where)]
+    if name == "broadcast_in_dim":
+        return _broadcast(params["broadcast_dimensions"], before, after, where)
+    if name in ("reshape", "squeeze", "expand_dims"):
+        if name == "reshape" and params.get("dimensions") is not None:
+            raise UnconvertibleError(f"{where}: {name!r} permutes axes, {before} -> {after}")
+        return [Step(g.Move, {"kind": "reshape", "shape": after[1:]}, after[1:])]
     fields = _MOVES[name](params) if name in _MOVES else None
     if fields is None:
         raise UnconvertibleError(f"{where}: {name!r} with {params} has no node")
-    return g.Move, fields
+    return [Step(g.Move, fields, after[1:])]
+
+
+def _take(axis: int, indices: Any, after: Shape, where: str) -> Step:
+    if axis == 0:
+        raise UnconvertibleError(f"{where}: picks elements of the batch")
+    return Step(g.Move, {"kind": "take", "axis": int(axis), "indices": indices}, after)
+
+
+def _reshape(before: Shape, after: Shape) -> list[Step]:
+    if before == after:
+        return []
+    return [Step(g.Move, {"kind": "reshape", "shape": after}, after)]
+
+
+def _broadcast(axes: Sequence[int], before: Shape, after: Shape, where: str) -> list[Step]:
+    """Return a reshaping that makes axes of size 1, and a repetition along each axis."""
+    if axes[0] != 0:
+        raise UnconvertibleError(f"{where}: the batch becomes another axis, {before} -> {after}")
+    shape = [1] * len(after)
+    for axis, size in zip(axes, before, strict=True):
+        shape[axis] = size
+    steps = _reshape(before[1:], tuple(shape[1:]))
+    for axis in range(1, len(after)):
+        if shape[axis] != after[axis]:
+            shape[axis] = after[axis]
+            steps.append(_take(axis, (0,) * after[axis], tuple(shape[1:]), where))
+    return steps
 
 
 def _transpose(params: dict[str, Any]) -> dict[str, Any] | None:

@@ -296,6 +296,8 @@ class Platform(GraphVisitor[Array]):
                 return lax.pad(x, fill, [(low, high, 0) for low, high in node.padding])
             case "slice":
                 return x[(slice(None), *node.slices)]
+            case "take":
+                return taken(x, node.axis, node.indices)
 
     def concat(self, node: g.Concat, inputs: list[Array]) -> Array:
         """Concatenate codes, whose storage offset may differ from the output's."""
@@ -335,6 +337,15 @@ class Platform(GraphVisitor[Array]):
         """Return the network's real result: an array, or tuples and dictionaries of arrays."""
         outputs = self.graph.outputs
         return nested(outputs, [self.real(o.name, values[o.name]) for o in outputs])
+
+
+def taken(x: Array, axis: int, indices: Sequence[int]) -> Array:
+    """Return the elements at indices along an axis; equal repetitions are a broadcast."""
+    times = len(indices) // x.shape[axis]
+    repeated = np.repeat(np.arange(x.shape[axis]), times)
+    if np.array_equal(indices, repeated):
+        return jnp.repeat(x, times, axis)
+    return jnp.take(x, np.asarray(indices), axis, mode="clip")
 
 
 def is_depthwise(node: g.Product) -> bool:

@@ -21,15 +21,19 @@ class Move(Node):
         starts: For 'slice', the first index along each axis.
         stops: For 'slice', one past the last index along each axis; -1 for the batch.
         strides: For 'slice', the stride along each axis.
+        axis: For 'take', the axis along which elements are picked.
+        indices: For 'take', the index of each of them; one can occur several times.
     """
 
-    kind: Literal["reshape", "transpose", "reverse", "pad", "slice"]
+    kind: Literal["reshape", "transpose", "reverse", "pad", "slice", "take"]
     shape: Shape = ()
     axes: Shape = ()
     padding: Padding = ()
     starts: Shape = ()
     stops: Shape = ()
     strides: Shape = ()
+    axis: int = 0
+    indices: Shape = ()
 
     @property
     def slices(self) -> tuple[slice, ...]:
@@ -55,20 +59,24 @@ class Move(Node):
             case "slice":
                 parts = zip(source, self.slices, strict=True)
                 return tuple(len(range(*part.indices(size))) for size, part in parts)
+            case "take":
+                before, after = source[: self.axis - 1], source[self.axis :]
+                return (*before, len(self.indices), *after)
 
     def check(self, inputs: Sequence[Tensor], output: Tensor | None) -> None:
         """Check that the output has the zero point and bounds of the input; padding adds zeros."""
         if output is None:
             return
         (source,) = inputs
-        self._check_axes(len(source.shape) + 1)
+        self._check_axes(source.shape)
         low, high = source.low, source.high
         if self.kind == "pad":
             low, high = min(low, source.zero_point), max(high, source.zero_point)
         self.check_same_grid(source, output, (low, high))
 
-    def _check_axes(self, rank: int) -> None:
+    def _check_axes(self, shape: Shape) -> None:
         """Check that each list has an entry for each axis, the batch included."""
+        rank = 1 + len(shape)
         match self.kind:
             case "transpose":
                 ok = sorted(self.axes) == list(range(rank)) and self.axes[:1] == (0,)
@@ -79,10 +87,14 @@ class Move(Node):
             case "slice":
                 lengths = {len(part) for part in (self.starts, self.stops, self.strides)}
                 ok = lengths == {rank} and min(self.strides) >= 1
+            case "take":
+                size = shape[self.axis - 1] if 1 <= self.axis < rank else 0
+                ok = bool(self.indices) and {*self.indices} <= {*range(size)}
             case _:
                 ok = True
         if not ok:
             raise self.error(
-                f"{self.kind} of {rank} axes has axes {self.axes}, padding {self.padding}, starts "
-                f"{self.starts}, stops {self.stops} and strides {self.strides}."
+                f"{self.kind} of {shape} has axes {self.axes}, padding {self.padding}, starts "
+                f"{self.starts}, stops {self.stops}, strides {self.strides}, axis {self.axis} and "
+                f"indices {self.indices}."
             )

@@ -17,11 +17,12 @@ def from_format_5(content: dict[str, Any]) -> dict[str, Any]:
         entry["shape"] = content["input_shape"]
     nodes = content.get("nodes")
     if isinstance(nodes, list):
-        rest["nodes"] = [_named(node) for node in nodes]
+        rest["nodes"] = [_upgraded(node) for node in nodes]
     return {"inputs": [entry], **rest}
 
 
-def _named(node: Any) -> Any:
-    if not isinstance(node, dict) or node.get("node") != "Quantize" or node.get("inputs") != []:
-        return node
-    return {**node, "inputs": [INPUT]}
+def _upgraded(node: Any) -> Any:
+    kind = node.get("node") if isinstance(node, dict) else None
+    if kind == "Quantize" and node.get("inputs") == []:
+        return {**node, "inputs": [INPUT]}
+    return {"axis": 0, "indices": [], **node} if kind == "Move" else node

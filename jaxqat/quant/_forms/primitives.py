@@ -133,7 +133,7 @@ PRIMITIVES: dict[str, Primitive] = {
     ),
     "reduce_sum": Primitive(Kind.SUM, rules.summed, may_be_statistic=True),
     "reduce_window_sum": Primitive(Kind.SUM, rules.summed),
-    "reduce_max": Primitive(Kind.REDUCE, may_be_statistic=True),
+    "reduce_max": Primitive(Kind.REDUCE, rules.largest, may_be_statistic=True),
     "reduce_min": Primitive(Kind.REDUCE, may_be_statistic=True),
     "reduce_prod": Primitive(Kind.REDUCE, may_be_statistic=True),
     # Its form is that of its body (`derive.form_of`).
@@ -145,7 +145,7 @@ PRIMITIVES: dict[str, Primitive] = {
     "ragged_dot_general": Primitive(Kind.OTHER_PRODUCT),
     "scaled_dot": Primitive(Kind.OTHER_PRODUCT),
     "scaled_matmul": Primitive(Kind.OTHER_PRODUCT),
-    "gather": Primitive(Kind.LOOKUP),
+    "gather": Primitive(Kind.LOOKUP, rules.taken),
 }
 _UNKNOWN = Primitive(Kind.UNKNOWN)
 

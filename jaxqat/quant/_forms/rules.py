@@ -7,9 +7,11 @@ primitive has which rule.
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.lax import GatherScatterMode
 from jaxtyping import Array
 
 from jaxqat.quant._forms.accumulators import Accumulator, Multiplied, Summed
@@ -60,6 +62,52 @@ def reshaped(operation: Operation, operands: list[Operand], shape: Shape) -> For
         return inner
     found = moved(operation, operands, shape)
     return dataclasses.replace(found, is_reshape=True) if isinstance(found, Moved) else found
+
+
+def taken(operation: Operation, operands: list[Operand], shape: Shape) -> Form | None:
+    """Return the form of elements at constant indices along one axis (repetition, resizing)."""
+    x, indices = operands
+    if x.values is None or not indices.constant or indices.values is None:
+        return None
+    axis = _axis_of_take(operation.params, x.values.shape, jnp.shape(indices.values), shape)
+    if axis is None:
+        return None
+    last, mode = x.values.shape[axis] - 1, operation.params["mode"]
+    where = jnp.ravel(indices.values)
+    if mode in (GatherScatterMode.CLIP, GatherScatterMode.PROMISE_IN_BOUNDS):
+        where = jnp.clip(where, 0, last)
+    picked = Operation(
+        "take",
+        {"axis": axis, "indices": where},
+        lambda values: operation.bind(values, indices.values),
+    )
+    return moved(picked, operands, shape)
+
+
+def _axis_of_take(
+    params: dict[str, Any], before: Shape, indices: Shape, after: Shape
+) -> int | None:
+    """Return the only axis along which a gather picks elements; None if there is another one."""
+    numbers, rank = params["dimension_numbers"], len(before)
+    if len(numbers.start_index_map) != 1 or len(after) != rank:
+        return None
+    (axis,) = numbers.start_index_map
+    others = tuple(i for i in range(rank) if i != axis)
+    plain = (numbers.collapsed_slice_dims, numbers.offset_dims) == ((axis,), others)
+    whole = tuple(1 if i == axis else n for i, n in enumerate(before))
+    batched = numbers.operand_batching_dims or numbers.start_indices_batching_dims
+    if not plain or batched or tuple(params["slice_sizes"]) != whole:
+        return None
+    return axis if indices == (after[axis], 1) else None
+
+
+def largest(operation: Operation, operands: list[Operand], shape: Shape) -> Form | None:
+    """Return the form of the maximum over all spatial axes: it is picked from codes."""
+    values = operands[0].values
+    spatial = () if values is None else tuple(range(1, values.ndim - 1))
+    if not spatial or tuple(sorted(operation.params["axes"])) != spatial:
+        return None
+    return moved(operation, operands, shape)
 
 
 def transposed(operation: Operation, operands: list[Operand], shape: Shape) -> Form | None:

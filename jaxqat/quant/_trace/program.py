@@ -46,9 +46,14 @@ def _stack(*parts: Any, axis: int) -> Any:
 
 
 def _tile(x: Any, *, reps: Sequence[int]) -> Any:
-    shape = [n for pair in zip(reps, x.shape, strict=True) for n in pair]
-    tiles = lax.broadcast_in_dim(x, shape, range(1, 2 * x.ndim, 2))
-    return lax.reshape(tiles, [n * size for n, size in zip(reps, x.shape, strict=True)])
+    for axis, times in enumerate(reps):
+        if times == 1:
+            continue
+        before, after = x.shape[:axis], x.shape[axis + 1 :]
+        axes = [i + (i >= axis) for i in range(x.ndim)]  # A new axis before this one.
+        tiles = lax.broadcast_in_dim(x, (*before, times, *x.shape[axis:]), axes)
+        x = lax.reshape(tiles, (*before, times * x.shape[axis], *after))
+    return x
 
 
 # Operations that are seen as the simpler ones that they consist of.

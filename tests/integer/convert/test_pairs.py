@@ -70,6 +70,13 @@ def library(q, k, v):
     return jax.nn.dot_product_attention(heads(q), heads(k), heads(v)).reshape(q.shape)
 
 
+def grouped(q, k, v):
+    """Grouped-query attention: several heads of queries for one of keys and values."""
+    k, v = (jnp.repeat(heads(x)[:, :, :1], 3, 2) for x in (k, v))
+    weights = jnp.einsum("bqhd,bkhd->bhqk", heads(q), k)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(q.shape)
+
+
 def over_two_axes(q, k, v):
     """Sums over heads and channels; the result is a channel's weight for each place."""
     return v * jnp.einsum("bqhd,bkhd->bqk", heads(q), heads(k)).mean(-1, keepdims=True)
@@ -77,7 +84,10 @@ def over_two_axes(q, k, v):
 
 LAYOUTS = {
     f.__name__: f
-    for f in (by_einsum, by_matmul, heads_first, mapped, linear, library, over_two_axes)
+    for f in (
+        *(by_einsum, by_matmul, heads_first, mapped),
+        *(linear, library, grouped, over_two_axes),
+    )
 }
 
 
@@ -282,3 +292,20 @@ def test_both_operands_train():
     norm = sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(gradient))
     after = jax.tree.map(lambda p, g: p - 0.01 * value / norm * g, PARAMS, gradient)
     assert loss(after) < value
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 4, 5, 6])
+def test_a_batch_as_long_as_another_axis_makes_no_difference(batch):
+    def function(params, x):  # Two groups of two heads, five places.
+        q, k, v = (x @ params[name] for name in "qkv")
+        q = q.reshape(*x.shape[:2], 4, 3)
+        k, v = (y[..., :6].reshape(*x.shape[:2], 2, 3) for y in (k, v))
+        mixed = jax.nn.dot_product_attention(q, k, v)  # The groups come before the batch.
+        return mixed.reshape(x.shape) @ params["head"]
+
+    model = calibrated(function)
+    graph = jaxqat.convert(model, X[:batch])
+    assert sum(isinstance(node, g.MatMul) for node in graph.nodes) == 2
+    assert not in_float(graph)
+    check = jaxqat.verify(model, graph=graph, batches=[X])
+    assert (check.differing, check.failures) == (0, ())

@@ -1,0 +1,140 @@
+"""Repeated, picked and largest elements are moves of codes, and so are inputs joined or cut."""
+
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from references import integer_graph, sqnr
+
+import jaxqat
+from jaxqat.errors import ConversionError
+from jaxqat.export import run_onnx
+from jaxqat.integer import graph as g
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(5, 6, 4, 3)).astype(np.float32)
+PARAMS = {
+    "first": RNG.normal(size=(3, 3, 3, 5)).astype(np.float32) / 3,
+    "second": RNG.normal(size=(3, 3, 5, 4)).astype(np.float32) / 3,
+    "head": RNG.normal(size=(4, 3)).astype(np.float32),
+    "dense": RNG.normal(size=(5, 3)).astype(np.float32),
+}
+
+
+def conv(x, weights):
+    return lax.conv_general_dilated(
+        x, weights, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+def between(change):
+    """A convolution, ReLU, what is tested, another convolution, an average and a head."""
+
+    def network(params, x):
+        y = change(jax.nn.relu(conv(x, params["first"])))
+        return conv(y, params["second"]).mean((1, 2)) @ params["head"]
+
+    return network
+
+
+def nearest(rows, columns):
+    return lambda y: jax.image.resize(y, (len(y), rows, columns, 5), "nearest")
+
+
+def by_broadcasting(y):
+    y = jnp.broadcast_to(y[:, :, None, :, None], (len(y), 6, 2, 4, 3, 5))
+    return y.reshape(len(y), 12, 12, 5)
+
+
+# Name: the change, and how many of which nodes it takes.
+CHANGES = {
+    "repeat": (lambda y: jnp.repeat(jnp.repeat(y, 2, 1), 3, 2), {"take": 2}),
+    "twice as large": (nearest(12, 8), {"take": 2}),
+    "another size": (nearest(9, 3), {"take": 2}),
+    "tile": (lambda y: jnp.tile(y, (1, 2, 3, 1)), {"take": 2}),
+    "channels": (lambda y: jnp.repeat(y[..., ::2], 2, 3)[..., :5], {"take": 1, "slice": 2}),
+    "broadcast": (by_broadcasting, {"reshape": 2, "take": 2}),
+    "picked": (lambda y: y[:, np.array([0, 2, -1, 2])], {"take": 1}),
+    "taken": (lambda y: jnp.take(y, np.array([3, 1, 1]), axis=2), {"take": 1}),
+    "flipped by indices": (lambda y: y[:, :, np.arange(4)[::-1]], {"take": 1}),
+    "a skip": (lambda y: y + jnp.repeat(y[:, ::2], 2, 1), {"take": 1, "slice": 1}),
+    "rolled": (lambda y: jnp.roll(y, 1, 2), {"slice": 2}),
+    "a gate of maxima": (lambda y: y * y.max((1, 2), keepdims=True), {"reshape": 2}),
+}
+# Whole networks, with their numbers of products.
+NETWORKS = {
+    **{name: (between(change), moves, 3) for name, (change, moves) in CHANGES.items()},
+    "global maximum": (
+        lambda p, x: jax.nn.relu(conv(x, p["first"])).max((1, 2)) @ p["dense"], {"reshape": 1}, 2,
+    ),
+    "an input joined": (
+        lambda p, x: between(lambda y: y)(p, jnp.concatenate([x, x[:, ::-1]], 2)),
+        {"reverse": 1}, 3,
+    ),
+    "an input cut": (lambda p, x: between(lambda y: y)(p, x[:, 1:]), {"slice": 1}, 3),
+    "an input padded": (
+        lambda p, x: between(lambda y: y)(p, jnp.pad(x, ((0, 0), (1, 2), (0, 1), (0, 0)))),
+        {"pad": 1}, 3,
+    ),
+    "an input clipped": (
+        lambda p, x: between(lambda y: y)(p, jnp.minimum(jax.nn.relu(x), 1)), {}, 3,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_network_moves_codes_and_computes_each_product_once(name, tmp_path):
+    function, moves, products = NETWORKS[name]
+    model = jaxqat.calibrate(jaxqat.quantize(function), {"params": PARAMS}, batches=[X])
+    graph = jaxqat.load(
+        jaxqat.save(jaxqat.convert(model, X[:2], strict=True), tmp_path / "network")
+    )
+    assert not graph.islands
+    assert Counter(n.kind for n in graph.nodes if isinstance(n, g.Move)) == moves
+    assert len(list(graph.products())) == products
+    check = jaxqat.verify(model, graph=graph, batches=[X])
+    assert (check.differing, check.failures) == (0, ())
+
+    codes, result = integer_graph.run(graph, X)
+    for platform in ("cpu", "tpu"):
+        network = jaxqat.make_executor(graph, platform=platform)
+        found = network.codes(X)
+        for key, wanted in codes.items():
+            np.testing.assert_array_equal(found[key], wanted, err_msg=f"{platform} {key}")
+        np.testing.assert_array_equal(network(X), result)
+    path = jaxqat.export_onnx(graph, tmp_path / "network.onnx")
+    found, onnx_codes = run_onnx(path, X, expose=True)
+    np.testing.assert_array_equal(found, result)
+    for key, wanted in codes.items():
+        np.testing.assert_array_equal(onnx_codes[key], wanted, err_msg=key)
+    # Three quantized tensors of 8 bits.
+    assert sqnr.decibels(function(PARAMS, X), result) > 25
+
+
+# By the reason.
+OTHERS = {
+    "picks elements of the batch": lambda y: y[np.array([1, 0])],
+    "'argmax' before it": lambda y: jnp.take(y, jnp.argmax(y[0, 0, 0]) + jnp.arange(3), axis=1),
+}
+
+
+@pytest.mark.parametrize("reason", OTHERS)
+def test_other_indices_have_no_integer_form(reason):
+    model = jaxqat.calibrate(
+        jaxqat.quantize(between(OTHERS[reason])), {"params": PARAMS}, batches=[X[:2]]
+    )
+    with pytest.raises(ConversionError, match=reason):
+        jaxqat.convert(model, X[:2], strict=True)
+
+
+@pytest.mark.parametrize(
+    ("axis", "indices"), [(0, (0,)), (4, (0,)), (2, ()), (2, (0, 4)), (2, (-1,))]
+)
+def test_a_move_takes_only_elements_that_exist(axis, indices):
+    move = g.Move(name="m", inputs=("x",), output="y", kind="take", axis=axis, indices=indices)
+    tensor = g.Tensor(name="x", shape=X.shape[1:], scale=np.float32(1), zero_point=0)
+    with pytest.raises(g.GraphError, match="node 'm': take of"):
+        move.check([tensor], tensor)
