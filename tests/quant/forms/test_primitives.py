@@ -56,12 +56,12 @@ def number(value):
     return forms.Operand(value, None, True)
 
 
-def derived(name, bind, *operands):
+def derived(name, bind, *operands, **params):
     """The form that the table derives for an operation."""
     rule = PRIMITIVES[name].form
     assert rule is not None
     shape = jax.eval_shape(bind, *(o.values for o in operands)).shape
-    return rule(forms.Operation(name, {}, bind), list(operands), shape)
+    return rule(forms.Operation(name, params, bind), list(operands), shape)
 
 
 def windows(reduce):
@@ -110,7 +110,16 @@ AFFINE = {
     "sub": (lax.sub, lambda u: u - PER_CHANNEL, lambda u: PER_CHANNEL - u),
     "mul": (lax.mul, lambda u: u * PER_CHANNEL, lambda u: PER_CHANNEL * u),
 }
-ALONE = {"pad", "concatenate", "max", "min", "neg", "div"}  # Each has a test of its own.
+ALONE = {
+    "pad",
+    "concatenate",
+    "max",
+    "min",
+    "neg",
+    "div",
+    "gather",
+    "reduce_max",
+}  # Each has a test of its own.
 
 
 def _lowest(dtype):
@@ -152,6 +161,63 @@ def test_padding_adds_real_zeros(operand):
     form = derived("pad", bind, operand(UNITS), number(np.float32(0)))
     assert_units(form, np.pad(UNITS, [(0, 0), (1, 2), (0, 0)]))
     assert derived("pad", bind, operand(UNITS), number(np.float32(1))) is None
+
+
+def gather(axes, sizes, mode="clip"):
+    """A gather of whole slices at indices along axes, and its parameters."""
+    others = tuple(axis for axis in range(3) if axis not in axes)
+    params = {
+        "dimension_numbers": lax.GatherDimensionNumbers(others, axes, axes),
+        "slice_sizes": sizes,
+        "mode": lax.GatherScatterMode.from_any(mode),
+    }
+    return (lambda x, indices: lax.gather(x, indices, **params)), params
+
+
+def operation_of(form) -> forms.Operation:
+    """The operation of a move."""
+    if isinstance(form, forms.Codes):
+        assert form.moved is not None
+        return form.moved[0]
+    assert isinstance(form, forms.Moved)
+    return form.operation
+
+
+@pytest.mark.parametrize("operand", [codes, accumulator])
+@pytest.mark.parametrize("mode", ["clip", "fill", "promise_in_bounds"])
+def test_elements_at_constant_indices_along_an_axis_are_taken(operand, mode):
+    bind, params = gather((1,), (2, 1, 4), mode)
+    where = forms.Operand(jnp.array([[5], [0], [0]]), None, True)
+    form = derived("gather", bind, operand(UNITS), where, **params)
+    assert_units(form, UNITS[:, [5, 0, 0]])
+    move = operation_of(form)
+    assert (move.name, move.params["axis"]) == ("take", 1)
+    np.testing.assert_array_equal(move.params["indices"], [5, 0, 0])
+    unknown = forms.Operand(where.values, None, False)  # Of the data.
+    assert derived("gather", bind, operand(UNITS), unknown, **params) is None
+
+
+def test_indices_beyond_the_end_are_clipped_where_the_operation_clips():
+    bind, params = gather((1,), (2, 1, 4))
+    where = forms.Operand(jnp.array([[9], [1]]), None, True)
+    form = derived("gather", bind, codes(UNITS), where, **params)
+    assert_units(form, UNITS[:, [5, 1]])
+    np.testing.assert_array_equal(operation_of(form).params["indices"], [5, 1])
+
+
+@pytest.mark.parametrize(("axes", "sizes"), [((1, 2), (2, 1, 1)), ((1,), (2, 1, 3))])
+def test_other_gathers_have_no_form(axes, sizes):
+    bind, params = gather(axes, sizes)
+    where = forms.Operand(jnp.zeros((3, len(axes)), int), None, True)
+    assert derived("gather", bind, codes(UNITS), where, **params) is None
+
+
+@pytest.mark.parametrize("operand", [codes, accumulator])
+def test_the_maximum_over_all_spatial_axes_is_picked(operand):
+    form = derived("reduce_max", lambda x: x.max(1), operand(UNITS), axes=(1,))
+    assert_units(form, UNITS.max(1))
+    assert derived("reduce_max", lambda x: x.max(2), operand(UNITS), axes=(2,)) is None
+    assert derived("reduce_max", lambda x: x.max((1, 2)), operand(UNITS), axes=(1, 2)) is None
 
 
 def test_concatenation_rounds_each_part():
