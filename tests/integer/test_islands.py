@@ -170,7 +170,7 @@ def test_a_graph_with_islands_gives_what_numpy_computes(platform):
     executor = jaxqat.make_executor(graph, platform=platform)
     given = {name: codes[name] for name in graph.entries}
     assert list(given) == ["swish/codes"]
-    parts, found = executor.segments(pixels, given)
+    parts, found = executor.segments(given, pixels)
     for name, wanted in codes.items():
         if name not in graph.entries:
             np.testing.assert_array_equal(parts[name], wanted, err_msg=name)
@@ -260,7 +260,7 @@ def test_the_readers_of_an_entry_see_the_given_codes_and_it_shows_its_own():
     executor = jaxqat.make_executor(graph)
     own = executor.codes(pixels)
     zeros = {"swish/codes": np.full_like(own["swish/codes"], 7)}
-    parts, _ = executor.segments(pixels, zeros)
+    parts, _ = executor.segments(zeros, pixels)
     np.testing.assert_array_equal(parts["swish/codes"], own["swish/codes"])
     behind = np.asarray(parts["conv2/output"])
     assert (behind[:, 1:-1, 1:-1] == behind[:, 1:2, 1:2]).all()  # Of one value everywhere.

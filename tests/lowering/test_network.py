@@ -113,7 +113,7 @@ def test_products_of_two_activations_are_integer(target):
     executor = PLATFORMS["tpu" if target.platform == "tpu" else "cuda"](attention())
 
     def function(parameters, images):
-        return executor.result(executor.visit(images, parameters))
+        return executor.result(executor.visit([images], parameters))
 
     compiled = compile_for(target, function, executor.parameters, shape(8, 16, 16, 8, dtype=F32))
     # A compiler may merge the products that read the same tensor.
