@@ -24,7 +24,7 @@ from jaxqat.export._files import check_target
 from jaxqat.integer._execute import Platform
 from jaxqat.integer._execute.executor import PLATFORMS
 from jaxqat.integer._guard import check_graph
-from jaxqat.integer._inputs import Input, arrays_of, check_inputs
+from jaxqat.integer._inputs import Input, arrays_of, check_batch, check_inputs
 from jaxqat.integer._results import Output, check_places, flat
 from jaxqat.integer._store.files import read_regular, write_atomically
 from jaxqat.integer.graph import IntegerGraph
@@ -65,13 +65,17 @@ class StableHloNetwork:
             raise ExportError(f"{error}.") from error
         types = [entry["dtype"] for entry in self.description["inputs"]]
         arrays = [self._checked(*each) for each in zip(self._inputs, types, given, strict=True)]
+        try:
+            check_batch(self._inputs, arrays)
+        except ValueError as error:
+            raise ExportError(f"{error}.") from error
         return self._call(*arrays)
 
     def _checked(self, each: Input, dtype: str, array: Any) -> Any:
         """Return the array of an input after a check of its type and shape."""
         array = np.asarray(array) if not hasattr(array, "dtype") else array
         batch = self.description["batch"]
-        fits = batch is None or array.shape[0] == batch
+        fits = array.shape[:1] == (batch,) or (batch is None and array.shape[:1] > (0,))
         if dtype == "int32" and jnp.issubdtype(array.dtype, jnp.integer):
             array = array.astype(dtype)  # NumPy's integers are int64.
         if tuple(array.shape[1:]) != each.shape or array.dtype.name != dtype or not fits:
@@ -261,6 +265,8 @@ def _sealed(program: bytes, description: dict[str, Any]) -> bytes:
 
 def _opened(path: Path, content: bytes) -> tuple[bytes, dict[str, Any]]:
     """Split a file into program and description after checking the checksum."""
+    if not content.endswith(_MAGIC) and content[: -len(b"3")].endswith(_MAGIC[:-1]):
+        raise ExportError(f"{path}: was written by another version of jaxqat; export it again.")
     if not content.endswith(_MAGIC):
         raise ExportError(f"{path}: is truncated, or was not written by `export_stablehlo`.")
     rest = content[: -len(_MAGIC)]

@@ -215,7 +215,7 @@ def compare(
     images = flips = flips_fp32 = nan_inputs = 0
     logits_only = False
     for batch in each_batch(batches):
-        count = jax.tree.leaves(batch)[0].shape[0]
+        count = next(len(x) for x in jax.tree.leaves(batch) if np.ndim(x))
         left, right = _in_shape(expected(batch), graph, count), actual(batch)
         floats = None if real is None else real(batch)
         has_differing = np.zeros(count, bool)
@@ -324,7 +324,8 @@ def _maker(graph: IntegerGraph, name: str) -> Node | None:
 
 def _nans(batch: Any) -> int:
     """Return how many values are NaN; integers are not."""
-    floats = [x for x in jax.tree.leaves(batch) if jnp.issubdtype(x.dtype, jnp.floating)]
+    arrays = [x for x in jax.tree.leaves(batch) if hasattr(x, "dtype")]
+    floats = [x for x in arrays if jnp.issubdtype(x.dtype, jnp.floating)]
     return sum(int(np.isnan(np.asarray(x, np.float32)).sum()) for x in floats)
 
 

@@ -37,7 +37,9 @@ class Input:
         return INPUT if self.path == FIRST else f"<input {self}>"
 
     def __str__(self) -> str:
-        return "/".join(map(str, self.path))
+        plain = (type(key) is int or str(key).isidentifier() for key in self.path)
+        keys = zip(self.path, plain, strict=True)
+        return "/".join(str(key) if is_plain else repr(key) for key, is_plain in keys)
 
 
 def check_inputs(inputs: Sequence[Input]) -> None:
@@ -74,11 +76,24 @@ def arrays_of(
     count = _positions(inputs)
     names = sorted({first for first in (each.path[0] for each in inputs) if isinstance(first, str)})
     if len(arguments) != count or sorted(keywords) != names:
+        is_list = len(arguments) == 1 and isinstance(arguments[0], list) and count > 1
         raise ValueError(
-            f"the network takes {_listed(count, names)}, as the model does, got "
+            f"the network takes {_listed(count, names)}, those of the model that it reads, got "
             f"{_listed(len(arguments), list(keywords))}"
+            f"{': a list is one argument, a tuple are several' if is_list else ''}"
         )
     return [_array(each, arguments, keywords) for each in inputs]
+
+
+def check_batch(inputs: Sequence[Input], arrays: Sequence[Any]) -> None:
+    """Check that all inputs have one size of the batch.
+
+    Raises:
+        ValueError: If not; names the sizes.
+    """
+    sizes = {str(each): x.shape[0] for each, x in zip(inputs, arrays, strict=True)}
+    if len({str(size) for size in sizes.values()}) > 1:
+        raise ValueError(f"the inputs must have one size of the batch, got {sizes}")
 
 
 def _positions(inputs: Sequence[Input]) -> int:

@@ -8,7 +8,6 @@ of the same tensors, and logits; `_compare` has the contract.
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxqat.errors import ExecutionError
@@ -18,7 +17,7 @@ from jaxqat.integer._guard import check_graph
 from jaxqat.integer._inputs import needed
 from jaxqat.integer._results import flat
 from jaxqat.integer.graph import IntegerGraph
-from jaxqat.quant._models.batches import as_arguments, each_batch, preparing
+from jaxqat.quant._models.batches import as_arguments, compiled, each_batch, preparing
 from jaxqat.quant._models.bound import QuantizedModel, check_quantized
 
 # From a batch to the model's arguments; None if they are the same.
@@ -87,7 +86,7 @@ def training_network(
     arrays, rebuild = model.bind(*state, **kwargs).split_arrays()
     prepare = preparing(preprocess)
 
-    @jax.jit
+    @compiled
     def run(arrays: Any, batch: Any) -> tuple[dict[str, Any], list[Any]]:
         evaluator = rebuild(arrays).record(*prepare(as_arguments(batch)))
         return {"/".join(k): c.codes for k, c in evaluator.codes.items()}, evaluator.results
@@ -102,7 +101,7 @@ def float_network(
     arrays, rebuild = model.bind(*state, **kwargs).split_arrays()
     prepare = preparing(preprocess)
 
-    @jax.jit
+    @compiled
     def run(arrays: Any, batch: Any) -> tuple[dict[str, Any], list[Any]]:
         evaluator = rebuild(arrays).observe(*prepare(as_arguments(batch)))
         return {"/".join(k): x for k, x in evaluator.observed.items()}, evaluator.results

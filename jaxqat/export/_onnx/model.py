@@ -60,12 +60,12 @@ def onnx_model(
             "products, for which ONNX has no operation; convert with requantization='float'."
         )
     uint8 = input == "uint8" and any(i.type != "uint8" for i in graph.inputs)  # With a table.
-    names = input_names(graph.inputs)
+    names = input_names(graph.inputs)  # Perhaps not unique.
     writer = OnnxWriter(graph, names, uint8=uint8, opset=opset, by_segment=by_segment)
     writer.write()
     inputs = [
         (name, np.dtype(np.uint8 if uint8 else each.type), each.shape)
-        for name, each in zip(names, graph.inputs, strict=True)
+        for name, each in zip(writer.inputs, graph.inputs, strict=True)
     ]
     for name, entry in writer.entries.items():
         shape = graph.tensors[name].shape

@@ -52,6 +52,7 @@ class OnnxWriter(GraphVisitor[str]):
 
     Attributes:
         builder: The ONNX graph so far.
+        inputs: Name in ONNX of each of the network's inputs.
         offsets: For each tensor, its uint8 codes minus its int8 codes.
         codes: For each tensor, the name of the ONNX tensor of its uint8 codes.
         entries: Name in ONNX of each tensor that is an input of the file, if `by_segment`.
@@ -81,8 +82,8 @@ class OnnxWriter(GraphVisitor[str]):
         self.builder = Builder()
         self.entries: dict[str, str] = {}
         self._by_segment = by_segment
-        self._inputs = [self.builder.name(name) for name in names]
-        self._float_ops = FloatOpWriter(self.builder, self._inputs[0], opset)
+        self.inputs = [self.builder.name(name) for name in names]
+        self._float_ops = FloatOpWriter(self.builder, self.inputs[0], opset)
         given = graph.inputs
         self._shapes: dict[str, list[Any]] = {i.name: [BATCH, *i.shape] for i in given}
         self._types: dict[str, str] = {each.name: each.type for each in given}
@@ -95,7 +96,7 @@ class OnnxWriter(GraphVisitor[str]):
 
     def write(self) -> None:
         """Write all nodes, and give the network's real results their names."""
-        values = self.visit(self._inputs)
+        values = self.visit(self.inputs)
         real = [self._in_jax(output.name, values) for output in self.graph.outputs]
         self.builder.rename_all(real, self.results)
 

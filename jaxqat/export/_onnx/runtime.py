@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxqat.errors import ExportError
 from jaxqat.export._onnx.builder import DIGEST, channels_first, channels_last, digest, library
-from jaxqat.integer._inputs import Input, arrays_of, check_inputs
+from jaxqat.integer._inputs import Input, arrays_of, check_batch, check_inputs
 from jaxqat.integer._results import Output, check_places, nested
 from jaxqat.integer._store.files import read_regular
 
@@ -199,6 +199,10 @@ def make_runner(source: str | os.PathLike | bytes, *, expose: bool = False) -> R
         feed: dict[str, np.ndarray] = {}
         for each, entry, array in zip(inputs, declared, arrays, strict=True):
             feed[entry.name] = _checked(np.asarray(array), entry, each, len(inputs))
+        try:
+            check_batch(inputs, list(feed.values()))
+        except ValueError as error:
+            raise ExportError(f"{error}.") from error
         for name, entry in described.items():
             if "entry" in entry:
                 feed[entry["entry"]] = _as_numbers(np.asarray((given or {})[name]), entry["offset"])
@@ -231,10 +235,13 @@ def run_onnx(
         expose: Whether to return the codes of all tensors too.
     """
     run = make_runner(source, expose=expose)
-    count = len(jax.tree.leaves(images)[0])
+    count = next((len(x) for x in jax.tree.leaves(images) if np.ndim(x)), 0)
     starts = range(0, max(count, 1), batch_size)
-    parts = (jax.tree.map(lambda x, i=i: x[i : i + batch_size], images) for i in starts)
-    results, codes = zip(*map(run, parts), strict=True)
+
+    def part(start: int) -> Any:
+        return jax.tree.map(lambda x: x[start : start + batch_size] if np.ndim(x) else x, images)
+
+    results, codes = zip(*(run(part(i)) for i in starts), strict=True)
     return jax.tree.map(lambda *parts: np.concatenate(parts), *results), {
         name: np.concatenate([batch[name] for batch in codes]) for name in codes[0]
     }
@@ -256,6 +263,8 @@ def _checked(array: np.ndarray, declared: Any, each: Input, count: int) -> np.nd
     """Return the array of an input after a check of its type and shape."""
     dtype = {"float": "float32"}.get(name := declared.type[len("tensor(") : -1], name)
     shape = tuple(declared.shape[1:])
+    if dtype == "int32" and np.issubdtype(array.dtype, np.integer):
+        array = array.astype(np.int32)  # NumPy's integers are int64.
     if array.dtype.name != dtype or array.shape[1:] != shape or not len(array):
         raise ExportError(
             f"{'images' if count == 1 else f'input {each}'} must be {dtype} of the shape (n, "

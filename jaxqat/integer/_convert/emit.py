@@ -308,8 +308,7 @@ class Emitter(ProductEmitter):
             own = {"name": self.unique(f"{output}/{operation.name}"), "inputs": (source,)}
             fields = {**own, "output": output, **step.fields}
             if isinstance(fields.get("indices"), jax.Array):
-                indices = fields["indices"]
-                fields["indices"] = self.defer(indices, lambda array: tuple(map(int, array)))
+                fields["indices"] = self._indices(operation, fields["indices"], name)
             self.nodes.append((step.kind, fields))
             source = output
 
@@ -325,6 +324,11 @@ class Emitter(ProductEmitter):
         self._tensor(name, grid, shape, bounds)
         fields = {"name": f"{name}/concat", "inputs": tuple(names), "output": name, "axis": axis}
         self.nodes.append((g.Concat, fields))
+
+    def _indices(self, operation: forms.Operation, indices: jax.Array, name: str) -> Deferred:
+        inside = (indices >= 0) & (indices <= operation.params["last"])
+        self.require(inside, f"{name}: it picks elements beyond the end of a tensor, which are NaN")
+        return self.defer(indices, lambda array: tuple(map(int, array)))
 
     def _tensor(self, name: str, grid: Grid, shape: tuple[int, ...], bounds: Bounds) -> None:
         def code(value: float) -> jax.Array:

@@ -126,6 +126,12 @@ def _window(params: Mapping[str, Any], avals: list[Any], out: Any) -> dict[str, 
 
 def _gather(params: Mapping[str, Any], avals: list[Any], out: Any) -> dict[str, Any]:
     numbers, sizes = params["dimension_numbers"], list(params["slice_sizes"])
+    fill = params["fill_value"]
+    if fill is not None and not np.isnan(fill):
+        raise UnconvertibleError(
+            f"'gather' gives {fill} for places beyond the end of a tensor: use mode='clip', or pad "
+            "the tensor"
+        )
     batched = set(numbers.operand_batching_dims)
     parts = enumerate(zip(avals[0].shape, sizes, strict=True))
     return {

@@ -15,7 +15,7 @@ from jaxqat.integer import graph as g
 from jaxqat.integer._execute import Cpu, Cuda, PallasCuda, Platform
 from jaxqat.integer._execute.pallas_conv import COMPUTE_CAPABILITY
 from jaxqat.integer._guard import check_graph
-from jaxqat.integer._inputs import Input, arrays_of
+from jaxqat.integer._inputs import Input, arrays_of, check_batch
 
 # By name; "cuda" and "cuda_pallas" run on the same device.
 PLATFORMS: dict[str, type[Platform]] = {
@@ -140,9 +140,10 @@ class Executor:
         arrays = [x if hasattr(x, "dtype") else np.asarray(x) for x in given]
         for each, x in zip(inputs, arrays, strict=True):
             self._check(each, x)
-        sizes = {str(each): x.shape[0] for each, x in zip(inputs, arrays, strict=True)}
-        if len({str(size) for size in sizes.values()}) > 1:
-            raise ExecutionError(f"the inputs must have one size of the batch, got {sizes}.")
+        try:
+            check_batch(inputs, arrays)
+        except ValueError as error:
+            raise ExecutionError(f"{error}.") from error
         if not self._seen_floats and not any(isinstance(x, Tracer) for x in arrays):
             for each, x in zip(inputs, arrays, strict=True):
                 if jnp.issubdtype(x.dtype, jnp.floating):
@@ -171,12 +172,14 @@ class Executor:
         if each.type != "float32":
             return
         if x.dtype == jnp.uint8 and all(node.table is None for node in readers):
+            repair = ", or convert with `preprocess`" if len(self.graph.inputs) == 1 else ""
             raise ExecutionError(
                 f"{name} are uint8, but the network was converted without `preprocess`: give the "
-                "model's float32 input, or convert with `preprocess`."
+                f"model's float32 input{repair}."
             )
         if x.dtype != jnp.uint8 and not jnp.issubdtype(x.dtype, jnp.floating):
-            raise ExecutionError(f"{name} must be float32 or uint8, got {x.dtype}.")
+            types = "float32 or uint8" if self.graph.takes_uint8 else "float32"
+            raise ExecutionError(f"{name} must be {types}, got {x.dtype}.")
 
 
 def _check_normalized(graph: g.IntegerGraph, each: Input, images: np.ndarray) -> None:

@@ -218,11 +218,14 @@ class Moved:
         inner: The tensor before that.
         operation: The operation.
         is_reshape: Whether elements have another shape in the same order; some may be repeated.
+        is_largest: Whether the values decide which elements are picked, so that a factor, which may
+            be negative, cannot be applied before.
     """
 
     inner: Form
     operation: Operation
     is_reshape: bool = False
+    is_largest: bool = False
 
     def in_units(self, grid: Grid) -> Float[Array, "..."]:
         return self.operation.bind(self.inner.in_units(grid))

@@ -108,7 +108,7 @@ PRIMITIVES: dict[str, Primitive] = {
     "squeeze": Primitive(Kind.MOVE, rules.reshaped),
     "transpose": Primitive(Kind.MOVE, rules.transposed),
     "pad": Primitive(Kind.PAD, rules.padded),
-    "reduce_window_max": Primitive(Kind.PICK, rules.moved),
+    "reduce_window_max": Primitive(Kind.PICK, rules.picked),
     "concatenate": Primitive(Kind.JOIN, rules.joined),
     "add": Primitive(Kind.AFFINE, rules.added, joins_branches=True),
     "sub": Primitive(Kind.AFFINE, rules.subtracted),

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.lax import GatherScatterMode
 from jaxtyping import Array
 
@@ -72,16 +73,18 @@ def taken(operation: Operation, operands: list[Operand], shape: Shape) -> Form |
     axis = _axis_of_take(operation.params, x.values.shape, jnp.shape(indices.values), shape)
     if axis is None:
         return None
-    last, mode = x.values.shape[axis] - 1, operation.params["mode"]
+    last, fill = x.values.shape[axis] - 1, operation.params.get("fill_value")
+    if fill is not None and not np.isnan(fill):
+        return None  # Places beyond the end have this value, which may have no code.
     where = jnp.ravel(indices.values)
-    if mode in (GatherScatterMode.CLIP, GatherScatterMode.PROMISE_IN_BOUNDS):
+    if operation.params["mode"] is not GatherScatterMode.FILL_OR_DROP:
         where = jnp.clip(where, 0, last)
-    picked = Operation(
+    take = Operation(
         "take",
-        {"axis": axis, "indices": where},
-        lambda values: operation.bind(values, indices.values),
+        {"axis": axis, "indices": where, "last": last},
+        lambda values: jnp.take(values, where, axis, mode="clip"),
     )
-    return moved(picked, operands, shape)
+    return moved(take, operands, shape)
 
 
 def _axis_of_take(
@@ -101,13 +104,19 @@ def _axis_of_take(
     return axis if indices == (after[axis], 1) else None
 
 
+def picked(operation: Operation, operands: list[Operand], shape: Shape) -> Form | None:
+    """Return the form of the largest elements, as of windows."""
+    found = moved(operation, operands, shape)
+    return dataclasses.replace(found, is_largest=True) if isinstance(found, Moved) else found
+
+
 def largest(operation: Operation, operands: list[Operand], shape: Shape) -> Form | None:
     """Return the form of the maximum over all spatial axes: it is picked from codes."""
     values = operands[0].values
     spatial = () if values is None else tuple(range(1, values.ndim - 1))
     if not spatial or tuple(sorted(operation.params["axes"])) != spatial:
         return None
-    return moved(operation, operands, shape)
+    return picked(operation, operands, shape)
 
 
 def transposed(operation: Operation, operands: list[Operand], shape: Shape) -> Form | None:
@@ -252,6 +261,8 @@ def _before_the_move(rule: FormRule, operation: Operation, operands: list[Operan
     for place, (operand, other) in enumerate((operands, operands[::-1])):
         form, number = operand.form, other.values
         if not isinstance(form, Moved) or not isinstance(form.inner, Accumulator):
+            continue
+        if form.is_largest:
             continue
         if other.constant and number is not None and number.size == 1:
             reads = [Operand(jnp.reshape(number, ()), None, True)] * 2

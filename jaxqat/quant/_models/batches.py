@@ -4,7 +4,10 @@
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
+import jax
+
 from jaxqat.errors import QuantizationError
+from jaxqat.quant._trace.arguments import Call
 
 
 def each_batch(batches: Iterable[Any]) -> Iterator[Any]:
@@ -26,6 +29,27 @@ def each_batch(batches: Iterable[Any]) -> Iterator[Any]:
 def as_arguments(batch: Any) -> tuple[Any, ...]:
     """Return the inputs of a batch: those of a tuple, or the batch as the only one."""
     return cast("tuple[Any, ...]", batch) if isinstance(batch, tuple) else (batch,)
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a compiled function whose last argument is a batch; of it only arrays are traced.
+
+    All else in a batch, such as `False`, is static, as in a call of the model.
+    """
+    programs: dict[Any, Callable[..., Any]] = {}
+
+    def run(*arguments: Any) -> Any:
+        *others, batch = arguments
+        call = Call.of((), (), batch)
+        if call.static not in programs:
+
+            def of_arrays(others: Any, arrays: Any) -> Any:
+                return function(*others, call.rebuild(arrays)[2])
+
+            programs[call.static] = jax.jit(of_arrays)
+        return programs[call.static](tuple(others), call.flat)
+
+    return run
 
 
 def preparing(

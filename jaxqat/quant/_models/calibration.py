@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxqat.errors import QuantizationError
-from jaxqat.quant._models.batches import as_arguments, each_batch, preparing
+from jaxqat.quant._models.batches import as_arguments, compiled, each_batch, preparing
 from jaxqat.quant._models.bound import BoundModel, QuantizedModel
 from jaxqat.quant._models.quantize import quantize
 from jaxqat.quant._models.state import check_finite
@@ -38,13 +38,14 @@ def calibrate(
         model: What `jaxqat.quantize` takes or returned.
         *state: The model's variables: a dictionary with `params`. Nothing for an NNX or an Equinox
             module, which hold them.
-        batches: Inputs of the model, one batch each; a tuple holds several arguments.
+        batches: Inputs of the model, one batch each; a tuple holds several arguments. Those that
+            are no arrays are static.
         recipe: A `Recipe`, or the name of a preset; 'int8' by default. Only for a model that is
             not quantized yet.
         preprocess: Makes the model's input from a batch, compiled together with the model; None
             if the batches are the input.
-        **kwargs: Keyword arguments of the model's call that select inference, such as
-            `train=False`.
+        **kwargs: Keyword arguments of the model's call, the same for all batches, such as
+            `train=False` for inference.
 
     Returns:
         The bound model. Its `variables` hold the ranges; `model` is the quantized model itself.
@@ -60,7 +61,7 @@ def calibrate(
 
     prepare = preparing(preprocess)
 
-    @jax.jit
+    @compiled
     def observe(arrays: Any, ranges: dict[Key, Range], inputs: tuple[Any, ...]) -> dict[Key, Range]:
         return rebuild(arrays).with_state(ranges).calibrate(*prepare(inputs)).state
 
@@ -68,7 +69,8 @@ def calibrate(
     for batch in each_batch(batches):
         inputs = as_arguments(batch)
         if ranges is None:
-            start = bound.with_empty_ranges(*jax.eval_shape(prepare, inputs)).state
+            shapes = inputs if preprocess is None else jax.eval_shape(prepare, inputs)
+            start = bound.with_empty_ranges(*shapes).state
             ranges = jax.tree.map(_strongly_typed, start)
         ranges = observe(arrays, ranges, inputs)
     if ranges is None:

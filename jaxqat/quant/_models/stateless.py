@@ -14,6 +14,7 @@ from jaxqat.quant._interpret import Memory, Mode
 from jaxqat.quant._models.bound import BoundModel, PureFunction, QuantizedModel
 from jaxqat.quant._models.checks import check_mutable
 from jaxqat.quant._models.state import QUANT, QUANT_PARAMS
+from jaxqat.quant._trace.arguments import split_arrays
 from jaxqat.quant.recipe import Recipe
 
 # Collections to update, as Flax names them: all or none, one name, several, all but some.
@@ -204,5 +205,11 @@ class QuantizedEquinox(QuantizedFunction):
         return super().bind(*(state or ({"params": self.module},)), **kwargs)
 
 
-def _mapped(module: Callable[..., Any], *inputs: Any) -> Any:
-    return jax.vmap(module)(*inputs)
+def _mapped(module: Callable[..., Any], *inputs: Any, **keywords: Any) -> Any:
+    arrays, rebuild = split_arrays((inputs, keywords))
+
+    def of_one(arrays: Any) -> Any:
+        given, named = rebuild(arrays)
+        return module(*given, **named)
+
+    return jax.vmap(of_one)(arrays)

@@ -2,11 +2,13 @@
 
 from collections import Counter
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from plain import others_long
 from references import integer_graph, sqnr
 
 import jaxqat
@@ -20,6 +22,7 @@ PARAMS = {
     "first": RNG.normal(size=(3, 3, 3, 5)).astype(np.float32) / 3,
     "second": RNG.normal(size=(3, 3, 5, 4)).astype(np.float32) / 3,
     "head": RNG.normal(size=(4, 3)).astype(np.float32),
+    "turn": np.float32(-2),
     "dense": RNG.normal(size=(5, 3)).astype(np.float32),
 }
 
@@ -85,7 +88,10 @@ NETWORKS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+PLAIN = {"repeat", "another size", "picked", "rolled", "a gate of maxima", "an input joined"}
+
+
+@pytest.mark.parametrize("name", others_long(NETWORKS, PLAIN))
 def test_the_network_moves_codes_and_computes_each_product_once(name, tmp_path):
     function, moves, products = NETWORKS[name]
     model = jaxqat.calibrate(jaxqat.quantize(function), {"params": PARAMS}, batches=[X])
@@ -138,3 +144,51 @@ def test_a_move_takes_only_elements_that_exist(axis, indices):
     tensor = g.Tensor(name="x", shape=X.shape[1:], scale=np.float32(1), zero_point=0)
     with pytest.raises(g.GraphError, match="node 'm': take of"):
         move.check([tensor], tensor)
+
+
+@pytest.mark.parametrize("pool", ["all", "windows"])
+@pytest.mark.parametrize("factor", [lambda p, y: y * -0.5, lambda p, y: y / p["turn"]])
+def test_a_negative_factor_behind_a_maximum_makes_no_minimum_of_it(pool, factor):
+    def function(params, x):
+        y = conv(x, params["first"])
+        y = y.max((1, 2)) if pool == "all" else nn.max_pool(y, (2, 2), (2, 2))
+        return factor(params, y).reshape(len(x), -1) @ params[pool]
+
+    params = {**PARAMS, "all": PARAMS["dense"], "windows": np.tile(PARAMS["dense"], (6, 1))}
+    model = jaxqat.calibrate(jaxqat.quantize(function), {"params": params}, batches=[X])
+    graph = jaxqat.convert(model, X[:2])
+    check = jaxqat.verify(model, graph=graph, batches=[X])
+    assert (check.differing, check.failures) == (0, ())
+    quantized = jaxqat.quantize(function)
+    trained, _ = quantized.apply(model.variables, X, mutable=["quant"])
+    exact = function(params, X)
+    for found in (jaxqat.make_executor(graph)(X), model(X), trained):
+        assert sqnr.decibels(exact, found) > 25
+
+
+def filled(value):
+    """Elements beyond the end of a tensor of codes, which have a value of their own."""
+
+    def change(y):
+        return jnp.tanh(y).at[:, np.array([0, 9, 3, 9])].get(mode="fill", fill_value=value)
+
+    return between(change)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0])
+def test_a_value_for_places_beyond_the_end_is_not_lost(value):
+    function = filled(value)
+    model = jaxqat.calibrate(jaxqat.quantize(function), {"params": PARAMS}, batches=[X])
+    assert sqnr.decibels(function(PARAMS, X), model(X)) > 25
+    with pytest.raises(ConversionError, match=r"gives .* for places beyond the end .* mode='clip'"):
+        jaxqat.convert(model, X[:2])
+
+
+def test_a_result_beyond_the_end_is_refused():
+    def function(params, x):
+        return jnp.take(jax.nn.relu(conv(x, params["first"])), np.array([0, 9]), axis=1)
+
+    model = jaxqat.calibrate(jaxqat.quantize(function), {"params": PARAMS}, batches=[X])
+    graph = jaxqat.convert(model, X[:2])  # An island: NaN there, as in the model.
+    result = jaxqat.make_executor(graph)(X)
+    np.testing.assert_array_equal(np.isnan(result), np.isnan(model(X)))
