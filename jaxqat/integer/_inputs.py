@@ -46,8 +46,10 @@ def check_inputs(inputs: Sequence[Input]) -> None:
     """Check that each input has a place of its own among the arguments.
 
     Raises:
-        ValueError: If not; names the place.
+        ValueError: If not, or if there is none; names the place.
     """
+    if not inputs:
+        raise ValueError("a network reads one array or more")
     if any(not each.path for each in inputs):
         raise ValueError("the place of an input begins with an argument, got ()")
     # Positions and keywords may be beside each other, as they may not in a result.

@@ -109,7 +109,7 @@ def float_network(
     return lambda batch: Observation(*run(arrays, batch))
 
 
-def integer_network(executor: Executor, **keywords: Any) -> Network:
+def integer_network(executor: Executor, /, **keywords: Any) -> Network:
     """Return the integer network.
 
     Args:
@@ -126,7 +126,7 @@ def integer_network(executor: Executor, **keywords: Any) -> Network:
     return network
 
 
-def integer_segments(executor: Executor, **keywords: Any) -> Segments:
+def integer_segments(executor: Executor, /, **keywords: Any) -> Segments:
     """Return the integer network with given codes at the end of each float island."""
     graph = executor.graph
 

@@ -477,6 +477,8 @@ def test_the_input_is_read():
         attributes={"shape": [{"batch": 1}], "axes": []}, constants=(np.ones((), np.float32),),
         shape=[{"batch": 1}], dtype="float32",
     )  # fmt: skip
-    with pytest.raises(GraphError, match="one Quantize node must quantize the input"):
-        outputs = (g.Output(name="one", shape=()),)
+    outputs = (g.Output(name="one", shape=()),)
+    with pytest.raises(GraphError, match="no Quantize or FloatOp node reads the input 0"):
         g.IntegerGraph(inputs=(g.Input(shape=(2,)),), tensors={}, nodes=(node,), outputs=outputs)
+    with pytest.raises(GraphError, match="inputs: a network reads one array or more"):
+        g.IntegerGraph(inputs=(), tensors={}, nodes=(node,), outputs=outputs)

@@ -25,7 +25,7 @@ def with_tables(
         ConversionError: The model has several inputs, or does not quantize float images at once; or
             `preprocess` looks at more than a value and its channel.
     """
-    if len(inputs) > 1:
+    if len(inputs) != 1:
         raise ConversionError(
             f"preprocess makes one input of images, and this model has {len(inputs)}: convert "
             "without it."

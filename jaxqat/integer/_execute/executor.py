@@ -80,7 +80,7 @@ class Executor:
         return self._codes(self._device_parameters(), *self._checked(arguments, keywords))
 
     def segments(
-        self, entries: Any, *arguments: Any, **keywords: Any
+        self, entries: Any, /, *arguments: Any, **keywords: Any
     ) -> tuple[dict[str, Int8[Array, "..."]], Any]:
         """Return codes and the result where the readers of some tensors see given codes.
 
@@ -153,7 +153,8 @@ class Executor:
 
     def _check(self, each: Input, x: Any) -> None:
         """Check the shape and the type of an array."""
-        name = "images" if len(self.graph.inputs) == 1 else f"input {each}"
+        alone = "images" if each.type in ("float32", "uint8") else "inputs"
+        name = alone if len(self.graph.inputs) == 1 else f"input {each}"
         if not x.shape or tuple(x.shape[1:]) != each.shape:
             raise ExecutionError(
                 f"{name} must have the shape (batch, {', '.join(map(str, each.shape))}), got "
