@@ -56,10 +56,8 @@ def step(node, tensors, codes, images=None, requantization="float", reals=None) 
     """What a node makes, in steps of its output's grid (int64), or its real result (float32)."""
     if isinstance(node, g.FloatOp):
         return float_op(node, [real(name, tensors, codes, reals) for name in node.inputs], images)
-    if isinstance(node, g.Quantize):
-        assert reals is not None
-        return quantized(node, reals[node.inputs[0]], tensors[node.output].zero_point)
-    inputs = [codes[name].astype(np.int64) - tensors[name].zero_point for name in node.inputs]
+    of_codes = [] if isinstance(node, g.Quantize) else node.inputs
+    inputs = [codes[name].astype(np.int64) - tensors[name].zero_point for name in of_codes]
     is_real = node.output not in tensors
 
     def rescaled(total, multiplier):
@@ -68,6 +66,9 @@ def step(node, tensors, codes, images=None, requantization="float", reals=None) 
         return rounded(total, multiplier, requantization)
 
     match node:
+        case g.Quantize():
+            assert reals is not None
+            return quantized(node, reals[node.inputs[0]], tensors[node.output].zero_point)
         case g.Product():
             return rescaled(product(node, inputs[0]) + node.bias, node.multiplier)
         case g.Add():

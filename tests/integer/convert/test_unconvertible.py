@@ -83,12 +83,6 @@ REFUSED = {
         lambda p, x: conv(jnp.concatenate([features(p, x), features(p, x)]), p["b"]),
         "b/input: a concatenation of batches",
     ),
-    "elements that are repeated": (
-        lambda p, x: head(
-            p, conv(jnp.repeat(features(p, x)[:, :, None], 2, 2).reshape(len(x), 16, 8, 8), p["b"])
-        ),
-        "b/input/.*: 'broadcast_in_dim' repeats elements",
-    ),
 }  # fmt: skip
 
 
