@@ -266,5 +266,5 @@ def test_malicious_files_run_no_code_write_nothing_and_take_little_memory(saved,
 
 def test_the_fuzzed_files_are_read_when_they_are_whole(saved, stablehlo):
     assert jaxqat.load(saved).nodes
-    assert load_stablehlo(stablehlo).description["input"]["dtype"] == "float32"
+    assert load_stablehlo(stablehlo).description["inputs"][0]["dtype"] == "float32"
     assert load_onnx(onnx_model(graphs.build("mlp")).SerializeToString()).graph.node
