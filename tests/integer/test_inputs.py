@@ -336,6 +336,17 @@ def test_files_refuse_batches_of_different_sizes(tmp_path):
         program(STATE[:0], ACTION[:0])
 
 
+def test_tokens_of_numpy_s_type_are_taken_and_too_large_ones_are_not(tmp_path):
+    from jaxqat.export import run_onnx
+
+    case = CASES["generator"]
+    path = jaxqat.export_onnx(converted(case)[2], tmp_path / "n.onnx")
+    wanted = run_onnx(path, case.arguments)[0]
+    np.testing.assert_array_equal(run_onnx(path, (NOISE, CLASSES.astype(np.int64)))[0], wanted)
+    with pytest.raises(ExportError, match=r"input 1 must be int32 .* got int64"):
+        run_onnx(path, (NOISE, CLASSES + np.int64(2**32)))
+
+
 def test_a_mask_must_be_bool():
     case = CASES["reader"]
     network = jaxqat.make_executor(converted(case)[2])

@@ -263,8 +263,9 @@ def _checked(array: np.ndarray, declared: Any, each: Input, count: int) -> np.nd
     """Return the array of an input after a check of its type and shape."""
     dtype = {"float": "float32"}.get(name := declared.type[len("tensor(") : -1], name)
     shape = tuple(declared.shape[1:])
-    if dtype == "int32" and np.issubdtype(array.dtype, np.integer):
-        array = array.astype(np.int32)  # NumPy's integers are int64.
+    if dtype == "int32" and np.issubdtype(array.dtype, np.integer):  # NumPy's are int64.
+        same = np.array_equal(array, numbers := array.astype(np.int32))
+        array = numbers if same else array
     if array.dtype.name != dtype or array.shape[1:] != shape or not len(array):
         raise ExportError(
             f"{'images' if count == 1 else f'input {each}'} must be {dtype} of the shape (n, "

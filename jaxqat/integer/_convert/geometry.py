@@ -121,7 +121,7 @@ def _broadcast(axes: Sequence[int], before: Shape, after: Shape, where: str) -> 
         if shape[axis] != after[axis]:
             shape[axis] = after[axis]
             steps.append(_take(axis, (0,) * after[axis], tuple(shape[1:]), where))
-    return steps
+    return steps or [Step(g.Move, {"kind": "reshape", "shape": after[1:]}, after[1:])]
 
 
 def _transpose(params: dict[str, Any]) -> dict[str, Any] | None:

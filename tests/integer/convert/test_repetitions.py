@@ -15,6 +15,8 @@ import jaxqat
 from jaxqat.errors import ConversionError
 from jaxqat.export import run_onnx
 from jaxqat.integer import graph as g
+from jaxqat.integer._convert.geometry import move_steps
+from jaxqat.quant import _forms as forms
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(5, 6, 4, 3)).astype(np.float32)
@@ -118,6 +120,12 @@ def test_the_network_moves_codes_and_computes_each_product_once(name, tmp_path):
         np.testing.assert_array_equal(onnx_codes[key], wanted, err_msg=key)
     # Three quantized tensors of 8 bits.
     assert sqnr.decibels(function(PARAMS, X), result) > 25
+
+
+def test_a_broadcast_that_changes_nothing_is_one_move():
+    operation = forms.Operation("broadcast_in_dim", {"broadcast_dimensions": (0, 1)}, lambda x: x)
+    (step,) = move_steps(operation, (2, 3), (2, 3), "x")
+    assert (step.kind, step.fields["kind"], step.shape) == (g.Move, "reshape", (3,))
 
 
 # By the reason.
