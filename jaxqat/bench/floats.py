@@ -44,6 +44,11 @@ class FloatNetwork(FloatVisitor[Any]):
         """Return the sum of two tensors."""
         return inputs[0] + inputs[1]
 
+    def affine(self, node: g.Affine, x: Any) -> Any:
+        """Return a tensor with the network's own factors and terms."""
+        factors, terms = map(self.constant, self.affine_numbers(node))
+        return x * factors + terms
+
     def multiply(self, node: g.Multiply, inputs: list[Any]) -> Any:
         """Return the product of two tensors."""
         return inputs[0] * inputs[1]
@@ -82,6 +87,10 @@ class FloatNetwork(FloatVisitor[Any]):
                 return x[(slice(None), *node.slices)]
             case "take":
                 return x[(slice(None),) * node.axis + (list(node.indices),)]
+
+    @abstractmethod
+    def constant(self, array: np.ndarray) -> Any:
+        """Return an array as a tensor of the network's precision."""
 
     @abstractmethod
     def window_sums(self, node: g.SumPool, x: Any) -> Any:
@@ -124,6 +133,10 @@ class JaxNetwork(FloatNetwork):
                 if node.kind == "conv":
                     folded[node.name] = np.moveaxis(weights, -1, 0), bias
         return jax.tree.map(lambda a: jnp.asarray(a, self.dtype), folded)
+
+    def constant(self, array: np.ndarray) -> Any:
+        """Return an array of the program."""
+        return jnp.asarray(array, self.dtype)
 
     def apply(self, arrays: Arrays, images: jax.Array) -> jax.Array:
         """Return the float32 logits of float32 images."""
@@ -202,6 +215,10 @@ class TorchNetwork(FloatNetwork):
                 self.graph.products(), self.all_folded().values(), strict=True
             )
         }  # pyright: ignore[reportReturnType]
+
+    def constant(self, array: np.ndarray) -> Any:
+        """Return an array as a tensor."""
+        return self.torch.from_numpy(np.ascontiguousarray(array))
 
     def _tensor(self, array: np.ndarray) -> Any:
         tensor = self.torch.from_numpy(np.ascontiguousarray(array))

@@ -15,6 +15,7 @@ import numpy as np
 from jaxqat.integer._visitor import GraphVisitor
 from jaxqat.integer.graph import (
     CODE_MAX,
+    Affine,
     Concat,
     MaxPool,
     Move,
@@ -56,6 +57,13 @@ class FloatVisitor(GraphVisitor[Value]):
         low = 0.0 if out.low >= out.zero_point else None
         high = float((out.high - out.zero_point) * out.scale) if out.high < CODE_MAX else None
         return x if low is None and high is None else self.bound(node, x, low, high)
+
+    def affine_numbers(self, node: Affine) -> tuple[np.ndarray, np.ndarray]:
+        """Return the float32 factors and terms of a node, with an axis of size 1 for the batch."""
+        source, out = self.graph.tensors[node.inputs[0]], self.graph.tensors[node.output]
+        unit = node.multiplier * out.scale
+        factors, terms = node.weights * unit / source.scale, node.bias * unit
+        return factors[None].astype(np.float32), terms[None].astype(np.float32)
 
     def requantize(self, node: Requantize, x: Value) -> Value:
         """Return the tensor: a grid shows only in bounds."""

@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 
 from jaxqat.integer.graph import (
     Add,
+    Affine,
     Concat,
     FloatOp,
     IntegerGraph,
@@ -79,6 +80,8 @@ class GraphVisitor(ABC, Generic[Value]):
                 return self.add(node, inputs)
             case Multiply():
                 return self.multiply(node, inputs)
+            case Affine():
+                return self.affine(node, inputs[0])
             case Requantize():
                 return self.requantize(node, inputs[0])
             case Table():
@@ -114,6 +117,10 @@ class GraphVisitor(ABC, Generic[Value]):
     @abstractmethod
     def multiply(self, node: Multiply, inputs: list[Value]) -> Value:
         """Visit a product of two tensors, element by element."""
+
+    @abstractmethod
+    def affine(self, node: Affine, x: Value) -> Value:
+        """Visit factors and terms that are numbers of the network."""
 
     @abstractmethod
     def requantize(self, node: Requantize, x: Value) -> Value:

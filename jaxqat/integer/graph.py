@@ -27,6 +27,7 @@ from jaxqat.errors import GraphError
 from jaxqat.integer._inputs import INPUT, Input, InputType, check_inputs
 from jaxqat.integer._islands import Island, find_islands
 from jaxqat.integer._nodes.add import Add
+from jaxqat.integer._nodes.affine import Affine
 from jaxqat.integer._nodes.base import CODE_MAX, CODE_MIN, Node, Tensor, check_shape
 from jaxqat.integer._nodes.concat import Concat
 from jaxqat.integer._nodes.float_op import FloatOp
@@ -48,6 +49,7 @@ __all__ = [
     "INPUT",
     "NODE_KINDS",
     "Add",
+    "Affine",
     "Concat",
     "FloatOp",
     "Input",
@@ -72,7 +74,7 @@ __all__ = [
 Requantization = Literal["float", "fixed_point"]
 
 NODE_KINDS: tuple[type[Node], ...] = (
-    *(Quantize, Product, MatMul, Add, Multiply, Requantize, Table),
+    *(Quantize, Product, MatMul, Add, Multiply, Affine, Requantize, Table),
     *(MaxPool, SumPool, Move, Concat, FloatOp),
 )
 """Every kind of node that a graph can have."""
@@ -254,8 +256,11 @@ class IntegerGraph:
                 if constant is not None:
                     add(constant, constant.nbytes)
         for node in self.nodes:
-            if isinstance(node, Table):
-                add(node.table, node.table.nbytes)
+            arrays = [node.table] if isinstance(node, Table) else []
+            if isinstance(node, Affine):
+                arrays = [node.weights, node.bias, node.multiplier]
+            for array in arrays:
+                add(array, array.nbytes)
         for product in self.products():
             add(product.weights, packed_size(product.weights.size, product.weight_bits))
             add(product.bias, product.bias.nbytes)

@@ -78,6 +78,8 @@ def step(node, tensors, codes, images=None, requantization="float", reals=None) 
             return rescaled(inputs[0] * inputs[1], node.multiplier)
         case g.MatMul():
             return rescaled(paired(node, *inputs), node.multiplier)
+        case g.Affine():
+            return rescaled(inputs[0] * node.weights + node.bias, node.multiplier)
         case g.Requantize():
             return rescaled(inputs[0], node.multiplier)
         case g.SumPool():
@@ -134,9 +136,11 @@ def rounded(total, multiplier, requantization):
     """round(total * multiplier), by the float or the integer definition."""
     if requantization == "float":
         return np.round(total.astype(np.float32) * np.float32(multiplier)).astype(np.int64)
-    multiplier = np.broadcast_to(multiplier, total.shape[-1:])
-    columns = [shifted(total[..., c], float(m)) for c, m in enumerate(multiplier)]
-    return np.stack(columns, -1)
+    multiplier = np.broadcast_to(multiplier, total.shape[1:])
+    found = np.empty_like(total)
+    for m in np.unique(multiplier):
+        found[:, multiplier == m] = shifted(total[:, multiplier == m], float(m))
+    return found
 
 
 def shifted(total, multiplier):

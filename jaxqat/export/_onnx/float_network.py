@@ -21,6 +21,7 @@ from jaxqat.export._onnx.products import geometry, mat_mul, oriented_weights
 from jaxqat.integer._float_visitor import FloatVisitor
 from jaxqat.integer.graph import (
     Add,
+    Affine,
     Concat,
     FloatOp,
     IntegerGraph,
@@ -105,6 +106,14 @@ class OnnxFloatWriter(FloatVisitor[str]):
     def add(self, node: Add, inputs: list[str]) -> str:
         """Write an Add."""
         return self.builder.add("Add", inputs, node.output)
+
+    def affine(self, node: Affine, x: str) -> str:
+        """Write a Mul and an Add of constants."""
+        for operator, numbers in zip(("Mul", "Add"), self.affine_numbers(node), strict=True):
+            numbers = numbers.transpose(channels_first(numbers.ndim))
+            name = f"{node.name}/{operator.lower()}"
+            x = self.builder.add(operator, [x, self.builder.constant(numbers, f"{name}/by")], name)
+        return x
 
     def multiply(self, node: Multiply, inputs: list[str]) -> str:
         """Write a Mul."""

@@ -20,10 +20,11 @@ from jaxqat.export._onnx import tables
 from jaxqat.export._onnx.builder import Builder, channels_first, channels_last, output_name
 from jaxqat.export._onnx.float_ops import FloatOpWriter
 from jaxqat.export._onnx.grids import UINT8_MAX, offsets, pool_scale, sum_scales, weight_scales
-from jaxqat.export._onnx.products import geometry, mat_mul, oriented_weights
+from jaxqat.export._onnx.products import affine, geometry, mat_mul, oriented_weights
 from jaxqat.integer._visitor import GraphVisitor
 from jaxqat.integer.graph import (
     Add,
+    Affine,
     Concat,
     FloatOp,
     IntegerGraph,
@@ -282,6 +283,12 @@ class OnnxWriter(GraphVisitor[str]):
         )
         multiplier = self.builder.constant(node.multiplier, f"{node.name}/multiplier")
         real = self.builder.add("Mul", [units, multiplier], f"{node.name}/real")
+        return self._quantized(real, self.graph.tensors[node.output], _ONE)
+
+    def affine(self, node: Affine, x: str) -> str:
+        """Write the int32 sums of codes and constants, and their requantization."""
+        source = self.graph.tensors[node.inputs[0]]
+        real = affine(self.builder, node, x, source.zero_point + self.offsets[source.name])
         return self._quantized(real, self.graph.tensors[node.output], _ONE)
 
     def requantize(self, node: Requantize, x: str) -> str:

@@ -6,7 +6,9 @@ import numpy as np
 
 from jaxqat.errors import ExportError
 from jaxqat.export._onnx.builder import Builder, channels_first
-from jaxqat.integer.graph import MatMul, Product
+from jaxqat.integer.graph import Affine, MatMul, Product
+
+_FLOAT, _INT32 = 1, 6  # ONNX's element types.
 
 
 def oriented_weights(weights: np.ndarray, kind: str, spatial: int) -> np.ndarray:
@@ -79,3 +81,26 @@ def mat_mul(
     size = np.array([*common, *node.free_sizes(full)], np.int64)
     size = builder.constant(size, f"{node.name}/size")
     return builder.add("Reshape", [total, size], f"{node.name}/sum")
+
+
+def affine(builder: Builder, node: Affine, codes: str, zero: int) -> str:
+    """Write factors and terms that are constants; return the name of the units, not rounded.
+
+    Args:
+        builder: The ONNX graph so far.
+        node: The operation.
+        codes: Name of the tensor's codes, channels first.
+        zero: Their zero point.
+    """
+
+    def by(operator: str, x: str, array: np.ndarray, label: str) -> str:
+        array = array[None].transpose(channels_first(1 + array.ndim))
+        constant = builder.constant(array, f"{node.name}/{label}/by")
+        return builder.add(operator, [x, constant], f"{node.name}/{label}")
+
+    total = builder.add("Cast", [codes], f"{node.name}/integers", to=_INT32)
+    total = by("Mul", total, node.weights, "weighted")
+    # int32 wraps around, so that the order of the additions makes no difference.
+    total = by("Add", total, node.bias - np.int32(zero) * node.weights, "sum")
+    total = builder.add("Cast", [total], f"{node.name}/float_sum", to=_FLOAT)
+    return by("Mul", total, node.multiplier, "units")

@@ -143,9 +143,18 @@ class ProductEmitter(ABC):
                 raise UnconvertibleError(f"{where}: its bias or factor is not one per channel")
             return found
 
-        varies, bias, scale, multiplier = map(per_channel, form.coefficients(grid))
+        return self._coefficients(form, grid, per_channel)
+
+    def _coefficients(
+        self,
+        form: forms.Accumulator,
+        grid: Grid | None,
+        arranged: Callable[[jax.Array], jax.Array],
+    ) -> dict[str, Any]:
+        """Return bias, factors and signs, each as `arranged` makes it of what fits the total."""
+        varies, bias, scale, multiplier = map(arranged, form.coefficients(grid))
         # The weights of a network that diverged: the graph refuses a scale that is NaN.
-        finite = per_channel(jnp.isfinite(form.weight_scale) & jnp.isfinite(form.offset))
+        finite = arranged(jnp.isfinite(form.weight_scale) & jnp.isfinite(form.offset))
         scale = jnp.where(finite, scale, jnp.nan)
         sign = jnp.where(scale < 0, -1, 1)
         # A constant that is 0: any multiplier would do, and a graph wants a positive one.
@@ -168,6 +177,8 @@ class ProductEmitter(ABC):
         operation, codes = source.operation, source.codes
         where = f"the average behind {self.read(codes)!r}"
         per_channel = form.offset.ndim or (form.weight_scale.ndim and form.weight_scale.size != 1)
+        if source.weight != 1:
+            return self._affine(form, source, grid, output)
         if per_channel or where in self.as_products:
             return self._pool_as_product(form, source, grid, output)
         _, bias, _, multiplier = form.coefficients(grid)
@@ -218,6 +229,28 @@ class ProductEmitter(ABC):
                 "shape": (*(1,) * rank, channels),
             }
             self._emit_move(fields["output"], output, kind="reshape", shape=(channels,))
+
+    def _affine(
+        self, form: forms.Accumulator, source: forms.Summed, grid: Grid | None, output: str
+    ) -> None:
+        """Emit codes with factors and terms that differ by place."""
+        if grid is None:
+            raise UnconvertibleError(f"{output}: is scaled by place, and real")
+
+        def of_one_example(values: jax.Array) -> jax.Array:
+            return values.reshape(values.shape[1:] or (1,) * (form.total.ndim - 1))
+
+        found = self._coefficients(form, grid, of_one_example)
+        signs = self.arrays[found["weight_signs"].index]
+        fields = {
+            "weights": self.defer(signs * source.weight, as_array(np.int32)),
+            "bias": found["bias"],
+            "multiplier": found["multiplier"],
+            "inputs": (self.read(source.codes),),
+            "output": output,
+            "name": self.unique(f"{output}/affine"),
+        }
+        self.nodes.append((g.Affine, fields))
 
     def _of_rows(
         self, form: forms.Accumulator, source: forms.Summed, grid: Grid | None, output: str

@@ -21,7 +21,8 @@ from jaxlib.mlir.dialects import stablehlo
 from jaxtyping import Array, Int
 
 from jaxqat.integer import graph as g
-from jaxqat.integer._execute.base import Platform, is_depthwise
+from jaxqat.integer._execute.base import Platform
+from jaxqat.integer._execute.geometry import is_depthwise
 from jaxqat.quant._numerics.windows import taps, windows
 
 CHUNK = 8

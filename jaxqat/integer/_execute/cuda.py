@@ -10,7 +10,8 @@ from jax import lax
 from jaxtyping import Array, Int
 
 from jaxqat.integer import graph as g
-from jaxqat.integer._execute.base import Platform, convolve, is_depthwise
+from jaxqat.integer._execute.base import Platform
+from jaxqat.integer._execute.geometry import convolve, is_depthwise
 from jaxqat.quant._numerics import cudnn
 from jaxqat.quant._numerics.windows import dot_over_windows
 

@@ -15,6 +15,9 @@ from jaxqat.quant._numerics.products import AnyProduct, Dot
 # batch norm's gamma is 0.
 _LARGEST_BIAS = 2.0**30
 
+FINE = 2**8
+"""Weight of codes to which terms are added that differ by place, as a position embedding."""
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Multiplied:
@@ -45,10 +48,18 @@ class Multiplied:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Summed:
-    """Source of an accumulator of codes alone, as in average pooling."""
+    """Source of an accumulator of codes alone, as in average pooling.
+
+    Attributes:
+        operation: Sums the codes.
+        codes: The codes.
+        weight: What each of them is multiplied by: 1, or `FINE` so that a term that is added can
+            be much finer than a code.
+    """
 
     operation: Operation
     codes: Codes
+    weight: int = 1
 
 
 class Coefficients(NamedTuple):
@@ -133,8 +144,21 @@ class Accumulator:
         }
         return dataclasses.replace(self, **parts, source=dataclasses.replace(source, axes=now))
 
+    def finer(self) -> Self:
+        """Return the form of codes alone with the weight `FINE` for each of them."""
+        source = self.source
+        assert isinstance(source, Summed)
+        if source.weight == FINE:
+            return self
+        return dataclasses.replace(
+            self,
+            total=self.total * FINE,
+            weight_scale=self.weight_scale / FINE,  # A power of two: exact.
+            source=dataclasses.replace(source, weight=FINE),
+        )
+
     def times(self, factor: Array) -> Self:
-        """Return the form of the tensor multiplied by per-channel factors."""
+        """Return the form of the tensor multiplied by factors."""
         return dataclasses.replace(
             self,
             weight_scale=self.weight_scale * factor,
@@ -142,7 +166,7 @@ class Accumulator:
         )
 
     def plus(self, term: Array) -> Self:
-        """Return the form of the tensor with per-channel terms added."""
+        """Return the form of the tensor with terms added."""
         return dataclasses.replace(self, offset=self.offset + term)
 
 

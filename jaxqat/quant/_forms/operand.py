@@ -57,6 +57,45 @@ class Operand:
             return self.form or real
         return Either(self.holds, self.form, real)
 
+    def of_one_example(self, rank: int) -> Array | None:
+        """Return a constant for one example, (1, ...), if it is the same for all; otherwise None.
+
+        Args:
+            rank: Number of axes of what it is combined with, the batch among them.
+        """
+        values = self.values
+        if values is None or not self.constant or jnp.ndim(values) != rank or not rank:
+            return None
+        if values.shape[0] == 1 or self._repeats_examples():
+            return values[:1]
+        return None
+
+    def _repeats_examples(self) -> bool:
+        if self.values is None or self.made is None:
+            return False
+        equation, before = self.made.node.equation, self.made.operands()[0]
+        shapes = jnp.shape(before.values), jnp.shape(self.values)
+        return repeats_examples(equation, *shapes, before._repeats_examples)
+
+
+def repeats_examples(
+    equation: Any, before: tuple[int, ...], after: tuple[int, ...], is_repeated: Callable[[], bool]
+) -> bool:
+    """Return whether the result of an operation on a constant is the same along its first axis.
+
+    Args:
+        equation: The operation.
+        before: Shape of the constant.
+        after: Shape of the result.
+        is_repeated: Returns whether the constant is.
+    """
+    if equation.primitive.name == "broadcast_in_dim":
+        if equation.params["broadcast_dimensions"][:1] != (0,):
+            return True
+        return before[0] == 1 or is_repeated()
+    moves = equation.primitive.name in ("reshape", "convert_element_type", "copy")
+    return moves and before[:1] == after[:1] and is_repeated()
+
 
 def any_of(flags: Iterable[Any]) -> Any:
     """Return whether one flag is set: True where that is known already, else an array."""

@@ -31,6 +31,7 @@ from jaxqat.quant._forms.operand import Operand, is_channelwise, is_number
 from jaxqat.quant._numerics.grids import stretched
 
 Shape = tuple[int, ...]
+_COPY = Operation("copy", {}, lambda x: x)
 FormRule = Callable[[Operation, list[Operand], Shape], Form | None]
 
 
@@ -134,8 +135,7 @@ def padded(operation: Operation, operands: list[Operand], shape: Shape) -> Form 
     if form is None or not fill.constant or not is_number(fill.values, 0.0):
         return None
     if isinstance(form, Codes):
-        codes = operation.bind(form.codes, form.grid.zero.astype(jnp.int8))
-        return Codes(codes, form.grid, moved=(operation, form))
+        return _padded(form, operation)
 
     def bind(units: Array) -> Array:
         return operation.bind(units, jnp.float32(0))
@@ -143,11 +143,42 @@ def padded(operation: Operation, operands: list[Operand], shape: Shape) -> Form 
     return Moved(form, Operation(operation.name, operation.params, bind))
 
 
+def _padded(form: Codes, operation: Operation) -> Codes:
+    codes = operation.bind(form.codes, form.grid.zero.astype(jnp.int8))
+    return Codes(codes, form.grid, moved=(operation, form))
+
+
 def joined(operation: Operation, operands: list[Operand], shape: Shape) -> Form | None:
-    """Return the form of tensors side by side: each of them is rounded to the common grid."""
-    del shape
+    """Return the form of tensors side by side: each of them is rounded to the common grid.
+
+    A constant beside codes, such as the class token of a transformer, is added to padded codes.
+    """
+    if any(operand.constant for operand in operands):
+        return _beside_constants(operation, operands, shape)
     parts = tuple(form for operand in operands if (form := operand.any_form) is not None)
     return Joined(parts, operation) if len(parts) == len(operands) else None
+
+
+def _beside_constants(operation: Operation, operands: list[Operand], shape: Shape) -> Form | None:
+    axis = operation.params["dimension"]
+    places = [place for place, operand in enumerate(operands) if not operand.constant]
+    form = operands[places[0]].form
+    if len(places) != 1 or not isinstance(form, Codes) or axis == 0:
+        return None
+    terms, sizes = [], []
+    for operand in operands:
+        sizes.append(jnp.shape(operand.values)[axis])
+        term = jnp.zeros((1, *jnp.shape(operand.values)[1:]), jnp.float32)
+        if operand.constant:
+            term = operand.of_one_example(len(shape))
+        if term is None:
+            return None
+        terms.append(jax.lax.stop_gradient(term.astype(jnp.float32)))
+    edges = [(0, 0, 0)] * len(shape)
+    edges[axis] = (sum(sizes[: places[0]]), sum(sizes[places[0] + 1 :]), 0)
+    pad = Operation("pad", {"padding_config": edges}, lambda x, zero: jax.lax.pad(x, zero, edges))
+    found = _accumulated(_COPY, _padded(form, pad)).finer()
+    return found.plus(jnp.concatenate(terms, axis))
 
 
 def summed(operation: Operation, operands: list[Operand], shape: Shape) -> Form | None:
@@ -211,7 +242,7 @@ def negated(operation: Operation, operands: list[Operand], shape: Shape) -> Form
 
 
 def multiplied(operation: Operation, operands: list[Operand], shape: Shape) -> Form | None:
-    """Return the form of x * c, c one factor per channel; or of a product of two tensors."""
+    """Return the form of x * c, c a constant; or of a product of two tensors."""
     found = _with_coefficients(operands, shape)
     if found is not None:
         return found[0].times(found[1])
@@ -224,7 +255,7 @@ def multiplied(operation: Operation, operands: list[Operand], shape: Shape) -> F
 
 
 def divided(operation: Operation, operands: list[Operand], shape: Shape) -> Form | None:
-    """Return the form of x / c, x an accumulator and c one divisor per channel."""
+    """Return the form of x / c, c a constant."""
     found = _with_coefficients(operands, shape)
     if found is None:
         return _before_the_move(divided, operation, operands)
@@ -233,7 +264,7 @@ def divided(operation: Operation, operands: list[Operand], shape: Shape) -> Form
 
 
 def subtracted(operation: Operation, operands: list[Operand], shape: Shape) -> Form | None:
-    """Return the form of x - c or c - x, x an accumulator and c one term per channel."""
+    """Return the form of x - c or c - x, c a constant."""
     del operation
     found = _with_coefficients(operands, shape)
     if found is None:
@@ -243,7 +274,7 @@ def subtracted(operation: Operation, operands: list[Operand], shape: Shape) -> F
 
 
 def added(operation: Operation, operands: list[Operand], shape: Shape) -> Form | None:
-    """Return the form of x + c, c one term per channel; or of a residual addition."""
+    """Return the form of x + c, c a constant; or of a residual addition."""
     found = _with_coefficients(operands, shape)
     if found is not None:
         return found[0].plus(found[1])
@@ -272,11 +303,16 @@ def _before_the_move(rule: FormRule, operation: Operation, operands: list[Operan
     return None
 
 
+def _is_copied(form: Accumulator) -> bool:
+    """Return whether an accumulator is of codes themselves, with coefficients."""
+    return isinstance(form.source, Summed) and form.source.operation is _COPY
+
+
 def _is_by_channel(form: Accumulator, shape: Shape) -> bool:
     """Return whether coefficients of this shape are one per channel, which may be several axes."""
     full = form.total.shape
     if is_channelwise(shape, full):
-        return True
+        return not _is_copied(form) or all(n == 1 for n in shape[:-1])
     if not isinstance(form.source, Multiplied) or len(shape) != len(full):
         return False
     varying = {axis for axis, n in enumerate(shape) if n != 1}
@@ -288,15 +324,21 @@ def _with_coefficients(
 ) -> tuple[Accumulator, Array, bool] | None:
     """Return an accumulator, the coefficients beside it, and whether it is the left operand.
 
-    Codes with coefficients are one too: each of them is a sum of one.
+    Codes with coefficients are one too: each of them is a sum of one. Only theirs may differ by
+    place, as a position embedding does; those of a layer are one per channel.
     """
     for is_left, (operand, other) in ((True, operands), (False, operands[::-1])):
         form, values = operand.form, other.values
         if isinstance(form, Codes) and form.codes.ndim > 1:
-            form = _accumulated(Operation("copy", {}, lambda x: x), form)
+            form = _accumulated(_COPY, form)
         if not isinstance(form, Accumulator) or not other.constant or values is None:
             continue
-        if form.total.shape != tuple(shape) or not _is_by_channel(form, jnp.shape(values)):
+        if form.total.shape != tuple(shape):
             continue
+        if not _is_by_channel(form, jnp.shape(values)):
+            values = other.of_one_example(len(shape))
+            if values is None or not _is_copied(form):
+                continue
+            form = form.finer()
         return form, jax.lax.stop_gradient(jnp.asarray(values, jnp.float32)), is_left
     return None

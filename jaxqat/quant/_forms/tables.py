@@ -148,7 +148,7 @@ def as_table(form: Any) -> Tabulated | None:
             return Tabulated(form)
         case Clamp():
             return _clamped(form)
-        case Accumulator(source=Summed(operation=Operation(name="copy"))):
+        case Accumulator(source=Summed(operation=Operation(name="copy"), weight=1)):
             return _scaled(form)
     return None
 

@@ -2,7 +2,8 @@
 
 Between a product and the next quantized tensor may be batch norm, ReLU, moves and residual
 additions: these have forms of their own. Anything else is a function of codes: the argument of
-swish or gelu is quantized, and so is what a later batch norm scales by channel.
+swish or gelu is quantized, and so is what a later batch norm scales by channel, or to which a
+position embedding is added.
 """
 
 from collections.abc import Iterator, Mapping
@@ -43,7 +44,14 @@ def _arguments(
         if node is None or node in layers or (at in quantized and at != number):
             continue
         terms = origins.varying(node)
-        if keeps_form(node):
+        if origins.has_constants_by_place(node):
+            # Constants one after the other are one: of a class token, and of positions.
+            before = origins.program.made_by.get(origins.before_dropout(terms[0]))
+            if before is not None and origins.has_constants_by_place(before):
+                waiting.append((terms[0], False, False))
+            else:
+                yield terms[0]
+        elif keeps_form(node):
             if is_affine and not primitive_of(node.name).keeps_values:
                 # Codes can be scaled by channel; what is clipped cannot. Joined tensors have
                 # channels of different widths, for which one grid is too coarse.

@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxqat.quant._forms.operand import is_channelwise, is_number
+from jaxqat.quant._forms.operand import is_channelwise, is_number, repeats_examples
 from jaxqat.quant._forms.primitives import Kind, primitive_of
 from jaxqat.quant._plan.dependence import is_float
-from jaxqat.quant._plan.plan import DATA, Dropout
+from jaxqat.quant._plan.plan import DATA, PARAMETERS, Dropout
 from jaxqat.quant._trace.program import Atom, Constant, Program, TracedNode, inner_jaxprs
 
 
@@ -243,9 +243,47 @@ class Origins:
         ]
 
     def _small(self, number: int, node: TracedNode) -> bool:
-        """Return whether an operand is coefficients, one per channel, the same for all examples."""
+        """Return whether an operand is coefficients, the same for all examples.
+
+        There is one per channel, or one per place if codes are multiplied, added to or joined.
+        """
         shape, out = self.program.avals[number].shape, self.program.avals[node.outputs[0]].shape
-        return self.level[number] < DATA and is_channelwise(shape, out)
+        if self.level[number] < DATA and is_channelwise(shape, out):
+            return True
+        by_place = primitive_of(node.name).kind in (Kind.AFFINE, Kind.JOIN)
+        return by_place and self._is_of_one_example(number, node)
+
+    def has_constants_by_place(self, node: TracedNode) -> bool:
+        """Return whether an operation combines codes with constants that differ by place.
+
+        Only codes are padded with constants, multiplied by them or added to them: sums of products
+        take coefficients by channel alone.
+        """
+        shape = self.program.avals[node.outputs[0]].shape
+        others = [a for a in node.inputs if isinstance(a, int) and self._small(a, node)]
+        if primitive_of(node.name).kind is Kind.JOIN:
+            return bool(others)
+        by_place = [a for a in others if not is_channelwise(self.program.avals[a].shape, shape)]
+        return primitive_of(node.name).kind is Kind.AFFINE and bool(by_place)
+
+    def _is_of_one_example(self, number: int, node: TracedNode) -> bool:
+        """Return whether an operand is a constant that is the same for all examples."""
+        shape, out = self.program.avals[number].shape, self.program.avals[node.outputs[0]].shape
+        if self.level[number] > PARAMETERS or not out or len(shape) != len(out):
+            return False
+        return shape[0] == 1 or self._repeats_examples(number)
+
+    def _repeats_examples(self, number: int) -> bool:
+        node = self.program.made_by.get(number)
+        if node is None:
+            return False
+        before = node.inputs[0]
+        shapes = self.program.aval(before).shape, self.program.avals[number].shape
+        return repeats_examples(
+            node.equation,
+            *shapes,
+            lambda: isinstance(before, int) and self._repeats_examples(before),
+        )
 
 
 def keeps_form(node: TracedNode) -> bool:
