@@ -37,8 +37,11 @@ class FloatNetwork(FloatVisitor[Any]):
         return nested(outputs, [values[output.name] for output in outputs])
 
     def quantize(self, node: g.Quantize, x: Any) -> Any:
-        """Return the numbers without rounding."""
-        return x
+        """Return the numbers without rounding, with the model's factors and terms."""
+        if not node.coefficients:
+            return x
+        factors, terms = (self.constant(array[None]) for array in node.coefficients.values())
+        return x * factors + terms
 
     def add(self, node: g.Add, inputs: list[Any]) -> Any:
         """Return the sum of two tensors."""

@@ -256,10 +256,7 @@ class IntegerGraph:
                 if constant is not None:
                     add(constant, constant.nbytes)
         for node in self.nodes:
-            arrays = [node.table] if isinstance(node, Table) else []
-            if isinstance(node, Affine):
-                arrays = [node.weights, node.bias, node.multiplier]
-            for array in arrays:
+            for array in _constants(node):
                 add(array, array.nbytes)
         for product in self.products():
             add(product.weights, packed_size(product.weights.size, product.weight_bits))
@@ -329,3 +326,16 @@ class IntegerGraph:
                 raise node.error(
                     f"makes {node.output!r} of shape {shape}, which is declared as {other}."
                 )
+
+
+def _constants(node: Node) -> list[np.ndarray[Any, Any]]:
+    """Return the arrays of a node that is no product and no island."""
+    match node:
+        case Table():
+            return [node.table]
+        case Affine():
+            return [node.weights, node.bias, node.multiplier]
+        case Quantize():
+            return list(node.coefficients.values())
+        case _:
+            return []

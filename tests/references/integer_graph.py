@@ -119,7 +119,10 @@ def quantized(node, images, zero_point):
     if images.dtype == np.uint8 and node.table is not None:
         channels = np.arange(images.shape[-1])
         return node.table[images, channels].astype(np.int64) - zero_point
-    scaled = np.round(images.astype(np.float32) * np.float32(node.inverse))
+    real = images.astype(np.float32)
+    if node.factors is not None:
+        real = real * node.factors + node.terms
+    scaled = np.round(real * np.float32(node.inverse))
     scaled = np.where(np.isnan(scaled), 0, scaled)  # Steps less the zero point.
     return np.clip(scaled, -1000, 1000).astype(np.int64)  # Far outside of any grid.
 

@@ -17,7 +17,7 @@ from jaxqat.export._onnx.builder import (
     input_names,
     output_name,
 )
-from jaxqat.export._onnx.products import geometry, mat_mul, oriented_weights
+from jaxqat.export._onnx.products import geometry, mat_mul, oriented_weights, scaled
 from jaxqat.integer._float_visitor import FloatVisitor
 from jaxqat.integer.graph import (
     Add,
@@ -86,6 +86,7 @@ class OnnxFloatWriter(FloatVisitor[str]):
     def quantize(self, node: Quantize, x: str) -> str:
         """Write the transposition to ONNX's layout."""
         rank = 1 + len(self.graph.tensors[node.output].shape)
+        x = scaled(self.builder, node, x)
         return self.builder.transpose(x, channels_first(rank), "channels_first")
 
     def product(self, node: Product, arrays: Any, x: str) -> str:

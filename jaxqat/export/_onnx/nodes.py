@@ -20,7 +20,7 @@ from jaxqat.export._onnx import tables
 from jaxqat.export._onnx.builder import Builder, channels_first, channels_last, output_name
 from jaxqat.export._onnx.float_ops import FloatOpWriter
 from jaxqat.export._onnx.grids import UINT8_MAX, offsets, pool_scale, sum_scales, weight_scales
-from jaxqat.export._onnx.products import affine, geometry, mat_mul, oriented_weights
+from jaxqat.export._onnx.products import affine, geometry, mat_mul, oriented_weights, scaled
 from jaxqat.integer._visitor import GraphVisitor
 from jaxqat.integer.graph import (
     Add,
@@ -190,8 +190,8 @@ class OnnxWriter(GraphVisitor[str]):
                 x = builder.add("Cast", [x], f"{out.name}/numbers", to=FLOAT)
             # The float32 product of training first, then the rounding as a separate node.
             inverse = builder.constant(np.float32(node.inverse), "inverse")
-            scaled = builder.add("Mul", [x, inverse], f"{out.name}/scaled")
-            codes = self._quantized(self._without_nan(scaled, out.name), out, _ONE)
+            units = builder.add("Mul", [scaled(builder, node, x), inverse], f"{out.name}/scaled")
+            codes = self._quantized(self._without_nan(units, out.name), out, _ONE)
         return builder.transpose(codes, channels_first(rank), f"{out.name}/channels_first")
 
     def _without_nan(self, real: str, name: str) -> str:

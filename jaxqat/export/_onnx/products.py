@@ -6,7 +6,7 @@ import numpy as np
 
 from jaxqat.errors import ExportError
 from jaxqat.export._onnx.builder import Builder, channels_first
-from jaxqat.integer.graph import Affine, MatMul, Product
+from jaxqat.integer.graph import Affine, MatMul, Product, Quantize
 
 _FLOAT, _INT32 = 1, 6  # ONNX's element types.
 
@@ -104,3 +104,11 @@ def affine(builder: Builder, node: Affine, codes: str, zero: int) -> str:
     total = by("Add", total, node.bias - np.int32(zero) * node.weights, "sum")
     total = builder.add("Cast", [total], f"{node.name}/float_sum", to=_FLOAT)
     return by("Mul", total, node.multiplier, "units")
+
+
+def scaled(builder: Builder, node: Quantize, x: str) -> str:
+    """Write the factors and terms of an input, in JAX's layout; return the name of the result."""
+    for operator, (field, array) in zip(("Mul", "Add"), node.coefficients.items(), strict=False):
+        constant = builder.constant(array[None], f"{node.name}/{field}")
+        x = builder.add(operator, [x, constant], f"{node.name}/with_{field}")
+    return x

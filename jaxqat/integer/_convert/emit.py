@@ -201,11 +201,30 @@ class Emitter(ProductEmitter):
             source = self.islands.real(form.operand)
         self._quantize_real(source, grid, name, shape, bounds)
 
-    def _quantize_real(self, source: str, grid: Grid, name: str, shape, bounds: Bounds) -> None:
+    def _quantize_scaled(
+        self, form: forms.Scaled, grid: Grid, name: str, shape, bounds: Bounds
+    ) -> None:
+        def deferred(values: jax.Array) -> Deferred:
+            one = values.reshape(values.shape[1:] or (1,) * len(shape))
+            return self.defer(one, as_array(np.float32))
+
+        more = {"factors": deferred(form.factors), "terms": deferred(form.terms)}
+        source = self.read_input(form.values).name
+        self._quantize_real(source, grid, name, shape, bounds, more)
+
+    def _quantize_real(
+        self,
+        source: str,
+        grid: Grid,
+        name: str,
+        shape,
+        bounds: Bounds,
+        more: dict[str, Deferred] | None = None,
+    ) -> None:
         self._tensor(name, grid, shape, bounds)
         inverse = self.defer(grid.inverse, scalar(np.float32))
         fields = {"name": f"{name}/quantize", "inputs": (source,), "output": name}
-        self.nodes.append((g.Quantize, {**fields, "inverse": inverse}))
+        self.nodes.append((g.Quantize, {**fields, "inverse": inverse, **(more or {})}))
 
     def _table(self, form: forms.Tabulated, grid: Grid, name: str, shape, bounds: Bounds) -> None:
         source = self.read(form.codes)
@@ -364,6 +383,7 @@ class Emitter(ProductEmitter):
 _EMITTERS: dict[type, Callable[..., None]] = {
     forms.Clamp: Emitter._clamp,
     forms.Real: Emitter._quantize,
+    forms.Scaled: Emitter._quantize_scaled,
     forms.Accumulator: Emitter._accumulator,
     forms.Codes: Emitter._codes,
     forms.Pixels: Emitter._codes,

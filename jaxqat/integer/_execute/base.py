@@ -16,7 +16,13 @@ from jax import lax
 from jaxtyping import Array, Int
 
 from jaxqat.integer import graph as g
-from jaxqat.integer._execute.arithmetic import FixedPoint, rescale, rescale_fixed, shift_to_even
+from jaxqat.integer._execute.arithmetic import (
+    FixedPoint,
+    rescale,
+    rescale_fixed,
+    scaled,
+    shift_to_even,
+)
 from jaxqat.integer._execute.float_ops import evaluate
 from jaxqat.integer._execute.geometry import (
     convolve,
@@ -184,7 +190,7 @@ class Platform(GraphVisitor[Array]):
         if x.dtype == jnp.uint8 and node.table is not None:
             table = (node.table.astype(np.int32) + self.offset(tensor)).astype(self.stored_type)
             return look_up(jnp.asarray(table), x.astype(jnp.int32))
-        units = jnp.round(x.astype(jnp.float32) * node.inverse)
+        units = jnp.round(scaled(node, x) * node.inverse)
         units = jnp.where(jnp.isnan(units), np.float32(0), units)
         return self.clipped(node.output, units + tensor.zero_point)
 

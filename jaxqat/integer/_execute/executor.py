@@ -186,8 +186,8 @@ class Executor:
 def _check_normalized(graph: g.IntegerGraph, each: Input, images: np.ndarray) -> None:
     """Refuse pixel values where the network's input has a far smaller range."""
     readers = [node for node in graph.readers(each.name) if isinstance(node, g.Quantize)]
-    if not readers or not images.size:
-        return
+    if not readers or not images.size or readers[0].coefficients:
+        return  # Or the network scales pixel values itself.
     tensor = graph.tensors[readers[0].output]
     high = float((tensor.high - tensor.zero_point) * tensor.scale)
     if images.min() < 0 or not 4 * high < images.max() <= 255:

@@ -32,13 +32,7 @@ class Affine(Node):
         """Return the input's shape, if the arrays fit it."""
         (shape,) = inputs
         for field in ("weights", "bias", "multiplier"):
-            array = getattr(self, field)
-            sizes = zip(array.shape, shape, strict=False)
-            if array.ndim != len(shape) or any(n not in (1, size) for n, size in sizes):
-                raise self.error(
-                    f"{field} has the shape {array.shape}; it needs the axes of the tensor, "
-                    f"{shape}, each of that size or 1."
-                )
+            self.check_broadcast(field, getattr(self, field), shape)
         return shape
 
     def check(self, inputs: Sequence[Tensor], output: Tensor | None) -> None:

@@ -110,6 +110,19 @@ class Node(ABC):
         if not all(np.isfinite(value) and value > 0 for value in values):
             raise self.error(f"{field} is not positive and finite, got {values}.")
 
+    def check_broadcast(self, field: str, array: "np.ndarray", shape: Shape) -> None:
+        """Check that an array has a tensor's axes, each of the tensor's size or of size 1.
+
+        Raises:
+            GraphError: If it does not; names the node, the field and both shapes.
+        """
+        sizes = zip(array.shape, shape, strict=False)
+        if array.ndim != len(shape) or any(n not in (1, size) for n, size in sizes):
+            raise self.error(
+                f"{field} has the shape {array.shape}; it needs the axes of the tensor, {shape}, "
+                "each of that size or 1."
+            )
+
     def check_window(self, source: Tensor, *, dilation: Shape | None = None) -> None:
         """Check the geometry of a window: one entry per spatial axis, of a possible size.
 

@@ -11,31 +11,52 @@ from jaxqat.integer._nodes.base import Node, Shape, Tensor
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Quantize(Node):
-    """Quantize real numbers: clip(round(x * inverse) + zero_point, low, high).
+    """Quantize real numbers.
+
+        code = clip(round((x * factors + terms) * inverse) + zero_point, low, high)
 
     It reads an input of the network, or the real tensor that a `FloatOp` made.
 
     Attributes:
         inverse: float32 reciprocal of the output's scale, by which training multiplies too.
+        factors: How the model scales its input first, as by 1 / 255, float32 with the axes of an
+            example; along one of size 1 it is repeated. None if it does not.
+        terms: What it adds then, likewise; None together with `factors`.
         table: int8 code of every pixel value of a uint8 image, (256, channels), computed by the
             normalization and quantization of the training graph. None if the network takes float
             input only, or if it quantizes another tensor.
     """
 
     inverse: np.float32
+    factors: np.ndarray | None = None
+    terms: np.ndarray | None = None
     table: np.ndarray | None = None
 
     def output_shape(self, inputs: Sequence[Shape]) -> Shape:
-        """Return the shape of the images."""
+        """Return the shape of the images, if factors and terms fit it."""
         (images,) = inputs
+        for field, array in self.coefficients.items():
+            self.check_broadcast(field, array, images)
         return images
 
+    @property
+    def coefficients(self) -> dict[str, np.ndarray]:
+        """Factors and terms by their field; none if the input is not scaled."""
+        fields = {"factors": self.factors, "terms": self.terms}
+        return {field: array for field, array in fields.items() if array is not None}
+
     def check(self, inputs: Sequence[Tensor], output: Tensor | None) -> None:
-        """Check `inverse`, and that a table has an int8 code for each value of each channel."""
+        """Check the numbers, and that a table has an int8 code for each value of each channel."""
         del inputs
         if len(self.inputs) != 1:
             raise self.error(f"quantizes one real tensor, got {len(self.inputs)}.")
         self.check_factors("inverse", (self.inverse,))
+        if len(self.coefficients) == 1:
+            (field,) = self.coefficients
+            raise self.error(f"has {field} alone; it needs both factors and terms.")
+        for field, array in self.coefficients.items():
+            if array.dtype != np.float32 or not np.isfinite(array).all():
+                raise self.error(f"{field} must be float32 and finite, got {array.dtype} {array}.")
         if self.table is None or output is None:
             return
         shape = (256, *output.shape[-1:])

@@ -21,10 +21,10 @@ from jax import dtypes
 from jaxqat.integer import graph as g
 from jaxqat.integer._packing import pack, packed_size, stored_bits, unpack
 from jaxqat.integer._store.typed_json import CodecError, Encoding, TypedJson, at, wrong
-from jaxqat.integer._store.upgrade import from_format_5
+from jaxqat.integer._store.upgrade import from_format_5, from_format_6
 
-FORMAT = 6
-_UPGRADES = {5: from_format_5}
+FORMAT = 7
+_UPGRADES = {5: from_format_5, 6: from_format_6}
 
 _MAX_ITEM = 16  # Bytes of the largest number.
 _ARRAY_KEYS = {"array", "dtype", "shape", "sha256"}

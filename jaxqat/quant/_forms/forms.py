@@ -3,13 +3,13 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int8, UInt8
 
-from jaxqat.quant._forms.exact import quotient
+from jaxqat.quant._forms.exact import quotient, uncontracted
 from jaxqat.quant._numerics import activations
 from jaxqat.quant._numerics.dyadic import Dyadic, dyadic
 from jaxqat.quant._numerics.grids import Grid
@@ -49,6 +49,39 @@ class Real:
 
     def in_units(self, grid: Grid) -> Float[Array, "..."]:
         return jnp.round(activations.in_units(self.values, grid))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scaled:
+    """An input of the model with factors and terms, as in x / 255: values * factors + terms.
+
+    The network quantizes it at once. A NaN is rounded to 0.
+
+    Attributes:
+        values: The input.
+        factors: float32, broadcastable to the values.
+        terms: Likewise.
+    """
+
+    values: Float[Array, "..."]
+    factors: Float[Array, "..."]
+    terms: Float[Array, "..."]
+
+    def in_units(self, grid: Grid) -> Float[Array, "..."]:
+        return jnp.round(activations.in_units(self.real(), grid))
+
+    def real(self) -> Float[Array, "..."]:
+        """Return the real numbers."""
+        return uncontracted(self.values * self.factors) + self.terms
+
+    def times(self, factor: Array) -> Self:
+        """Return the form of the input multiplied by factors."""
+        terms = uncontracted(self.terms * factor)
+        return dataclasses.replace(self, factors=self.factors * factor, terms=terms)
+
+    def plus(self, term: Array) -> Self:
+        """Return the form of the input with terms added."""
+        return dataclasses.replace(self, terms=self.terms + term)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

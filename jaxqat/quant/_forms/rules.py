@@ -23,6 +23,8 @@ from jaxqat.quant._forms.forms import (
     Joined,
     Moved,
     Operation,
+    Real,
+    Scaled,
     Sum,
     Times,
     are_codes,
@@ -235,10 +237,13 @@ def _with_number(operands: list[Operand]) -> tuple[Form, float] | None:
 
 
 def negated(operation: Operation, operands: list[Operand], shape: Shape) -> Form | None:
-    """Return the form of -x, x an accumulator."""
+    """Return the form of -x, x an accumulator or an input."""
     del operation, shape
     form = operands[0].form
-    return form.times(jnp.float32(-1)) if isinstance(form, Accumulator) else None
+    if not isinstance(form, Accumulator | Real | Scaled):
+        return None
+    found = _scalable(form)
+    return None if found is None else found.times(jnp.float32(-1))
 
 
 def multiplied(operation: Operation, operands: list[Operand], shape: Shape) -> Form | None:
@@ -291,28 +296,35 @@ def _before_the_move(rule: FormRule, operation: Operation, operands: list[Operan
     """Return the form of a moved tensor times or over a number, which is applied before it."""
     for place, (operand, other) in enumerate((operands, operands[::-1])):
         form, number = operand.form, other.values
-        if not isinstance(form, Moved) or not isinstance(form.inner, Accumulator):
+        if not isinstance(form, Moved) or form.is_largest:
             continue
-        if form.is_largest:
+        inner = form.inner if isinstance(form.inner, Accumulator | Real | Scaled) else None
+        if inner is None or not other.constant or number is None:
             continue
-        if other.constant and number is not None and number.size == 1:
+        if number.size == 1:
             reads = [Operand(jnp.reshape(number, ()), None, True)] * 2
-            reads[place] = Operand(None, form.inner, False)
-            inner = rule(operation, reads, form.inner.total.shape)
+            reads[place] = Operand(None, inner, False)
+            shape = (inner.total if isinstance(inner, Accumulator) else inner.values).shape
+            inner = rule(operation, reads, shape)
             return None if inner is None else Moved(inner, form.operation)
     return None
 
 
-def _is_copied(form: Accumulator) -> bool:
-    """Return whether an accumulator is of codes themselves, with coefficients."""
+def _takes_places(form: Accumulator | Scaled) -> bool:
+    """Return whether coefficients may differ by place: those of codes, and of an input."""
+    if isinstance(form, Scaled):
+        return True
     return isinstance(form.source, Summed) and form.source.operation is _COPY
 
 
-def _is_by_channel(form: Accumulator, shape: Shape) -> bool:
+def _is_by_channel(form: Accumulator | Scaled, shape: Shape) -> bool:
     """Return whether coefficients of this shape are one per channel, which may be several axes."""
+    if _takes_places(form):
+        return all(n == 1 for n in shape[:-1])
+    assert isinstance(form, Accumulator)
     full = form.total.shape
     if is_channelwise(shape, full):
-        return not _is_copied(form) or all(n == 1 for n in shape[:-1])
+        return True
     if not isinstance(form.source, Multiplied) or len(shape) != len(full):
         return False
     varying = {axis for axis, n in enumerate(shape) if n != 1}
@@ -321,24 +333,36 @@ def _is_by_channel(form: Accumulator, shape: Shape) -> bool:
 
 def _with_coefficients(
     operands: list[Operand], shape: Shape
-) -> tuple[Accumulator, Array, bool] | None:
-    """Return an accumulator, the coefficients beside it, and whether it is the left operand.
+) -> tuple[Accumulator | Scaled, Array, bool] | None:
+    """Return an accumulator or input, the coefficients beside it, and whether it is on the left.
 
     Codes with coefficients are one too: each of them is a sum of one. Only theirs may differ by
-    place, as a position embedding does; those of a layer are one per channel.
+    place, as a position embedding does, and those of an input; a layer's are one per channel.
     """
     for is_left, (operand, other) in ((True, operands), (False, operands[::-1])):
-        form, values = operand.form, other.values
-        if isinstance(form, Codes) and form.codes.ndim > 1:
-            form = _accumulated(_COPY, form)
-        if not isinstance(form, Accumulator) or not other.constant or values is None:
+        form, values = _scalable(operand.form), other.values
+        if form is None or not other.constant or values is None:
             continue
-        if form.total.shape != tuple(shape):
+        before = form.values if isinstance(form, Scaled) else form.total
+        if before.shape != tuple(shape):
             continue
         if not _is_by_channel(form, jnp.shape(values)):
             values = other.of_one_example(len(shape))
-            if values is None or not _is_copied(form):
+            if values is None or not _takes_places(form):
                 continue
-            form = form.finer()
+            form = form if isinstance(form, Scaled) else form.finer()
         return form, jax.lax.stop_gradient(jnp.asarray(values, jnp.float32)), is_left
     return None
+
+
+def _scalable(form: Form | None) -> Accumulator | Scaled | None:
+    """Return a form as one that coefficients can be applied to, if it is."""
+    match form:
+        case Codes() if form.codes.ndim > 1:
+            return _accumulated(_COPY, form)
+        case Real():
+            return Scaled(form.values, jnp.float32(1), jnp.float32(0))
+        case Accumulator() | Scaled():
+            return form
+        case _:
+            return None

@@ -20,6 +20,7 @@ from jaxqat.quant._forms.forms import (
     Moved,
     Operation,
     Real,
+    Scaled,
     Sum,
 )
 from jaxqat.quant._forms.operand import Operand
@@ -214,6 +215,8 @@ def real_parts(form: Form) -> Iterator[Real]:
     match form:
         case Real():
             yield form
+        case Scaled():
+            yield Real(form.real())
         case Tabulated():
             yield Real(form.real())
         case Either():
