@@ -12,7 +12,7 @@ SAVED = sorted(path.parent for path in Path(__file__).parent.glob("format*/*/gra
 
 
 def test_each_format_has_networks():
-    assert Counter(path.parent.name for path in SAVED) == {"format5": 5, "format6": 4}
+    assert Counter(path.parent.name for path in SAVED) == {"format5": 5, "format6": 4, "format7": 4}
 
 
 @pytest.mark.parametrize("path", SAVED, ids=lambda path: f"{path.parent.name}-{path.name}")

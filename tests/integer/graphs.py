@@ -118,16 +118,27 @@ class Maker:
         self.reals[name] = self.run_real(node)
         return name
 
-    def quantize(self):
-        images = normalized(self.images)
-        grid = self.grid(images)
-        inverse = F(1) / grid.scale
+    def quantize(self, scaled=False):
+        """Quantize the input; if `scaled`, with factors and terms by channel before that."""
         channels = self.shape[-1]
-        every = normalized(np.repeat(np.arange(256, dtype=np.uint8)[:, None], channels, 1))
+        axes = (1,) * (len(self.shape) - 1)
+        more = {}
+        if scaled:
+            sizes = (*axes, channels)
+            more = {key: self.rng.normal(size=sizes).astype(F) for key in ("factors", "terms")}
+
+        def real(images):
+            values = normalized(images)
+            return values * more["factors"] + more["terms"] if scaled else values
+
+        grid = self.grid(real(self.images))
+        inverse = F(1) / grid.scale
+        every = np.arange(256, dtype=np.uint8).reshape(256, *axes, 1)
+        every = real(np.broadcast_to(every, (256, *axes, channels))).reshape(256, channels)
         table = np.clip(np.round(every * inverse) + grid.zero_point, grid.low, grid.high)
         table = table.astype(np.int8)
         node = g.Quantize(
-            name="input", inputs=(g.INPUT,), output="input", inverse=inverse, table=table
+            name="input", inputs=(g.INPUT,), output="input", inverse=inverse, table=table, **more
         )
         return self.emit(node, grid)
 
@@ -211,6 +222,18 @@ class Maker:
             name=name, inputs=tuple(terms), output=f"{name}/output", factors=factors, shift=shift
         )
         return self.emit(node, grid)
+
+    def affine(self, name, x, weights, bias, multiplier):
+        """Add factors and terms by place; `multiplier` is in real units of the result."""
+        node = g.Affine(
+            name=name, inputs=(x,), output=f"{name}/real", weights=weights.astype(np.int32),
+            bias=bias.astype(np.int32), multiplier=multiplier.astype(F),
+        )  # fmt: skip
+        grid = self.grid(self.run_real(node))
+        multiplier = (node.multiplier / grid.scale).astype(F)
+        return self.emit(
+            dataclasses.replace(node, multiplier=multiplier, output=f"{name}/output"), grid
+        )
 
     def carried(self, name, x, grid):
         multiplier = F(self.tensors[x].scale / grid.scale)
@@ -415,6 +438,20 @@ def moves(m: Maker):
     return m.finish(m.conv("conv2", x, 4, window=1, relu=False))
 
 
+def placed(m: Maker):
+    """Factors and terms by place: of the input, and of codes, some of which become constants."""
+    x = m.conv("stem", m.quantize(scaled=True), 6, relu=False)
+    rows, columns, channels = m.tensors[x].shape
+    signs = m.rng.choice([-256, 0, 256], size=(rows, 1, channels), p=[0.3, 0.2, 0.5])
+    terms = m.rng.normal(size=(rows, columns, channels)) * 256 * 40
+    x = m.affine("places", x, signs, terms, m.rng.uniform(1e-4, 3e-4, (1, 1, channels)))
+    x = m.conv("after", x, 4, stride=2)
+    x = m.same(g.Move, "flat", x, kind="reshape", shape=(int(np.prod(m.tensors[x].shape)),))
+    one = np.ones((1,))
+    m.head(m.affine("row", x, one, m.rng.normal(size=m.tensors[x].shape) * 20, one / 100))
+    return m.finish()
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """A network and the shape of its input."""
@@ -434,6 +471,7 @@ CASES = {
     "gated": Case(gated, (8, 6, 3)),
     "matrices": Case(matrices, (4, 3, 3)),
     "moves": Case(moves, (7, 6, 3)),
+    "placed": Case(placed, (6, 5, 3)),
 }
 
 

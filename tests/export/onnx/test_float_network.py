@@ -21,7 +21,10 @@ def real_values(graph, images):
         inputs = [units[name] for name in node.inputs]
         match node:
             case g.Quantize():
-                units[node.output] = inputs[0] / out.scale
+                real = inputs[0]
+                if node.factors is not None:
+                    real = real * node.factors + node.terms
+                units[node.output] = real / out.scale
                 continue
             case g.Product():
                 value = integer_graph.product(node, inputs[0]) + node.bias
@@ -32,6 +35,8 @@ def real_values(graph, images):
                 )
             case g.MatMul():
                 value = integer_graph.paired(node, *inputs) * np.float64(node.multiplier)
+            case g.Affine():
+                value = (inputs[0] * node.weights + node.bias) * node.multiplier.astype(np.float64)
             case g.Requantize():
                 value = inputs[0] * np.float64(node.multiplier)
             case g.SumPool():

@@ -78,13 +78,18 @@ def test_every_product_is_an_integer_kernel(case, recipe, tmp_path):
     assert counts["QGemm"] == len(spatial) - sum(spatial)
     assert counts["MatMulInteger"] == sum(isinstance(n, g.MatMul) for n in graph.nodes)
     assert not {"Conv", "Gemm", "MatMul", "AveragePool"} & counts.keys()
-    # The only additions find a channel's table.
-    assert counts["Add"] == sum(isinstance(n, g.Table) and n.table.ndim == 2 for n in graph.nodes)
+    # The only additions find a channel's table, or are of the network's own constants.
+    by_channel = (n for n in graph.nodes if isinstance(n, g.Table) and n.table.ndim == 2)
+    constants = (n for n in graph.nodes if isinstance(n, g.Affine | g.Quantize))
+    scaled = (n for n in constants if isinstance(n, g.Affine) or n.coefficients)
+    assert counts["Add"] == len([*by_channel, *scaled])
     assert counts["QLinearAdd"] == sum(isinstance(n, g.Add) for n in graph.nodes)
     # Codes as outputs change no kernel; each only needs a transposition if it is NHWC internally.
     exposed = optimized(with_codes(model), tmp_path)
     layout = {"Transpose", "MaxPool", "NhwcMaxPool"}
-    if any(isinstance(n, g.Multiply | g.MatMul) for n in graph.nodes):  # It is no fused kernel.
+    if any(
+        isinstance(n, g.Multiply | g.MatMul | g.Affine) for n in graph.nodes
+    ):  # It is no fused kernel.
         layout |= {"QuantizeLinear", "DequantizeLinear"}
     assert {k: n for k, n in counts.items() if k not in layout} == {
         k: n for k, n in exposed.items() if k not in layout
