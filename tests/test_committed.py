@@ -18,9 +18,14 @@ NETWORKS = sorted(path.parent for path in committed.RESULTS.glob("*/integer"))
 networks = pytest.mark.parametrize("network", NETWORKS, ids=lambda path: path.name)
 
 
+def config_of(network):
+    return yaml.safe_load((network / "config.yaml").read_text())
+
+
 def test_there_are_networks_of_8_4_3_and_2_bits():
-    configs = [yaml.safe_load((network / "config.yaml").read_text()) for network in NETWORKS]
-    assert sorted(config["quant"]["weight_bits"] for config in configs) == [2, 3, 4, 8]
+    configs = map(config_of, NETWORKS)
+    bits = sorted((config["model"]["depth"], config["quant"]["weight_bits"]) for config in configs)
+    assert bits == [(depth, width) for depth in (18, 20) for width in (2, 3, 4, 8)]
 
 
 FORMS = [

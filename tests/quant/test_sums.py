@@ -284,7 +284,7 @@ def test_analyze_has_a_row_for_each_term():
 
 @pytest.mark.parametrize("shape", [(1, 6, 16), (6, 16)])
 def test_an_added_parameter_is_no_term_and_is_not_quantized(shape):
-    """As position embeddings or the bias of attention's heads: its codes would only add noise."""
+    """As position embeddings: its codes would only add noise. What it is added to is codes."""
     rng = np.random.default_rng(0)
     shapes = {"stem": (12, 16), "positions": shape, "middle": (16, 16), "head": (16, 5)}
     params = {name: rng.normal(size=s).astype(np.float32) for name, s in shapes.items()}
@@ -296,7 +296,7 @@ def test_an_added_parameter_is_no_term_and_is_not_quantized(shape):
 
     bound = jaxqat.calibrate(network, {"params": params}, batches=[tokens])
     assert {"/".join(key) for key in bound.state} == {
-        "stem/input", "middle/input", "head/pool", "head/input",
+        "stem/input", "middle/argument", "middle/input", "head/pool", "head/input",
     }  # fmt: skip
 
 

@@ -89,12 +89,11 @@ def repeats_examples(
         after: Shape of the result.
         is_repeated: Returns whether the constant is.
     """
-    if equation.primitive.name == "broadcast_in_dim":
-        if equation.params["broadcast_dimensions"][:1] != (0,):
-            return True
-        return before[0] == 1 or is_repeated()
-    moves = equation.primitive.name in ("reshape", "convert_element_type", "copy")
-    return moves and before[:1] == after[:1] and is_repeated()
+    params = equation.params
+    if "broadcast_dimensions" in params:
+        return params["broadcast_dimensions"][:1] != (0,) or before[0] == 1 or is_repeated()
+    keeps_order = "new_sizes" in params or "new_dtype" in params  # A reshaping or a cast.
+    return keeps_order and before[:1] == after[:1] and is_repeated()
 
 
 def any_of(flags: Iterable[Any]) -> Any:

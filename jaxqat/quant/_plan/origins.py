@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxqat.quant._forms.operand import is_channelwise, is_number, repeats_examples
 from jaxqat.quant._forms.primitives import Kind, primitive_of
 from jaxqat.quant._plan.dependence import is_float
-from jaxqat.quant._plan.plan import DATA, PARAMETERS, Dropout
+from jaxqat.quant._plan.plan import DATA, PARAMETERS, Dropout, Layer
 from jaxqat.quant._trace.program import Atom, Constant, Program, TracedNode, inner_jaxprs
 
 
@@ -253,18 +253,42 @@ class Origins:
         by_place = primitive_of(node.name).kind in (Kind.AFFINE, Kind.JOIN)
         return by_place and self._is_of_one_example(number, node)
 
-    def has_constants_by_place(self, node: TracedNode) -> bool:
+    def has_constants_by_place(self, node: TracedNode, layers: Mapping[TracedNode, Any]) -> bool:
         """Return whether an operation combines codes with constants that differ by place.
 
         Only codes are padded with constants, multiplied by them or added to them: sums of products
         take coefficients by channel alone.
+
+        Args:
+            node: The operation.
+            layers: The layers.
         """
-        shape = self.program.avals[node.outputs[0]].shape
+        kind, avals = primitive_of(node.name).kind, self.program.avals
         others = [a for a in node.inputs if isinstance(a, int) and self._small(a, node)]
-        if primitive_of(node.name).kind is Kind.JOIN:
-            return bool(others)
-        by_place = [a for a in others if not is_channelwise(self.program.avals[a].shape, shape)]
-        return primitive_of(node.name).kind is Kind.AFFINE and bool(by_place)
+        if kind is not Kind.AFFINE:
+            return kind is Kind.JOIN and bool(others)
+        channels = {*self._channels(node.outputs[0], layers)}
+        varying = [{axis for axis, n in enumerate(avals[a].shape) if n != 1} for a in others]
+        return any(len(axes) > 1 and not axes <= channels for axes in varying)
+
+    def _channels(self, number: int, layers: Mapping[TracedNode, Any]) -> Sequence[int]:
+        """Return the axes of a tensor that are the channels of a layer, perhaps with coefficients;
+        none if it is no layer's result.
+        """
+        node = self.program.made_by.get(number)
+        if node is None:
+            return ()
+        if node in layers:
+            layer = layers[node]
+            if not isinstance(layer, Layer):
+                return ()
+            return layer.quantizer.product.output_axes(len(self.program.aval(layer.weights).shape))
+        terms, kind = self.varying(node), primitive_of(node.name).kind
+        order = node.equation.params.get("permutation")
+        if len(terms) != 1 or (order is None and kind not in (Kind.AFFINE, Kind.CAST, Kind.COPY)):
+            return ()
+        before = self._channels(terms[0], layers)
+        return before if order is None else [i for i, axis in enumerate(order) if axis in before]
 
     def _is_of_one_example(self, number: int, node: TracedNode) -> bool:
         """Return whether an operand is a constant that is the same for all examples."""
