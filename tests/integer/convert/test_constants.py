@@ -87,6 +87,9 @@ CODES = {
     "a token, broadcast": (
         lambda p, y: with_token(p, y, jnp.broadcast_to(p["token"], (len(y), 1, 4, 6))), 1,
     ),
+    "an average without its padding": (
+        lambda p, y: nn.avg_pool(y, (3, 3), padding="SAME", count_include_pad=False), 1,
+    ),
     "zeros beside": (lambda p, y: jnp.concatenate([y, jnp.zeros((len(y), 2, 4, 6))], 1), 1),
     "a skip": (lambda p, y: y + jax.nn.relu(y + p["places"]), 1),
 }  # fmt: skip
@@ -107,7 +110,14 @@ NETWORKS = {
         before(lambda p, x: x.astype(jnp.float32) - p["image"]), PIXELS, 1,
     ),
 }  # fmt: skip
-PLAIN = {"zeros by place", "by rows", "a token, tiled", "normalized", "uint8 less an image"}
+PLAIN = {
+    "zeros by place",
+    "by rows",
+    "an average without its padding",
+    "a token, tiled",
+    "normalized",
+    "uint8 less an image",
+}
 
 
 def everywhere(model, graph, x, path):
