@@ -85,11 +85,6 @@ def picked(x):
     return jax.lax.gather(x, jnp.array([[1], [4], [5]]), numbers, sizes).transpose(1, 2, 0, 3)
 
 
-def with_token(x):
-    token = jnp.broadcast_to(jnp.linspace(-1, 1, 8), (x.shape[0], 1, 8, 8))
-    return jnp.tanh(jnp.concatenate([token, x], 1))
-
-
 def many(x):
     """What models have between layers, one after the other."""
     x = jnp.clip(jnp.where(x > 0, x, 0.1 * x), -2, 3)
@@ -108,12 +103,11 @@ MODELS = {
     ),
     "time first": network(time_major),
     "repeated rows": network(repeated),
-    "a token": network(with_token),
     "picked rows": network(picked),
     "many": network(many),
     "a softmax at the end": network(jax.nn.relu, jax.nn.softmax),
     "a ReLU at the end": network(jax.nn.relu, jax.nn.relu),
-    "an input that is scaled": network(jax.nn.relu, start=lambda x: x / 255 - 0.5),
+    "a function of the input": network(jax.nn.relu, start=lambda x: jnp.tanh(x / 255 - 0.5)),
 }  # fmt: skip
 
 
@@ -121,7 +115,7 @@ def calibrated(function, x: np.ndarray = X, recipe: jaxqat.Recipe | str = "int8"
     return jaxqat.calibrate(function, {"params": PARAMS}, batches=[x], recipe=recipe)
 
 
-PLAIN = ("normalization", "attention", "time first", "a token", "many", "a softmax at the end")
+PLAIN = ("normalization", "attention", "time first", "many", "a softmax at the end")
 
 
 @pytest.mark.parametrize("name", others_long(MODELS, PLAIN))
@@ -409,7 +403,7 @@ def test_a_model_of_one_batch_size_cannot_have_islands():
 
 
 def test_preprocess_needs_an_input_that_is_quantized_at_once():
-    model = calibrated(MODELS["an input that is scaled"])
+    model = calibrated(MODELS["a function of the input"])
     with pytest.raises(jaxqat.ConversionError, match="preprocess needs a model whose input is"):
         jaxqat.convert(model, X[:2], preprocess=lambda x: x.astype(jnp.float32))
 

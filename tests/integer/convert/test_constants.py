@@ -87,6 +87,9 @@ CODES = {
     "a token, broadcast": (
         lambda p, y: with_token(p, y, jnp.broadcast_to(p["token"], (len(y), 1, 4, 6))), 1,
     ),
+    "a token, then a function": (
+        lambda p, y: jnp.tanh(with_token(p, y, jnp.tile(p["token"], (len(y), 1, 1, 1)))), 1,
+    ),
     "an average without its padding": (
         lambda p, y: nn.avg_pool(y, (3, 3), padding="SAME", count_include_pad=False), 1,
     ),
