@@ -40,8 +40,9 @@ class FloatNetwork(FloatVisitor[Any]):
         """Return the numbers without rounding, with the model's factors and terms."""
         if not node.coefficients:
             return x
-        factors, terms = (self.constant(array[None]) for array in node.coefficients.values())
-        return x * factors + terms
+        arrays = (self.constant(array[None]) for array in node.coefficients.values())
+        shifts, factors, terms = arrays
+        return (x + shifts) * factors + terms
 
     def add(self, node: g.Add, inputs: list[Any]) -> Any:
         """Return the sum of two tensors."""

@@ -119,17 +119,20 @@ class Maker:
         return name
 
     def quantize(self, scaled=False):
-        """Quantize the input; if `scaled`, with factors and terms by channel before that."""
+        """Quantize the input; if `scaled`, shifted and scaled by channel before that."""
         channels = self.shape[-1]
         axes = (1,) * (len(self.shape) - 1)
         more = {}
         if scaled:
             sizes = (*axes, channels)
-            more = {key: self.rng.normal(size=sizes).astype(F) for key in ("factors", "terms")}
+            names = g.Quantize.COEFFICIENTS
+            more = {key: self.rng.normal(size=sizes).astype(F) for key in names}
 
         def real(images):
             values = normalized(images)
-            return values * more["factors"] + more["terms"] if scaled else values
+            if not scaled:
+                return values
+            return (values + more["shifts"]) * more["factors"] + more["terms"]
 
         grid = self.grid(real(self.images))
         inverse = F(1) / grid.scale

@@ -121,7 +121,7 @@ def quantized(node, images, zero_point):
         return node.table[images, channels].astype(np.int64) - zero_point
     real = images.astype(np.float32)
     if node.factors is not None:
-        real = real * node.factors + node.terms
+        real = (real + node.shifts) * node.factors + node.terms
     scaled = np.round(real * np.float32(node.inverse))
     scaled = np.where(np.isnan(scaled), 0, scaled)  # Steps less the zero point.
     return np.clip(scaled, -1000, 1000).astype(np.int64)  # Far outside of any grid.

@@ -107,8 +107,9 @@ def affine(builder: Builder, node: Affine, codes: str, zero: int) -> str:
 
 
 def scaled(builder: Builder, node: Quantize, x: str) -> str:
-    """Write the factors and terms of an input, in JAX's layout; return the name of the result."""
-    for operator, (field, array) in zip(("Mul", "Add"), node.coefficients.items(), strict=False):
+    """Write how an input is shifted and scaled, in JAX's layout; return the name of the result."""
+    operators = {"shifts": "Add", "factors": "Mul", "terms": "Add"}
+    for field, array in node.coefficients.items():
         constant = builder.constant(array[None], f"{node.name}/{field}")
-        x = builder.add(operator, [x, constant], f"{node.name}/with_{field}")
+        x = builder.add(operators[field], [x, constant], f"{node.name}/with_{field}")
     return x

@@ -208,7 +208,8 @@ class Emitter(ProductEmitter):
             one = values.reshape(values.shape[1:] or (1,) * len(shape))
             return self.defer(one, as_array(np.float32))
 
-        more = {"factors": deferred(form.factors), "terms": deferred(form.terms)}
+        names = g.Quantize.COEFFICIENTS
+        more = dict(zip(names, map(deferred, form.coefficients), strict=True))
         source = self.read_input(form.values).name
         self._quantize_real(source, grid, name, shape, bounds, more)
 

@@ -53,9 +53,10 @@ class FixedPoint:
 def scaled(node: Quantize, values: Array) -> Array:
     """Return what a node quantizes, with its factors and terms, as float32."""
     real = values.astype(jnp.float32)
-    if node.factors is None:
+    if not node.coefficients:
         return real
-    return uncontracted(real * node.factors) + node.terms
+    shifts, factors, terms = node.coefficients.values()
+    return uncontracted((real + shifts) * factors) + terms
 
 
 def rescale(values: Int[Array, "..."], multiplier: Array) -> Array:

@@ -3,6 +3,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 
@@ -13,27 +14,31 @@ from jaxqat.integer._nodes.base import Node, Shape, Tensor
 class Quantize(Node):
     """Quantize real numbers.
 
-        code = clip(round((x * factors + terms) * inverse) + zero_point, low, high)
+        code = clip(round(((x + shifts) * factors + terms) * inverse) + zero_point, low, high)
 
     It reads an input of the network, or the real tensor that a `FloatOp` made.
 
     Attributes:
         inverse: float32 reciprocal of the output's scale, by which training multiplies too.
-        factors: How the model scales its input first, as by 1 / 255, float32 with the axes of an
-            example; along one of size 1 it is repeated. None if it does not.
-        terms: What it adds then, likewise; None together with `factors`.
+        shifts: What the model adds to its input first, float32 with the axes of an example; along
+            one of size 1 it is repeated. None if it does not scale its input.
+        factors: How it scales the input then, as by 1 / 255; likewise.
+        terms: What it adds last; likewise.
         table: int8 code of every pixel value of a uint8 image, (256, channels), computed by the
             normalization and quantization of the training graph. None if the network takes float
             input only, or if it quantizes another tensor.
     """
 
     inverse: np.float32
+    shifts: np.ndarray | None = None
     factors: np.ndarray | None = None
     terms: np.ndarray | None = None
     table: np.ndarray | None = None
 
+    COEFFICIENTS: ClassVar[tuple[str, ...]] = ("shifts", "factors", "terms")
+
     def output_shape(self, inputs: Sequence[Shape]) -> Shape:
-        """Return the shape of the images, if factors and terms fit it."""
+        """Return the shape of the images, if the coefficients fit it."""
         (images,) = inputs
         for field, array in self.coefficients.items():
             self.check_broadcast(field, array, images)
@@ -41,8 +46,8 @@ class Quantize(Node):
 
     @property
     def coefficients(self) -> dict[str, np.ndarray]:
-        """Factors and terms by their field; none if the input is not scaled."""
-        fields = {"factors": self.factors, "terms": self.terms}
+        """Shifts, factors and terms by their field; none if the input is not scaled."""
+        fields = {field: getattr(self, field) for field in self.COEFFICIENTS}
         return {field: array for field, array in fields.items() if array is not None}
 
     def check(self, inputs: Sequence[Tensor], output: Tensor | None) -> None:
@@ -51,9 +56,9 @@ class Quantize(Node):
         if len(self.inputs) != 1:
             raise self.error(f"quantizes one real tensor, got {len(self.inputs)}.")
         self.check_factors("inverse", (self.inverse,))
-        if len(self.coefficients) == 1:
-            (field,) = self.coefficients
-            raise self.error(f"has {field} alone; it needs both factors and terms.")
+        missing = [field for field in self.COEFFICIENTS if field not in self.coefficients]
+        if missing and self.coefficients:
+            raise self.error(f"has {' and '.join(self.coefficients)} without {missing[0]}.")
         for field, array in self.coefficients.items():
             if array.dtype != np.float32 or not np.isfinite(array).all():
                 raise self.error(f"{field} must be float32 and finite, got {array.dtype} {array}.")

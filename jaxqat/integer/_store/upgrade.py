@@ -40,7 +40,8 @@ def _of_format_6(node: Any) -> Any:
 
 
 def _of_format_7(node: Any) -> Any:
-    return {"factors": None, "terms": None, **node} if _kind(node) == "Quantize" else node
+    unscaled = dict.fromkeys(("shifts", "factors", "terms"))
+    return {**unscaled, **node} if _kind(node) == "Quantize" else node
 
 
 def _kind(node: Any) -> Any:

@@ -14,7 +14,7 @@ rounded to integers:
     a function of codes, such as swish:   round(f(s_in (code - z)) / s), looked up per code
     per-channel factors of codes:         as a product with weights of 1
     factors and terms by place:           round((256 (code - z) + b) * m)
-    an input, scaled as in x / 255:       round((x * factor + term) / s)
+    an input, scaled as in x / 255:       round(((x + shift) * factor + term) / s)
 
 with m the ratio of the form's scale to s: the requantization of Jacob et al. 2018
 (arXiv:1712.05877, section 2.2), with the bias added to the accumulator before the one

@@ -53,35 +53,49 @@ class Real:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Scaled:
-    """An input of the model with factors and terms, as in x / 255: values * factors + terms.
+    """An input of the model, shifted and scaled: (values + shifts) * factors + terms.
 
-    The network quantizes it at once. A NaN is rounded to 0.
+    The network quantizes it at once. A NaN is rounded to 0. The three follow the model's own order,
+    as in (x - mean) / deviation and x / 255 - mean: the difference of large numbers, which may be
+    exact, must not become a difference of rounded products.
 
     Attributes:
         values: The input.
-        factors: float32, broadcastable to the values.
-        terms: Likewise.
+        shifts: float32, broadcastable to the values: what is added first.
+        factors: Likewise.
+        terms: Likewise: what is added last.
     """
 
     values: Float[Array, "..."]
-    factors: Float[Array, "..."]
-    terms: Float[Array, "..."]
+    shifts: Float[Array, "..."] | None = None
+    factors: Float[Array, "..."] | None = None
+    terms: Float[Array, "..."] | None = None
+
+    @property
+    def coefficients(self) -> tuple[Float[Array, "..."], ...]:
+        """Shifts, factors and terms."""
+        parts = zip((self.shifts, self.factors, self.terms), (0, 1, 0), strict=True)
+        return tuple(jnp.float32(default) if x is None else x for x, default in parts)
 
     def in_units(self, grid: Grid) -> Float[Array, "..."]:
         return jnp.round(activations.in_units(self.real(), grid))
 
     def real(self) -> Float[Array, "..."]:
         """Return the real numbers."""
-        return uncontracted(self.values * self.factors) + self.terms
+        shifts, factors, terms = self.coefficients
+        return uncontracted((self.values + shifts) * factors) + terms
 
     def times(self, factor: Array) -> Self:
         """Return the form of the input multiplied by factors."""
-        terms = uncontracted(self.terms * factor)
-        return dataclasses.replace(self, factors=self.factors * factor, terms=terms)
+        terms = None if self.terms is None else uncontracted(self.terms * factor)
+        factors = factor if self.factors is None else self.factors * factor
+        return dataclasses.replace(self, factors=factors, terms=terms)
 
     def plus(self, term: Array) -> Self:
         """Return the form of the input with terms added."""
-        return dataclasses.replace(self, terms=self.terms + term)
+        if self.shifts is None and self.factors is None:
+            return dataclasses.replace(self, shifts=term)
+        return dataclasses.replace(self, terms=term if self.terms is None else self.terms + term)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -15,7 +15,7 @@ import numpy as np
 from jax.lax import GatherScatterMode
 from jaxtyping import Array
 
-from jaxqat.quant._forms.accumulators import Accumulator, Multiplied, Summed
+from jaxqat.quant._forms.accumulators import FINE, Accumulator, Multiplied, Summed
 from jaxqat.quant._forms.forms import (
     Clamp,
     Codes,
@@ -164,23 +164,37 @@ def joined(operation: Operation, operands: list[Operand], shape: Shape) -> Form 
 def _beside_constants(operation: Operation, operands: list[Operand], shape: Shape) -> Form | None:
     axis = operation.params["dimension"]
     places = [place for place, operand in enumerate(operands) if not operand.constant]
-    form = operands[places[0]].form
-    if len(places) != 1 or not isinstance(form, Codes) or axis == 0:
+    form = _scalable(operands[places[0]].form)
+    if len(places) != 1 or not isinstance(form, Accumulator) or axis == 0:
         return None
-    terms, sizes = [], []
-    for operand in operands:
-        sizes.append(jnp.shape(operand.values)[axis])
-        term = jnp.zeros((1, *jnp.shape(operand.values)[1:]), jnp.float32)
-        if operand.constant:
-            term = operand.of_one_example(len(shape))
-        if term is None:
-            return None
-        terms.append(jax.lax.stop_gradient(term.astype(jnp.float32)))
+    if not _takes_places(form) or not isinstance(form.source, Summed):
+        return None
+    terms = [None if o.values is None else o.of_one_example(len(shape)) for o in operands]
+    terms[places[0]] = jnp.zeros((1, *form.total.shape[1:]), jnp.float32)
+    if any(term is None for term in terms):
+        return None
+    sizes = [jnp.shape(operand.values)[axis] for operand in operands]
     edges = [(0, 0, 0)] * len(shape)
     edges[axis] = (sum(sizes[: places[0]]), sum(sizes[places[0] + 1 :]), 0)
-    pad = Operation("pad", {"padding_config": edges}, lambda x, zero: jax.lax.pad(x, zero, edges))
-    found = _accumulated(_COPY, _padded(form, pad)).finer()
-    return found.plus(jnp.concatenate(terms, axis))
+
+    def pad(values: Array, fill: Any) -> Array:
+        return jax.lax.pad(values, jnp.asarray(fill, values.dtype), edges)
+
+    def spread(values: Array, fill: float) -> Array:
+        one = jnp.broadcast_to(values, (1, *form.total.shape[1:]))
+        return pad(one, fill) if values.ndim else values
+
+    form = form.finer()
+    codes = _padded(form.source.codes, Operation("pad", {"padding_config": edges}, pad))
+    found = dataclasses.replace(
+        form,
+        total=pad(form.total, 0),
+        weight_scale=spread(form.weight_scale, 1 / FINE),
+        offset=spread(form.offset, 0),
+        source=dataclasses.replace(form.source, codes=codes),
+    )
+    constants = [jax.lax.stop_gradient(jnp.asarray(term, jnp.float32)) for term in terms]
+    return found.plus(jnp.concatenate(constants, axis))
 
 
 def summed(operation: Operation, operands: list[Operand], shape: Shape) -> Form | None:
@@ -275,7 +289,8 @@ def subtracted(operation: Operation, operands: list[Operand], shape: Shape) -> F
     if found is None:
         return None
     form, term, is_left = found
-    return form.plus(-term) if is_left else form.times(jnp.float32(-1)).plus(term)
+    # -(x - c), as c - x: of large numbers, this difference may be exact.
+    return form.plus(-term) if is_left else form.plus(-term).times(jnp.float32(-1))
 
 
 def added(operation: Operation, operands: list[Operand], shape: Shape) -> Form | None:
@@ -361,7 +376,7 @@ def _scalable(form: Form | None) -> Accumulator | Scaled | None:
         case Codes() if form.codes.ndim > 1:
             return _accumulated(_COPY, form)
         case Real():
-            return Scaled(form.values, jnp.float32(1), jnp.float32(0))
+            return Scaled(form.values)
         case Accumulator() | Scaled():
             return form
         case _:

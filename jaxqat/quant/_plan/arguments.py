@@ -44,7 +44,7 @@ def _arguments(
         if node is None or node in layers or (at in quantized and at != number):
             continue
         terms = origins.varying(node)
-        if origins.has_constants_by_place(node, layers):
+        if terms and origins.has_constants_by_place(node, layers):
             # Constants one after the other are one: of a class token, and of positions.
             before = origins.program.made_by.get(origins.before_dropout(terms[0]))
             if before is not None and origins.has_constants_by_place(before, layers):

@@ -250,7 +250,8 @@ class Origins:
         shape, out = self.program.avals[number].shape, self.program.avals[node.outputs[0]].shape
         if self.level[number] < DATA and is_channelwise(shape, out):
             return True
-        by_place = primitive_of(node.name).kind in (Kind.AFFINE, Kind.JOIN)
+        data = [a for a in node.inputs if isinstance(a, int) and self.level[a] == DATA]
+        by_place = primitive_of(node.name).kind in (Kind.AFFINE, Kind.JOIN) and len(data) == 1
         return by_place and self._is_of_one_example(number, node)
 
     def has_constants_by_place(self, node: TracedNode, layers: Mapping[TracedNode, Any]) -> bool:
@@ -267,28 +268,39 @@ class Origins:
         others = [a for a in node.inputs if isinstance(a, int) and self._small(a, node)]
         if kind is not Kind.AFFINE:
             return kind is Kind.JOIN and bool(others)
-        channels = {*self._channels(node.outputs[0], layers)}
         varying = [{axis for axis, n in enumerate(avals[a].shape) if n != 1} for a in others]
-        return any(len(axes) > 1 and not axes <= channels for axes in varying)
+        channels = self._channels(node.outputs[0], layers)
+        if channels is None:  # Reshaped: an axis of its own may be that of the channels.
+            return any(len(axes) > 1 for axes in varying)
+        return any(not axes <= {*channels} for axes in varying)
 
-    def _channels(self, number: int, layers: Mapping[TracedNode, Any]) -> Sequence[int]:
-        """Return the axes of a tensor that are the channels of a layer, perhaps with coefficients;
-        none if it is no layer's result.
+    def _channels(self, number: int, layers: Mapping[TracedNode, Any]) -> Sequence[int] | None:
+        """Return the axes of a tensor along which coefficients may differ by channel.
+
+        Those of a layer's result are its channels; of other tensors, the last axis is. It is not
+        known for a layer's result of another shape.
         """
         node = self.program.made_by.get(number)
+        last = (len(self.program.avals[number].shape) - 1,)
         if node is None:
-            return ()
+            return last
         if node in layers:
             layer = layers[node]
             if not isinstance(layer, Layer):
-                return ()
+                return last
             return layer.quantizer.product.output_axes(len(self.program.aval(layer.weights).shape))
         terms, kind = self.varying(node), primitive_of(node.name).kind
         order = node.equation.params.get("permutation")
-        if len(terms) != 1 or (order is None and kind not in (Kind.AFFINE, Kind.CAST, Kind.COPY)):
-            return ()
+        if len(terms) != 1:
+            return last
+        if kind is Kind.MOVE and order is None:
+            return None if self.layer_before(number, layers) is not None else last
+        if order is None and kind not in (Kind.AFFINE, Kind.CAST, Kind.COPY):
+            return last
         before = self._channels(terms[0], layers)
-        return before if order is None else [i for i, axis in enumerate(order) if axis in before]
+        if order is None or before is None:
+            return before
+        return [i for i, axis in enumerate(order) if axis in before]
 
     def _is_of_one_example(self, number: int, node: TracedNode) -> bool:
         """Return whether an operand is a constant that is the same for all examples."""

@@ -23,7 +23,7 @@ def real_values(graph, images):
             case g.Quantize():
                 real = inputs[0]
                 if node.factors is not None:
-                    real = real * node.factors + node.terms
+                    real = (real + node.shifts) * node.factors + node.terms
                 units[node.output] = real / out.scale
                 continue
             case g.Product():

@@ -30,6 +30,7 @@ def normal(*shape):
 PARAMS = {
     "first": normal(3, 3, 3, 6) / 3,
     "second": normal(3, 3, 6, 4) / 3,
+    "third": np.eye(6, dtype=np.float32)[None, None],
     "head": normal(80, 3) / 3,
     "places": normal(1, 5, 4, 6) * 0.1,
     "rows": normal(5, 1, 1),
@@ -90,6 +91,15 @@ CODES = {
     "a token, then a function": (
         lambda p, y: jnp.tanh(with_token(p, y, jnp.tile(p["token"], (len(y), 1, 1, 1)))), 1,
     ),
+    "positions, then tokens": (
+        lambda p, y: jnp.concatenate(
+            [jnp.tile(p["token"], (len(y), 1, 1, 1)), y * p["rows"] + p["places"],
+             jnp.tile(-p["token"], (len(y), 1, 1, 1))], 1,
+        )[:, :6], 1,
+    ),
+    "rows of a product": (
+        lambda p, y: (conv(y, p["third"]) + p["rows"]) * p["mask"], 1,
+    ),
     "an average without its padding": (
         lambda p, y: nn.avg_pool(y, (3, 3), padding="SAME", count_include_pad=False), 1,
     ),
@@ -115,7 +125,8 @@ NETWORKS = {
 }  # fmt: skip
 PLAIN = {
     "zeros by place",
-    "by rows",
+    "rows of a product",
+    "positions, then tokens",
     "an average without its padding",
     "a token, tiled",
     "normalized",
@@ -169,6 +180,34 @@ def test_a_small_term_is_not_rounded_to_a_code(tmp_path):
     # Rounded to a 256th of a code: by at most half of one.
     np.testing.assert_allclose(node.bias * scale / 256, params["places"][0], atol=scale / 512)
     assert node.bias[1].min() >= 1
+
+
+def test_a_token_that_is_computed_is_an_island():
+    """It is not seen that all examples have the same; calibration works as for other islands."""
+
+    def change(params, y):
+        tokens = jnp.zeros((len(y), 1, 4, 6)) + params["token"]
+        return jnp.concatenate([tokens, y], 1)
+
+    model = jaxqat.calibrate(jaxqat.quantize(between(change)), {"params": PARAMS}, batches=[X])
+    graph = jaxqat.convert(model, X[:1])
+    assert len(graph.islands) == 1
+    assert jaxqat.verify(model, graph=graph, batches=[X]).failures == ()
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_the_difference_of_large_numbers_is_as_exact_as_in_float(first):
+    """(x - mean) / deviation: as a difference of products it would lose 30 dB."""
+    mean = np.float32(16_000_000)
+    x = mean + np.random.default_rng(4).integers(-2, 3, X.shape).astype(np.float32)
+
+    def change(params, x):
+        return (x - mean) / 7 if first else -(mean - x) / 7 + 0.1
+
+    model = jaxqat.calibrate(jaxqat.quantize(before(change)), {"params": PARAMS}, batches=[x])
+    graph = jaxqat.convert(model, x[:1], strict=True)
+    result = jaxqat.make_executor(graph)(x)
+    assert sqnr.decibels(before(change)(PARAMS, x), result) > 30
 
 
 def test_the_constants_train():
@@ -286,6 +325,7 @@ def test_a_nan_of_a_scaled_input_has_the_code_of_zero():
     assert sum(int(n) for n in model.record(images).nan_counts.values()) == 3
 
 
+ONE = np.ones((1, 1), np.float32)
 TENSOR = g.Tensor(name="x", shape=(2, 3), scale=np.float32(1), zero_point=0)
 ARRAYS = {
     "weights": np.full((1, 3), 256, np.int32),
@@ -312,20 +352,14 @@ def test_arrays_that_do_not_fit_are_refused(field, value, message):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"factors": np.ones((1, 3), np.float32)}, "has factors alone"),
-        (
-            {"factors": np.ones((1, 2), np.float32), "terms": np.ones((1, 1), np.float32)},
-            r"factors has the shape \(1, 2\)",
-        ),
-        (
-            {"factors": np.full((1, 1), np.inf, np.float32), "terms": np.ones((1, 1), np.float32)},
-            "factors must be float32 and finite",
-        ),
+        ({"shifts": None}, "has factors and terms without shifts"),
+        ({"factors": np.ones((1, 2), np.float32)}, r"factors has the shape \(1, 2\)"),
+        ({"terms": np.full((1, 1), np.inf, np.float32)}, "terms must be float32 and finite"),
     ],
 )
 def test_factors_of_an_input_that_do_not_fit_are_refused(fields, message):
     with pytest.raises(GraphError, match=f"node 'q': {message}"):
-        network_of(ARRAYS, fields)
+        network_of(ARRAYS, {**dict.fromkeys(g.Quantize.COEFFICIENTS, ONE), **fields})
 
 
 def network_of(arrays, fields):
