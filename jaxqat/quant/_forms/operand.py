@@ -71,11 +71,14 @@ class Operand:
         return None
 
     def _repeats_examples(self) -> bool:
-        if self.values is None or self.made is None:
+        operands = () if self.made is None else self.made.operands()
+        if self.made is None or self.values is None or not operands:
             return False
-        equation, before = self.made.node.equation, self.made.operands()[0]
+        before = operands[0]
+        if before.values is None:
+            return False
         shapes = jnp.shape(before.values), jnp.shape(self.values)
-        return repeats_examples(equation, *shapes, before._repeats_examples)
+        return repeats_examples(self.made.node.equation, *shapes, before._repeats_examples)
 
 
 def repeats_examples(

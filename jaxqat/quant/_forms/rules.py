@@ -167,34 +167,42 @@ def _beside_constants(operation: Operation, operands: list[Operand], shape: Shap
     form = _scalable(operands[places[0]].form)
     if len(places) != 1 or not isinstance(form, Accumulator) or axis == 0:
         return None
-    if not _takes_places(form) or not isinstance(form.source, Summed):
-        return None
-    terms = [None if o.values is None else o.of_one_example(len(shape)) for o in operands]
-    terms[places[0]] = jnp.zeros((1, *form.total.shape[1:]), jnp.float32)
-    if any(term is None for term in terms):
-        return None
-    sizes = [jnp.shape(operand.values)[axis] for operand in operands]
+    terms: list[Array] = []
+    for place, operand in enumerate(operands):
+        term = operand.of_one_example(len(shape))
+        if place == places[0]:
+            term = jnp.zeros((1, *form.total.shape[1:]))
+        if term is None:
+            return None
+        terms.append(jax.lax.stop_gradient(jnp.asarray(term, jnp.float32)))
+    sizes = [term.shape[axis] for term in terms]
     edges = [(0, 0, 0)] * len(shape)
     edges[axis] = (sum(sizes[: places[0]]), sum(sizes[places[0] + 1 :]), 0)
+    around = _with_zeros(form, edges)
+    return None if around is None else around.plus(jnp.concatenate(terms, axis))
+
+
+def _with_zeros(form: Accumulator, edges: list[tuple[int, int, int]]) -> Accumulator | None:
+    """Return codes with coefficients, and zeros around; None if the form is another one."""
+    form = form.finer() if _takes_places(form) else form
+    source, shape = form.source, (1, *form.total.shape[1:])
+    if not isinstance(source, Summed) or source.weight != FINE:
+        return None
 
     def pad(values: Array, fill: Any) -> Array:
         return jax.lax.pad(values, jnp.asarray(fill, values.dtype), edges)
 
     def spread(values: Array, fill: float) -> Array:
-        one = jnp.broadcast_to(values, (1, *form.total.shape[1:]))
-        return pad(one, fill) if values.ndim else values
+        return pad(jnp.broadcast_to(values, shape), fill) if values.ndim else values
 
-    form = form.finer()
-    codes = _padded(form.source.codes, Operation("pad", {"padding_config": edges}, pad))
-    found = dataclasses.replace(
+    codes = _padded(source.codes, Operation("pad", {"padding_config": edges}, pad))
+    return dataclasses.replace(
         form,
         total=pad(form.total, 0),
         weight_scale=spread(form.weight_scale, 1 / FINE),
         offset=spread(form.offset, 0),
-        source=dataclasses.replace(form.source, codes=codes),
+        source=dataclasses.replace(source, codes=codes),
     )
-    constants = [jax.lax.stop_gradient(jnp.asarray(term, jnp.float32)) for term in terms]
-    return found.plus(jnp.concatenate(constants, axis))
 
 
 def summed(operation: Operation, operands: list[Operand], shape: Shape) -> Form | None:

@@ -311,7 +311,7 @@ class Origins:
 
     def _repeats_examples(self, number: int) -> bool:
         node = self.program.made_by.get(number)
-        if node is None:
+        if node is None or not node.inputs:
             return False
         before = node.inputs[0]
         shapes = self.program.aval(before).shape, self.program.avals[number].shape

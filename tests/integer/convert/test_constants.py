@@ -178,7 +178,9 @@ def test_a_small_term_is_not_rounded_to_a_code(tmp_path):
     (node,) = [node for node in graph.nodes if isinstance(node, g.Affine)]
     scale = graph.tensors[node.inputs[0]].scale
     # Rounded to a 256th of a code: by at most half of one.
-    np.testing.assert_allclose(node.bias * scale / 256, params["places"][0], atol=scale / 512)
+    np.testing.assert_allclose(
+        node.bias * scale / 256, params["places"][0], atol=float(scale) / 512
+    )
     assert node.bias[1].min() >= 1
 
 
