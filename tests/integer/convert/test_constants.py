@@ -230,12 +230,15 @@ def test_the_constants_train():
         assert similar > 0.98, key  # 8 bits: the gradient's direction is that of float.
 
 
-def test_a_constant_of_each_example_is_refused():
+@pytest.mark.parametrize("shape", [(6, 5, 4, 6), (6, 1, 1, 6), (6, 1, 1, 1)])
+def test_a_constant_of_each_example_is_refused(shape):
     """Only the batch that was converted has as many."""
-    params = {**PARAMS, "places": normal(6, 5, 4, 6)}
-    model = jaxqat.calibrate(
-        jaxqat.quantize(between(CODES["positions"][0])), {"params": params}, batches=[X]
-    )
+    params = {**PARAMS, "places": normal(*shape)}
+
+    def change(params, y):
+        return y + jnp.broadcast_to(params["places"], y.shape)
+
+    model = jaxqat.calibrate(jaxqat.quantize(between(change)), {"params": params}, batches=[X])
     with pytest.raises(ConversionError, match="batch"):
         jaxqat.convert(model, X)
 
