@@ -188,7 +188,7 @@ def test_a_token_that_is_computed_is_an_island():
     """It is not seen that all examples have the same; calibration works as for other islands."""
 
     def change(params, y):
-        tokens = jnp.zeros((len(y), 1, 4, 6)) + params["token"]
+        tokens = (jnp.zeros((len(y), 1, 4, 6)) + params["token"]) * params["mask"][:1]
         return jnp.concatenate([tokens, y], 1)
 
     model = jaxqat.calibrate(jaxqat.quantize(between(change)), {"params": PARAMS}, batches=[X])
