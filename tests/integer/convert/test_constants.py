@@ -197,6 +197,18 @@ def test_a_token_that_is_computed_is_an_island():
     assert jaxqat.verify(model, graph=graph, batches=[X]).failures == ()
 
 
+def test_tokens_of_each_example_calibrate_and_are_refused():
+    params = {**PARAMS, "each": normal(6, 1, 1, 1)}
+
+    def change(params, y):
+        tokens = jnp.broadcast_to(params["each"] * params["each"], (len(y), 1, 4, 6))
+        return jnp.concatenate([tokens, y], 1)
+
+    model = jaxqat.calibrate(jaxqat.quantize(between(change)), {"params": params}, batches=[X])
+    with pytest.raises(ConversionError, match="batch"):
+        jaxqat.convert(model, X)
+
+
 @pytest.mark.parametrize("first", [True, False])
 def test_the_difference_of_large_numbers_is_as_exact_as_in_float(first):
     """(x - mean) / deviation: as a difference of products it would lose 30 dB."""
