@@ -44,13 +44,14 @@ def _arguments(
         if node is None or node in layers or (at in quantized and at != number):
             continue
         terms = origins.varying(node)
-        if terms and origins.has_constants_by_place(node, layers):
+        if origins.has_constants_by_place(node, layers):
             # Constants one after the other are one: of a class token, and of positions.
-            before = origins.program.made_by.get(origins.before_dropout(terms[0]))
-            if before is not None and origins.has_constants_by_place(before, layers):
-                waiting.append((terms[0], False, False))
-            else:
-                yield terms[0]
+            for term in terms:
+                before = origins.program.made_by.get(origins.before_dropout(term))
+                if before is not None and origins.has_constants_by_place(before, layers):
+                    waiting.append((term, False, False))
+                else:
+                    yield term
         elif keeps_form(node):
             if is_affine and not primitive_of(node.name).keeps_values:
                 # Codes can be scaled by channel; what is clipped cannot. Joined tensors have
