@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from integer.everywhere import result_everywhere
 from jax import lax
 from plain import others_long
-from references import integer_graph, sqnr
+from references import sqnr
 
 import jaxqat
 from jaxqat.errors import ConversionError, GraphError
-from jaxqat.export import run_onnx
 from jaxqat.integer import graph as g
 
 RNG = np.random.default_rng(0)
@@ -134,24 +134,6 @@ PLAIN = {
 }
 
 
-def everywhere(model, graph, x, path):
-    """The network's result; the codes of NumPy, of both executors and of ONNX Runtime agree."""
-    codes, result = integer_graph.run(graph, x)
-    for platform in ("cpu", "tpu"):
-        network = jaxqat.make_executor(graph, platform=platform)
-        found = network.codes(x)
-        for key, wanted in codes.items():
-            np.testing.assert_array_equal(found[key], wanted, err_msg=f"{platform} {key}")
-        np.testing.assert_array_equal(network(x), result)
-    found, onnx_codes = run_onnx(jaxqat.export_onnx(graph, path), x, expose=True)
-    np.testing.assert_array_equal(found, result)
-    for key, wanted in codes.items():
-        np.testing.assert_array_equal(onnx_codes[key], wanted, err_msg=key)
-    check = jaxqat.verify(model, graph=graph, batches=[x])
-    assert (check.differing, check.failures) == (0, ())
-    return result
-
-
 @pytest.mark.parametrize("name", others_long(NETWORKS, PLAIN))
 def test_the_network_is_integer_throughout(name, tmp_path):
     function, x, affine = NETWORKS[name]
@@ -159,7 +141,7 @@ def test_the_network_is_integer_throughout(name, tmp_path):
     graph = jaxqat.convert(model, x[:2], strict=True)
     graph = jaxqat.load(jaxqat.save(graph, tmp_path / "network"))
     assert sum(isinstance(node, g.Affine) for node in graph.nodes) == affine
-    result = everywhere(model, graph, x, tmp_path / "network.onnx")
+    result = result_everywhere(model, graph, x, tmp_path / "network.onnx")
     # Four quantized tensors of 8 bits; centred ones have a bit less in effect.
     assert sqnr.decibels(function(PARAMS, x), result) > 25
 
@@ -261,7 +243,7 @@ def test_a_constant_that_is_repeated_for_the_examples_is_one(tmp_path):
 
     model = jaxqat.calibrate(jaxqat.quantize(between(change)), {"params": PARAMS}, batches=[X])
     graph = jaxqat.convert(model, X[:1], strict=True)
-    everywhere(model, graph, X, tmp_path / "network.onnx")
+    result_everywhere(model, graph, X, tmp_path / "network.onnx")
 
 
 class VisionTransformer(nn.Module):
@@ -285,7 +267,7 @@ def test_a_class_token_and_positions_are_one_node(tmp_path):
     model = jaxqat.calibrate(module, variables, batches=[x], recipe="int8")
     graph = jaxqat.convert(model, x[:1], strict=True)
     assert sum(isinstance(node, g.Affine) for node in graph.nodes) == 1
-    result = everywhere(model, graph, x, tmp_path / "network.onnx")
+    result = result_everywhere(model, graph, x, tmp_path / "network.onnx")
     assert sqnr.decibels(module.apply(variables, x), result) > 25  # Ten quantized tensors.
 
 
@@ -315,7 +297,7 @@ def test_channels_may_be_another_axis(tmp_path):
     model = jaxqat.calibrate(module, {"params": module}, batches=[x], recipe="int8")
     graph = jaxqat.convert(model, x[:1], strict=True)
     assert sum(isinstance(node, g.Affine) for node in graph.nodes) == 2
-    result = everywhere(model, graph, x, tmp_path / "network.onnx")
+    result = result_everywhere(model, graph, x, tmp_path / "network.onnx")
     assert sqnr.decibels(jax.vmap(module)(x), result) > 25
 
 

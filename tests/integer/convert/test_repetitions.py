@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from integer.everywhere import result_everywhere
 from jax import lax
 from plain import others_long
-from references import integer_graph, sqnr
+from references import sqnr
 
 import jaxqat
 from jaxqat.errors import ConversionError
-from jaxqat.export import run_onnx
 from jaxqat.integer import graph as g
 from jaxqat.integer._convert.geometry import move_steps
 from jaxqat.quant import _forms as forms
@@ -103,21 +103,7 @@ def test_the_network_moves_codes_and_computes_each_product_once(name, tmp_path):
     assert not graph.islands
     assert Counter(n.kind for n in graph.nodes if isinstance(n, g.Move)) == moves
     assert len(list(graph.products())) == products
-    check = jaxqat.verify(model, graph=graph, batches=[X])
-    assert (check.differing, check.failures) == (0, ())
-
-    codes, result = integer_graph.run(graph, X)
-    for platform in ("cpu", "tpu"):
-        network = jaxqat.make_executor(graph, platform=platform)
-        found = network.codes(X)
-        for key, wanted in codes.items():
-            np.testing.assert_array_equal(found[key], wanted, err_msg=f"{platform} {key}")
-        np.testing.assert_array_equal(network(X), result)
-    path = jaxqat.export_onnx(graph, tmp_path / "network.onnx")
-    found, onnx_codes = run_onnx(path, X, expose=True)
-    np.testing.assert_array_equal(found, result)
-    for key, wanted in codes.items():
-        np.testing.assert_array_equal(onnx_codes[key], wanted, err_msg=key)
+    result = result_everywhere(model, graph, X, tmp_path / "network.onnx")
     # Three quantized tensors of 8 bits.
     assert sqnr.decibels(function(PARAMS, X), result) > 25
 
