@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxqat.errors import ConversionError
 from jaxqat.integer import graph as g
-from jaxqat.integer._execute.arithmetic import scaled
+from jaxqat.quant._forms.exact import scaled
 from jaxqat.quant._numerics.promotion import default_promotion
 
 
@@ -59,7 +59,10 @@ def _with_table(
 
     @default_promotion
     def rounded(values: jax.Array, inverse: jax.Array) -> jax.Array:
-        units = jnp.round(scaled(node, values) * inverse)
+        real = values.astype(jnp.float32)
+        if node.coefficients:
+            real = scaled(real, *node.coefficients.values())
+        units = jnp.round(real * inverse)
         units = jnp.where(jnp.isnan(units), np.float32(0), units)  # As an executor does.
         return jnp.clip(units + tensor.zero_point, tensor.low, tensor.high).astype(jnp.int8)
 

@@ -17,8 +17,6 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from jaxqat.errors import ExecutionError
-from jaxqat.integer.graph import Quantize
-from jaxqat.quant._forms.exact import uncontracted
 
 MANTISSA_BITS = 31
 
@@ -48,15 +46,6 @@ class FixedPoint:
             raise ExecutionError(f"multiplier must be below 2**30, got {np.max(multiplier)}.")
         mantissa = (fraction * 2.0**MANTISSA_BITS).astype(np.int64)
         return cls(mantissa.astype(np.int32), shift.astype(np.int32))
-
-
-def scaled(node: Quantize, values: Array) -> Array:
-    """Return what a node quantizes, with its factors and terms, as float32."""
-    real = values.astype(jnp.float32)
-    if not node.coefficients:
-        return real
-    shifts, factors, terms = node.coefficients.values()
-    return uncontracted((real + shifts) * factors) + terms
 
 
 def rescale(values: Int[Array, "..."], multiplier: Array) -> Array:

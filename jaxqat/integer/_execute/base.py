@@ -20,7 +20,6 @@ from jaxqat.integer._execute.arithmetic import (
     FixedPoint,
     rescale,
     rescale_fixed,
-    scaled,
     shift_to_even,
 )
 from jaxqat.integer._execute.float_ops import evaluate
@@ -33,6 +32,7 @@ from jaxqat.integer._execute.geometry import (
 )
 from jaxqat.integer._results import nested
 from jaxqat.integer._visitor import GraphVisitor
+from jaxqat.quant._forms.exact import scaled
 from jaxqat.quant._numerics import windows
 from jaxqat.quant._numerics.lookup import look_up
 from jaxqat.quant._numerics.promotion import default_promotion
@@ -190,7 +190,10 @@ class Platform(GraphVisitor[Array]):
         if x.dtype == jnp.uint8 and node.table is not None:
             table = (node.table.astype(np.int32) + self.offset(tensor)).astype(self.stored_type)
             return look_up(jnp.asarray(table), x.astype(jnp.int32))
-        units = jnp.round(scaled(node, x) * node.inverse)
+        real = x.astype(jnp.float32)
+        if node.coefficients:
+            real = scaled(real, *node.coefficients.values())
+        units = jnp.round(real * node.inverse)
         units = jnp.where(jnp.isnan(units), np.float32(0), units)
         return self.clipped(node.output, units + tensor.zero_point)
 

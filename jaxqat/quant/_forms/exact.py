@@ -28,3 +28,13 @@ def quotient(values: Float[Array, "..."], divisor: Float[Array, ""]) -> Float[Ar
     differs in the last bit for two channels in five. It cannot see through the barrier.
     """
     return values / jax.lax.optimization_barrier(jnp.broadcast_to(divisor, jnp.shape(values)))
+
+
+def scaled(
+    values: Float[Array, "..."],
+    shifts: Float[Array, "..."],
+    factors: Float[Array, "..."],
+    terms: Float[Array, "..."],
+) -> Float[Array, "..."]:
+    """Return (values + shifts) * factors + terms, each operation rounded by itself."""
+    return uncontracted((values + shifts) * factors) + terms

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int8, UInt8
 
-from jaxqat.quant._forms.exact import quotient, uncontracted
+from jaxqat.quant._forms.exact import quotient, scaled, uncontracted
 from jaxqat.quant._numerics import activations
 from jaxqat.quant._numerics.dyadic import Dyadic, dyadic
 from jaxqat.quant._numerics.grids import Grid
@@ -82,8 +82,7 @@ class Scaled:
 
     def real(self) -> Float[Array, "..."]:
         """Return the real numbers."""
-        shifts, factors, terms = self.coefficients
-        return uncontracted((self.values + shifts) * factors) + terms
+        return scaled(self.values, *self.coefficients)
 
     def times(self, factor: Array) -> Self:
         """Return the form of the input multiplied by factors."""
