@@ -8,6 +8,7 @@ or a multiplier, and so a few codes in a million. These functions keep it from d
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 
@@ -31,10 +32,7 @@ def quotient(values: Float[Array, "..."], divisor: Float[Array, ""]) -> Float[Ar
 
 
 def scaled(
-    values: Float[Array, "..."],
-    shifts: Float[Array, "..."],
-    factors: Float[Array, "..."],
-    terms: Float[Array, "..."],
+    values: Float[Array, "..."], shifts: ArrayLike, factors: ArrayLike, terms: ArrayLike
 ) -> Float[Array, "..."]:
     """Return (values + shifts) * factors + terms, each operation rounded by itself."""
     return uncontracted((values + shifts) * factors) + terms
