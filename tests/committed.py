@@ -2,14 +2,17 @@
 
     PYTHONPATH=tests python -m committed runs/cifar10_narrow runs/cifar10_narrow_w4a4 ...
 
-copies the results, the report and the integer network of each run to `configs/results/RUN`, exports
-the network to ONNX there, and writes the certificate: the first test images with their labels, and
-the digest of every tensor's codes. The program that replays it is not copied:
+copies the results and the integer network of each run to `configs/results/RUN`, exports the network
+to ONNX there, and writes the certificate: the first test images with their labels, and the digest
+of every tensor's codes. Of a run that trained its FP32 network itself, the report is copied too,
+and so are the last checkpoints where they are small. The program that replays a certificate is not
+copied:
 
     python jaxqat/export/_replay.py --folder configs/results/RUN/certificate
 """
 
 import argparse
+import json
 import shutil
 from pathlib import Path
 
@@ -21,9 +24,10 @@ from jaxqat.pipeline.data import load_dataset
 from jaxqat.pipeline.run.folder import RunFolder
 
 RESULTS = Path(__file__).parents[1] / "configs" / "results"
-FILES = ("config.yaml", "metrics.jsonl", "results.json", "report.html")
+FILES = ("config.yaml", "compilation.json", "metrics.jsonl", "results.json")
 FOLDERS = ("evaluations", "integer")
 IMAGES = 50
+SMALL = 3_000_000  # Bytes of a checkpoint.
 
 
 def commit(run: Path, target: Path) -> None:
@@ -32,6 +36,12 @@ def commit(run: Path, target: Path) -> None:
     target.mkdir()
     for name in FILES:
         shutil.copy2(run / name, target)
+    if "from_run" not in json.loads((run / "results.json").read_text())["fp32"]:
+        shutil.copy2(run / "report.html", target)
+        for stage in (run / "checkpoints").iterdir():
+            last = max(stage.iterdir(), key=lambda step: int(step.name))
+            if sum(path.stat().st_size for path in last.rglob("*")) < SMALL:
+                shutil.copytree(last, target / "checkpoints" / stage.name / last.name)
     for folder in FOLDERS:
         if (run / folder).exists():
             shutil.copytree(run / folder, target / folder)
