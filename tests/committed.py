@@ -41,7 +41,9 @@ def commit(run: Path, target: Path) -> None:
         for stage in (run / "checkpoints").iterdir():
             last = max(stage.iterdir(), key=lambda step: int(step.name))
             if sum(path.stat().st_size for path in last.rglob("*")) < SMALL:
-                shutil.copytree(last, target / "checkpoints" / stage.name / last.name)
+                copy = target / "checkpoints" / stage.name / last.name
+                # Orbax notes there where the run was.
+                shutil.copytree(last, copy, ignore=shutil.ignore_patterns("commit_success.txt"))
     for folder in FOLDERS:
         if (run / folder).exists():
             shutil.copytree(run / folder, target / folder)

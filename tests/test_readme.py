@@ -67,7 +67,7 @@ def test_the_counts_of_codes_and_classes_are_those_of_verify(path):
         for name in ("onnx", "openvino")
     )
     assert in_onnx["differing"] == 0
-    assert in_onnx["codes"] == check["codes"]  # Terms of sums included.
+    assert f"{in_onnx['codes']:,}" in README  # With terms of sums, and what is only moved.
     assert f"{in_openvino['top1_flips']} of {in_openvino['images']:,}" in README
 
 
