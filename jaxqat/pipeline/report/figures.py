@@ -22,6 +22,7 @@ WIDTH = 4.6  # Inches.
 PATH_LENGTH = 36  # Letters of a line; fits stage2/block0/shortcut_conv/output.
 ROW = 0.19  # Inches of a row with a name of one line.
 MARKERS = "osD^vPX"
+FILLS = ("none", "left", "right", "top")
 MAX_COUNTED_CLASSES = 16  # With more, a count does not fit its cell.
 MAX_NAMED_CLASSES = 30
 
@@ -239,7 +240,8 @@ def draw_accuracies(
         cost: What it is, with its unit.
         theme: Colours.
         formatter: Of the costs.
-        styles: Number of the colour and of the marker of each; by default, all differ.
+        styles: Number of the colour and of the marker of each; by default, all differ. Where the
+            colours begin again, markers are half filled.
     """
     colors = (theme.test, theme.train, theme.validation, theme.muted)
     styles = [(place, place) for place in range(len(networks))] if styles is None else styles
@@ -248,9 +250,11 @@ def draw_accuracies(
         axes = figure.subplots()
         for (name, value, accuracy), (color, marker) in zip(networks, styles, strict=True):
             (point,) = axes.plot([value], [100 * accuracy], MARKERS[marker % len(MARKERS)])
-            point.set(label=name, color=colors[color % len(colors)], clip_on=False)
+            again, place = divmod(color, len(colors))
+            point.set(label=name, color=colors[place], clip_on=False)
             # Hollow, so that one under another is seen.
-            point.set(markersize=7, markeredgewidth=1.5, markerfacecolor="none")
+            point.set(markersize=7, markeredgewidth=1.5, markerfacecoloralt="none")
+            point.set(fillstyle=FILLS[again % len(FILLS)])
         axes.set_xlim(0, 1.08 * max(value for _, value, _ in networks))
         axes.xaxis.set_major_locator(MaxNLocator(5))
         if formatter is not None:

@@ -251,3 +251,10 @@ def test_figures_neither_use_nor_change_the_users_matplotlib_settings():
         before = dict(matplotlib.rcParams)
         assert draw_curves("FP32", epochs(3), None, LIGHT) == plain
         assert dict(matplotlib.rcParams) == before
+
+
+def test_a_network_in_a_color_that_was_had_before_looks_different():
+    """The fifth run has the first one's color, and networks of one kind have one marker."""
+    networks = [("first", 4, 0.9), ("fifth", 5, 0.8)]
+    pages = {draw_sizes(networks, LIGHT, styles=[(0, 0), (place, 0)]) for place in (0, 4, 8)}
+    assert len(pages) == 3
