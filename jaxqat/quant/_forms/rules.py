@@ -156,7 +156,9 @@ def joined(operation: Operation, operands: list[Operand], shape: Shape) -> Form 
     A constant beside codes, such as the class token of a transformer, is added to padded codes.
     """
     if any(operand.constant for operand in operands):
-        return _beside_constants(operation, operands, shape)
+        found = _beside_constants(operation, operands, shape)
+        if found is not None:
+            return found
     parts = tuple(form for operand in operands if (form := operand.any_form) is not None)
     return Joined(parts, operation) if len(parts) == len(operands) else None
 
