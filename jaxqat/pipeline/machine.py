@@ -2,7 +2,8 @@
 
 import platform
 import re
-from pathlib import Path
+
+from jaxqat.quant._numerics.processor import cpuinfo, features
 
 # Features that multiply 8-bit integers, as Linux names them.
 INSTRUCTIONS = ("avx_vnni", "avx512_vnni", "avx_vnni_int8", "amx_int8", "asimddp", "i8mm")
@@ -10,19 +11,10 @@ INSTRUCTIONS = ("avx_vnni", "avx512_vnni", "avx_vnni_int8", "amx_int8", "asimddp
 
 def processor() -> str:
     """Return model, if known, and architecture of the processor."""
-    model = re.search(r"^model name\s*: (.*)$", _cpuinfo(), re.MULTILINE)
+    model = re.search(r"^model name\s*: (.*)$", cpuinfo(), re.MULTILINE)
     return f"{model[1] if model else platform.processor() or 'unknown'} ({platform.machine()})"
 
 
 def integer_instructions() -> tuple[str, ...]:
     """Return the processor's features that multiply 8-bit integers, as far as Linux tells."""
-    line = re.search(r"^(?:flags|Features)\s*: (.*)$", _cpuinfo(), re.MULTILINE)
-    features = line[1].split() if line else []
-    return tuple(name for name in INSTRUCTIONS if name in features)
-
-
-def _cpuinfo() -> str:
-    try:
-        return Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return ""
+    return tuple(name for name in INSTRUCTIONS if name in features())

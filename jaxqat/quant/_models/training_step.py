@@ -22,9 +22,10 @@ def jit_step(step: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     """Return `jax.jit(step, **options)`, compiled on a CPU so that convolutions train fast.
 
     On a CPU, XLA compiles gradients of convolutions to slow code by default. Here they take
-    another library, convolutions of codes are computed in float32, and what convolutions read
-    is computed once. Sums of codes are integers, so they stay the same; float sums are added in
-    another order, which changes the last bits of gradients. This holds for convolutions of
+    another library, convolutions of codes are computed in float32 (or as products of s8
+    matrices, if the processor has units for them: AMX), and what convolutions read is computed
+    once. Sums of codes are integers, so they stay the same; float sums are added in another
+    order, which changes the last bits of gradients. This holds for convolutions of
     quantized models and of Linen's float models. A function jitted and called before this step is
     not affected. On other devices this is `jax.jit`.
 

@@ -205,7 +205,11 @@ class Convolution:
         """Return the sums by the fastest way that XLA's CPU backend has for them."""
         if self.is_depthwise(weights) and self.taps(weights) <= SHIFTS:
             return self._over_windows(codes, weights, windows.depthwise)
-        parts = self._exact_parts(weights, largest) if cpu.is_active() else None
+        if not cpu.is_active():
+            return self._widened(codes, weights)
+        if cpu.has_matrix_units() and self.params["feature_group_count"] == 1:
+            return self._over_windows(codes, weights, windows.dot_over_windows_in_parts)
+        parts = self._exact_parts(weights, largest)
         if parts is None:
             return self._widened(codes, weights)
         return self._in_float(codes, weights, parts)

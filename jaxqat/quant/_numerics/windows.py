@@ -4,13 +4,18 @@ Tensors are (batch, spatial..., channels) and padded; weights are (*window, inpu
 outputs). Results of codes are int32.
 """
 
+import functools
+import math
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Int, Int8
+
+GATHERED = 2**26  # The most bytes of windows of codes at a time.
 
 
 def taps(
@@ -65,6 +70,29 @@ def depthwise(
     return total
 
 
+def dot_over_windows_in_parts(
+    padded: Int8[Array, "..."],
+    weights: Int8[Array, "..."],
+    strides: tuple[int, ...],
+    dilation: tuple[int, ...],
+) -> Int[Array, "..."]:
+    """Return a convolution without groups as s8 dots with s32 results.
+
+    So many examples at a time that their windows take at most `GATHERED` bytes, but at least one.
+    """
+    product = functools.partial(
+        dot_over_windows, weights=weights, strides=strides, dilation=dilation, groups=1
+    )
+    batch, outputs = padded.shape[0], weights.shape[-1]
+    gathered = jax.eval_shape(product, padded).size // outputs * (weights.size // outputs)
+    least = max(math.ceil(gathered / GATHERED), 1)
+    parts = next((n for n in range(least, batch) if batch % n == 0), max(batch, 1))
+    if parts == 1:
+        return product(padded)
+    sums = lax.map(product, padded.reshape(parts, batch // parts, *padded.shape[1:]))
+    return sums.reshape(batch, *sums.shape[2:])
+
+
 def dot_over_windows(
     padded: Int8[Array, "..."],
     weights: Int8[Array, "..."],
@@ -78,7 +106,7 @@ def dot_over_windows(
     inputs = jnp.split(columns, groups, -1)
     outputs = jnp.split(weights, groups, -1)
     sums = [
-        dot(x.reshape(*x.shape[:-2], -1), w.reshape(-1, w.shape[-1]))
+        dot(lax.collapse(x, x.ndim - 2), lax.collapse(w, 0, w.ndim - 1))
         for x, w in zip(inputs, outputs, strict=True)
     ]
     return jnp.concatenate(sums, -1)

@@ -61,8 +61,11 @@ def operands_of_convolutions(text):
     return re.findall(r"stablehlo\.convolution.*: \(tensor<[^>]*x(\w+)>, tensor<", text)
 
 
-@pytest.mark.parametrize("recipe", ["int8", "int8_dynamic", "w4a4_lsq"])
-def test_a_quantized_model_computes_the_same_and_has_the_same_gradients(recipe):
+@pytest.mark.parametrize(
+    "recipe, units", [("int8", 0), ("int8", 1), ("int8_dynamic", 0), ("w4a4_lsq", 1)]
+)
+def test_a_quantized_model_computes_the_same_and_has_the_same_gradients(recipe, units, monkeypatch):
+    monkeypatch.setattr(cpu, "has_matrix_units", lambda: bool(units))
     model, variables = calibrated(recipe)
     expected = jax.jit(step_of(model))(variables, IMAGES)
     actual = jaxqat.jit_step(step_of(model))(variables, IMAGES)
@@ -75,7 +78,9 @@ def test_a_quantized_model_computes_the_same_and_has_the_same_gradients(recipe):
         np.testing.assert_allclose(other, one, rtol=0, atol=largest * 2**-14)
 
 
-def test_no_convolution_of_codes_has_operands_of_8_bits(quantized):
+@pytest.mark.parametrize("units", [False, True], ids=["float", "matrix units"])
+def test_no_convolution_of_codes_has_operands_of_8_bits(quantized, units, monkeypatch):
+    monkeypatch.setattr(cpu, "has_matrix_units", lambda: units)
     model, variables = quantized
     usual = operands_of_convolutions(jax.jit(step_of(model)).lower(variables, IMAGES).as_text())
     fast = operands_of_convolutions(

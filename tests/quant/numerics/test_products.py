@@ -11,7 +11,7 @@ from jax import lax
 from references import integers as reference
 
 from jaxqat.pipeline.training import COMPILATIONS
-from jaxqat.quant._numerics import cpu
+from jaxqat.quant._numerics import cpu, windows
 from jaxqat.quant._numerics.products import LARGEST, Convolution, Dot, backward
 
 pytestmark = pytest.mark.slow
@@ -27,6 +27,14 @@ def convolution(x, w, **params):
     return Convolution(equation.primitive, equation.params, 4)
 
 
+@pytest.fixture(params=[*COMPILATIONS, "fast, matrix units"])
+def compilation(request, monkeypatch):
+    """A way to compile for a CPU, the fast one without and with a processor's matrix units."""
+    name, _, units = request.param.partition(", ")
+    monkeypatch.setattr(cpu, "has_matrix_units", lambda: bool(units))
+    return COMPILATIONS[name]
+
+
 CASES = {
     "same": dict(stride=(1, 1), padding=((1, 1), (1, 1))),
     "valid": dict(stride=(1, 1), padding=((0, 0), (0, 0))),
@@ -38,7 +46,6 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("compilation", COMPILATIONS)
 @pytest.mark.parametrize("channels", [(6, 12), (3, 21), (24, 18)], ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_a_convolution_of_codes_with_a_zero_point_is_that_of_the_shifted_codes(
@@ -64,16 +71,15 @@ def test_a_convolution_of_codes_with_a_zero_point_is_that_of_the_shifted_codes(
         x = codes.astype(np.int64)
     zero_point = -37
     expected = reference.conv2d(x - zero_point, weights.astype(np.int64), **options)
-    compiled = COMPILATIONS[compilation].compile
-    total = compiled(jax.jit(product.accumulate), codes, weights)(codes, weights)
+    total = compilation.compile(jax.jit(product.accumulate), codes, weights)(codes, weights)
     zero_sums = functools.partial(product.zero_sums, codes.shape)
-    zeros = compiled(jax.jit(zero_sums), weights)(weights)
+    zeros = compilation.compile(jax.jit(zero_sums), weights)(weights)
     assert zeros.dtype == jnp.int32 and np.ndim(zeros) == 4
     actual = np.asarray(total, np.int64) - zero_point * np.asarray(zeros, np.int64)
     np.testing.assert_array_equal(actual, expected)
 
 
-def test_a_transposed_convolution_accumulates_exactly():
+def test_a_transposed_convolution_accumulates_exactly(compilation):
     rng = np.random.default_rng(1)
     codes = rng.integers(-128, 128, (1, 4, 4, 4)).astype(np.int8)
     weights = rng.integers(-127, 128, (3, 3, 4, 20)).astype(np.int8)
@@ -87,7 +93,8 @@ def test_a_transposed_convolution_accumulates_exactly():
     spread = np.zeros((1, 7, 7, 4), np.int64)
     spread[:, ::2, ::2] = codes.astype(np.int64) - 5
     expected = reference.conv2d(spread, weights.astype(np.int64), padding=((1, 2), (1, 2)))
-    total = np.asarray(product.accumulate(codes, weights), np.int64)
+    program = compilation.compile(jax.jit(product.accumulate), codes, weights)
+    total = np.asarray(program(codes, weights), np.int64)
     zeros = np.asarray(product.zero_sums(codes.shape, weights), np.int64)
     np.testing.assert_array_equal(total - 5 * zeros, expected)
 
@@ -139,26 +146,48 @@ def test_the_convolution_on_cuda_is_exact_beyond_float32(case):
     np.testing.assert_array_equal(total, expected)
 
 
-@pytest.mark.parametrize("name", COMPILATIONS)
 @pytest.mark.parametrize("case", WIDE)
-def test_the_convolution_on_a_cpu_is_exact_beyond_float32_however_it_is_compiled(case, name):
+def test_the_convolution_on_a_cpu_is_exact_beyond_float32_however_it_is_compiled(case, compilation):
     product, codes, weights, expected = wide(case)
-    program = COMPILATIONS[name].compile(jax.jit(product.accumulate), codes, weights)
+    program = compilation.compile(jax.jit(product.accumulate), codes, weights)
     np.testing.assert_array_equal(program(codes, weights), expected)
 
 
 @pytest.mark.parametrize("case", ["inputs", "borders"])
-def test_in_float_a_convolution_of_codes_has_no_integer_product(case):
+def test_in_the_fast_form_a_convolution_of_codes_is_one_of_floats_or_a_dot(case, monkeypatch):
     product, codes, weights, _ = wide(case)
 
     def operands():
         text = jax.jit(lambda a, b: product.accumulate(a, b)).lower(codes, weights).as_text()
-        return set(re.findall(r"convolution\(.*: \(tensor<[^>]*x(\w+)>, tensor<[^>]*x\w+>", text))
+        pattern = r"stablehlo\.(convolution|dot_general).*: \(tensor<[^>]*x(\w+)>, tensor<"
+        return set(re.findall(pattern, text))
 
-    assert operands() == {"i8"}
+    usual = {("convolution", "i8")}
+    assert operands() == usual
     with cpu.form():
-        assert operands() == {"f32"}
-    assert operands() == {"i8"}
+        monkeypatch.setattr(cpu, "has_matrix_units", lambda: False)
+        assert operands() == {("convolution", "f32")}
+        monkeypatch.setattr(cpu, "has_matrix_units", lambda: True)
+        assert operands() == {("dot_general", "i8")}
+    assert operands() == usual
+
+
+@pytest.mark.parametrize("batch, parts", [(6, 3), (7, 7), (4, 1), (1, 1), (0, 1)])
+def test_windows_are_gathered_of_as_many_examples_as_memory_holds(batch, parts, monkeypatch):
+    rng = np.random.default_rng(2)
+    codes = rng.integers(-128, 128, (batch, 6, 7, 5)).astype(np.int8)
+    weights = rng.integers(-127, 128, (3, 2, 5, 4)).astype(np.int8)
+    example = (2 * 3) * (3 * 2 * 5)  # Bytes: places of the output, and codes that each reads.
+    monkeypatch.setattr(windows, "GATHERED", (4 if batch == 4 else 2) * example)
+
+    def product(codes, weights):
+        return windows.dot_over_windows_in_parts(codes, weights, (2, 2), (1, 1))
+
+    equations = jax.make_jaxpr(product)(codes, weights).eqns
+    loops = [each.params["length"] for each in equations if each.primitive.name == "scan"]
+    assert loops == ([parts] if parts > 1 else [])
+    expected = reference.conv2d(codes.astype(np.int64), weights.astype(np.int64), stride=(2, 2))
+    np.testing.assert_array_equal(jax.jit(product)(codes, weights), expected)
 
 
 def test_the_convolution_on_cuda_keeps_layout_and_input_dilation():
