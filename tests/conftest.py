@@ -13,7 +13,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Compilation takes most of the time. Processes share programs: workers, and the commands that tests
 # start. They are deleted at the end, unless the caller named a folder for them.
 CACHE = "JAX_COMPILATION_CACHE_DIR"
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 # By default, Linux allows a process 65,530 memory maps. Each compiled kernel holds three while its
