@@ -27,7 +27,7 @@ def config_of(network):
 def test_there_are_networks_of_8_4_3_and_2_bits():
     configs = map(config_of, NETWORKS)
     bits = sorted((config["model"]["depth"], config["quant"]["weight_bits"]) for config in configs)
-    assert bits == [*((18, width) for width in (2, 3, 4, 8)), (20, 4), (20, 8)]
+    assert bits == [(depth, width) for depth in (18, 20) for width in (2, 3, 4, 8)]
 
 
 FORMS = [
