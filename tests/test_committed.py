@@ -13,6 +13,7 @@ import yaml
 
 import jaxqat
 from jaxqat.pipeline.data import Dataset, Split
+from jaxqat.pipeline.machine import processor
 
 ROOT = Path(__file__).parents[1]
 NETWORKS = sorted(path.parent for path in committed.RESULTS.glob("*/integer"))
@@ -68,7 +69,13 @@ CHECKPOINTS = sorted(path.parent for path in committed.RESULTS.glob("*/checkpoin
 
 @pytest.mark.parametrize("network", CHECKPOINTS, ids=lambda path: path.name)
 def test_a_checkpoint_is_that_of_the_network_beside_it(network, monkeypatch):
-    """Every code of 50 test images is the same; the rest of the data is not read."""
+    """Every code of 50 test images is the same; the rest of the data is not read.
+
+    Another processor than the one that converted the network may round a multiplier, which is
+    computed in float32 from a batch norm's statistics, to its neighbour. That moves a code where a
+    value lies at the border of two codes: for a 24-bit multiplier and 255 codes, in less than 255
+    of 2**24 cases a tensor, 1 in 65,000. (Met on an Intel processor: 15 codes, no class.)
+    """
     labels = np.loadtxt(network / "certificate" / "labels.txt", dtype=np.int64)
     with np.load(network / "certificate" / "golden.npz") as golden:
         split = Split(golden["input"], labels)
@@ -90,7 +97,12 @@ def test_a_checkpoint_is_that_of_the_network_beside_it(network, monkeypatch):
         run.model, run.variables, graph=graph, batches=[split.images],
         preprocess=run.normalize, train=False,
     )  # fmt: skip
-    assert (check.differing, check.failures) == (0, ())
+    results = json.loads((network / "results.json").read_text())
+    if results["environment"]["processor"] == processor():
+        assert (check.differing, check.failures) == (0, ())
+    else:
+        assert check.differing * 65_000 <= sum(tensor.codes for tensor in check.tensors)
+        assert check.top1_flips == 0
 
 
 @networks
