@@ -1,4 +1,4 @@
-"""Float operations that every program rounds the same way.
+"""Float operations that every program, and every processor, rounds the same way.
 
 Training, conversion and inference are different compiled programs. A compiler that contracts or
 rewrites a float operation in one of them, but not in the others, changes the last bit of a bias
@@ -29,6 +29,20 @@ def quotient(values: Float[Array, "..."], divisor: Float[Array, ""]) -> Float[Ar
     differs in the last bit for two channels in five. It cannot see through the barrier.
     """
     return values / jax.lax.optimization_barrier(jnp.broadcast_to(divisor, jnp.shape(values)))
+
+
+def root(values: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Return the square root, correctly rounded, also where it divides.
+
+    XLA replaces 1 / sqrt(x) with an approximation of the reciprocal root, in whose last bit
+    processors differ. It cannot see through the barrier.
+    """
+    return jax.lax.optimization_barrier(jnp.sqrt(values))
+
+
+def reciprocal_root(values: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Return 1 / sqrt(values), of two correctly rounded operations."""
+    return 1 / root(values)
 
 
 def scaled(

@@ -7,8 +7,11 @@ search walks through it. To support an operation, add its entry here, and its fo
 
 import dataclasses
 import enum
+from collections.abc import Callable
 
-from jaxqat.quant._forms import rules
+from jaxtyping import Array
+
+from jaxqat.quant._forms import exact, rules
 from jaxqat.quant._forms.rules import FormRule
 
 
@@ -50,6 +53,8 @@ class Primitive:
         multiplies_branches: Whether two tensors that depend on the data can be multiplied in it
             element by element, as a tensor and its gate.
         repeats: Whether it can repeat elements.
+        of_parameters: Computes it for float32 parameters with the same bits on every processor,
+            where XLA's own does not; None for all others.
     """
 
     kind: Kind
@@ -59,6 +64,7 @@ class Primitive:
     may_be_contracted: bool = False
     multiplies_branches: bool = False
     repeats: bool = False
+    of_parameters: Callable[[Array], Array] | None = None
 
     @property
     def is_pointwise(self) -> bool:
@@ -123,14 +129,16 @@ PRIMITIVES: dict[str, Primitive] = {
     **dict.fromkeys(
         (
             *("abs", "cbrt", "ceil", "cos", "cosh", "erf", "erf_inv", "erfc", "exp", "exp2"),
-            *("expm1", "floor", "is_finite", "log", "log1p", "logistic", "not", "round", "rsqrt"),
-            *("sign", "sin", "sinh", "sqrt", "square", "tan", "tanh", "integer_pow"),
+            *("expm1", "floor", "is_finite", "log", "log1p", "logistic", "not", "round"),
+            *("sign", "sin", "sinh", "square", "tan", "tanh", "integer_pow"),
             *("acos", "acosh", "asin", "asinh", "atan", "atanh"),
             *("pow", "rem", "atan2", "and", "or", "xor", "eq", "ne", "lt", "le", "gt", "ge"),
             "clamp",
         ),
         Primitive(Kind.FUNCTION),
     ),
+    "rsqrt": Primitive(Kind.FUNCTION, of_parameters=exact.reciprocal_root),
+    "sqrt": Primitive(Kind.FUNCTION, of_parameters=exact.root),
     "reduce_sum": Primitive(Kind.SUM, rules.summed, may_be_statistic=True),
     "reduce_window_sum": Primitive(Kind.SUM, rules.summed),
     "reduce_max": Primitive(Kind.REDUCE, rules.largest, may_be_statistic=True),

@@ -167,7 +167,7 @@ class Evaluator:
             self._as_planned(self._read(a), tensors.get((node, i)))
             for i, a in enumerate(node.inputs)
         ]
-        results = node.bind(*(o.values for o in operands))
+        results = self._computed(node, [o.values for o in operands])
         form, holds = self._form(node, operands, results)
         reason = None if form is not None else self._float_reason(node, operands)
         for place, (number, values) in enumerate(zip(node.outputs, results, strict=True)):
@@ -175,6 +175,17 @@ class Evaluator:
             made = forms.Made(node, place, lambda: operands)
             self._write(number, values, form, reason, holds, made)
         return results
+
+    def _computed(self, node: TracedNode, operands: list[Any]) -> list[Any]:
+        """Return an operation's results; of parameters, those that every processor has.
+
+        A network converted from a checkpoint is then the same on each of them. Training, which
+        follows its batch statistics anyway, does not need it.
+        """
+        exact = primitive_of(node.name).of_parameters
+        if exact is None or not self._is_frozen_parameter(node.outputs[0], operands[0]):
+            return node.bind(*operands)
+        return [exact(operands[0])]
 
     def _form(
         self, node: TracedNode, operands: list[forms.Operand], results: list[Any]
@@ -208,10 +219,15 @@ class Evaluator:
         Forms take their coefficients from such products. Training, which follows its batch
         statistics anyway, does not need it.
         """
-        frozen = self._mode is Mode.FROZEN and self.plan.level[number] <= PARAMETERS
-        if frozen and primitive_of(node.name).may_be_contracted and values.dtype == jnp.float32:
+        contracted = primitive_of(node.name).may_be_contracted
+        if contracted and self._is_frozen_parameter(number, values):
             return forms.uncontracted(values)
         return values
+
+    def _is_frozen_parameter(self, number: int, values: Any) -> bool:
+        """Return whether an array depends on no data, in float32 and with frozen ranges."""
+        frozen = self._mode is Mode.FROZEN and self.plan.level[number] <= PARAMETERS
+        return frozen and jnp.result_type(values) == jnp.float32
 
     def _float_reason(self, node: TracedNode, operands: list[forms.Operand]) -> str | None:
         before = next((o.float_reason for o in operands if o.float_reason is not None), None)
