@@ -17,6 +17,7 @@ from jaxqat.pipeline.display import (
     keep_evaluation,
     print_json,
     print_verification,
+    warn,
 )
 from jaxqat.pipeline.evaluation import find_split
 from jaxqat.pipeline.integer_networks import (
@@ -29,6 +30,7 @@ from jaxqat.pipeline.integer_networks import (
 from jaxqat.pipeline.measurements import Comparison, SplitName
 from jaxqat.pipeline.networks import matmul_precision
 from jaxqat.pipeline.post_training import restore_quantized
+from jaxqat.pipeline.results import Environment
 from jaxqat.pipeline.run.folder import RunFolder
 from jaxqat.pipeline.run.results import describe_run, verification_result
 from jaxqat.pipeline.terminal import tell
@@ -50,9 +52,10 @@ def verify(
 ) -> Verification:
     """Compare every code of the integer network with the network it was converted from.
 
-    Without a format, the quantized network in inference mode is the reference. The exit status is 1
-    if codes differ by more than one, or in 1 of 100,000 places or more, if an image changes its
-    class, or if results differ although no code does. Only RUN/evaluations/verify_SPLIT.json is
+    Without a format, the quantized network in inference mode is the reference. It is computed here:
+    if codes differ, and the network was made on another device, a warning says so. The exit status
+    is 1 if codes differ by more than one, or in 1 of 100,000 places or more, if an image changes
+    its class, or if results differ although no code does. Only RUN/evaluations/verify_SPLIT.json is
     written, with ptq_RECIPE and the format before SPLIT if they are given.
 
     Args:
@@ -113,7 +116,22 @@ def verify(
     if json:
         print_json(result)
     keep_evaluation(folder, "_".join(filter(None, parts)), result, console)
+    if verification.differing and format is None:
+        _name_another_device(folder, info.environment, console)
     return verification
+
+
+def _name_another_device(folder: RunFolder, here: Environment, console: Console) -> None:
+    """Warn if the run's networks were made on another device, or with another XLA."""
+    results = folder.find_results()
+    if results is not None and results.environment.arithmetic != here.arithmetic:
+        warn(
+            f"the network was made on {results.environment.arithmetic}, and its reference was "
+            f"computed here, on {here.arithmetic}. If they round functions of parameters "
+            "differently, scales differ in their last bits, and then some codes. To rule that out, "
+            "verify the run where it was made; the network itself computes the same codes on both.",
+            console,
+        )
 
 
 def _against_export(

@@ -215,6 +215,12 @@ class Environment:
     processor: str
     date: str
 
+    @property
+    def arithmetic(self) -> str:
+        """What decides how float32 operations are rounded: the device, and XLA's version."""
+        device = self.processor if self.platform == "cpu" else self.device
+        return f"{device} with jaxlib {self.jaxlib}"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunInfo:
