@@ -32,7 +32,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
 TRAIN = train.train
-open_tmp, same_run = tiny_run.open_tmp, tiny_run.finished
+open_tmp, same_run, small_network = tiny_run.open_tmp, tiny_run.finished, tiny_run.small_network
 # The command with a small network.
 COMMAND = [sys.executable, str(ROOT / "tests" / "tiny_run.py")]
 
@@ -147,20 +147,19 @@ def test_two_identical_runs_differ_in_nothing_but_times(finished, same_run):
     assert soak.differing(*outcomes) == []
 
 
-def test_evaluate_and_report_need_only_the_folder(tmp_path, finished):
+def test_evaluate_and_report_need_only_the_folder(tmp_path, finished, small_network, capsys):
     run = tmp_path / "moved"
     shutil.copytree(finished, run)
     (run / "report.html").unlink()
     for stage, arguments in (("ptq", ("--stage", "ptq")), ("integer", ())):
-        status, out, err = finish(start("evaluate", run, *arguments))
-        assert status == 0, err
+        assert run_command("evaluate", run, *arguments) == 0
+        out = capsys.readouterr().out
         entry = json.loads((run / "results.json").read_text())[stage]
         entry = entry["int8"] if stage == "ptq" else entry
         assert f"accuracy {100 * entry['test']['accuracy']:.2f} %" in out
         name = "ptq_int8" if stage == "ptq" else stage
         assert (run / "evaluations" / f"{name}_test.json").is_file()
-    status, out, err = finish(start("report", run))
-    assert status == 0, err
+    assert run_command("report", run) == 0
     assert (run / "report.html").is_file()
 
 

@@ -71,8 +71,8 @@ class Maker:
         """Return the recipe's grid for real values, clipped at `upper` times their maximum."""
         top = 2 ** (self.bits - 1) - 1
         low, high = float(values.min()), float(values.max())
-        if relu:
-            low, high = 0.0, max(high, 1e-3)
+        high = max(high, 1e-3 if relu or low == high == 0 else high)
+        low = 0.0 if relu else low
         if self.symmetric:
             scale, zero, bottom = F(max(-low, high) / top), 0, -top
         else:

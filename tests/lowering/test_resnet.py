@@ -9,6 +9,7 @@ import pytest
 from lowering.assertions import assert_integer_network
 from lowering.functions import shape
 from lowering.targets import for_targets
+from plain import others_long
 
 from jaxqat import quantize
 from jaxqat.integer._convert.convert import convert
@@ -76,7 +77,7 @@ def compiled(target, recipe, lowering, fused):
 
 @pytest.mark.slow
 @for_targets(EXACT)
-@pytest.mark.parametrize("recipe", ["int8", "int8_symmetric"])
+@pytest.mark.parametrize("recipe", others_long(["int8", "int8_symmetric"], ["int8"]))
 def test_the_exact_network_multiplies_s8_codes_on_integer_kernels_only(target, recipe):
     compiled(target, recipe, *EXACT[target.name])
 

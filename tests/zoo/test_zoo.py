@@ -24,7 +24,8 @@ pytestmark = pytest.mark.slow
 
 CONVERTIBLE = [name for name, case in ZOO.items() if not case.refused]
 REFUSED = [name for name, case in ZOO.items() if case.refused]
-LONG = ("nnx lstm", "nnx vit")  # Not in a plain `pytest`, where Linen's are.
+# Not in a plain `pytest`, which has others like them; an LSTM and a MobileNet in `test_more`.
+LONG = ("lstm", "nnx lstm", "nnx vit", "nnx mobilenet", "bfloat16 parameters")
 
 
 def marked(names: Iterable[str]) -> list[Any]:
@@ -113,7 +114,7 @@ def test_no_weight_of_the_parameter_tree_is_missing_from_the_table(name):
 
 # Another type of the parameters changes nothing of what is converted.
 BECOMES_INTEGER = pytest.mark.parametrize(
-    "name", [n for n in CONVERTIBLE if n != "bfloat16 parameters"]
+    "name", marked(name for name in CONVERTIBLE if name != "bfloat16 parameters")
 )
 
 
@@ -171,7 +172,7 @@ def test_a_model_with_such_parts_becomes_a_network_with_float_islands(name, tmp_
     check_in_onnx_runtime(quantized, graph)
 
 
-@pytest.mark.parametrize("name", ["vit", "encoder"])
+@pytest.mark.parametrize("name", others_long(["vit", "encoder"], ["vit"]))
 def test_attention_products_are_quantized_by_a_rule_and_the_model_trains(name):
     run = trained(name, ATTENTION)
     check_training(run)
@@ -197,7 +198,10 @@ RECIPES = {
 
 @pytest.mark.parametrize(
     ("name", "recipe"),
-    [("cnn", "w4a4_lsq"), ("cnn", "int8_dynamic"), ("encoder", "w4a4_lsq"), ("encoder", "w4a8")],
+    [
+        *(("cnn", "w4a4_lsq"), ("cnn", "int8_dynamic"), ("encoder", "w4a4_lsq")),
+        pytest.param("encoder", "w4a8", marks=pytest.mark.long),
+    ],
 )
 def test_other_recipes_train_the_same_models(name, recipe):
     run = trained(name, recipe)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from integer import models
 from integer.models import CLASSES, MODELS, WEIGHTS, assert_same, calibrated, conv, inputs, trained
+from plain import others_long
 from references import integer_graph, integers, sqnr
 
 import jaxqat
@@ -56,7 +57,7 @@ def test_the_batch_size_makes_no_difference(name, batch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", others_long(RECIPES, ["int8"]))
 def test_resnet18_s_codes_and_logits_are_those_of_the_training_graph(recipe):
     images = inputs(5, (16, 16, 3))
     model = trained(models.resnet18(), recipe, images=images)

@@ -115,8 +115,15 @@ def assert_same_results(graph, found, expected):
         np.testing.assert_array_equal(found, expected)
 
 
-@pytest.mark.parametrize("activations", ["affine", "symmetric"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+# What the layout and the zero point do has nothing in common.
+SYMMETRIC = ("by_einsum", "grouped")
+CASES = [(layout, "affine") for layout in LAYOUTS] + [
+    pytest.param(layout, "symmetric", marks=() if layout in SYMMETRIC else pytest.mark.long)
+    for layout in LAYOUTS
+]
+
+
+@pytest.mark.parametrize(("layout", "activations"), CASES)
 def test_training_and_every_runtime_compute_the_same_codes(layout, activations, tmp_path):
     function = network(LAYOUTS[layout])
     model = calibrated(function, activations=activations)

@@ -80,7 +80,7 @@ def test_a_nan_in_the_input_gets_the_code_of_zero(platform, requantization):
     assert_same(found, integer_graph.run(graph, images), every=False)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", others_long(RECIPES, ["int8"]))
 @pytest.mark.parametrize("case", ["residual", "depthwise", "concat"])
 def test_pallas_kernels_give_the_codes_of_the_reference(case, recipe):
     graph = graphs.build(case, symmetric=recipe == "int8_symmetric")
@@ -106,7 +106,7 @@ def test_the_batch_size_makes_no_difference(platform):
         assert_same(run(graph, platform, images[:batch]), expected)
 
 
-@pytest.mark.slow
+@pytest.mark.long  # `test_committed` runs a trained one.
 def test_resnet18_on_the_cpu_gives_the_codes_of_the_reference():
     images = inputs(5, (16, 16, 3))
     graph = trained(models.resnet18(), "int8_symmetric", images=images).convert((16, 16, 3))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax.core.scope import DenyList
 from flax.traverse_util import flatten_dict
+from plain import others_long
 from references.network import LAYERS, TENSORS, IntegerResidual, Residual, randomized
 
 import jaxqat
@@ -123,7 +124,7 @@ def test_the_parameter_tree_is_the_models_own(images):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("train", [False, True], ids=["frozen", "batch statistics"])
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", others_long(RECIPES, ["int8"]))
 def test_every_kernel_of_resnet18_gets_a_gradient(recipe, train):
     images = np.random.default_rng(0).normal(size=(4, 16, 16, 3)).astype(np.float32)
     model = ResNet(depth=18, width=4, num_classes=10, stem="cifar")

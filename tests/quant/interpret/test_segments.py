@@ -91,8 +91,11 @@ def test_loss_gradients_and_updates_are_those_of_the_plain_step(module):
 
 @pytest.mark.parametrize(
     ("module", "recipe"),
-    [(Residual(), "w4a4_lsq"), (Recurrent(), "int8"), (Recurrent(), "w4a4_lsq")],
-    ids=["residual-lsq", "recurrent-int8", "recurrent-lsq"],
+    [
+        pytest.param(Residual(), "w4a4_lsq", id="residual-lsq"),
+        pytest.param(Recurrent(), "int8", id="recurrent-int8", marks=pytest.mark.long),
+        pytest.param(Recurrent(), "w4a4_lsq", id="recurrent-lsq"),
+    ],
 )
 def test_gradients_of_learned_scales_and_loops_differ_by_the_rounding_of_float32(module, recipe):
     ((loss, plain), gradients), ((other, same), found) = steps(module, recipe)
