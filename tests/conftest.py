@@ -29,6 +29,14 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(lambda: shutil.rmtree(os.environ.pop(CACHE), ignore_errors=True))
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what is long as slow, so that `-m "not slow"` leaves it out, too."""
+    for item in items:
+        if item.get_closest_marker("long"):
+            item.add_marker("slow")
+
+
 def memory_maps() -> int:
     """Count the memory maps of this process; 0 if the system does not list them."""
     path = Path("/proc/self/maps")

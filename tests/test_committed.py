@@ -32,9 +32,12 @@ def test_there_are_networks_of_8_4_3_and_2_bits():
 
 
 FORMS = [
-    pytest.param(network, form, marks=[pytest.mark.long] * is_long, id=f"{network.name}-{form}")
+    pytest.param(network, form, marks=marks, id=f"{network.name}-{form}")
     for network in NETWORKS
-    for form, is_long in (("network.onnx", False), ("integer", network.name != "cifar10_narrow"))
+    for form, marks in (
+        ("network.onnx", ()),
+        ("integer", pytest.mark.slow if network.name == "cifar10_narrow" else pytest.mark.long),
+    )
 ]
 
 
@@ -69,6 +72,7 @@ def test_a_network_classifies_the_images_as_well_as_its_results_say(network):
 CHECKPOINTS = sorted(path.parent for path in committed.RESULTS.glob("*/checkpoints"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", CHECKPOINTS, ids=lambda path: path.name)
 def test_a_checkpoint_is_that_of_the_network_beside_it(network, monkeypatch):
     """Converted on any processor, it is the network beside it to the last bit.

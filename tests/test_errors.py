@@ -111,6 +111,7 @@ def test_a_model_in_the_place_of_its_integer_network(name, bound, tmp_path, monk
         jaxqat.verify(bound, graph=bound, batches=[ROWS])
 
 
+@pytest.mark.slow
 def test_a_batch_that_is_too_large_for_the_kernel(monkeypatch):
     monkeypatch.setattr(pallas.PallasCuda, "interpret", True)
     monkeypatch.setattr(pallas_conv, "LARGEST_TENSOR", 4 * 8 * 8 * 16)

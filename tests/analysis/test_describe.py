@@ -76,6 +76,7 @@ def test_it_names_what_has_no_integer_form_between_the_products(variables):
     ]
 
 
+@pytest.mark.slow
 def test_a_model_that_can_be_converted_has_no_obstacle():
     class Plain(nn.Module):
         @nn.compact

@@ -195,6 +195,7 @@ def test_a_runs_images_are_used_if_they_fit_and_noise_otherwise(monkeypatch):
     np.testing.assert_array_equal(images[3], images[0])
 
 
+@pytest.mark.slow
 def test_all_engines_of_this_machine_agree_on_a_network():
     result = benchmark_inference(graphs.build("depthwise"), threads=1, batch_sizes=[3], rounds=1)
     rows = rows_of(result)

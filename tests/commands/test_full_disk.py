@@ -6,8 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import tiny_run
 import yaml
+
+pytestmark = pytest.mark.slow
 
 # Of one file: enough for the config, the metrics and small arrays, but not for a checkpoint.
 LIMIT = 4096

@@ -17,6 +17,8 @@ from jaxqat.pipeline.report.samples import choose_samples
 from jaxqat.pipeline.report.theme import LIGHT
 from jaxqat.pipeline.terminal import say
 
+pytestmark = pytest.mark.slow
+
 console, finished = tiny_run.console, tiny_run.finished
 
 ODD_NAMES = ("[/nope]", "x[old]", "[bold]", ":x:")

@@ -15,6 +15,7 @@ def test_each_format_has_networks():
     assert Counter(path.parent.name for path in SAVED) == {"format5": 5, "format6": 4, "format7": 4}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", SAVED, ids=lambda path: f"{path.parent.name}-{path.name}")
 def test_a_saved_network_computes_the_recorded_codes(path):
     graph = jaxqat.load(path)

@@ -16,6 +16,8 @@ from jaxqat.errors import ConversionError, ExecutionError, ExportError
 from jaxqat.export import export_certificate
 from jaxqat.integer import graph as g
 
+pytestmark = pytest.mark.slow
+
 RNG = np.random.default_rng(0)
 F = np.float32
 BATCH = 6

@@ -45,6 +45,7 @@ def tampered(graph, name, field, change):
     return dataclasses.replace(graph, nodes=tuple(nodes))
 
 
+@pytest.mark.slow
 def test_the_network_as_converted_keeps_the_contract():
     found = verified()
     _, graph = example()
@@ -225,6 +226,7 @@ def test_each_network_s_classes_are_compared_with_the_integer_network_s():
     assert compare(training, integers, graph, [np.zeros(4)]).top1_flips_fp32 is None
 
 
+@pytest.mark.slow
 def test_preprocessing_is_the_training_graph_s_part_only():
     model, _ = example()
     pixels = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3)).astype(np.uint8)

@@ -56,6 +56,7 @@ def analysis_of(planted, recipe):
     return jaxqat.analyze(network, batches=[images], labels=[labels])
 
 
+@pytest.mark.slow
 def test_the_advice_names_exactly_the_outlier_layer_and_its_recipe_repairs_it(planted, tmp_path):
     before = analysis_of(planted, Recipe())
     assert before.real.accuracy is not None and before.quantized.accuracy is not None
@@ -76,6 +77,7 @@ def test_the_advice_names_exactly_the_outlier_layer_and_its_recipe_repairs_it(pl
     assert not is_worse(before.real.accuracy, after.quantized.accuracy)
 
 
+@pytest.mark.slow
 def test_a_layer_of_few_bits_gets_eight_and_keeps_what_its_rule_said(planted):
     rule = Rule(path="features", weight_bits=2, act_bits=2, weight_range="mse")
     recipe = Recipe(rules=(Rule(path="head", act_range="percentile"), rule))

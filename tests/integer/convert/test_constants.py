@@ -15,6 +15,8 @@ import jaxqat
 from jaxqat.errors import ConversionError, GraphError
 from jaxqat.integer import graph as g
 
+pytestmark = pytest.mark.slow
+
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(6, 5, 4, 3)).astype(np.float32)
 PIXELS = RNG.integers(0, 256, X.shape).astype(np.uint8)

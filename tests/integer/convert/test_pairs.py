@@ -15,6 +15,8 @@ from jaxqat.integer._execute.cpu import MAX_PAIRS, Cpu
 from jaxqat.integer._execute.executor import make_executor
 from jaxqat.quant.recipe import Recipe, Rule
 
+pytestmark = pytest.mark.slow
+
 RNG = np.random.default_rng(0)
 RULE = Rule(kind="attention")
 X = RNG.normal(size=(6, 5, 12)).astype(np.float32)

@@ -15,6 +15,8 @@ from jaxqat.export import run_onnx
 from jaxqat.integer import graph as g
 from jaxqat.integer._execute.executor import PLATFORMS
 
+pytestmark = pytest.mark.slow
+
 RNG = np.random.default_rng(0)
 X = RNG.integers(0, 256, (6, 8, 8, 3)).astype(np.uint8)
 X[0, 0, 0], X[0, 0, 1] = 0, 255

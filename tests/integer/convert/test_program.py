@@ -106,6 +106,7 @@ class Network(nn.Module):
         return nn.Dense(3)(x.mean((1, 2)))
 
 
+@pytest.mark.slow
 def test_conversion_computes_the_arrays_once_for_both_batch_sizes(monkeypatch):
     images = np.random.default_rng(1).normal(size=(3, 6, 6, 2)).astype(np.float32)
     variables = Network().init(jax.random.key(0), images)

@@ -18,6 +18,8 @@ from jaxqat.integer import graph as g
 from jaxqat.integer._convert.geometry import move_steps
 from jaxqat.quant import _forms as forms
 
+pytestmark = pytest.mark.slow
+
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(5, 6, 4, 3)).astype(np.float32)
 PARAMS = {

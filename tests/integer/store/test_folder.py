@@ -76,6 +76,7 @@ def sign(folder):
     (folder / "SHA256SUMS").write_text("".join(lines))
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(
     name=st.sampled_from(sorted(graphs.CASES)),

@@ -27,6 +27,7 @@ def build(name: str, **arguments):
     return module
 
 
+@pytest.mark.slow
 def test_a_linen_module_keeps_its_variables_and_gets_its_own_mode_argument():
     module, own = build("LinenDropout", features=[4, 6]), own_models.LinenDropout(10, (4, 6))
     key = jax.random.key(0)

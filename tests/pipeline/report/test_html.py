@@ -72,6 +72,7 @@ def test_every_table_scrolls_in_its_own_box(show):
     assert page.tables_outside_scroll == 0
 
 
+@pytest.mark.slow
 def test_embedded_images_are_the_files_beside_the_page(write_run):
     workdir = write_run(fp32_epochs=3, qat_epochs=2, deployed=True)
     page = Page(write_report(workdir).read_text())
@@ -313,6 +314,7 @@ def test_the_page_says_if_the_best_checkpoint_was_selected(write_run, undrawn):
     assert "weights of best validation accuracy" in write_report(workdir).read_text()
 
 
+@pytest.mark.slow
 def test_same_run_gives_the_same_bytes(write_run):
     workdir = write_run(fp32_epochs=2, qat_epochs=1)
 

@@ -119,6 +119,7 @@ class Logits(nn.Module):
         return aqt_flax.AqtEinsum(forward())("bi,io->bo", x, weights)
 
 
+@pytest.mark.slow
 def test_aqts_example_trains():
     model = jaxqat.quantize(Example())
     variables = model.init(jax.random.key(0), IMAGES)

@@ -44,6 +44,7 @@ def test_layers_and_ranges_have_the_paths_of_unboxed_parameters(box, recipe):
     assert jax.tree.structure(nn.meta.unbox(found)) == jax.tree.structure(expected)
 
 
+@pytest.mark.slow
 @BY_BOX
 def test_boxes_stay_in_what_init_calibrate_and_gradients_return(box):
     model = jaxqat.quantize(Perceptron(box), "int8")
@@ -58,6 +59,7 @@ def test_boxes_stay_in_what_init_calibrate_and_gradients_return(box):
         assert np.any(kernel.value) and not is_box(params["last"]["bias"])
 
 
+@pytest.mark.slow
 @BY_BOX
 @pytest.mark.parametrize("recipe", ["int8", "w4a4_lsq"])
 def test_boxed_and_unboxed_variables_give_the_same_codes_and_integer_network(box, recipe):

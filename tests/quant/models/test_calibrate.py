@@ -151,6 +151,7 @@ def test_one_array_in_place_of_batches_is_refused_everywhere(variables, batches)
             call(batches[0])
 
 
+@pytest.mark.slow
 def test_a_constant_zero_tensor_quantizes_to_zeros(variables):
     zeros = np.zeros((4, 12), np.float32)
     network = jaxqat.calibrate(Perceptron(), variables, batches=[zeros])

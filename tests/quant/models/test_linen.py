@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import optax
+import pytest
 
 import jaxqat
 
@@ -20,6 +21,7 @@ class Perceptron(nn.Module):
         return nn.Dense(5, name="out")(nn.relu(nn.Dense(16, name="in")(x)))
 
 
+@pytest.mark.slow
 def test_gradients_and_an_optimizer_train_parameters_and_learned_step_sizes_together():
     variables = Perceptron().init(jax.random.key(0), ROWS)
     model = jaxqat.quantize(Perceptron(), "w4a4_lsq")
