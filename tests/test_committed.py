@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 import jaxqat
+from jaxqat.export import run_onnx
 from jaxqat.pipeline.data import Dataset, Split
 
 ROOT = Path(__file__).parents[1]
@@ -58,11 +59,10 @@ def test_a_network_computes_the_recorded_codes(network, form):
 @networks
 def test_a_network_classifies_the_images_as_well_as_its_results_say(network):
     """In ONNX Runtime, which needs no compilation."""
-    runtime = pytest.importorskip("onnxruntime")
-    session = runtime.InferenceSession(str(network / "network.onnx"))
+    pytest.importorskip("onnxruntime")
     labels = np.loadtxt(network / "certificate" / "labels.txt", dtype=np.int64)
     with np.load(network / "certificate" / "golden.npz") as golden:
-        (logits,) = session.run(None, {session.get_inputs()[0].name: golden["input"]})
+        logits, _ = run_onnx(network / "network.onnx", golden["input"])
     accuracy = json.loads((network / "results.json").read_text())["integer"]["test"]["accuracy"]
     # The correct ones of 50 are binomial: five standard deviations.
     spread = 5 * np.sqrt(accuracy * (1 - accuracy) / len(labels))
