@@ -129,7 +129,7 @@ def _name_another_device(folder: RunFolder, here: Environment, console: Console)
             f"the network was made on {results.environment.arithmetic}, and its reference was "
             f"computed here, on {here.arithmetic}. If they round functions of parameters "
             "differently, scales differ in their last bits, and then some codes. To rule that out, "
-            "verify the run where it was made; the network itself computes the same codes on both.",
+            "verify the run where it was made.",
             console,
         )
 

@@ -1,8 +1,9 @@
-"""Float operations that every program, and every processor, rounds the same way.
+"""Float operations that every program rounds the same way, and every CPU.
 
 Training, conversion and inference are different compiled programs. A compiler that contracts or
 rewrites a float operation in one of them, but not in the others, changes the last bit of a bias
-or a multiplier, and so a few codes in a million. These functions keep it from doing so.
+or a multiplier, and so a few codes in a million. These functions keep it from doing so. (On GPUs,
+XLA approximates roots and quotients: their last bits differ from those on CPUs.)
 """
 
 import jax
@@ -34,8 +35,8 @@ def quotient(values: Float[Array, "..."], divisor: Float[Array, ""]) -> Float[Ar
 def root(values: Float[Array, "..."]) -> Float[Array, "..."]:
     """Return the square root, correctly rounded, also where it divides.
 
-    XLA replaces 1 / sqrt(x) with an approximation of the reciprocal root, in whose last bit
-    processors differ. It cannot see through the barrier.
+    XLA replaces 1 / sqrt(x) with an approximation of the reciprocal root, in whose last bit CPUs
+    differ. It cannot see through the barrier.
     """
     return jax.lax.optimization_barrier(jnp.sqrt(values))
 

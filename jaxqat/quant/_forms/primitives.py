@@ -53,7 +53,7 @@ class Primitive:
         multiplies_branches: Whether two tensors that depend on the data can be multiplied in it
             element by element, as a tensor and its gate.
         repeats: Whether it can repeat elements.
-        of_parameters: Computes it for float32 parameters with the same bits on every processor,
+        of_parameters: Computes it for float32 parameters with the same bits on every CPU,
             where XLA's own does not; None for all others.
     """
 

@@ -177,7 +177,7 @@ class Evaluator:
         return results
 
     def _computed(self, node: TracedNode, operands: list[Any]) -> list[Any]:
-        """Return an operation's results; of parameters, those that every processor has.
+        """Return an operation's results; of parameters, those that every CPU has.
 
         A network converted from a checkpoint is then the same on each of them. Training, which
         follows its batch statistics anyway, does not need it.
